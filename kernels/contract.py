@@ -1,0 +1,178 @@
+"""A contract declares one op once: its meaning in plain torch, its cost, its inputs, and the kernels that provide it.
+
+Tests, microbenchmarks, the compiler's lowering and eager calls all read this one record. The file of an op reads, in
+order: meaning, cost, inputs, Triton kernel, launch. Providers are chosen by one rule (`Contract.choose`), for eager
+calls and for lowering alike; a provider asked for by name is used or refused, never replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import versions
+
+NAMESPACE = "seamwise"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+CONTRACTS: dict[str, Contract] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one call must move and compute at least: `bytes` read plus written, `flops` (a fused multiply-add is 2)."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """One implementation of a contract.
+
+    `refuses(*args)` returns why these arguments cannot be served, or None; it may read shapes, strides, dtypes and
+    devices, never values, so that the compiler can ask it about fake tensors.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    devices: tuple[str, ...] | None = None  # None: any device
+    refuses: Callable[..., str | None] = lambda *args: None
+    triton: bool = False
+
+    def why_not(self, device: str, args: Sequence[Any]) -> str | None:
+        """Return why this provider cannot serve `args` on `device`, or None when it can."""
+        interpreted = self.triton and versions.triton_interprets()
+        if self.devices is not None and device not in self.devices and not interpreted:
+            return f"it runs on {'/'.join(self.devices)}, the arguments are on {device}"
+        return self.refuses(*args)
+
+
+@dataclass(eq=False, kw_only=True)
+class Contract:
+    """One op: callable like a function, and the record that everything else reads.
+
+    meaning  plain torch; it is the definition, the fake (shape) function, the oracle and the fallback provider
+    op       the registered `torch.ops.seamwise.<name>` overload that appears in graphs
+    seam     True for an op that runs eagerly between compiled pieces (attention, its KV write)
+    mutates  names of the arguments the op writes (only a seam may have any)
+    """
+
+    name: str
+    meaning: Callable[..., Any]
+    seam: bool
+    mutates: tuple[str, ...]
+    op: Any = None
+    providers: list[Provider] = field(default_factory=list)
+    _cost: Callable[..., Cost] | None = None
+    _inputs: Callable[..., tuple[Any, ...]] | None = None
+    examples: tuple[Mapping[str, int], ...] = ()
+    shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.op(*args, **kwargs)
+
+    def run(self, provider: str, *args: Any) -> Any:
+        """Call one provider by name. Raises ValueError when it does not exist or cannot serve these arguments."""
+        return self.choose(args, provider).call(*args)
+
+    def choose(self, args: Sequence[Any], requested: str | None = None) -> Provider:
+        """Return the provider for `args`: the requested one, else the first registered that accepts them.
+
+        The meaning itself, as provider "torch", stands last and accepts everything.
+        """
+        device = next(_tensors(args)).device.type
+        if requested is None:
+            return next(p for p in self.providers if p.why_not(device, args) is None)
+        for provider in self.providers:
+            if provider.name == requested:
+                if reason := provider.why_not(device, args):
+                    raise ValueError(f"{self.name}: provider {requested!r} cannot serve this call: {reason}")
+                return provider
+        names = ", ".join(p.name for p in self.providers)
+        raise ValueError(f"{self.name}: no provider named {requested!r}; it has: {names}")
+
+    def provider(
+        self,
+        name: str,
+        *,
+        devices: tuple[str, ...] | None = None,
+        refuses: Callable[..., str | None] | None = None,
+        triton: bool = False,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register the decorated function as a provider, before the meaning and after earlier registrations."""
+
+        def register(call: Callable[..., Any]) -> Callable[..., Any]:
+            accept = refuses if refuses is not None else (lambda *args: None)
+            entry = Provider(name=name, call=call, devices=devices, refuses=accept, triton=triton)
+            self.providers.insert(len(self.providers) - 1, entry)
+            return call
+
+        return register
+
+    def costs(self, function: Callable[..., Cost]) -> Callable[..., Cost]:
+        """Register `cost(*args) -> Cost`, taking the op's own arguments."""
+        self._cost = function
+        return function
+
+    def inputs(
+        self, *, examples: Iterable[Mapping[str, int]], shapes: Mapping[str, Mapping[str, int]] | None = None
+    ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
+        """Register `make(sizes…, dtype=, device=, seed=) -> args`, with small `examples` (edge cases for tests) and
+        named `shapes` of real models (for the microbenchmarks)."""
+
+        def register(make: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+            self._inputs, self.examples, self.shapes = make, tuple(examples), dict(shapes or {})
+            return make
+
+        return register
+
+    def cost(self, *args: Any) -> Cost:
+        assert self._cost is not None, f"{self.name}: its file registers no cost"
+        return self._cost(*args)
+
+    def make_inputs(self, sizes: Mapping[str, int], *, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Any, ...]:
+        """Draw one argument tuple of the given sizes, reproducibly."""
+        assert self._inputs is not None, f"{self.name}: its file registers no inputs"
+        return self._inputs(**sizes, dtype=dtype, device=device, seed=seed)
+
+
+def contract(
+    *, seam: bool = False, mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Contract]:
+    """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
+
+    The op must return fresh tensors, never views of its arguments. `fake` replaces the meaning for shape
+    propagation, where the meaning reads values (a seam's block table).
+    """
+
+    def declare(meaning: Callable[..., Any]) -> Contract:
+        name = meaning.__name__
+        if mutates and not seam:
+            raise ValueError(f"{name}: only a seam may write its arguments, got mutates={mutates}; return new tensors")
+        schema = torch.library.infer_schema(meaning, mutates_args=mutates)
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        record = Contract(name=name, meaning=meaning, seam=seam, mutates=mutates)
+        record.providers.append(Provider(name="torch", call=meaning))
+        _LIBRARY.impl(name, lambda *args: record.choose(args).call(*args), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake or meaning, lib=_LIBRARY)
+        record.op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        record.__doc__ = meaning.__doc__
+        CONTRACTS[name] = record
+        return record
+
+    return declare
+
+
+def contract_of(target: object) -> Contract | None:
+    """Return the contract whose op is `target` (an FX node's target), or None."""
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+        return CONTRACTS.get(target._schema.name.split("::")[1])
+    return None
+
+
+def _tensors(args: Sequence[Any]) -> Iterable[Any]:
+    return iter([a for a in args if isinstance(a, Tensor)])
