@@ -1,0 +1,18 @@
+"""`seamwise bench NAME …`: hand the remaining arguments to the benchmark of that name."""
+
+from __future__ import annotations
+
+import importlib
+
+BENCHES = {"throughput": "the fixed workloads end to end", "kernels": "microbenchmarks of every contract"}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark named by the first argument. Returns the exit status."""
+    if not arguments or arguments[0] not in BENCHES:
+        got = f"got {arguments[0]!r}; " if arguments else ""
+        listed = "\n".join(f"  {name:12} {what}" for name, what in BENCHES.items())
+        print(f"seamwise bench: {got}wanted one of\n{listed}")
+        return 2
+    module = importlib.import_module(f"seamwise.bench.{arguments[0]}")
+    return int(module.main(arguments[1:]))

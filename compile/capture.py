@@ -1,0 +1,92 @@
+"""Capture: one functional ATen graph of the whole model, symbolic in its dynamic sizes, with zero guards.
+
+Source: torch.export, https://docs.pytorch.org/docs/stable/export.html (non-strict mode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+
+DimNames = Mapping[str, tuple[str | None, ...] | list[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """The graph of one model.
+
+    module   the FX graph; its placeholders are, in order, the parameters and buffers read, then the step's inputs
+    weights  placeholder name -> name of the parameter or buffer in the captured module
+    inputs   placeholder names of the step's inputs, in the order of the flattened arguments
+    """
+
+    module: torch.fx.GraphModule
+    weights: dict[str, str]
+    inputs: tuple[str, ...]
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.module.graph
+
+
+def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> Captured:
+    """Trace `model(**arguments)` once and return its graph.
+
+    arguments  example step inputs; no dynamic size may be 0 or 1 in them
+    dims       argument name -> the name of each dynamic dimension, None where static; equal names are equal sizes.
+               For a list argument: one such entry for each leaf, nested alike.
+
+    Raises ValueError when the model's code restricts a dynamic size (a guard): such a graph would be wrong for other
+    sizes, so it is refused here rather than recompiled later.
+    """
+    symbols: dict[str, Any] = {}
+
+    def spec(names: Any) -> Any:
+        if isinstance(names, list):
+            return [spec(n) for n in names]
+        return {i: symbols.setdefault(n, Dim(n, min=1, max=1 << 31)) for i, n in enumerate(names) if n is not None}
+
+    shapes = {name: spec(dims[name]) for name in arguments}
+    try:
+        with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
+            exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=shapes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        raise ValueError(
+            f"capture: {type(model).__name__} restricts a size that must stay dynamic ({', '.join(symbols)}): {error}"
+        ) from error
+    weights: dict[str, str] = {}
+    inputs: list[str] = []
+    module = exported.graph_module
+    placeholders = {n.name: n for n in module.graph.find_nodes(op="placeholder")}
+    for entry in exported.graph_signature.input_specs:
+        name = entry.arg.name
+        if entry.kind is InputKind.USER_INPUT:
+            inputs.append(name)
+        else:
+            assert entry.target is not None
+            weights[name] = entry.target
+            placeholders[name].meta["weight"] = True
+    _unify_tied(model, module, weights)
+    return Captured(module=module, weights=weights, inputs=tuple(inputs))
+
+
+def _unify_tied(model: nn.Module, module: torch.fx.GraphModule, weights: dict[str, str]) -> None:
+    """Let every use of one tensor (tied embeddings) read one placeholder, the first."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    first: dict[int, torch.fx.Node] = {}
+    for node in list(module.graph.find_nodes(op="placeholder")):
+        tensor = tensors.get(weights.get(node.name, ""))
+        if not isinstance(tensor, Tensor):
+            continue
+        kept = first.setdefault(id(tensor), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            module.graph.erase_node(node)
+            del weights[node.name]

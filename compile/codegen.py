@@ -1,0 +1,138 @@
+"""Generated code: one straight-line Python function for each distinct piece, and one for the whole step.
+
+The text is what runs, what a pack stores and what a person reads:
+
+    aten_reshape_default = torch.ops.aten.reshape.default
+    add_rms_norm_cpp = provider("add_rms_norm", "cpp")
+
+    def piece_1b00e58a(attention, getitem_1, w_0, ...):
+        ...
+
+    def step(run, w, token_ids, ...):
+        linear, rope = run[0](token_ids, positions, w[0], w[1])
+        kv_append_cpp(rope_1, reshape, kv_caches_0_0, kv_caches_0_1, slot_mapping)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from seamwise.kernels.contract import CONTRACTS, contract_of
+from seamwise.passes.graph import value
+
+from .split import Piece, Seam
+
+
+class Source:
+    """Collects functions and the names they need; `text()` is the whole module."""
+
+    def __init__(self) -> None:
+        self.prologue: dict[str, str] = {}
+        self.functions: list[str] = []
+
+    def text(self) -> str:
+        header = [f"{name} = {expression}" for name, expression in sorted(self.prologue.items())]
+        return "\n\n".join(["\n".join(header), *self.functions]) + "\n"
+
+    def add_piece(self, name: str, piece: Piece) -> None:
+        """Add `name(*inputs) -> tuple of outputs` for a lowered piece."""
+        nodes = list(piece.module.graph.nodes)
+        body = self._body(nodes, keep={n.name for n in nodes if n.op == "placeholder"})
+        arguments = ", ".join(n.name for n in nodes if n.op == "placeholder")
+        results = ", ".join(n.name for n in nodes[-1].args[0])  # type: ignore[union-attr]
+        self.functions.append(f"def {name}({arguments}):\n{body}    return ({results},)\n")
+
+    def add_step(
+        self, steps: Sequence[Piece | Seam], inputs: Sequence[str], weights: Sequence[str], outputs: Sequence[str]
+    ) -> None:
+        """Add `step(run, w, *inputs) -> tuple`; `run[i]` is called for piece i, `w` holds the weights in order."""
+        index = {name: i for i, name in enumerate(weights)}
+        lines, number = [], 0
+        last = _last_uses(steps, outputs)
+        for i, item in enumerate(steps):
+            if isinstance(item, Seam):
+                lines.append(self._call(item.node, {}))
+            else:
+                arguments = ", ".join(f"w[{index[n]}]" if n in index else n for n in item.inputs)
+                lines.append(f"{', '.join(item.outputs)}, = run[{number}]({arguments})")
+                number += 1
+            if dead := [n for n, j in last.items() if j == i and n not in index and n not in inputs]:
+                lines.append(f"del {', '.join(dead)}")
+        lines.append(f"return ({', '.join(outputs)},)")
+        body = "".join(f"    {line}\n" for line in lines)
+        self.functions.append(f"def step(run, w, {', '.join(inputs)}):\n{body}")
+
+    def _body(self, nodes: list[Node], keep: set[str]) -> str:
+        position = {n: i for i, n in enumerate(nodes)}
+        lines = []
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            lines.append(self._call(node, {}))
+            dead = [n.name for n in node.all_input_nodes if n.name not in keep and max(map(position.get, n.users)) == position[node]]  # type: ignore[type-var,arg-type]
+            if dead:
+                lines.append(f"del {', '.join(dead)}")
+        return "".join(f"    {line}\n" for line in lines)
+
+    def _call(self, node: Node, rename: dict[str, str]) -> str:
+        if node.target is operator.getitem:
+            return f"{node.name} = {self._argument(node.args[0])}[{self._argument(node.args[1])}]"
+        arguments = [self._argument(a) for a in node.args]
+        arguments += [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
+        call = f"{self._target(node)}({', '.join(arguments)})"
+        return f"{node.name} = {call}" if value(node) is not None else call
+
+    def _target(self, node: Node) -> str:
+        record = contract_of(node.target)
+        if record is not None:
+            name = f"{record.name}_{node.meta['provider']}"
+            self.prologue[name] = f'provider("{record.name}", "{node.meta["provider"]}")'
+        elif isinstance(node.target, torch._ops.OpOverload):
+            name = str(node.target).replace(".", "_")
+            self.prologue[name] = f"torch.ops.{node.target}"
+        else:
+            name = f"{node.target.__module__.lstrip('_')}_{node.target.__name__}"  # type: ignore[union-attr]
+            self.prologue[name] = f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"  # type: ignore[union-attr]
+        return name
+
+    def _argument(self, a: Any) -> str:
+        if isinstance(a, Node):
+            return a.name
+        if isinstance(a, (list, tuple)):
+            return f"[{', '.join(map(self._argument, a))}]"
+        if isinstance(a, torch.device):
+            return f"torch.device({str(a)!r})"
+        if a is None or isinstance(a, (bool, int, str, torch.dtype, torch.layout, torch.memory_format)):
+            return repr(a)
+        if isinstance(a, float):
+            return f"float({str(a)!r})" if a != a or abs(a) == float("inf") else repr(a)
+        raise ValueError(f"codegen: cannot write the argument {a!r} ({type(a).__name__})")
+
+
+def _last_uses(steps: Sequence[Piece | Seam], outputs: Sequence[str]) -> dict[str, int]:
+    last: dict[str, int] = {}
+    for i, item in enumerate(steps):
+        for name in item.inputs if isinstance(item, Piece) else [n.name for n in item.node.all_input_nodes]:
+            last[name] = i
+    return {n: i for n, i in last.items() if n not in outputs}
+
+
+def load(text: str) -> dict[str, Any]:
+    """Execute generated text and return its functions by name."""
+    namespace: dict[str, Any] = {"torch": torch, "operator": operator, "provider": _provider}
+    exec(compile(text, "<seamwise generated>", "exec"), namespace)
+    return namespace
+
+
+def _provider(contract: str, name: str) -> Any:
+    return next(p.call for p in CONTRACTS[contract].providers if p.name == name)
+
+
+def piece_source(module: GraphModule) -> str:
+    """Return a piece as torch's own printed code, for people."""
+    return module.print_readable(print_output=False)

@@ -1,0 +1,96 @@
+"""Derived tensors: what the graph computes from weights alone is hoisted out of the step and computed at load.
+
+Each weight the step reads then has a recipe, a small expression over the checkpoint's parameters. Loading,
+update_weights and packs all evaluate the same recipes; nothing else may transform a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from seamwise.passes.graph import is_weight, sweep
+
+from .capture import Captured
+
+Recipe = dict[str, Any]  # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, lists…]}
+
+
+def hoist(captured: Captured) -> dict[str, Recipe]:
+    """Move weight-only computation out of the graph, in place; return placeholder name -> recipe, in graph order."""
+    graph = captured.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_weight(node):
+            continue
+        if all(is_weight(user) for user in node.users):
+            continue  # an inner part of a larger derived tensor
+        with graph.inserting_before(next(iter(graph.nodes))):
+            placeholder = graph.placeholder(f"derived_{node.name}")
+        placeholder.meta.update(val=node.meta["val"], weight=True, recipe=_recipe(node, captured.weights))
+        node.replace_all_uses_with(placeholder)
+    sweep(captured.module)
+    recipes: dict[str, Recipe] = {}
+    for node in list(graph.find_nodes(op="placeholder")):
+        if node.meta.get("weight"):
+            if node.users:
+                recipes[node.name] = node.meta.get("recipe") or {"weight": captured.weights[node.name]}
+            else:
+                graph.erase_node(node)
+    return recipes
+
+
+def parameters_of(recipe: Recipe) -> set[str]:
+    """Return the names of all parameters a recipe reads."""
+    if "weight" in recipe:
+        return {recipe["weight"]}
+    return {name for argument in _flat(recipe["args"]) for name in parameters_of(argument)}
+
+
+def evaluate(recipe: Recipe, parameter: Callable[[str], Tensor]) -> Tensor:
+    """Compute a derived tensor; `parameter(name)` gives the checkpoint's tensors."""
+    if "weight" in recipe:
+        return parameter(recipe["weight"])
+    args = [_evaluate(a, parameter) for a in recipe["args"]]
+    result = resolve_op(recipe["op"])(*args)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def resolve_op(name: str) -> Any:
+    """Return the overload called `namespace.op.overload`."""
+    namespace, op, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+
+
+def _evaluate(argument: Any, parameter: Callable[[str], Tensor]) -> Any:
+    if isinstance(argument, dict):
+        return evaluate(argument, parameter)
+    return [_evaluate(a, parameter) for a in argument] if isinstance(argument, list) else argument
+
+
+def _flat(argument: Any) -> list[Recipe]:
+    if isinstance(argument, list):
+        return [r for a in argument for r in _flat(a)]
+    return [argument] if isinstance(argument, dict) else []
+
+
+def _recipe(node: Node, weights: dict[str, str]) -> Recipe:
+    if node.op == "placeholder":
+        return {"weight": weights[node.name]}
+    if node.kwargs:
+        raise ValueError(f"derive: {node.format_node()} has keyword arguments; a recipe takes positional ones only")
+    return {"op": str(node.target), "args": [_argument(a, weights) for a in node.args]}
+
+
+def _argument(argument: Any, weights: dict[str, str]) -> Any:
+    if isinstance(argument, Node):
+        return _recipe(argument, weights)
+    if isinstance(argument, (list, tuple)):
+        return [_argument(a, weights) for a in argument]
+    if argument is None or isinstance(argument, (bool, int, float, str)):
+        return argument
+    raise ValueError(f"derive: a recipe cannot hold {argument!r} ({type(argument).__name__})")

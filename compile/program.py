@@ -1,0 +1,54 @@
+"""A compiled model as data (Program), and ready to run on loaded weights (Executable)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from seamwise.passes import Report
+
+from . import codegen
+from .derive import Recipe
+
+
+@dataclass(slots=True, kw_only=True)
+class Program:
+    """What compiling gives; all of it is text and numbers, so a pack can hold it.
+
+    source     the generated module: one function for each distinct piece, and `step`
+    calls      the function that runs at each piece of the step, in order
+    num_seams  calls that run eagerly between pieces
+    recipes    name of each weight the step reads -> how it follows from the checkpoint's parameters, in call order
+    inputs     names of the step's inputs, in call order
+    """
+
+    source: str
+    calls: list[str]
+    num_seams: int
+    recipes: dict[str, Recipe]
+    inputs: tuple[str, ...]
+    reports: list[Report] = field(default_factory=list)
+    providers: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_distinct(self) -> int:
+        return len(set(self.calls))
+
+
+class Executable:
+    """A program bound to its weights. `pieces` may be replaced one by one (a recorder wraps them)."""
+
+    def __init__(self, program: Program, weights: Sequence[Tensor]) -> None:
+        functions = codegen.load(program.source)
+        self.program = program
+        self.weights = list(weights)
+        self.pieces: list[Callable[..., tuple[Any, ...]]] = [functions[name] for name in program.calls]
+        self._step = functions["step"]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run one step on the flattened inputs, in the program's order; return the logits."""
+        (logits,) = self._step(self.pieces, self.weights, *inputs)
+        return logits  # type: ignore[no-any-return]

@@ -1,0 +1,33 @@
+"""Named, counted, explained rewrites of the whole graph; one file a pass.
+
+Each pass's file starts with the graph before and after it. The order they run in is compile/pipeline.py.
+"""
+
+from .canonicalize import canonicalize
+from .fuse_add_rms_norm import FUSE_ADD_RMS_NORM
+from .fuse_gate_up import FUSE_GATE_UP
+from .fuse_qkv import FUSE_QKV
+from .matcher import Match, Miss, Pattern
+from .pack_linear import PACK_LINEAR
+from .raise_rms_norm import RAISE_RMS_NORM
+from .raise_rope import RAISE_ROPE
+from .raise_swiglu import RAISE_SWIGLU
+from .rewrite import Pass, Report, Structure, pattern_pass
+
+__all__ = [
+    "FUSE_ADD_RMS_NORM",
+    "FUSE_GATE_UP",
+    "FUSE_QKV",
+    "PACK_LINEAR",
+    "RAISE_RMS_NORM",
+    "RAISE_ROPE",
+    "RAISE_SWIGLU",
+    "Match",
+    "Miss",
+    "Pass",
+    "Pattern",
+    "Report",
+    "Structure",
+    "canonicalize",
+    "pattern_pass",
+]

@@ -1,0 +1,85 @@
+"""Small helpers on FX graphs that every pass and the compiler share: values, places, insertion with shapes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+aten = torch.ops.aten
+
+
+def value(node: Node) -> Any:
+    """Return the fake value of a node (a FakeTensor, a tuple of them, or a SymInt)."""
+    return node.meta["val"]
+
+
+def place(node: Node) -> str:
+    """Return the path of the module whose forward produced this node, '' when unknown."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def fake_values(argument: Any) -> Any:
+    """Replace every node inside an argument structure by its fake value."""
+    return torch.fx.node.map_arg(argument, value)
+
+
+@contextmanager
+def inserting(graph: Graph, before: Node, like: Node) -> Iterator[Callable[[Node], Proxy]]:
+    """Give a function that wraps a node as a Proxy; ops called on proxies are inserted before `before`.
+
+    The new nodes get their fake values on exit, and the module path of `like`.
+    """
+    seen = set(graph.nodes)
+    tracer = GraphAppendingTracer(graph)
+    with graph.inserting_before(before):
+        yield lambda node: Proxy(node, tracer)
+    for node in graph.nodes:
+        if node not in seen:
+            node.meta.setdefault("nn_module_stack", like.meta.get("nn_module_stack"))
+            infer(node)
+
+
+def infer(node: Node) -> None:
+    """Compute the fake value of a call_function node from its arguments."""
+    assert node.op == "call_function" and callable(node.target), node.format_node()
+    args, kwargs = fake_values(node.args), fake_values(node.kwargs)
+    node.meta["val"] = node.target(*args, **kwargs)
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Return whether `node` is a call of one of `targets`."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_weight(node: Any) -> bool:
+    """Return whether a node depends on weights alone: a weight placeholder, or computed from such."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "placeholder":
+        return bool(node.meta.get("weight"))
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_weight, node.all_input_nodes))
+
+
+def sweep(module: GraphModule) -> None:
+    """Remove dead nodes (never a placeholder, never a call that writes its arguments) and check the graph."""
+    for node in reversed(list(module.graph.nodes)):
+        if node.op == "call_function" and not node.users and not writes(node):
+            module.graph.erase_node(node)
+    module.graph.lint()
+
+
+def writes(node: Node) -> bool:
+    """Return whether a node's op writes one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def is_getitem(node: Any) -> bool:
+    return is_op(node, operator.getitem)

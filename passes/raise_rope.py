@@ -1,0 +1,71 @@
+"""Name rotary position embedding (neox halves), with tokens first as our models write it or heads first as
+transformers' models do.
+
+before: y = x * cos + cat(-x[..., D/2:], x[..., :D/2]) * sin
+after:  y = rope(x, cos, sin)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from seamwise.kernels import rope
+
+from .graph import aten, is_op
+from .matcher import HOLE, Match, Pattern
+from .rewrite import Pass, pattern_pass
+
+_HALF = HOLE + 13
+
+
+def _rotate(x: Tensor) -> Tensor:
+    return torch.cat((-x[..., _HALF:], x[..., :_HALF]), dim=-1)
+
+
+def tokens_first(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    return x_THD * cos_TD.unsqueeze(-2) + _rotate(x_THD) * sin_TD.unsqueeze(-2)
+
+
+def heads_first(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    return x_BHTD * cos_BTD.unsqueeze(-3) + _rotate(x_BHTD) * sin_BTD.unsqueeze(-3)
+
+
+def replace_tokens_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rope(x, cos, sin)
+
+
+def replace_heads_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rows = aten.transpose.int(aten.select.int(x, 0, 0), -3, -2)
+    rotated = rope(rows, aten.select.int(cos, 0, 0), aten.select.int(sin, 0, 0))
+    return aten.unsqueeze.default(aten.transpose.int(rotated, -3, -2), 0)
+
+
+def _fits(rank: int, batched: bool) -> Callable[[Match], str | None]:
+    def applies(match: Match) -> str | None:
+        x, cos, sin = (n.meta["val"] for n in match.inputs)
+        half = match.sizes.get(_HALF)
+        if x.dim() != rank or cos.dim() != rank - 1 or cos.shape != sin.shape:
+            return f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: wanted ranks {rank}, {rank - 1}"
+        if batched and not (x.shape[0] == 1 and cos.shape[0] == 1):
+            return f"batch is {x.shape[0]}, wanted 1 (tokens of all requests are concatenated)"
+        if half is None or x.shape[-1] != 2 * half or cos.shape[-1] != x.shape[-1]:
+            return f"halves are cut at {half}, wanted {x.shape[-1]} / 2 (rotation of the whole head)"
+        return None
+
+    return applies
+
+
+def _patterns(dtype: torch.dtype) -> list[Pattern]:
+    D = 2 * _HALF
+    return [
+        Pattern.trace(tokens_first, replace_tokens_first, [(3, 2, D), (3, D), (3, D)], dtype, applies=_fits(3, False)),
+        Pattern.trace(heads_first, replace_heads_first, [(1, 2, 3, D), (1, 3, D), (1, 3, D)], dtype, applies=_fits(4, True)),
+    ]
+
+
+RAISE_ROPE: Pass = pattern_pass(
+    "raise_rope", patterns=_patterns, key=lambda node: is_op(node, aten.neg.default), expect=lambda s: s.rotations
+)

@@ -1,0 +1,132 @@
+"""A pass: one named, local, counted rewrite of the graph, with a report of what it did and could not do."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, Proxy
+
+from .graph import inserting, is_op, place, sweep, value
+from .matcher import Match, Miss, Pattern
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """What a model is made of, counted on its modules; passes promise their matches from it.
+
+    norms     calls of RMSNorm modules
+    residual_norms  those of them that read a residual sum (every block norm but the model's first)
+    rotations tensors rotated by RoPE (queries and keys of each attention)
+    gated_mlps      MLPs with gate and up projections
+    attentions      attentions with separate query, key and value projections
+    """
+
+    norms: int = 0
+    residual_norms: int = 0
+    rotations: int = 0
+    gated_mlps: int = 0
+    attentions: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """One pass's remark: how often it matched, what was promised, each miss with its reason, its time."""
+
+    name: str
+    matched: int = 0
+    expected: int | None = None
+    misses: list[Miss] = field(default_factory=list)
+    elapsed_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """`rewrite(module, report)` changes the graph in place; `expect(structure)` is the promised count."""
+
+    name: str
+    rewrite: Callable[[GraphModule, Report], None]
+    expect: Callable[[Structure], int] | None = None
+
+    def apply(self, module: GraphModule, structure: Structure) -> Report:
+        """Run the pass over the graph and report."""
+        started = time.perf_counter()
+        report = Report(name=self.name, expected=self.expect(structure) if self.expect else None)
+        self.rewrite(module, report)
+        sweep(module)
+        report.elapsed_ms = 1e3 * (time.perf_counter() - started)
+        return report
+
+
+def pattern_pass(
+    name: str,
+    *,
+    patterns: Callable[[torch.dtype], Sequence[Pattern]],
+    key: Callable[[Node], bool],
+    expect: Callable[[Structure], int] | None = None,
+) -> Pass:
+    """Make a pass from patterns, tried in order at every node that looks like their first output.
+
+    patterns  gives the traced patterns for a model of that dtype
+    key       marks a candidate: each node that still answers to it after the pass is a miss and is explained
+    """
+
+    def rewrite(module: GraphModule, report: Report) -> None:
+        traced = list(patterns(model_dtype(module)))
+        refused: dict[Node, Miss] = {}
+        for node in list(module.graph.nodes):
+            for pattern in traced:
+                if not is_op(node, pattern.outputs[0].target):
+                    continue
+                match = pattern.match(node)
+                if isinstance(match, Miss):
+                    continue
+                if reason := pattern.applies(match) or _unplaceable(module, match):
+                    for inner in match.nodes:
+                        refused[inner] = Miss(place(node), node.name, reason)
+                    continue
+                _replace(module, match, pattern.replacement)
+                report.matched += 1
+                break
+        sweep(module)
+        for node in module.graph.nodes:
+            if key(node):
+                report.misses.append(refused.get(node) or _furthest(traced, node))
+
+    return Pass(name=name, rewrite=rewrite, expect=expect)
+
+
+def model_dtype(module: GraphModule) -> torch.dtype:
+    """Return the floating dtype that most weights of the graph have."""
+    weights = [value(n).dtype for n in module.graph.find_nodes(op="placeholder") if n.meta.get("weight")]
+    return Counter(d for d in weights if d.is_floating_point).most_common(1)[0][0]
+
+
+def _furthest(patterns: Sequence[Pattern], node: Node) -> Miss:
+    """Explain a candidate by the pattern that has most in common with it: the first that names a difference in it."""
+    misses = [p.explain(node) for p in patterns]
+    return next((m for m in misses if "follows" not in m.reason), misses[0])
+
+
+def _unplaceable(module: GraphModule, match: Match) -> str | None:
+    """Return why the replacement cannot stand before the match's first output, or None."""
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
+    first = min(match.outputs, key=order.__getitem__)
+    late = [n.name for n in match.inputs if order[n] > order[first]]
+    return f"{', '.join(late)} is computed after {first.name}, which the replacement must give" if late else None
+
+
+def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any]) -> None:
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
+    first = min(match.outputs, key=order.__getitem__)
+    with inserting(module.graph, first, like=match.outputs[0]) as proxy:
+        results = replacement(*map(proxy, match.inputs), **match.scalars)
+        results = results if isinstance(results, (list, tuple)) else [results]
+    for old, new in zip(match.outputs, results, strict=True):
+        assert isinstance(new, Proxy)
+        old.replace_all_uses_with(new.node)
+        module.graph.erase_node(old) if not old.users else None
