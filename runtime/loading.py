@@ -1,0 +1,134 @@
+"""From a configuration to a program (traced and compiled, or taken from its pack), and from a checkpoint to its weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from seamwise.compile import pack
+from seamwise.compile.derive import evaluate, parameters_of
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.program import Program
+
+from .checkpoint import Checkpoint
+from .config import ModelConfig
+from .runner_config import RunnerConfig
+from .step import STEP_ARGUMENTS
+
+
+def load_program(
+    config: ModelConfig, options: RunnerConfig, ledger: Ledger
+) -> tuple[Program, dict[str, Tensor]]:
+    """Return the compiled program and the model's buffers: from the pack when there is one, else compiled and packed.
+
+    A damaged pack is reported as a warning and replaced.
+    """
+    with ledger.stage("look up pack"):
+        parts = pack.key_parts(
+            {
+                "model": config.raw,
+                "dtype": options.dtype,
+                "device": torch.device(options.device).type,
+                "entry": options.entry,
+                "block_size": options.block_size,
+                "pipeline": asdict(options.pipeline),
+            }
+        )
+        try:
+            found = pack.load(options.pack_dir, parts) if options.pack_dir else None
+        except pack.PackRefused as error:
+            warnings.warn(f"{error}; compiling again", stacklevel=2)
+            found = None
+    if found is not None:
+        return found
+    program, buffers = compile_model(config, options, ledger)
+    if options.pack_dir:
+        with ledger.stage("write pack"):
+            pack.save(options.pack_dir, parts, program, buffers)
+    return program, buffers
+
+
+def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
+    """Build the module without weights, trace it on fake tensors and run the pipeline."""
+    with ledger.stage("import compiler"):
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        from seamwise.compile.capture import capture
+        from seamwise.compile.pipeline import compile_graph
+        from seamwise.compile.structure import structure_of
+        from seamwise.model_defs import build_model
+    with ledger.stage("build model"):
+        model = build_model(config, entry=options.entry)
+        buffers = {name: b for name, b in model.named_buffers() if b.device.type != "meta"}
+        structure = structure_of(model)
+        fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        with fake:
+            _make_fake(model, options)
+    with ledger.stage("capture"):
+        with fake:
+            arguments = _example_arguments(config, options)
+        captured = capture(model, arguments, _dims(config))
+    program = compile_graph(captured, structure, options.pipeline, ledger)
+    needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
+    return program, {name: b for name, b in buffers.items() if name in needed}
+
+
+def load_step_weights(
+    path: Path, config: ModelConfig, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]
+) -> list[Tensor]:
+    """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe."""
+    checkpoint = Checkpoint.open(path, config, load_format=options.load_format, seed=options.seed)
+
+    def parameter(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name].to(options.device)
+        return checkpoint.read(name, dtype=options.dtype, device=options.device)
+
+    with torch.inference_mode():
+        return [evaluate(recipe, parameter) for recipe in program.recipes.values()]
+
+
+def _make_fake(model: nn.Module, options: RunnerConfig) -> None:
+    """Give every parameter a fake tensor of the runner's dtype and device (buffers stay real: they are small)."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            fake = torch.empty(p.shape, dtype=options.dtype, device=options.device)
+            setattr(module, name, nn.Parameter(fake, requires_grad=False))
+
+
+def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, object]:
+    tokens, requests, blocks = 7, 3, 5
+    cache = (blocks, config.num_kv_heads, options.block_size, config.head_dim)
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=options.device)
+
+    values: dict[str, object] = {
+        "token_ids": make((tokens,), torch.int64),
+        "positions": make((tokens,), torch.int64),
+        "kv_caches": [[make(cache, options.dtype), make(cache, options.dtype)] for _ in range(config.num_layers)],
+        "slot_mapping": make((tokens,), torch.int64),
+        "block_table": make((requests, 4), torch.int32),
+        "seq_lens": make((requests,), torch.int32),
+        "query_starts": make((requests + 1,), torch.int32),
+        "logit_rows": make((2,), torch.int64),
+    }
+    return {name: values[name] for name in STEP_ARGUMENTS}
+
+
+def _dims(config: ModelConfig) -> dict[str, object]:
+    return {
+        "token_ids": ("T",),
+        "positions": ("T",),
+        "kv_caches": [[("N", None, None, None)] * 2 for _ in range(config.num_layers)],
+        "slot_mapping": ("T",),
+        "block_table": ("R", "B"),
+        "seq_lens": ("R",),
+        "query_starts": ("S",),
+        "logit_rows": ("L",),
+    }

@@ -1,0 +1,92 @@
+"""How a runner is built: device, dtype, entry, compiler and cache options, resolved and checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seamwise.compile import pack
+from seamwise.compile.pipeline import PipelineConfig
+
+from .config import ModelConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """Options of ModelRunner.load, in effect or refused.
+
+    dtype          of weights, activations and KV cache
+    device         "cpu" or "cuda[:n]"
+    entry          "own": Seamwise's definition; "transformers": the checkpoint's own class
+    max_model_len  longest request in tokens, prompt and output together
+    block_size     tokens in a KV cache block
+    load_format    "auto": the checkpoint; "dummy": seeded random weights
+    pipeline       what differs from the default compiler pipeline
+    pack_dir       where compiled models are kept; None compiles every time
+    """
+
+    dtype: torch.dtype
+    device: str
+    entry: str
+    max_model_len: int
+    block_size: int = 16
+    load_format: str = "auto"
+    seed: int = 0
+    enforce_eager: bool = False
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    pack_dir: Path | None = pack.DEFAULT_DIRECTORY
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size={self.block_size}: wanted a power of two (16 is the default)")
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format={self.load_format!r}: wanted 'auto' or 'dummy'")
+
+    @classmethod
+    def for_model(
+        cls,
+        config: ModelConfig,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        entry: str = "auto",
+        max_model_len: int | None = None,
+        **options: Any,
+    ) -> RunnerConfig:
+        """Resolve "auto" values against a model's configuration. Raises ValueError naming a value that cannot be used."""
+        from seamwise.model_defs import has_definition
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+        if dtype == "auto":
+            dtype = config.dtype
+        if isinstance(dtype, str):
+            if dtype not in _DTYPES:
+                raise ValueError(f"dtype={dtype!r}: wanted 'auto' or one of {', '.join(_DTYPES)}")
+            dtype = _DTYPES[dtype]
+        own = has_definition(config.architecture)
+        if entry == "auto":
+            entry = "own" if own else "transformers"
+        if entry not in ("own", "transformers"):
+            raise ValueError(f"entry={entry!r}: wanted 'auto', 'own' or 'transformers'")
+        if entry == "own" and not own:
+            raise ValueError(
+                f"entry='own': Seamwise has no definition of {config.architecture}; use entry='transformers'"
+            )
+        limit = config.max_position_embeddings
+        if max_model_len is None:
+            max_model_len = limit
+        if not 1 <= max_model_len <= limit:
+            raise ValueError(f"max_model_len={max_model_len}: wanted 1 to {limit} (the model's max_position_embeddings)")
+        try:
+            return cls(dtype=dtype, device=device, entry=entry, max_model_len=max_model_len, **options)
+        except TypeError as error:
+            known = ", ".join(cls.__slots__)  # type: ignore[attr-defined]
+            raise ValueError(f"unknown runner option: {error}; the options are: {known}") from None

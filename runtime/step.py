@@ -1,0 +1,62 @@
+"""What a step takes and gives: the runner's typed interface to any scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+# Argument names of every model's forward, in order; kv_caches is a list of (k_cache, v_cache), the rest are tensors.
+STEP_ARGUMENTS = (
+    "token_ids", "positions", "kv_caches", "slot_mapping", "block_table", "seq_lens", "query_starts", "logit_rows",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """One step's ragged batch: tokens of all requests concatenated, without padding. All tensors on the CPU.
+
+    token_ids       (T,) int64
+    positions       (T,) int64
+    slot_mapping    (T,) int64: block * block_size + offset where the token's key and value go
+    block_table     (R, B) int32: each request's blocks; unused entries are 0, the reserved null block
+    seq_lens        (R,) int32: tokens of each request known to the cache after this step
+    query_starts    (R + 1,) int32: request r owns rows query_starts[r] : query_starts[r + 1]
+    logit_rows      (L,) int64: rows whose logits are wanted
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    query_starts: Tensor
+    logit_rows: Tensor
+
+    def check(self) -> None:
+        """Raise ValueError when shapes or dtypes do not fit together."""
+        tokens, requests = self.token_ids.shape[0], self.seq_lens.shape[0]
+        for name, dtype, shape in (
+            ("token_ids", torch.int64, (tokens,)),
+            ("positions", torch.int64, (tokens,)),
+            ("slot_mapping", torch.int64, (tokens,)),
+            ("block_table", torch.int32, (requests, self.block_table.shape[-1])),
+            ("seq_lens", torch.int32, (requests,)),
+            ("query_starts", torch.int32, (requests + 1,)),
+            ("logit_rows", torch.int64, tuple(self.logit_rows.shape[:1])),
+        ):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"StepInput.{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted {dtype} {shape}"
+                    f" ({tokens} tokens of {requests} requests)"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Logits of the wanted rows: (L, vocab_size) in the model's dtype, on the runner's device, valid until the next step."""
+
+    logits: Tensor
