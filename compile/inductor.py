@@ -20,13 +20,12 @@ from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
 
 from seamwise.kernels.contract import contract_of
-from seamwise.passes.graph import aten, value
+from seamwise.passes.graph import VIEWS, aten, value
 
 # Views cost nothing, a GEMM and a gather run a library kernel either way: none of these is a reason to compile.
-_FREE = {
-    aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.permute.default, aten.expand.default, aten.linear.default, aten.mm.default,
-    aten.addmm.default, aten.embedding.default, aten.index.Tensor, aten.index_select.default,
+_FREE = VIEWS | {
+    aten.linear.default, aten.mm.default, aten.addmm.default,
+    aten.embedding.default, aten.index.Tensor, aten.index_select.default,
 }  # fmt: skip
 
 

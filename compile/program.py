@@ -23,6 +23,7 @@ class Program:
     num_seams  calls that run eagerly between pieces
     recipes    name of each weight the step reads -> how it follows from the checkpoint's parameters, in call order
     inputs     names of the step's inputs, in call order
+    parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name
     """
 
     source: str
@@ -30,6 +31,8 @@ class Program:
     num_seams: int
     recipes: dict[str, Recipe]
     inputs: tuple[str, ...]
+    parameters: dict[str, list[int]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     providers: dict[str, int] = field(default_factory=dict)
 

@@ -13,6 +13,12 @@ from torch.fx.proxy import GraphAppendingTracer
 
 aten = torch.ops.aten
 
+# Ops that only look at their argument's memory another way: free to keep, free to repeat.
+VIEWS = {
+    aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.permute.default, aten.expand.default,
+}  # fmt: skip
+
 
 def value(node: Node) -> Any:
     """Return the fake value of a node (a FakeTensor, a tuple of them, or a SymInt)."""

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .canonicalize import canonicalize
-from .graph import aten, place, value
+from .graph import VIEWS, aten, place, value
 
 HOLE = 1000
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
@@ -97,8 +97,8 @@ class Pattern:
         """Match with the pattern's first output at `anchor`; a Miss tells the first difference met deepest."""
         return _Attempt(self).run(anchor)
 
-    def explain(self, key: Node) -> Miss:
-        """Say why no match covers `key`: of all anchors downstream of it, the attempt that got furthest."""
+    def explain(self, key: Node) -> tuple[int, Miss]:
+        """Say why no match covers `key`: of all anchors downstream of it, the attempt that bound most nodes, and how many."""
         wanted, best = self.outputs[0].target, None
         frontier, seen = [key], {key}
         for _ in range(len(self.graph.nodes)):
@@ -110,8 +110,9 @@ class Pattern:
                         best = (attempt.furthest, result)
             frontier = [u for n in frontier for u in n.users if u not in seen and not seen.add(u)]  # type: ignore[func-returns-value]
         if best is None:
-            return Miss(place(key), key.name, f"no {_name(wanted)} follows {_name(key.target)}, which the pattern ends with")
-        return best[1]
+            reason = f"no {_name(wanted)} follows {_name(key.target)}, which the pattern ends with"
+            return -1, Miss(place(key), key.name, reason)
+        return best
 
 
 @dataclass(slots=True)
@@ -133,8 +134,8 @@ class _Attempt:
         assert all(outputs), "a pattern's other outputs must be interior nodes of its first"
         inner = {n for p, n in self.bound.items() if p.op != "placeholder"}
         for p, n in self.bound.items():
-            if p.op == "placeholder" or p in self.pattern.outputs:
-                continue
+            if p.op == "placeholder" or p in self.pattern.outputs or n.target in VIEWS:
+                continue  # a view may stay for its other users: it costs nothing
             for user in n.users:
                 if user not in inner:
                     self.furthest = len(self.bound)

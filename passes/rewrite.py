@@ -107,9 +107,8 @@ def model_dtype(module: GraphModule) -> torch.dtype:
 
 
 def _furthest(patterns: Sequence[Pattern], node: Node) -> Miss:
-    """Explain a candidate by the pattern that has most in common with it: the first that names a difference in it."""
-    misses = [p.explain(node) for p in patterns]
-    return next((m for m in misses if "follows" not in m.reason), misses[0])
+    """Explain a candidate by the pattern that has most in common with it."""
+    return max((p.explain(node) for p in patterns), key=lambda found: found[0])[1]
 
 
 def _unplaceable(module: GraphModule, match: Match) -> str | None:

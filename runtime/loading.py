@@ -14,7 +14,7 @@ from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, DummyCheckpoint
 from .config import ModelConfig
 from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS
@@ -63,7 +63,7 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         from seamwise.compile.structure import structure_of
         from seamwise.model_defs import build_model
     with ledger.stage("build model"):
-        model = build_model(config, entry=options.entry)
+        model = build_model(config.architecture, config.raw, entry=options.entry)
         buffers = {name: b for name, b in model.named_buffers() if b.device.type != "meta"}
         structure = structure_of(model)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -74,15 +74,21 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             arguments = _example_arguments(config, options)
         captured = capture(model, arguments, _dims(config))
     program = compile_graph(captured, structure, options.pipeline, ledger)
+    program.parameters, program.tied = _parameters(model)
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
     return program, {name: b for name, b in buffers.items() if name in needed}
 
 
 def load_step_weights(
-    path: Path, config: ModelConfig, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]
+    path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]
 ) -> list[Tensor]:
     """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe."""
-    checkpoint = Checkpoint.open(path, config, load_format=options.load_format, seed=options.seed)
+    shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
+    checkpoint = (
+        DummyCheckpoint(shapes, options.seed)
+        if options.load_format == "dummy"
+        else Checkpoint.open(path, shapes, program.tied)
+    )
 
     def parameter(name: str) -> Tensor:
         if name in buffers:
@@ -93,12 +99,29 @@ def load_step_weights(
         return [evaluate(recipe, parameter) for recipe in program.recipes.values()]
 
 
+def _parameters(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Return name -> shape of each parameter, and the other names of tied ones."""
+    shapes, tied, first = {}, {}, {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        kept = first.setdefault(id(p), name)
+        if kept == name:
+            shapes[name] = list(p.shape)
+        else:
+            tied[name] = kept
+    return shapes, tied
+
+
 def _make_fake(model: nn.Module, options: RunnerConfig) -> None:
-    """Give every parameter a fake tensor of the runner's dtype and device (buffers stay real: they are small)."""
+    """Give every parameter a fake tensor of the runner's dtype and device, one for tied ones, and every buffer one too."""
+    fakes: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            fake = torch.empty(p.shape, dtype=options.dtype, device=options.device)
-            setattr(module, name, nn.Parameter(fake, requires_grad=False))
+            if id(p) not in fakes:
+                fake = torch.empty(p.shape, dtype=options.dtype, device=options.device)
+                fakes[id(p)] = nn.Parameter(fake, requires_grad=False)
+            setattr(module, name, fakes[id(p)])
+        for name, b in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=options.device))
 
 
 def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, object]:

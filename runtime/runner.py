@@ -58,7 +58,7 @@ class ModelRunner:
             settings = RunnerConfig.for_model(config, **options)
         program, buffers = load_program(config, settings, ledger)
         with ledger.stage("load weights"):
-            weights = load_step_weights(Path(path), config, settings, program, buffers)
+            weights = load_step_weights(Path(path), settings, program, buffers)
         with ledger.stage("bind"):
             executable = Executable(program, weights)
         return cls(config, settings, executable, ledger)
