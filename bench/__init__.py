@@ -1,0 +1,1 @@
+"""Benchmarks and the demo model; nothing of the library imports this."""

@@ -1,0 +1,1 @@
+"""The thin runtime: configuration, weights, KV cache, scheduler, sampler, engine, command line."""

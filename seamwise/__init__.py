@@ -1,0 +1,38 @@
+"""Seamwise: an LLM inference library whose compiler you can see, test and trust.
+
+    from seamwise import LLM, SamplingParams
+    print(LLM("path/to/model").generate("Hello", SamplingParams(max_tokens=16))[0].outputs[0].text)
+
+Importing this module imports nothing else: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seamwise.runtime.llm import LLM
+    from seamwise.runtime.outputs import CompletionOutput, RequestOutput
+    from seamwise.runtime.runner import ModelRunner
+    from seamwise.runtime.sampling_params import SamplingParams
+    from seamwise.runtime.step import StepInput, StepOutput
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "ModelRunner", "RequestOutput", "SamplingParams", "StepInput", "StepOutput"]
+
+_HOMES = {
+    "LLM": "llm",
+    "CompletionOutput": "outputs",
+    "RequestOutput": "outputs",
+    "ModelRunner": "runner",
+    "SamplingParams": "sampling_params",
+    "StepInput": "step",
+    "StepOutput": "step",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'seamwise' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"seamwise.runtime.{_HOMES[name]}"), name)
