@@ -1,0 +1,49 @@
+"""Say what the compiler did: each pass with its count, promise and misses; pieces and seams; the cost of start-up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from .program import Program
+
+
+def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
+    """Return the report as plain data; `expected` is null for a pass that promises no count."""
+    return {
+        "passes": [
+            {
+                "name": r.name,
+                "matched": r.matched,
+                "expected": r.expected,
+                "misses": [{"module": m.module, "node": m.node, "reason": m.reason} for m in r.misses],
+                "elapsed_ms": round(r.elapsed_ms, 1),
+            }
+            for r in program.reports
+        ],
+        "pieces": {"total": len(program.calls), "distinct": program.num_distinct, "calls": dict(Counter(program.calls))},
+        "seams": program.num_seams,
+        "providers": program.providers,
+        "derived_weights": sum("op" in recipe for recipe in program.recipes.values()),
+        "startup_s": dict(startup_s),
+    }
+
+
+def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
+    """Return the report for a terminal."""
+    lines = [f"{'pass':22} {'matched':>8} {'promised':>9} {'ms':>7}"]
+    for r in program.reports:
+        promised = "-" if r.expected is None else str(r.expected)
+        lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}")
+        lines += [f"    missed {miss}" for miss in r.misses]
+    lines.append(f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}, seams: {program.num_seams}")
+    for name, count in Counter(program.calls).items():
+        lines.append(f"    {name} runs {count} times a step")
+    derived = sum("op" in recipe for recipe in program.recipes.values())
+    lines.append(f"weights: {len(program.recipes)}, of them derived: {derived}")
+    lines.append("providers:")
+    lines += [f"    {name:28} {count:4} calls a step" for name, count in program.providers.items()]
+    lines.append("start-up:")
+    lines += [f"    {stage:20} {seconds:7.2f} s" for stage, seconds in startup_s.items()]
+    return "\n".join(lines)

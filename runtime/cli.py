@@ -1,0 +1,170 @@
+"""The `seamwise` command: generate, explain, bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_COMMANDS = {
+    "generate": "continue a prompt and print text, speed and where start-up time went",
+    "explain": "show what the compiler did with a model: passes, misses, pieces, seams, start-up",
+    "bench": "run a benchmark: throughput, kernels",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status. A ValueError of the library is printed as one line, status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands: dict[str, Callable[[list[str]], int]] = {"generate": generate, "explain": explain, "bench": bench}
+    if not arguments or arguments[0] not in commands:
+        asked = not arguments or arguments[0] in ("-h", "--help")
+        listed = "\n".join(f"  {name:10} {what}" for name, what in _COMMANDS.items())
+        wrong = "" if asked else f"seamwise: no command {arguments[0]!r}\n"
+        print(f"{wrong}usage: seamwise COMMAND …\n{listed}", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except ValueError as error:
+        print(f"seamwise {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Hugging Face directory or hub id")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--entry", default="auto", help="own: Seamwise's definition; transformers: the model's own class")
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
+
+
+def _loading(options: argparse.Namespace) -> dict[str, Any]:
+    chosen = {"dtype": options.dtype, "device": options.device, "entry": options.entry}
+    chosen["max_model_len"] = options.max_model_len
+    return chosen | ({"pack_dir": None} if options.no_pack else {})
+
+
+def generate(arguments: list[str]) -> int:
+    """`seamwise generate`: one prompt, streamed to a terminal, then its figures."""
+    parser = argparse.ArgumentParser(prog="seamwise generate", description=_COMMANDS["generate"])
+    _model_options(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    options = parser.parse_args(arguments)
+
+    from .llm import LLM
+    from .sampling_params import SamplingParams
+
+    params = SamplingParams(
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed,
+        max_tokens=options.max_tokens,
+    )  # fmt: skip
+    llm = LLM(options.model, max_num_seqs=max(params.n, 8), **_loading(options))
+    ids = _prompt_ids(llm, options)
+    llm.engine.add_request("cli", ids, params, prompt=options.prompt)
+    output, shown, first_token_s = None, 0, None
+    while llm.engine.has_unfinished_requests():
+        for output in llm.engine.step():
+            first_token_s = first_token_s if first_token_s is not None else _seconds_since_process_start()
+            text = output.outputs[0].text
+            if not options.json:
+                print(text[shown:], end="", flush=True)
+            shown = len(text)
+    assert output is not None and first_token_s is not None
+    figures = _figures(output, first_token_s)
+    startup = llm.engine.runner.startup_s
+    if options.json:
+        text, reason = output.outputs[0].text, output.outputs[0].finish_reason
+        print(json.dumps({"text": text, "finish_reason": reason, **figures, "startup_s": startup}))
+        return 0
+    print(f"\n\n{figures['output_tokens']} tokens, {figures['decode_tokens_per_s']:.1f} tokens/s,", end=" ")
+    print(f"time to first token {figures['ttft_ms']:.1f} ms")
+    print(f"process start to first token {first_token_s:.2f} s, of which:")
+    for stage, seconds in _all_stages(startup, first_token_s, figures["ttft_ms"] / 1e3).items():
+        print(f"  {stage:32} {seconds:6.2f} s")
+    return 0
+
+
+def _prompt_ids(llm: Any, options: argparse.Namespace) -> list[int]:
+    if llm.tokenizer is None:
+        raise ValueError(f"{options.model}: has no tokenizer, which --prompt needs")
+    if options.chat:
+        messages = [{"role": "user", "content": options.prompt}]
+        return llm.tokenizer.apply_chat_template(messages, chat_template=None, add_generation_prompt=True)  # type: ignore[no-any-return]
+    return llm.tokenizer.encode(options.prompt)  # type: ignore[no-any-return]
+
+
+def _figures(output: Any, first_token_s: float) -> dict[str, float]:
+    m, produced = output.metrics, len(output.outputs[0].token_ids)
+    decode_s = m.finished_time - m.first_token_time
+    return {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "output_tokens": produced,
+        "decode_tokens_per_s": (produced - 1) / decode_s if produced > 1 else 0.0,
+        "ttft_ms": 1e3 * (m.first_token_time - m.arrival_time),
+        "start_to_first_token_s": first_token_s,
+    }
+
+
+def _all_stages(startup: dict[str, float], total_s: float, first_step_s: float) -> dict[str, float]:
+    """Return every stage from process start to the first token; what no stage claims is imports."""
+    known = {**startup, "first step": first_step_s}
+    return {"imports, tokenizer, allocation": total_s - sum(known.values()), **known}
+
+
+def _seconds_since_process_start() -> float:
+    """Return the age of this process, from the kernel's own record (field 22 of /proc/self/stat, in clock ticks)."""
+    import os
+
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.process_time()
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def explain(arguments: list[str]) -> int:
+    """`seamwise explain`: compile a model (or read its pack) and say what was done; no weights are read."""
+    parser = argparse.ArgumentParser(prog="seamwise explain", description=_COMMANDS["explain"])
+    _model_options(parser)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--source", action="store_true", help="print the generated program instead")
+    options = parser.parse_args(arguments)
+
+    from seamwise.compile.explain import as_json, as_text
+
+    from .config import ModelConfig
+    from .llm import resolve_model
+    from .loading import load_program
+    from .runner import Ledger
+    from .runner_config import RunnerConfig
+
+    ledger = Ledger()
+    config = ModelConfig.from_directory(resolve_model(options.model))
+    program, _ = load_program(config, RunnerConfig.for_model(config, **_loading(options)), ledger)
+    if options.source:
+        print(program.source)
+    elif options.json:
+        print(json.dumps(as_json(program, ledger.seconds), indent=1))
+    else:
+        print(as_text(program, ledger.seconds))
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """`seamwise bench NAME`: benchmarks live beside the library, in seamwise.bench."""
+    import importlib
+
+    return int(importlib.import_module("seamwise.bench.cli").main(arguments))
