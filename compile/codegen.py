@@ -74,7 +74,11 @@ class Source:
             if node.op != "call_function":
                 continue
             lines.append(self._call(node, {}))
-            dead = [n.name for n in node.all_input_nodes if n.name not in keep and max(map(position.get, n.users)) == position[node]]  # type: ignore[type-var,arg-type]
+            dead = [
+                n.name
+                for n in node.all_input_nodes
+                if n.name not in keep and max(map(position.get, n.users)) == position[node]
+            ]  # type: ignore[type-var,arg-type]
             if dead:
                 lines.append(f"del {', '.join(dead)}")
         return "".join(f"    {line}\n" for line in lines)

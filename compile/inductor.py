@@ -64,7 +64,9 @@ def compile_piece(module: GraphModule, path: Path) -> Path:
     for node in module.graph.find_nodes(op="placeholder"):
         fake = value(node)
         dynamic = {i: s for i, s in enumerate(fake.shape) if not isinstance(s, int)}
-        shapes.append({i: dims.setdefault(str(s), Dim(f"d{len(dims)}", min=1, max=1 << 31)) for i, s in dynamic.items()})
+        shapes.append(
+            {i: dims.setdefault(str(s), Dim(f"d{len(dims)}", min=1, max=1 << 31)) for i, s in dynamic.items()}
+        )
         sizes = [8 + list(dims).index(str(s)) if i in dynamic else s for i, s in enumerate(fake.shape)]
         examples.append(_example(fake, sizes))
     with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):

@@ -114,7 +114,9 @@ def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Te
         described["reports"] = [
             Report(**{**r, "misses": [Miss(**m) for m in r["misses"]]}) for r in described["reports"]
         ]
-        return Program(source=files["program.py"].decode(), **described), tensors_from_bytes(files["buffers.safetensors"])
+        return Program(source=files["program.py"].decode(), **described), tensors_from_bytes(
+            files["buffers.safetensors"]
+        )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise PackRefused(f"pack {target}: cannot be read: {error!r}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from seamwise import passes
 from seamwise.passes import Pass, Report, Structure
@@ -91,7 +92,7 @@ def _run(group: tuple[Pass, ...], captured: Captured, structure: Structure, conf
         if report.expected is not None and report.matched < report.expected and entry.name not in config.allow_missed:
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
             raise BrokenPromise(
-                f"{entry.name} matched {report.matched} of {report.expected} places that the model's structure promises."
+                f"{entry.name} matched {report.matched} of {report.expected} places the model's structure promises."
                 f" Misses:\n  {shown}\nMend the model or the pattern, or pass allow_missed=[{entry.name!r}]."
             )
         reports.append(report)
@@ -114,7 +115,8 @@ def _generate(captured: Captured, steps: list[Piece | Seam], recipes: dict[str, 
     return Program(
         source=source.text(),
         calls=calls,
-        num_seams=sum(isinstance(item, Seam) for item in steps),
+        num_seams=sum(isinstance(a, Seam) and not isinstance(b, Seam) for a, b in pairwise([*steps, None])),
+        num_seam_calls=sum(isinstance(item, Seam) for item in steps),
         recipes=recipes,
         inputs=captured.inputs,
     )

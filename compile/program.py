@@ -20,7 +20,7 @@ class Program:
 
     source     the generated module: one function for each distinct piece, and `step`
     calls      the function that runs at each piece of the step, in order
-    num_seams  calls that run eagerly between pieces
+    num_seams  places where the graph is cut; num_seam_calls: ops that run there eagerly
     recipes    name of each weight the step reads -> how it follows from the checkpoint's parameters, in call order
     inputs     names of the step's inputs, in call order
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name
@@ -29,6 +29,7 @@ class Program:
     source: str
     calls: list[str]
     num_seams: int
+    num_seam_calls: int
     recipes: dict[str, Recipe]
     inputs: tuple[str, ...]
     parameters: dict[str, list[int]] = field(default_factory=dict)

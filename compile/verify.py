@@ -40,5 +40,3 @@ def _writes_outside_seam(node: Node) -> bool:
 
 def _unlowered(node: Node) -> bool:
     return contract_of(node.target) is not None and "provider" not in node.meta
-
-

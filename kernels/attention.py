@@ -42,7 +42,9 @@ def attention(
         position = torch.arange(length - (last - first), length, device=q_THD.device)
         hidden = torch.arange(length, device=q_THD.device) > position[:, None]
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        out_THD[first:last] = torch.einsum("kgnl,kld->kgnd", weights, v_KLD).flatten(0, 1).transpose(0, 1).to(q_THD.dtype)
+        out_THD[first:last] = (
+            torch.einsum("kgnl,kld->kgnd", weights, v_KLD).flatten(0, 1).transpose(0, 1).to(q_THD.dtype)
+        )
     return out_THD
 
 

@@ -134,7 +134,9 @@ class Contract:
         assert self._cost is not None, f"{self.name}: its file registers no cost"
         return self._cost(*args)
 
-    def make_inputs(self, sizes: Mapping[str, int], *, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Any, ...]:
+    def make_inputs(
+        self, sizes: Mapping[str, int], *, dtype: torch.dtype, device: str, seed: int = 0
+    ) -> tuple[Any, ...]:
         """Draw one argument tuple of the given sizes, reproducibly."""
         assert self._inputs is not None, f"{self.name}: its file registers no inputs"
         return self._inputs(**sizes, dtype=dtype, device=device, seed=seed)

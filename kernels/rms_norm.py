@@ -6,8 +6,6 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .contract import Cost, contract

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from seamwise.kernels import attention, kv_append
@@ -25,7 +24,9 @@ def _attend(
     """Attention function for transformers: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E)."""
     for name in _UNSERVED:
         if step.get(name) is not None:
-            raise ValueError(f"{type(module).__name__}: {name}={step[name]!r} is not served; wanted plain causal attention")
+            raise ValueError(
+                f"{type(module).__name__}: {name}={step[name]!r} is not served; wanted plain causal attention"
+            )
     q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
     cache = step["kv_caches"][module.layer_idx]
     kv_append(k_TKE, v_TKE, *cache, step["slot_mapping"])
@@ -51,7 +52,9 @@ class HuggingFaceDecoder(nn.Module):
         ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
         model_class = getattr(transformers, architecture, None)
         if model_class is None or not architecture.endswith("ForCausalLM"):
-            raise ValueError(f"architecture {architecture!r}: transformers {transformers.__version__} has no such causal LM")
+            raise ValueError(
+                f"architecture {architecture!r}: transformers {transformers.__version__} has no such causal LM"
+            )
         config = AutoConfig.for_model(**raw)
         config._attn_implementation = _IMPLEMENTATION
         # On the meta device computed buffers would be lost, so only parameters are put there.

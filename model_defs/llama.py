@@ -24,7 +24,7 @@ class LlamaConfig:
     H: int
     K: int
     E: int
-    I: int  # noqa: E741
+    I: int
     V: int
     num_layers: int
     eps: float
@@ -98,7 +98,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.D, c.K * c.E, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.H * c.E, c.D, bias=c.attention_bias)
 
-    def forward(self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: Sequence[Tensor], where: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: Sequence[Tensor], where: Sequence[Tensor]
+    ) -> Tensor:
         slot_mapping, *spans = where
         q_THE = rotate(self.q_proj(x_TD).view(-1, self.c.H, self.c.E), cos_TE, sin_TE)
         k_TKE = rotate(self.k_proj(x_TD).view(-1, self.c.K, self.c.E), cos_TE, sin_TE)
@@ -142,7 +144,9 @@ class Decoder(nn.Module):
         # Real also when the module is built on the meta device: no checkpoint holds it.
         self.register_buffer("speeds_E", torch.tensor(inverse_frequencies(c), device="cpu"), persistent=False)
 
-    def forward(self, token_ids_T: Tensor, positions_T: Tensor, caches: Sequence[Sequence[Tensor]], where: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, token_ids_T: Tensor, positions_T: Tensor, caches: Sequence[Sequence[Tensor]], where: Sequence[Tensor]
+    ) -> Tensor:
         x_TD = self.embed_tokens(token_ids_T)
         angles_TF = positions_T.unsqueeze(-1).float() * self.speeds_E
         angles_TE = torch.cat((angles_TF, angles_TF), -1)

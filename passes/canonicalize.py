@@ -16,6 +16,7 @@ from .graph import aten, infer, is_op, sweep, value
 
 _NOTHING = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default)
 _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.detach_.default)
+_RESHAPE = aten.reshape.default
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
@@ -41,13 +42,14 @@ def _simplify(graph: Graph, node: Node) -> Node | None:
     target = node.target
     if target in _SAME or _is_noop(node):
         return node.args[0]  # type: ignore[return-value]
-    if is_op(node, operator.getitem) and is_op(node.args[0], aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+    if is_op(node, operator.getitem) and is_op(
+        node.args[0], aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
+    ):
         return _slice_of_split(graph, node)
     if target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default):
         return _new(graph, node, aten.to.dtype, (node.args[0], value(node).dtype)) if target != aten.to.dtype else None
-    if target in _RESHAPES and (shape := _shape(node)) is not None:
-        if target != aten.reshape.default or list(node.args[1]) != shape:  # type: ignore[arg-type]
-            return _new(graph, node, aten.reshape.default, (node.args[0], shape))
+    if target in _RESHAPES and (shape := _shape(node)) is not None and (target, node.args[1]) != (_RESHAPE, shape):
+        return _new(graph, node, _RESHAPE, (node.args[0], shape))
     if target == aten.square.default:
         return _new(graph, node, aten.pow.Tensor_Scalar, (node.args[0], 2))
     if target == aten.slice.Tensor:

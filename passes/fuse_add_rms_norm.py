@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import Tensor
 
 from seamwise.kernels import add_rms_norm, rms_norm
@@ -42,5 +43,8 @@ def _patterns(dtype: torch.dtype) -> list[Pattern]:
 
 
 FUSE_ADD_RMS_NORM: Pass = pattern_pass(
-    "fuse_add_rms_norm", patterns=_patterns, key=lambda node: is_op(node, rms_norm.op), expect=lambda s: s.residual_norms
+    "fuse_add_rms_norm",
+    patterns=_patterns,
+    key=lambda node: is_op(node, rms_norm.op),
+    expect=lambda s: s.residual_norms,
 )

@@ -39,7 +39,9 @@ def replace_biased(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor, up_bi
 
 def _weights(match: Match) -> str | None:
     computed = [n.name for n in match.inputs[1:] if not is_weight(n)]
-    return f"{', '.join(computed)} is computed in the step; only weights can be joined ahead of it" if computed else None
+    return (
+        f"{', '.join(computed)} is computed in the step; only weights can be joined ahead of it" if computed else None
+    )
 
 
 def _patterns(dtype: torch.dtype) -> list[Pattern]:
@@ -54,6 +56,4 @@ def _unfused(node: Node) -> bool:
     return is_op(node, silu_mul.op) and is_op(node.args[0], aten.cat.default)
 
 
-FUSE_GATE_UP: Pass = pattern_pass(
-    "fuse_gate_up", patterns=_patterns, key=_unfused, expect=lambda s: s.gated_mlps
-)
+FUSE_GATE_UP: Pass = pattern_pass("fuse_gate_up", patterns=_patterns, key=_unfused, expect=lambda s: s.gated_mlps)

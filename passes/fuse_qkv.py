@@ -38,7 +38,9 @@ def _why_not(group: list[Node]) -> str | None:
         if not all(is_weight(n) for n in node.all_input_nodes[1:]):
             return f"the weight of {node.name} is computed in the step; only weights can be joined ahead of it"
         if len(node.args) != len(group[0].args):
-            return f"{node.name} has {len(node.args) - 2} bias, {group[0].name} has {len(group[0].args) - 2}: wanted alike"
+            return (
+                f"{node.name} has {len(node.args) - 2} bias, {group[0].name} has {len(group[0].args) - 2}: wanted alike"
+            )
     dtypes = {value(n).dtype for n in group}
     return f"results have dtypes {', '.join(map(str, dtypes))}: wanted one" if len(dtypes) > 1 else None
 

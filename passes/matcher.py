@@ -98,7 +98,7 @@ class Pattern:
         return _Attempt(self).run(anchor)
 
     def explain(self, key: Node) -> tuple[int, Miss]:
-        """Say why no match covers `key`: of all anchors downstream of it, the attempt that bound most nodes, and how many."""
+        """Say why no match covers `key`: of all anchors downstream, the attempt that bound most nodes, and how many."""
         wanted, best = self.outputs[0].target, None
         frontier, seen = [key], {key}
         for _ in range(len(self.graph.nodes)):
@@ -139,7 +139,9 @@ class _Attempt:
             for user in n.users:
                 if user not in inner:
                     self.furthest = len(self.bound)
-                    return Miss(place(n), n.name, f"has an extra user {user.name} outside the pattern, so it must be kept")
+                    return Miss(
+                        place(n), n.name, f"has an extra user {user.name} outside the pattern, so it must be kept"
+                    )
         inputs = [self.bound[p] for p in self.pattern.inputs]
         return Match(inputs, [n for n in outputs if n], dict(self.scalars), dict(self.sizes), inner)
 
@@ -152,7 +154,9 @@ class _Attempt:
 
     def node(self, p: Node, n: Any, user: Node | None = None) -> bool:
         if p in self.bound:
-            return self.bound[p] is n or self.fail(user or n, f"reads {n} where the pattern needs {self.bound[p].name} again")
+            return self.bound[p] is n or self.fail(
+                user or n, f"reads {n} where the pattern needs {self.bound[p].name} again"
+            )
         if not isinstance(n, Node):
             return self.fail(user, f"argument is {n!r}, the pattern has a tensor there")
         if p.op == "placeholder":

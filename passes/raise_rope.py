@@ -48,7 +48,9 @@ def _fits(rank: int, batched: bool) -> Callable[[Match], str | None]:
         x, cos, sin = (n.meta["val"] for n in match.inputs)
         half = match.sizes.get(_HALF)
         if x.dim() != rank or cos.dim() != rank - 1 or cos.shape != sin.shape:
-            return f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: wanted ranks {rank}, {rank - 1}"
+            return (
+                f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}: wanted ranks {rank}, {rank - 1}"
+            )
         if batched and not (x.shape[0] == 1 and cos.shape[0] == 1):
             return f"batch is {x.shape[0]}, wanted 1 (tokens of all requests are concatenated)"
         if half is None or x.shape[-1] != 2 * half or cos.shape[-1] != x.shape[-1]:
@@ -62,7 +64,9 @@ def _patterns(dtype: torch.dtype) -> list[Pattern]:
     D = 2 * _HALF
     return [
         Pattern.trace(tokens_first, replace_tokens_first, [(3, 2, D), (3, D), (3, D)], dtype, applies=_fits(3, False)),
-        Pattern.trace(heads_first, replace_heads_first, [(1, 2, 3, D), (1, 3, D), (1, 3, D)], dtype, applies=_fits(4, True)),
+        Pattern.trace(
+            heads_first, replace_heads_first, [(1, 2, 3, D), (1, 3, D), (1, 3, D)], dtype, applies=_fits(4, True)
+        ),
     ]
 
 

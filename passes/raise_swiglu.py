@@ -28,7 +28,9 @@ def replacement(gate: Tensor, up: Tensor) -> Tensor:
 
 def _same_shape(match: Match) -> str | None:
     gate, up = (n.meta["val"] for n in match.inputs)
-    return None if gate.shape == up.shape else f"gate is {tuple(gate.shape)}, up is {tuple(up.shape)}: wanted equal shapes"
+    return (
+        None if gate.shape == up.shape else f"gate is {tuple(gate.shape)}, up is {tuple(up.shape)}: wanted equal shapes"
+    )
 
 
 def _patterns(dtype: torch.dtype) -> list[Pattern]:

@@ -26,9 +26,7 @@ class Checkpoint:
         self._parameters = parameters
 
     @classmethod
-    def open(
-        cls, directory: Path, parameters: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]
-    ) -> Checkpoint:
+    def open(cls, directory: Path, parameters: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> Checkpoint:
         """Open a directory's checkpoint for a model with these parameters.
 
         parameters  name -> shape, tied ones under one name
@@ -49,14 +47,18 @@ class Checkpoint:
         problems += [f"extra {name}" for name in extra]
         if problems:
             shown = "\n  ".join(problems[:20]) + ("\n  …" if len(problems) > 20 else "")
-            raise ValueError(f"{directory}: the checkpoint does not fit the model ({len(problems)} problems):\n  {shown}")
+            raise ValueError(
+                f"{directory}: the checkpoint does not fit the model ({len(problems)} problems):\n  {shown}"
+            )
         return cls(files, parameters)
 
     def read(self, name: str, *, dtype: torch.dtype, device: str) -> Tensor:
         """Read one tensor, converted. Raises ValueError when its dtype is no floating type."""
         tensor = self._files[name].get_tensor(name)
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} is stored as {tensor.dtype}, wanted a floating type (quantized weights are not served)")
+            raise ValueError(
+                f"{name} is stored as {tensor.dtype}, wanted a floating type (quantized weights are not served)"
+            )
         return tensor.to(device=device, dtype=dtype)
 
 

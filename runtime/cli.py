@@ -38,7 +38,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face directory or hub id")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--entry", default="auto", help="own: Seamwise's definition; transformers: the model's own class")
+    parser.add_argument(
+        "--entry", default="auto", help="own: Seamwise's definition; transformers: the model's own class"
+    )
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 

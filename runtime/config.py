@@ -35,7 +35,7 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
-        """Read config.json and generation_config.json. Raises ValueError naming the file and the value that is wrong."""
+        """Read config.json and generation_config.json. Raises ValueError naming file and value."""
         if not directory.is_dir():
             raise ValueError(f"model directory {directory} does not exist")
         raw = _read_json(directory / "config.json", required=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +39,16 @@ class KVCacheSpec:
         return blocks
 
     def allocate(self, num_blocks: int, device: str) -> list[tuple[Tensor, Tensor]]:
-        """Allocate zeroed caches, each (num_blocks, num_kv_heads, block_size, head_dim)."""
+        """Allocate zeroed caches, each (num_blocks, num_kv_heads, block_size, head_dim).
+
+        On a CPU the memory is mapped, not touched: pages that no request reaches are never backed.
+        """
         shape = (num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        make = lambda: torch.zeros(shape, dtype=self.dtype, device=device)  # noqa: E731
+
+        def make() -> Tensor:
+            if torch.device(device).type != "cpu":
+                return torch.zeros(shape, dtype=self.dtype, device=device)
+            pages = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
+            return torch.frombuffer(pages, dtype=self.dtype).view(shape)
+
         return [(make(), make()) for _ in range(self.num_layers)]

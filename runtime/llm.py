@@ -120,7 +120,9 @@ class LLM:
             raise ValueError(f'got {prompt!r}, wanted a string, {{"prompt": str}} or {{"prompt_token_ids": [int, …]}}')
         return None, list(ids)
 
-    def _run(self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool
+    ) -> list[RequestOutput]:
         """Run requests to completion; when interrupted, none of them stays in the engine."""
         from tqdm import tqdm
 
@@ -151,7 +153,9 @@ def resolve_model(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"model {str(model)!r} is no directory, and the hub did not give it: {error}") from error
 

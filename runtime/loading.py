@@ -1,4 +1,4 @@
-"""From a configuration to a program (traced and compiled, or taken from its pack), and from a checkpoint to its weights."""
+"""From a configuration to a program (compiled, or taken from its pack), and from a checkpoint to its weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS
 
 
-def load_program(
-    config: ModelConfig, options: RunnerConfig, ledger: Ledger
-) -> tuple[Program, dict[str, Tensor]]:
+def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
     """Return the compiled program and the model's buffers: from the pack when there is one, else compiled and packed.
 
     A damaged pack is reported as a warning and replaced.
@@ -79,9 +77,7 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     return program, {name: b for name, b in buffers.items() if name in needed}
 
 
-def load_step_weights(
-    path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]
-) -> list[Tensor]:
+def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]) -> list[Tensor]:
     """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe."""
     shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
     checkpoint = (
@@ -112,7 +108,7 @@ def _parameters(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]
 
 
 def _make_fake(model: nn.Module, options: RunnerConfig) -> None:
-    """Give every parameter a fake tensor of the runner's dtype and device, one for tied ones, and every buffer one too."""
+    """Give parameters fake tensors of the runner's dtype and device, tied ones the same, and buffers fake ones too."""
     fakes: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):

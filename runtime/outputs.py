@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural-log probability of a token under the model's raw distribution, its rank (1 is the most likely), its text."""
+    """Natural-log probability of a token under the raw distribution, its rank (1 is the most likely), its text."""
 
     logprob: float
     rank: int

@@ -1,8 +1,8 @@
 """The importable model runner: weights, compiled pieces and KV cache; no scheduler, no tokenizer, no globals.
 
-    runner = ModelRunner.load("path/to/model", device="cpu")
-    runner.allocate_kv(num_blocks=512)
-    logits = runner.step(StepInput(...)).logits
+runner = ModelRunner.load("path/to/model", device="cpu")
+runner.allocate_kv(num_blocks=512)
+logits = runner.step(StepInput(...)).logits
 """
 
 from __future__ import annotations

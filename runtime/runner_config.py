@@ -58,7 +58,7 @@ class RunnerConfig:
         max_model_len: int | None = None,
         **options: Any,
     ) -> RunnerConfig:
-        """Resolve "auto" values against a model's configuration. Raises ValueError naming a value that cannot be used."""
+        """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value."""
         from seamwise.model_defs import has_definition
 
         if device == "auto":
@@ -84,7 +84,9 @@ class RunnerConfig:
         if max_model_len is None:
             max_model_len = limit
         if not 1 <= max_model_len <= limit:
-            raise ValueError(f"max_model_len={max_model_len}: wanted 1 to {limit} (the model's max_position_embeddings)")
+            raise ValueError(
+                f"max_model_len={max_model_len}: wanted 1 to {limit} (the model's max_position_embeddings)"
+            )
         try:
             return cls(dtype=dtype, device=device, entry=entry, max_model_len=max_model_len, **options)
         except TypeError as error:

@@ -111,7 +111,9 @@ def truncate(logits_LV: Tensor, *, top_k: Series[int], top_p: Series[float], min
         return logits_LV
     # Without top_p only the k-th value matters, and a partial sort is enough.
     depth = vocab if any(p < 1.0 for p in top_p) else max(k for k in ks if k < vocab)
-    values, indices = logits_LV.topk(depth, dim=-1) if depth < vocab else logits_LV.sort(-1, descending=True, stable=True)
+    values, indices = (
+        logits_LV.topk(depth, dim=-1) if depth < vocab else logits_LV.sort(-1, descending=True, stable=True)
+    )
     if depth < vocab:
         kth = values.gather(1, torch.tensor([min(k, depth) - 1 for k in ks], device=device).unsqueeze(-1))
         kth = torch.where(torch.tensor([k == vocab for k in ks], device=device).unsqueeze(-1), float("-inf"), kth)
@@ -129,7 +131,9 @@ def truncate(logits_LV: Tensor, *, top_k: Series[int], top_p: Series[float], min
 
 def gumbel_noise(seeds: Series[int], positions: Series[int], vocab_size: int, device: torch.device) -> Tensor:
     """Return (L, vocab_size) float32 Gumbel(0, 1) noise, a pure function of each row's seed and position."""
-    rows = torch.tensor([_signed(s * 0x9E3779B97F4A7C15 + p * 0xD1342543DE82EF95) for s, p in zip(seeds, positions, strict=True)])
+    rows = torch.tensor(
+        [_signed(s * 0x9E3779B97F4A7C15 + p * 0xD1342543DE82EF95) for s, p in zip(seeds, positions, strict=True)]
+    )
     counter = rows.to(device).unsqueeze(-1) + torch.arange(vocab_size, device=device) * _signed(0x9E3779B97F4A7C15)
     bits = _mix(_mix(counter))
     uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)

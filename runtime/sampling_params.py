@@ -63,14 +63,18 @@ class SamplingParams:
             _whole("max_tokens", self.max_tokens, 1)
         _whole("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; wanted at most it")
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; wanted at most it"
+            )
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0)
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop: got {text!r}, wanted non-empty strings")
         if self.stop_strings and not self.detokenize:
-            raise ValueError("stop: strings cannot be found with detokenize=False; use stop_token_ids or detokenize=True")
+            raise ValueError(
+                "stop: strings cannot be found with detokenize=False; use stop_token_ids or detokenize=True"
+            )
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0)
         for token, bias in self.logit_bias.items():
@@ -94,7 +98,9 @@ class SamplingParams:
 
 def _whole(name: str, got: object, low: int | None) -> None:
     if not isinstance(got, int) or isinstance(got, bool) or (low is not None and got < low):
-        raise ValueError(f"{name}: got {got!r}, wanted a whole number" + (f" of at least {low}" if low is not None else ""))
+        raise ValueError(
+            f"{name}: got {got!r}, wanted a whole number" + (f" of at least {low}" if low is not None else "")
+        )
 
 
 def _real(name: str, got: object, low: float, high: float, *, open_low: bool = False) -> None:

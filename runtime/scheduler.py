@@ -97,7 +97,7 @@ class Scheduler:
             sequence.num_named += 1
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
-        """Put running sequences back in the queue after a step that failed: what it wrote to the cache is not trusted."""
+        """Put sequences back in the queue after a step that failed: what it wrote to the cache is not trusted."""
         for sequence in sorted(sequences, key=lambda s: -s.arrival):
             for block in sequence.blocks:
                 self.pool.forget(block)
@@ -117,7 +117,7 @@ class Scheduler:
         return max(0, -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.blocks))
 
     def _reserve(self, sequence: Sequence, count: int) -> bool:
-        """Get the blocks for `count` more tokens, preempting later arrivals; False when the sequence itself had to go."""
+        """Get blocks for `count` more tokens, preempting later arrivals; False when the sequence itself had to go."""
         while (missing := self._missing(sequence, count)) > self.pool.num_available:
             victim = max(self.running, key=lambda s: s.arrival)
             self._give_back(victim)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # Argument names of every model's forward, in order; kv_caches is a list of (k_cache, v_cache), the rest are tensors.
 STEP_ARGUMENTS = (
     "token_ids", "positions", "kv_caches", "slot_mapping", "block_table", "seq_lens", "query_starts", "logit_rows",
@@ -57,6 +56,6 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """Logits of the wanted rows: (L, vocab_size) in the model's dtype, on the runner's device, valid until the next step."""
+    """Logits of the wanted rows: (L, vocab_size) in the model's dtype, on the runner's device, until the next step."""
 
     logits: Tensor

@@ -36,8 +36,8 @@ class Tokenizer:
                 self._full = AutoTokenizer.from_pretrained(self.directory)
             except (OSError, ValueError, KeyError) as error:
                 raise ValueError(
-                    f"{self.directory}: has no tokenizer transformers can load ({error}); pass tokenizer=, or prompts as"
-                    ' {"prompt_token_ids": […]} with detokenize=False'
+                    f"{self.directory}: has no tokenizer transformers can load ({error}); pass tokenizer=, or"
+                    ' prompts as {"prompt_token_ids": […]} with detokenize=False'
                 ) from error
         return self._full
 
@@ -71,7 +71,9 @@ class Detokenizer:
     Text is held back while it ends inside a character of several tokens, or could be the start of a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, skip_special_tokens: bool, include_stop: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], *, skip_special_tokens: bool, include_stop: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skip = skip_special_tokens

@@ -1,0 +1,31 @@
+# `make run`: install, fetch the demo model once, generate from it.   `make test`: install and run every check.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PROMPT ?= The capital of France is
+
+.PHONY: run test clean
+
+run: $(VENV)/installed
+	@model="$$($(BIN)/python -m seamwise.bench.demo_model)" && \
+	$(BIN)/seamwise generate --model "$$model" --prompt "$(PROMPT)" --max-tokens 48
+
+test: $(VENV)/installed-dev
+	@$(BIN)/python -m seamwise.bench.demo_model > /dev/null
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ./check
+
+# torch first and by its exact version: its CPU build then satisfies every other package.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the other pinned packages into $(VENV) (a minute or two)"
+	@$(PIP) install -c constraints.txt torch setuptools wheel
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf]"
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf,test,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,70 @@
+"""The import table of ARCHITECTURE.md holds, function-level imports included."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# folder -> (folders of ours it may import, packages it may import besides the standard library)
+TABLE: dict[str, tuple[set[str], set[str]]] = {
+    "kernels": (set(), {"torch", "triton", "numpy"}),
+    "passes": ({"kernels"}, {"torch"}),
+    "model_defs": ({"kernels"}, {"torch", "transformers"}),
+    "compile": ({"passes", "kernels"}, {"torch", "safetensors"}),
+    "runtime": (
+        {"compile", "model_defs", "kernels", "passes"},
+        {"torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm"},
+    ),
+}
+# Two places hand over to code outside the table by name, at run time: the command line to bench.
+ENVIRONMENT = {"environ", "getenv", "putenv"}
+
+
+def violations(path: Path, folder: str) -> list[str]:
+    """Return what a file of `folder` imports or reads against the table."""
+    ours, packages = TABLE[folder]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+            if node.module == "seamwise":
+                names = [f"seamwise.{a.name}" for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level > 1:
+            found.append(f"{path.name}:{node.lineno} imports above its folder")
+        elif isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT:
+            found.append(f"{path.name}:{node.lineno} reads the environment")
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == "seamwise":
+                if (inner := rest.split(".")[0]) not in ours | {folder}:
+                    found.append(f"{path.name}:{node.lineno} imports seamwise.{inner}")
+            elif top not in packages and top not in sys.stdlib_module_names:
+                found.append(f"{path.name}:{node.lineno} imports {top}")
+    return found
+
+
+@pytest.mark.parametrize("folder", TABLE)
+def test_folder_keeps_the_table(folder: str) -> None:
+    assert [v for path in sorted((ROOT / folder).glob("*.py")) for v in violations(path, folder)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("def f():\n    from seamwise.runtime import llm", "imports seamwise.runtime"),
+        ("import requests", "imports requests"),
+        ("import os\nos.environ['X']", "reads the environment"),
+        ("from ..runtime import llm", "imports above its folder"),
+    ],
+)
+def test_a_violation_is_found(code: str, wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(code)
+    assert any(wrong in v for v in violations(path, "kernels"))
