@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental import _config as fx_config
 
 DimNames = Mapping[str, tuple[str | None, ...] | list[Any]]
 
@@ -55,7 +55,7 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
 
     shapes = {name: spec(dims[name]) for name in arguments}
     try:
-        with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
+        with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
         raise ValueError(

@@ -44,7 +44,7 @@ class Source:
         nodes = list(piece.module.graph.nodes)
         body = self._body(nodes, keep={n.name for n in nodes if n.op == "placeholder"})
         arguments = ", ".join(n.name for n in nodes if n.op == "placeholder")
-        results = ", ".join(n.name for n in nodes[-1].args[0])  # type: ignore[union-attr]
+        results = ", ".join(n.name for n in nodes[-1].args[0])
         self.functions.append(f"def {name}({arguments}):\n{body}    return ({results},)\n")
 
     def add_step(
@@ -69,16 +69,13 @@ class Source:
 
     def _body(self, nodes: list[Node], keep: set[str]) -> str:
         position = {n: i for i, n in enumerate(nodes)}
+        last_use = {n: max((position[u] for u in n.users), default=-1) for n in nodes}
         lines = []
         for node in nodes:
             if node.op != "call_function":
                 continue
             lines.append(self._call(node, {}))
-            dead = [
-                n.name
-                for n in node.all_input_nodes
-                if n.name not in keep and max(map(position.get, n.users)) == position[node]
-            ]  # type: ignore[type-var,arg-type]
+            dead = [n.name for n in node.all_input_nodes if n.name not in keep and last_use[n] == position[node]]
             if dead:
                 lines.append(f"del {', '.join(dead)}")
         return "".join(f"    {line}\n" for line in lines)

@@ -41,9 +41,8 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
         promised = "-" if r.expected is None else str(r.expected)
         lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}")
         lines += [f"    missed {miss}" for miss in r.misses]
-    lines.append(
-        f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}, seams: {program.num_seams} ({program.num_seam_calls} calls)"
-    )
+    lines.append(f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}")
+    lines.append(f"seams: {program.num_seams}, with {program.num_seam_calls} calls")
     for name, count in Counter(program.calls).items():
         lines.append(f"    {name} runs {count} times a step")
     derived = sum("op" in recipe for recipe in program.recipes.values())

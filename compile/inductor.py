@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as fx_config
 from torch import Tensor
 from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental import _config as fx_config
 
 from seamwise.kernels.contract import contract_of
 from seamwise.passes.graph import VIEWS, aten, value
@@ -60,7 +60,9 @@ class _OpenContracts(Interpreter):
 
 def compile_piece(module: GraphModule, path: Path) -> Path:
     """Compile a piece for every value of its dynamic sizes and write the package to `path` (*.pt2)."""
-    examples, shapes, dims = [], [], {}
+    examples: list[Tensor] = []
+    shapes: list[dict[int, Any]] = []
+    dims: dict[str, Any] = {}
     for node in module.graph.find_nodes(op="placeholder"):
         fake = value(node)
         dynamic = {i: s for i, s in enumerate(fake.shape) if not isinstance(s, int)}
@@ -69,7 +71,7 @@ def compile_piece(module: GraphModule, path: Path) -> Path:
         )
         sizes = [8 + list(dims).index(str(s)) if i in dynamic else s for i, s in enumerate(fake.shape)]
         examples.append(_example(fake, sizes))
-    with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):
+    with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         exported = torch.export.export(_Opened(module), tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False)
         # O1 for the wrapper: 4.6 s a piece instead of 22 s, and no slower to call (30-layer Llama's middle piece).
         options = {"aot_inductor.compile_wrapper_opt_level": "O1"}

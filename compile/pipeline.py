@@ -110,7 +110,7 @@ def _generate(captured: Captured, steps: list[Piece | Seam], recipes: dict[str, 
             texts[names[item.digest]] = item.module.print_readable(print_output=False)
         calls.append(names[item.digest])
     output = next(iter(captured.graph.find_nodes(op="output")))
-    outputs = [n.name for n in output.args[0]]  # type: ignore[union-attr]
+    outputs = [n.name for n in output.args[0]]
     source.add_step(steps, captured.inputs, list(recipes), outputs)
     return Program(
         source=source.text(),

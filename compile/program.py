@@ -55,4 +55,4 @@ class Executable:
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run one step on the flattened inputs, in the program's order; return the logits."""
         (logits,) = self._step(self.pieces, self.weights, *inputs)
-        return logits  # type: ignore[no-any-return]
+        return logits

@@ -7,7 +7,7 @@ calls and for lowering alike; a provider asked for by name is used or refused, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,5 +176,5 @@ def contract_of(target: object) -> Contract | None:
     return None
 
 
-def _tensors(args: Sequence[Any]) -> Iterable[Any]:
+def _tensors(args: Sequence[Any]) -> Iterator[Any]:
     return iter([a for a in args if isinstance(a, Tensor)])

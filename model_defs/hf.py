@@ -86,7 +86,7 @@ class _ParametersOnMeta:
                 parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
             self._register(module, name, parameter)
 
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
 
     def __exit__(self, *_: object) -> None:
         nn.Module.register_parameter = self._register  # type: ignore[method-assign]

@@ -135,6 +135,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
+    speeds_E: Tensor
+
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.c = c

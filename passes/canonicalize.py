@@ -101,7 +101,8 @@ def _shape(node: Node) -> list[int] | None:
 
 
 def _normalize_slice(node: Node) -> None:
-    x, dim, start, end, *step = [*node.args, *(0, 0, None)[len(node.args) - 1 :]]
+    arguments: list[Any] = [*node.args, *(0, 0, None)[len(node.args) - 1 :]]
+    x, dim, start, end, *step = arguments
     assert isinstance(x, Node) and isinstance(dim, int)
     size, rank = value(x).shape[dim], value(x).dim()
     if isinstance(start, int) and start < 0 and isinstance(size, int):
@@ -113,7 +114,7 @@ def _normalize_slice(node: Node) -> None:
 
 def _normalize_dims(node: Node) -> None:
     """Count dimensions from the last (-1), so that a pattern does not depend on leading batch dimensions."""
-    source = node.args[0][0] if isinstance(node.args[0], (list, tuple)) else node.args[0]  # type: ignore[index]
+    source = node.args[0][0] if isinstance(node.args[0], (list, tuple)) else node.args[0]
     rank = value(node if node.target == aten.unsqueeze.default else source).dim()  # type: ignore[arg-type]
 
     def from_last(argument: Any) -> Any:

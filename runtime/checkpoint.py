@@ -88,7 +88,7 @@ class _Renamed:
         return self._handle.get_slice(self._stored)
 
     def get_tensor(self, _: str) -> Tensor:
-        return self._handle.get_tensor(self._stored)  # type: ignore[no-any-return]
+        return self._handle.get_tensor(self._stored)
 
 
 def _paths(directory: Path) -> list[Path]:

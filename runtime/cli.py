@@ -103,8 +103,8 @@ def _prompt_ids(llm: Any, options: argparse.Namespace) -> list[int]:
         raise ValueError(f"{options.model}: has no tokenizer, which --prompt needs")
     if options.chat:
         messages = [{"role": "user", "content": options.prompt}]
-        return llm.tokenizer.apply_chat_template(messages, chat_template=None, add_generation_prompt=True)  # type: ignore[no-any-return]
-    return llm.tokenizer.encode(options.prompt)  # type: ignore[no-any-return]
+        return llm.tokenizer.apply_chat_template(messages, chat_template=None, add_generation_prompt=True)
+    return llm.tokenizer.encode(options.prompt)
 
 
 def _figures(output: Any, first_token_s: float) -> dict[str, float]:

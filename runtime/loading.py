@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,9 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
 
 def _parameters(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Return name -> shape of each parameter, and the other names of tied ones."""
-    shapes, tied, first = {}, {}, {}
+    shapes: dict[str, list[int]] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         kept = first.setdefault(id(p), name)
         if kept == name:
@@ -140,7 +143,7 @@ def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, 
     return {name: values[name] for name in STEP_ARGUMENTS}
 
 
-def _dims(config: ModelConfig) -> dict[str, object]:
+def _dims(config: ModelConfig) -> dict[str, Any]:
     return {
         "token_ids": ("T",),
         "positions": ("T",),

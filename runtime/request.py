@@ -55,7 +55,7 @@ class Sequence:
 
     @property
     def output_ids(self) -> list[int]:
-        return self.tokens[self.num_prompt : self.num_tokens].tolist()  # type: ignore[no-any-return]
+        return self.tokens[self.num_prompt : self.num_tokens].tolist()
 
     def append(self, token: int) -> None:
         self.tokens[self.num_tokens] = token

@@ -90,5 +90,5 @@ class RunnerConfig:
         try:
             return cls(dtype=dtype, device=device, entry=entry, max_model_len=max_model_len, **options)
         except TypeError as error:
-            known = ", ".join(cls.__slots__)  # type: ignore[attr-defined]
+            known = ", ".join(cls.__slots__)
             raise ValueError(f"unknown runner option: {error}; the options are: {known}") from None

@@ -1,9 +1,9 @@
-"""From logits to tokens: penalties, log probabilities, temperature, truncation, and a stateless draw.
+"""From logits to tokens: bias, penalties, temperature, truncation, a stateless draw; and log probabilities.
 
-The draw is the Gumbel-max trick with noise that depends on (seed, position, token id) only, so a seeded request
-samples the same tokens whatever it is batched with. Noise: the splitmix64 finalizer of a counter.
-Source: Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195 (splitmix64); Maddison et al. 2014,
-https://arxiv.org/abs/1411.0030 (Gumbel-max).
+Every row is treated by itself, with operations whose result does not depend on the other rows, so a seeded request
+samples the same tokens whatever it is batched with.
+Source: the order is vLLM's, https://docs.vllm.ai/en/latest/api/vllm/v1/sample/sampler; the draw is the Gumbel-max
+trick, Maddison et al. 2014, https://arxiv.org/abs/1411.0030.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .noise import draw_key, gumbel_noise
 from .outputs import Logprob
 from .request import Sequence
-
-_INT64 = 1 << 64
+from .truncate import truncate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,136 +31,86 @@ class Sampled:
 def sample(logits_LV: Tensor, sequences: Series[Sequence]) -> Sampled:
     """Choose the next token of each sequence from its row of logits (any float dtype).
 
-    Order, as in vLLM: log probabilities of the raw logits; penalties and bias; temperature; min_p; top_k and top_p.
+    Log probabilities are of the raw logits. The rest in order: min_tokens, bias; repetition, frequency and presence
+    penalty; temperature; min_p; top_k; top_p; draw.
     """
-    params = [s.params for s in sequences]
-    wanted = [p.logprobs for p in params]
-    plain = all(p.greedy and not p.has_penalties and not p.logit_bias for p in params)
-    blocked = [_blocked_until_min_tokens(s) for s in sequences]
-    if plain and not any(blocked):
-        tokens = logits_LV.argmax(-1).tolist()
-    else:
-        adjusted = _adjust(logits_LV.float(), sequences, blocked)
-        tokens = _choose(adjusted, sequences)
-    logprobs: list[dict[int, Logprob] | None] = [None] * len(tokens)
-    if any(w is not None for w in wanted):
-        for row, count in enumerate(wanted):
-            if count is not None:
-                logprobs[row] = _logprobs(logits_LV[row].float(), tokens[row], count)
-    return Sampled(tokens=tokens, logprobs=logprobs)
+    if all(s.plain for s in sequences):
+        return Sampled(tokens=argmax(logits_LV), logprobs=[None] * len(sequences))
+    edited = [r for r, s in enumerate(sequences) if _edits(s)]
+    adjusted_LV = logits_LV.float()
+    if edited and adjusted_LV is logits_LV:
+        adjusted_LV = logits_LV.clone()
+    for r in edited:
+        _edit_row(adjusted_LV[r], sequences[r])
+    drawn = [r for r, s in enumerate(sequences) if not s.params.greedy]
+    tokens = argmax(adjusted_LV) if len(drawn) < len(sequences) else [0] * len(sequences)
+    if drawn:
+        rows_LV = adjusted_LV if len(drawn) == len(sequences) else adjusted_LV[drawn]
+        for r, token in zip(drawn, _draw(rows_LV, [sequences[r] for r in drawn]), strict=True):
+            tokens[r] = token
+    return Sampled(tokens=tokens, logprobs=_logprobs(logits_LV, tokens, [s.params.logprobs for s in sequences]))
 
 
-def _blocked_until_min_tokens(sequence: Sequence) -> tuple[int, ...]:
-    """Return ids that would end the output too early."""
-    early = sequence.num_tokens - sequence.num_prompt < sequence.params.min_tokens
-    return (*sequence.stop_ids, *sequence.params.stop_token_ids) if early else ()
+def argmax(logits_LV: Tensor) -> list[int]:
+    """Return each row's greatest column, the first of equals."""
+    if logits_LV.device.type == "cpu":
+        # numpy's is vectorized: 0.17 ms against torch's 2.8 ms for 32 x 49,152 in bf16, 0.10 against 0.74 in fp32.
+        return logits_LV.float().numpy().argmax(-1).tolist()  # type: ignore[no-any-return]
+    return logits_LV.argmax(-1).tolist()  # type: ignore[no-any-return]
 
 
-def _adjust(logits_LV: Tensor, sequences: Series[Sequence], blocked: Series[tuple[int, ...]]) -> Tensor:
-    adjusted = logits_LV.clone()
-    for row, (sequence, ids) in enumerate(zip(sequences, blocked, strict=True)):
-        p, logits_V = sequence.params, adjusted[row]
-        if p.has_penalties:
-            known = torch.from_numpy(np.unique(sequence.tokens[: sequence.num_tokens])).to(logits_V.device)
-            seen = logits_V[known]
-            logits_V[known] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
-            ids_out, counts = np.unique(sequence.tokens[sequence.num_prompt : sequence.num_tokens], return_counts=True)
-            output = torch.from_numpy(ids_out).to(logits_V.device)
-            count = torch.from_numpy(counts).to(logits_V)
-            logits_V[output] -= p.frequency_penalty * count + p.presence_penalty
-        for token, bias in p.logit_bias.items():
-            logits_V[token] += bias
-        if ids:
-            logits_V[list(ids)] = float("-inf")
-    return adjusted
+def _edits(s: Sequence) -> bool:
+    return s.params.has_penalties or bool(s.params.logit_bias) or s.num_tokens - s.num_prompt < s.params.min_tokens
 
 
-def _choose(logits_LV: Tensor, sequences: Series[Sequence]) -> list[int]:
-    params = [s.params for s in sequences]
-    greedy_L = logits_LV.argmax(-1)
-    if all(p.greedy for p in params):
-        return greedy_L.tolist()  # type: ignore[no-any-return]
-    device = logits_LV.device
-    column = lambda values: torch.tensor(values, device=device, dtype=torch.float32).unsqueeze(-1)  # noqa: E731
-    scaled_LV = logits_LV / column([1.0 if p.greedy else p.temperature for p in params])
-    scaled_LV = truncate(
-        scaled_LV,
+def _edit_row(logits_V: Tensor, sequence: Sequence) -> None:
+    """Apply min_tokens, bias and penalties to one row in place."""
+    p, device = sequence.params, logits_V.device
+    if sequence.num_tokens - sequence.num_prompt < p.min_tokens:
+        logits_V[[*sequence.stop_ids, *p.stop_token_ids]] = float("-inf")
+    for token, bias in p.logit_bias.items():
+        logits_V[token] += bias
+    # An id that occurs twice is read before it is written, and written the same value twice.
+    if p.repetition_penalty != 1:
+        known = torch.from_numpy(sequence.tokens[: sequence.num_tokens]).to(device)
+        seen = logits_V[known]
+        logits_V[known] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
+    output = torch.from_numpy(sequence.tokens[sequence.num_prompt : sequence.num_tokens]).to(device)
+    if p.frequency_penalty:
+        logits_V.index_add_(0, output, torch.full_like(output, -p.frequency_penalty, dtype=logits_V.dtype))
+    if p.presence_penalty:
+        logits_V[output] = logits_V[output] - p.presence_penalty
+
+
+def _draw(logits_LV: Tensor, sequences: Series[Sequence]) -> list[int]:
+    """Draw one token a row from the truncated distribution at each row's temperature."""
+    params, device = [s.params for s in sequences], logits_LV.device
+    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=torch.float32)
+    kept_LV = truncate(
+        logits_LV / temperature.unsqueeze(-1),
         top_k=[p.top_k for p in params],
         top_p=[p.top_p for p in params],
         min_p=[p.min_p for p in params],
     )
-    noise_LV = gumbel_noise([s.seed for s in sequences], [s.num_tokens for s in sequences], logits_LV.shape[1], device)
-    drawn_L = (scaled_LV + noise_LV).argmax(-1)
-    is_greedy = torch.tensor([p.greedy for p in params], device=device)
-    return torch.where(is_greedy, greedy_L, drawn_L).tolist()  # type: ignore[no-any-return]
+    noise_LV = gumbel_noise([draw_key(s.seed, s.num_tokens) for s in sequences], logits_LV.shape[1], device)
+    return argmax(noise_LV.add_(kept_LV))
 
 
-def truncate(logits_LV: Tensor, *, top_k: Series[int], top_p: Series[float], min_p: Series[float]) -> Tensor:
-    """Set logits outside min_p, top_k and top_p to -inf, row by row; 0 or -1, 1.0 and 0.0 switch each off.
-
-    top_p keeps the smallest set of most likely tokens whose probability reaches it, among those top_k kept; at least
-    one token always stays.
-    """
-    device, vocab = logits_LV.device, logits_LV.shape[1]
-    if any(min_p):
-        floor = torch.tensor(min_p, device=device).unsqueeze(-1).log() + logits_LV.amax(-1, keepdim=True)
-        logits_LV = logits_LV.masked_fill(logits_LV < floor, float("-inf"))
-    ks = [k if 0 < k < vocab else vocab for k in top_k]
-    if all(k == vocab for k in ks) and all(p == 1.0 for p in top_p):
-        return logits_LV
-    # Without top_p only the k-th value matters, and a partial sort is enough.
-    depth = vocab if any(p < 1.0 for p in top_p) else max(k for k in ks if k < vocab)
-    values, indices = (
-        logits_LV.topk(depth, dim=-1) if depth < vocab else logits_LV.sort(-1, descending=True, stable=True)
-    )
-    if depth < vocab:
-        kth = values.gather(1, torch.tensor([min(k, depth) - 1 for k in ks], device=device).unsqueeze(-1))
-        kth = torch.where(torch.tensor([k == vocab for k in ks], device=device).unsqueeze(-1), float("-inf"), kth)
-        return logits_LV.masked_fill(logits_LV < kth, float("-inf"))
-    rank = torch.arange(vocab, device=device)
-    values = values.masked_fill(rank >= torch.tensor(ks, device=device).unsqueeze(-1), float("-inf"))
-    probs = values.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    drop = before >= torch.tensor(top_p, device=device, dtype=probs.dtype).unsqueeze(-1)
-    drop[:, 0] = False
-    off = torch.tensor([p == 1.0 for p in top_p], device=device).unsqueeze(-1)
-    values = values.masked_fill(drop & ~off, float("-inf"))
-    return torch.empty_like(logits_LV).scatter_(1, indices, values)
-
-
-def gumbel_noise(seeds: Series[int], positions: Series[int], vocab_size: int, device: torch.device) -> Tensor:
-    """Return (L, vocab_size) float32 Gumbel(0, 1) noise, a pure function of each row's seed and position."""
-    rows = torch.tensor(
-        [_signed(s * 0x9E3779B97F4A7C15 + p * 0xD1342543DE82EF95) for s, p in zip(seeds, positions, strict=True)]
-    )
-    counter = rows.to(device).unsqueeze(-1) + torch.arange(vocab_size, device=device) * _signed(0x9E3779B97F4A7C15)
-    bits = _mix(_mix(counter))
-    uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
-    return uniform.log_().neg_().log_().neg_().float()
-
-
-def _mix(z: Tensor) -> Tensor:
-    """The splitmix64 finalizer on int64 (multiplications wrap; shifts are logical)."""
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, n: int) -> Tensor:
-    return (z >> n) & ((1 << (64 - n)) - 1)
-
-
-def _signed(x: int) -> int:
-    x %= _INT64
-    return x - _INT64 if x >= _INT64 // 2 else x
-
-
-def _logprobs(logits_V: Tensor, token: int, count: int) -> dict[int, Logprob]:
-    """Return the sampled token's and the `count` most likely tokens' log probabilities with their ranks."""
-    logprobs_V = logits_V.log_softmax(-1)
-    own = float(logprobs_V[token])
-    found = {token: Logprob(own, 1 + int((logprobs_V > own).sum()))}
-    values, indices = logprobs_V.topk(min(count, logprobs_V.numel()))
-    for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True), start=1):
-        found.setdefault(index, Logprob(value, rank))
+def _logprobs(logits_LV: Tensor, tokens: Series[int], wanted: Series[int | None]) -> list[dict[int, Logprob] | None]:
+    """Return for each row that wants them its token's and its most likely tokens' log probabilities, with ranks."""
+    found: list[dict[int, Logprob] | None] = [None] * len(tokens)
+    rows = [r for r, count in enumerate(wanted) if count is not None]
+    if not rows:
+        return found
+    logprobs_LV = logits_LV[rows].float().log_softmax(-1)
+    chosen = torch.tensor([tokens[r] for r in rows], device=logits_LV.device).unsqueeze(-1)
+    own_L1 = logprobs_LV.gather(1, chosen)
+    ranks = (1 + (logprobs_LV > own_L1).sum(-1)).tolist()
+    deepest = min(max(count or 0 for count in wanted), logits_LV.shape[1])
+    values, indices = (t.tolist() for t in logprobs_LV.topk(deepest, dim=-1))
+    for i, (r, own) in enumerate(zip(rows, own_L1.squeeze(-1).tolist(), strict=True)):
+        row = {tokens[r]: Logprob(own, ranks[i])}
+        for rank, (token, value) in enumerate(zip(indices[i][: wanted[r]], values[i], strict=False), start=1):
+            row.setdefault(token, Logprob(value, rank))
+        found[r] = row
     return found
