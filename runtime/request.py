@@ -21,6 +21,7 @@ class Sequence:
     stop_ids      EOS ids that end it (none with ignore_eos)
     seed          of its draws
     last_name     name of its last full block, for prefix caching; num_named counts its named blocks
+    plain         its next token is the argmax of its logits and nothing else is asked of them
     """
 
     id: str
@@ -38,8 +39,11 @@ class Sequence:
     num_named: int = 0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        p = self.params
+        self.plain = p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) and p.logprobs is None
         self.check()
 
     def check(self) -> None:
