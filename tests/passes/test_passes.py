@@ -1,0 +1,180 @@
+"""Every pass: fires where it should, keeps the result, explains a near miss, and finds nothing the second time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seamwise import passes
+from seamwise.passes import Pass
+
+from .blocks import Spelled, apply, captured, evaluate, ops
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+class Rope(nn.Module):
+    def __init__(self, *, half: int = 8, minus: bool = True) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))  # gives the graph its dtype
+        self.half, self.minus = half, minus
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        low, high = x[..., : self.half], x[..., self.half :]
+        turned = torch.cat((-high, low) if self.minus else (high, -low), -1)
+        return (x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)) * self.scale
+
+
+class HeadsFirstRope(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x, cos, sin = x.transpose(0, 1).unsqueeze(0), cos.unsqueeze(0), sin.unsqueeze(0)
+        half = x.shape[-1] // 2
+        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return (x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)) * self.scale
+
+
+class MLP(nn.Module):
+    def __init__(self, *, bias: bool = False, gelu: bool = False, shared_up: bool = False) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(16, 24, bias=bias), nn.Linear(16, 24, bias=bias)
+        self.gelu, self.shared_up = gelu, shared_up
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        gate = self.gate_proj(x)
+        return (F.gelu(gate) if self.gelu else F.silu(gate)) * (gate if self.shared_up else up)
+
+
+class QKV(nn.Module):
+    def __init__(self, *, biases: tuple[bool, bool, bool] = (False, False, False)) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, n, bias=b) for n, b in zip((32, 8, 8), biases, strict=True))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+class AddNorm(nn.Module):
+    def __init__(self, *, scaled: bool = False) -> None:
+        super().__init__()
+        self.weight, self.scaled = nn.Parameter(torch.rand(16) + 0.5), scaled
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.add(x, residual, alpha=2) if self.scaled else x + residual
+        return F.rms_norm(total, (16,), self.weight, 1e-5), total
+
+
+def rows(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def case(name: str, dtype: torch.dtype) -> tuple[list[Pass], nn.Module, tuple[Tensor, ...], dict[str, int]]:
+    """Return the passes to run (the last is under test), a module, its arguments and the promise."""
+    x, wide = rows(5, 16, dtype=dtype), rows(5, 3, 16, dtype=dtype)
+    cos, sin = rows(5, 16, dtype=dtype), rows(5, 16, dtype=dtype)
+    norm, swiglu = passes.RAISE_RMS_NORM, passes.RAISE_SWIGLU
+    cases: dict[str, tuple[list[Pass], nn.Module, tuple[Tensor, ...], dict[str, int]]] = {
+        "spelled norm": ([norm], Spelled(16), (x,), {"norms": 1}),
+        "torch norm": ([norm], AddNorm(), (x, x), {"norms": 1}),
+        "rope": ([passes.RAISE_ROPE], Rope(), (wide, cos, sin), {"rotations": 1}),
+        "heads first rope": ([passes.RAISE_ROPE], HeadsFirstRope(), (wide, cos, sin), {"rotations": 1}),
+        "swiglu": ([swiglu], MLP(), (x,), {"gated_mlps": 1}),
+        "add norm": ([norm, passes.FUSE_ADD_RMS_NORM], AddNorm(), (x, x), {"residual_norms": 1}),
+        "gate up": ([swiglu, passes.FUSE_GATE_UP], MLP(), (x,), {"gated_mlps": 1}),
+        "biased gate up": ([swiglu, passes.FUSE_GATE_UP], MLP(bias=True), (x,), {"gated_mlps": 1}),
+        "qkv": ([passes.FUSE_QKV], QKV(), (x,), {"attentions": 1}),
+        "biased qkv": ([passes.FUSE_QKV], QKV(biases=(True, True, True)), (x,), {"attentions": 1}),
+    }
+    chain, module, arguments, promise = cases[name]
+    return chain, module.to(dtype), arguments, promise
+
+
+FIRING = ["spelled norm", "torch norm", "rope", "heads first rope", "swiglu", "add norm", "gate up", "biased gate up", "qkv", "biased qkv"]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FIRING)
+def test_pass_fires_keeps_the_result_and_is_idempotent(name: str, dtype: torch.dtype) -> None:
+    chain, module, arguments, promise = case(name, dtype)
+    graph = captured(module, *arguments)
+    for entry in chain[:-1]:
+        apply(entry, graph)
+    before = evaluate(graph, module, *arguments)
+    report = apply(chain[-1], graph, **promise)
+    assert report.matched == report.expected == 1, report
+    after = evaluate(graph, module, *arguments)
+    exact = evaluate_in_float64(name)
+    for b, a, e in zip(flat(before), flat(after), flat(exact), strict=True):
+        budget = 2 * ((b.double() - e).abs().max() + torch.finfo(dtype).eps * e.abs().max())
+        assert (a.double() - e).abs().max() <= budget
+    assert apply(chain[-1], graph, **promise).matched == 0
+
+
+def evaluate_in_float64(name: str) -> object:
+    """The module itself, in float64, on the arguments at hand (bf16 and fp32 draw the same numbers up to rounding)."""
+    _, module, arguments, _ = case(name, evaluate_in_float64.dtype)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        return module.double()(*(a.double() for a in arguments))
+
+
+@pytest.fixture(autouse=True)
+def _dtype_of_the_case(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
+    evaluate_in_float64.dtype = getattr(request.node, "callspec", None) and request.node.callspec.params.get("dtype")  # type: ignore[attr-defined]
+
+
+def flat(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("chain", "module", "ranks", "reason"),
+    [
+        ([passes.RAISE_RMS_NORM], Spelled(16, eps_inside=False), 2, "pattern has aten.rsqrt"),
+        ([passes.RAISE_RMS_NORM], Spelled(16, mean_dim=0), 2, "aten.mean.dim"),
+        ([passes.RAISE_RMS_NORM], Spelled(16, leak=True), 2, "extra user"),
+        ([passes.RAISE_ROPE], Rope(half=4), 3, "cut at 4"),
+        ([passes.RAISE_ROPE], Rope(minus=False), 3, "pattern has"),
+        ([passes.FUSE_QKV], QKV(biases=(True, False, True)), 2, "bias"),
+        ([passes.RAISE_RMS_NORM, passes.FUSE_ADD_RMS_NORM], AddNorm(scaled=True), 2, "alpha"),
+    ],
+    ids=["eps outside", "mean over tokens", "extra user", "wrong half", "wrong sign", "one bias missing", "scaled add"],
+)
+def test_near_miss_does_not_fire_and_says_why(chain: list[Pass], module: nn.Module, ranks: int, reason: str) -> None:
+    x = rows(*((5, 16) if ranks == 2 else (5, 3, 16)), dtype=torch.float32)
+    extra = {Rope: (x[:, 0], x[:, 1]), AddNorm: (x,)}.get(type(module), ())
+    graph = captured(module, x, *extra)
+    for entry in chain:
+        report = apply(entry, graph)
+    assert report.matched == 0
+    assert len(report.misses) == 1 and reason in report.misses[0].reason, report.misses
+    assert "seamwise" not in " ".join(ops(graph)) or len(chain) > 1
+
+
+def test_eps_is_read_from_the_graph() -> None:
+    graph = captured(AddNorm(), rows(5, 16, dtype=torch.float32), rows(5, 16, dtype=torch.float32))
+    for node in graph.graph.nodes:
+        if "rms_norm" in str(node.target):
+            node.args = (*node.args[:3], 0.125)
+    assert apply(passes.RAISE_RMS_NORM, graph).matched == 1
+    assert [n.args[2] for n in graph.graph.nodes if "seamwise.rms_norm" in str(n.target)] == [0.125]
+
+
+def test_miss_names_the_module() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Spelled(16), Spelled(16, eps_inside=False)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](self.layers[0](x))
+
+    report = apply(passes.RAISE_RMS_NORM, captured(Outer(), rows(5, 16, dtype=torch.float32)))
+    assert report.matched == 1
+    assert [m.module for m in report.misses] == ["layers.1"]
