@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .batch import build_batch
+from .detokenize import Detokenizer
 from .kv_blocks import BlockPool
-from .outputs import CompletionOutput, RequestMetrics, RequestOutput
+from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from .request import Sequence
 from .runner import ModelRunner
 from .sampler import Sampled, sample
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler, SchedulerConfig
-from .tokenizer import Detokenizer, Tokenizer
+from .tokenizer import Tokenizer
+
+_Reason = tuple[str, str | int | None]  # finish_reason, stop_reason
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -58,11 +61,15 @@ class Engine:
                 f"the prompt has {len(prompt_token_ids)} tokens, max_model_len is {limit} with the output included;"
                 " shorten the prompt or raise max_model_len"
             )
-        if bad := [t for t in (*params.logit_bias, *params.stop_token_ids) if t >= vocab]:
+        if bad := [t for t in (*params.biases, *params.stop_tokens) if t >= vocab]:
             raise ValueError(f"logit_bias or stop_token_ids has token id {bad[0]}, wanted 0 to {vocab - 1}")
         if params.detokenize and self.tokenizer is None:
             raise ValueError("detokenize=True needs a tokenizer; this model directory has none: pass detokenize=False")
         room = limit - len(prompt_token_ids)
+        if params.min_tokens > room:
+            raise ValueError(
+                f"min_tokens={params.min_tokens}, but max_model_len={limit} leaves room for {room}; lower it"
+            )
         return min(room, params.max_tokens) if params.max_tokens is not None else room
 
     def add_request(
@@ -81,8 +88,9 @@ class Engine:
             sequence = self._sequence(request_id, index, prompt_token_ids, params, max_tokens)
             self.scheduler.add(sequence)  # raises for the first or for none: they are of one size
             request.sequences.append(sequence)
-            request.detokenizers.append(self._detokenizer(params))
-            output.outputs.append(CompletionOutput(index=index, text="", token_ids=[]))
+            request.detokenizers.append(self._detokenizer(prompt_token_ids, params))
+            logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+            output.outputs.append(CompletionOutput(index=index, text="", token_ids=[], logprobs=logprobs))
             self._of_sequence[sequence.id] = (request, index)
         self._requests[request_id] = request
 
@@ -91,9 +99,13 @@ class Engine:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        for index, completion in enumerate(request.output.outputs):
-            if not completion.finished():
-                self._finish(request, index, "abort", None)
+        running = [i for i, completion in enumerate(request.output.outputs) if not completion.finished()]
+        for index in running:
+            if detokenizer := request.detokenizers[index]:
+                detokenizer.finish(may_stop=False)
+                request.output.outputs[index].text = detokenizer.text
+            self._finish(request, index, "abort", None)
+        self.scheduler.remove([request.sequences[i] for i in running])
         return request.output
 
     def step(self) -> list[RequestOutput]:
@@ -104,11 +116,13 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return []
-        work = [(self._of_sequence[i][0].sequences[self._of_sequence[i][1]], count) for i, count in plan.items()]
-        batch, yielding = build_batch(work, self.runner.block_size)
+        work = []
+        for sequence_id, count in plan.items():
+            request, index = self._of_sequence[sequence_id]
+            work.append((request.sequences[index], count))
         try:
-            logits = self.runner.step(batch).logits
-            sampled = sample(logits, yielding)
+            batch, yielding = build_batch(work, self.runner.block_size)
+            sampled = sample(self.runner.step(batch).logits, yielding)
         except BaseException:
             self.scheduler.restart([s for s, _ in work])
             raise
@@ -120,45 +134,68 @@ class Engine:
         """Append each sampled token to its request, and finish what it ends."""
         now = time.perf_counter()
         touched: dict[str, RequestOutput] = {}
+        ended: list[Sequence] = []
         for sequence, token, logprobs in zip(yielding, sampled.tokens, sampled.logprobs, strict=True):
             request, index = self._of_sequence[sequence.id]
-            completion, metrics = request.output.outputs[index], request.output.metrics
+            output = request.output
+            touched[output.request_id] = output
+            completion = output.outputs[index]
             sequence.append(token)
             completion.token_ids.append(token)
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
-                metrics.num_cached_tokens = sequence.num_cached
+            if output.metrics.first_token_time is None:
+                output.metrics.first_token_time = now
+                output.metrics.num_cached_tokens = sequence.num_cached
             if logprobs is not None:
-                completion.logprobs = [*(completion.logprobs or []), logprobs]
-                completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + logprobs[token].logprob
-            detokenizer = request.detokenizers[index]
-            stop = detokenizer.add(token) if detokenizer else None
-            if detokenizer:
+                self._take_logprobs(completion, token, logprobs, sequence.params)
+            reason = self._ended_by_token(sequence, token)
+            if detokenizer := request.detokenizers[index]:
+                if (stop := self._show(detokenizer, sequence, token, reason)) is not None:
+                    reason = "stop", stop
                 completion.text = detokenizer.text
-            reason = self._reason(sequence, token, stop)
             if reason is not None:
+                ended.append(sequence)
                 self._finish(request, index, *reason)
-            touched[request.output.request_id] = request.output
+        if ended:
+            self.scheduler.remove(ended)
         return list(touched.values())
 
     @staticmethod
-    def _reason(sequence: Sequence, token: int, stop: str | None) -> tuple[str, str | int | None] | None:
+    def _ended_by_token(sequence: Sequence, token: int) -> _Reason | None:
+        """Return (finish_reason, stop_reason) when a token, or the number of them, ends the sequence."""
         produced = sequence.num_tokens - sequence.num_prompt
-        if produced >= sequence.params.min_tokens:
-            if stop is not None:
-                return "stop", stop
+        if produced > sequence.params.min_tokens:  # before that the sampler cannot choose one that ends
             if token in sequence.stop_ids:
                 return "stop", None
-            if token in sequence.params.stop_token_ids:
+            if token in sequence.params.stop_tokens:
                 return "stop", token
         return ("length", None) if produced >= sequence.max_tokens else None
 
+    @staticmethod
+    def _show(detokenizer: Detokenizer, sequence: Sequence, token: int, reason: _Reason | None) -> str | None:
+        """Give a token to the detokenizer; return the stop string found. The text of a token that stops is left out."""
+        p = sequence.params
+        may_stop = sequence.num_tokens - sequence.num_prompt > p.min_tokens
+        stop = None
+        if reason is None or reason[0] != "stop" or p.include_stop_str_in_output:
+            stop = detokenizer.add(token, may_stop=may_stop)
+        if reason is not None and stop is None:
+            stop = detokenizer.finish(may_stop=may_stop)
+        return stop
+
+    def _take_logprobs(
+        self, completion: CompletionOutput, token: int, logprobs: dict[int, Logprob], params: SamplingParams
+    ) -> None:
+        assert completion.logprobs is not None
+        completion.logprobs.append(logprobs)
+        completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + logprobs[token].logprob
+        if params.detokenize and self.tokenizer is not None:
+            for one, logprob in logprobs.items():
+                logprob.decoded_token = self.tokenizer.decode([one], skip_special_tokens=False)
+
     def _finish(self, request: _Request, index: int, reason: str, stop_reason: str | int | None) -> None:
+        """Mark one output finished, and its request when it was the last. The caller removes it from the scheduler."""
         completion, sequence = request.output.outputs[index], request.sequences[index]
         completion.finish_reason, completion.stop_reason = reason, stop_reason
-        if detokenizer := request.detokenizers[index]:
-            completion.text = detokenizer.finish(stopped=isinstance(stop_reason, str))
-        self.scheduler.remove([sequence])
         del self._of_sequence[sequence.id]
         request.output.metrics.num_preemptions += sequence.num_preemptions
         if all(c.finished() for c in request.output.outputs):
@@ -171,7 +208,8 @@ class Engine:
     ) -> Sequence:
         tokens = np.empty(len(prompt) + max_tokens, dtype=np.int64)
         tokens[: len(prompt)] = prompt
-        seed = params.seed if params.seed is not None else (self.seed << 32) + self._arrivals
+        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals
+        assert seed is not None
         self._arrivals += 1
         return Sequence(
             id=f"{request_id}/{index}", tokens=tokens, num_tokens=len(prompt), num_prompt=len(prompt), params=params,
@@ -179,10 +217,10 @@ class Engine:
             stop_ids=() if params.ignore_eos else self.runner.config.eos_ids,
         )  # fmt: skip
 
-    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+    def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if not params.detokenize or self.tokenizer is None:
             return None
         return Detokenizer(
-            self.tokenizer, params.stop_strings, skip_special_tokens=params.skip_special_tokens,
+            self.tokenizer, prompt_token_ids, stop=params.stop_strings, skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
         )  # fmt: skip

@@ -8,10 +8,11 @@ Source: vLLM's automatic prefix caching, https://docs.vllm.ai/en/latest/design/p
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 NULL_BLOCK = 0  # padding points here; it is never handed out
 
@@ -19,9 +20,9 @@ BlockName = bytes
 ROOT: BlockName = b""
 
 
-def name_after(parent: BlockName, tokens: Sequence[int]) -> BlockName:
-    """Return the name of a full block with these tokens after the block named `parent` (128 bits: no collisions)."""
-    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+def name_after(parent: BlockName, tokens: np.ndarray) -> BlockName:
+    """Return the name of a full block with these int64 tokens after the block named `parent` (128 bits)."""
+    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,14 +91,10 @@ class BlockPool:
             else:
                 self.free.append(block)
 
-    def longest_prefix(self, tokens: Sequence[int]) -> list[int]:
-        """Return the cached blocks that hold the start of `tokens`, in order."""
+    def longest_prefix(self, names: Iterable[BlockName]) -> list[int]:
+        """Return the cached blocks of the longest run of names from the first."""
         found: list[int] = []
-        name = ROOT
-        if not self.caching:
-            return found
-        for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
-            name = name_after(name, tokens[start : start + self.block_size])
+        for name in names:
             block = self.by_name.get(name)
             if block is None:
                 break

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Logprob:
-    """Natural-log probability of a token under the raw distribution, its rank (1 is the most likely), its text."""
+    """Natural-log probability of a token under the raw distribution, its rank (1 is the most likely), its text.
+
+    decoded_token is None with detokenize=False.
+    """
 
     logprob: float
     rank: int
@@ -18,6 +21,7 @@ class Logprob:
 class CompletionOutput:
     """One output of a request.
 
+    text           without what may yet turn out to be a stop string, while it runs
     logprobs       one {token id: Logprob} a token, when asked for
     finish_reason  None while running, "stop", "length" or "abort"
     stop_reason    the stop string or token id that ended it; None for EOS
@@ -48,7 +52,7 @@ class RequestMetrics:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """One prompt with its outputs, in the order asked for."""
+    """One prompt with its outputs, in the order asked for. It is one object from first token to last, and grows."""
 
     request_id: str
     prompt: str | None

@@ -55,8 +55,8 @@ def argmax(logits_LV: Tensor) -> list[int]:
     """Return each row's greatest column, the first of equals."""
     if logits_LV.device.type == "cpu":
         # numpy's is vectorized: 0.17 ms against torch's 2.8 ms for 32 x 49,152 in bf16, 0.10 against 0.74 in fp32.
-        return logits_LV.float().numpy().argmax(-1).tolist()  # type: ignore[no-any-return]
-    return logits_LV.argmax(-1).tolist()  # type: ignore[no-any-return]
+        return logits_LV.float().numpy().argmax(-1).tolist()
+    return logits_LV.argmax(-1).tolist()
 
 
 def _edits(s: Sequence) -> bool:
@@ -67,8 +67,8 @@ def _edit_row(logits_V: Tensor, sequence: Sequence) -> None:
     """Apply min_tokens, bias and penalties to one row in place."""
     p, device = sequence.params, logits_V.device
     if sequence.num_tokens - sequence.num_prompt < p.min_tokens:
-        logits_V[[*sequence.stop_ids, *p.stop_token_ids]] = float("-inf")
-    for token, bias in p.logit_bias.items():
+        logits_V[[*sequence.stop_ids, *p.stop_tokens]] = float("-inf")
+    for token, bias in p.biases.items():
         logits_V[token] += bias
     # An id that occurs twice is read before it is written, and written the same value twice.
     if p.repetition_penalty != 1:

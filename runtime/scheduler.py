@@ -6,11 +6,12 @@ difference within the token budget. Chunked prefill, continuous batching and pre
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .kv_blocks import ROOT, BlockPool, name_after
+from .kv_blocks import BlockPool
 from .request import Sequence
 
 
@@ -40,14 +41,19 @@ class Scheduler:
         """Assert the invariants that hold between steps."""
         self.pool.check()
         assert len(self.running) <= self.config.max_num_seqs
-        assert all(not s.blocks for s in self.waiting)
+        assert all(not s.blocks and not s.num_computed for s in self.waiting)
+        arrivals = [s.arrival for s in self.waiting]
+        assert arrivals == sorted(arrivals), "the queue is out of order"
+        held = Counter(block for s in self.running for block in s.blocks)
+        assert held == Counter(self.pool.holders), "the pool and the sequences disagree on who holds what"
         for s in self.running:
             s.check()
             assert s.num_computed <= len(s.blocks) * self.pool.block_size
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises ValueError when it could not be computed even alone in the cache."""
-        needed = -(-(sequence.num_prompt + sequence.max_tokens) // self.pool.block_size)
+        # The last token is returned, never computed.
+        needed = -(-(sequence.num_prompt + sequence.max_tokens - 1) // self.pool.block_size)
         if needed > self.pool.num_blocks - 1:
             raise ValueError(
                 f"request {sequence.id}: prompt of {sequence.num_prompt} and max_tokens={sequence.max_tokens} need"
@@ -60,88 +66,94 @@ class Scheduler:
         """Choose the next step and reserve its blocks. Every scheduled sequence is in `running` afterwards."""
         budget = self.config.max_num_batched_tokens
         plan: dict[str, int] = {}
-        for sequence in sorted(self.running, key=lambda s: s.arrival):
-            if sequence not in self.running:  # preempted for an earlier one
-                continue
+        self.running.sort(key=lambda s: s.arrival)
+        position = 0
+        while position < len(self.running) and budget:  # the list loses its latest arrivals on the way
+            sequence = self.running[position]
             count = min(sequence.num_pending, budget)
-            if count and self._reserve(sequence, count):
-                self._record(sequence, count)
+            if self._make_room(sequence, count):
+                self._start(sequence, count)
                 plan[sequence.id] = count
                 budget -= count
+                position += 1
         while self.waiting and budget and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
-            self._adopt_prefix(sequence)
-            count = min(sequence.num_pending, budget)
             # A newcomer never takes blocks from a running one, and waits until a whole first chunk fits.
-            if self._missing(sequence, count) > self.pool.num_available:
-                self._give_back(sequence)
+            if not self._adopt_prefix(sequence, budget):
                 break
-            sequence.blocks += self.pool.take(self._missing(sequence, count))
+            count = min(sequence.num_pending, budget)
             self.running.append(self.waiting.popleft())
-            self._record(sequence, count)
+            self._start(sequence, count)
             plan[sequence.id] = count
             budget -= count
         assert plan or not (self.running or self.waiting), "nothing can be scheduled"
         return plan
 
-    def _record(self, sequence: Sequence, count: int) -> None:
-        """Name the blocks that this step fills, so that even a sequence of the same step can share them.
-
-        That is sound because every layer writes the whole step's keys and values before it attends to any.
-        """
-        size = self.pool.block_size
-        while self.pool.caching and (sequence.num_named + 1) * size <= sequence.num_computed + count:
-            start = sequence.num_named * size
-            sequence.last_name = name_after(sequence.last_name, sequence.tokens[start : start + size].tolist())
-            self.pool.record(sequence.blocks[sequence.num_named], sequence.last_name)
-            sequence.num_named += 1
-
     def restart(self, sequences: Iterable[Sequence]) -> None:
-        """Put sequences back in the queue after a step that failed: what it wrote to the cache is not trusted."""
-        for sequence in sorted(sequences, key=lambda s: -s.arrival):
+        """Queue running sequences again after a step that failed: what it wrote to the cache is not trusted."""
+        for sequence in sequences:
             for block in sequence.blocks:
                 self.pool.forget(block)
-            self._give_back(sequence)
             self.running.remove(sequence)
-            self.waiting.appendleft(sequence)
+            self._queue_again(sequence)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         """Forget finished or aborted sequences and release their blocks."""
         gone = {id(s) for s in sequences}
-        for sequence in [s for s in self.running if id(s) in gone]:
-            self._give_back(sequence)
+        for sequence in self.running:
+            if id(sequence) in gone:
+                self.pool.release(sequence.let_go())
         self.running = [s for s in self.running if id(s) not in gone]
-        self.waiting = deque(s for s in self.waiting if id(s) not in gone)
+        if any(id(s) in gone for s in self.waiting):
+            self.waiting = deque(s for s in self.waiting if id(s) not in gone)
 
-    def _missing(self, sequence: Sequence, count: int) -> int:
-        return max(0, -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.blocks))
-
-    def _reserve(self, sequence: Sequence, count: int) -> bool:
-        """Get blocks for `count` more tokens, preempting later arrivals; False when the sequence itself had to go."""
-        while (missing := self._missing(sequence, count)) > self.pool.num_available:
-            victim = max(self.running, key=lambda s: s.arrival)
-            self._give_back(victim)
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Preempt the latest arrivals until `count` more tokens fit; False when the sequence itself had to go."""
+        while self._num_missing(sequence, count) > self.pool.num_available:
+            victim = self.running.pop()
             victim.num_preemptions += 1
-            self.running.remove(victim)
-            self.waiting.appendleft(victim)
+            self._queue_again(victim)
             if victim is sequence:
                 return False
-        sequence.blocks += self.pool.take(missing)
         return True
 
-    def _adopt_prefix(self, sequence: Sequence) -> None:
-        """Hold the cached blocks of the sequence's start; at least its last token is always computed."""
-        known = sequence.tokens[: sequence.num_tokens - 1].tolist()
-        found = self.pool.longest_prefix(known)
+    def _adopt_prefix(self, sequence: Sequence, budget: int) -> bool:
+        """Hold the cached blocks of a waiting sequence's start, if its first chunk after them fits in the pool.
+
+        At least its last token is always computed, so at least that one is after them.
+        """
+        size = self.pool.block_size
+        found = []
+        if self.pool.caching:
+            found = self.pool.longest_prefix(sequence.names_of_full_blocks(sequence.num_tokens - 1, size))
+        cached = len(found) * size
+        missing = -(-min(sequence.num_tokens, cached + budget) // size) - len(found)
+        if missing > self.pool.num_available - sum(block in self.pool.resting for block in found):
+            return False
         for block in found:
             self.pool.hold(block)
-        sequence.blocks = found
-        sequence.num_computed = sequence.num_cached = len(found) * self.pool.block_size
+        sequence.hold(found)
+        sequence.num_computed = sequence.num_cached = cached
         sequence.num_named = len(found)
-        sequence.last_name = self.pool.names[found[-1]] if found else ROOT
+        return True
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.num_computed = sequence.num_named = 0
-        sequence.last_name = ROOT
+    def _start(self, sequence: Sequence, count: int) -> None:
+        """Take the blocks that a step needs, and name those it fills, so that even its other sequences can share them.
+
+        That is sound because every layer writes the whole step's keys and values before it attends to any.
+        """
+        if missing := self._num_missing(sequence, count):
+            sequence.hold(self.pool.take(missing))
+        full = (sequence.num_computed + count) // self.pool.block_size
+        if self.pool.caching and full > sequence.num_named:
+            names = sequence.names_of_full_blocks(sequence.num_computed + count, self.pool.block_size)
+            for i in range(sequence.num_named, full):
+                self.pool.record(sequence.blocks[i], names[i])
+            sequence.num_named = full
+
+    def _num_missing(self, sequence: Sequence, count: int) -> int:
+        return max(0, -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.blocks))
+
+    def _queue_again(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.let_go())
+        insort(self.waiting, sequence, key=lambda s: s.arrival)
