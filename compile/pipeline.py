@@ -22,6 +22,7 @@ RAISE = (
     passes.RAISE_RMS_NORM,
     passes.RAISE_ROPE,
     passes.RAISE_SWIGLU,
+    passes.RAISE_GATHER,
 )
 FUSE = (
     passes.FUSE_ADD_RMS_NORM,  # after raise_rms_norm: it reads the named op

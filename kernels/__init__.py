@@ -2,9 +2,24 @@
 
 from .add_rms_norm import add_rms_norm
 from .attention import attention
+from .gather_rows import gather_rows
 from .kv_append import kv_append
+from .linear import linear_packed, pack_linear
 from .rms_norm import rms_norm
 from .rope import rope
 from .silu_mul import silu_mul
 
-__all__ = ["add_rms_norm", "attention", "kv_append", "rms_norm", "rope", "silu_mul"]
+# The C++ providers register themselves; nothing is compiled before the first call.
+from . import attention_cpu, linear_cpu, tokenwise_cpu  # noqa: E402, F401  isort: skip
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "gather_rows",
+    "kv_append",
+    "linear_packed",
+    "pack_linear",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+]

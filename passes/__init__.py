@@ -9,6 +9,7 @@ from .fuse_gate_up import FUSE_GATE_UP
 from .fuse_qkv import FUSE_QKV
 from .matcher import Match, Miss, Pattern
 from .pack_linear import PACK_LINEAR
+from .raise_gather import RAISE_GATHER
 from .raise_rms_norm import RAISE_RMS_NORM
 from .raise_rope import RAISE_ROPE
 from .raise_swiglu import RAISE_SWIGLU
@@ -19,6 +20,7 @@ __all__ = [
     "FUSE_GATE_UP",
     "FUSE_QKV",
     "PACK_LINEAR",
+    "RAISE_GATHER",
     "RAISE_RMS_NORM",
     "RAISE_ROPE",
     "RAISE_SWIGLU",

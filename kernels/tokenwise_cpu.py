@@ -1,0 +1,116 @@
+"""The CPU providers of the row-wise ops, in C++ (tokenwise_cpu.cpp): float32 and bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .add_rms_norm import add_rms_norm
+from .gather_rows import gather_rows
+from .rms_norm import rms_norm
+from .rope import rope
+from .silu_mul import silu_mul
+from .tape import Kernel, empty, launch
+
+_NORM = Kernel("tokenwise_cpu.cpp", "seamwise_norm")
+_ROPE = Kernel("tokenwise_cpu.cpp", "seamwise_rope")
+_SILU_MUL = Kernel("tokenwise_cpu.cpp", "seamwise_silu_mul")
+_GATHER = Kernel("tokenwise_cpu.cpp", "seamwise_gather")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _one_dtype(*tensors: Tensor) -> str | None:
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or tensors[0].dtype not in _DTYPES:
+        return f"tensors must all be float32 or all bfloat16, got {', '.join(map(str, dtypes))}"
+    return None
+
+
+def _rows(x: Tensor) -> str | None:
+    if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
+        return f"wanted rows (T, D) contiguous in D, or a contiguous tensor; strides are {x.stride()}"
+    return None
+
+
+def _refuses_rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
+    return _one_dtype(x_TD, weight_D) or _rows(x_TD)
+
+
+def _refuses_add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
+    return _one_dtype(x_TD, residual_TD, weight_D) or _rows(x_TD) or _rows(residual_TD)
+
+
+@rms_norm.provider("cpp", devices=("cpu",), refuses=_refuses_rms_norm)
+def rms_norm_cpp(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    width = x_TD.shape[-1]
+    out = empty(x_TD.shape, x_TD.dtype)
+    launch(
+        _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), 0, weight_D.data_ptr(), out.data_ptr(), 0,
+        x_TD.numel() // width, width, x_TD.stride(-2), 0, eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+@add_rms_norm.provider("cpp", devices=("cpu",), refuses=_refuses_add_rms_norm)
+def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    width = x_TD.shape[-1]
+    out, total = empty(x_TD.shape, x_TD.dtype), empty(x_TD.shape, x_TD.dtype)
+    launch(
+        _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), out.data_ptr(),
+        total.data_ptr(), x_TD.numel() // width, width, x_TD.stride(-2), residual_TD.stride(-2), eps,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, total
+
+
+def _refuses_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> str | None:
+    if x_THD.dim() != 3 or x_THD.stride(2) != 1 or x_THD.shape[2] % 2:
+        return f"x must be (T, H, D), contiguous in an even D, got {tuple(x_THD.shape)}, strides {x_THD.stride()}"
+    if cos_TD.dim() != 2 or cos_TD.stride(1) != 1 or sin_TD.stride(1) != 1:
+        return f"cos and sin must be (T, D) contiguous in D, strides are {cos_TD.stride()}, {sin_TD.stride()}"
+    return _one_dtype(x_THD, cos_TD, sin_TD)
+
+
+@rope.provider("cpp", devices=("cpu",), refuses=_refuses_rope)
+def rope_cpp(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    out = empty(x_THD.shape, x_THD.dtype)
+    launch(
+        _ROPE, _DTYPES[x_THD.dtype], x_THD.data_ptr(), cos_TD.data_ptr(), sin_TD.data_ptr(), out.data_ptr(),
+        *x_THD.shape, *x_THD.stride()[:2], cos_TD.stride(0), sin_TD.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _refuses_silu_mul(x_TI2: Tensor) -> str | None:
+    return _one_dtype(x_TI2) or _rows(x_TI2)
+
+
+@silu_mul.provider("cpp", devices=("cpu",), refuses=_refuses_silu_mul)
+def silu_mul_cpp(x_TI2: Tensor) -> Tensor:
+    width = x_TI2.shape[-1]
+    out = empty((*x_TI2.shape[:-1], width // 2), x_TI2.dtype)
+    launch(
+        _SILU_MUL, _DTYPES[x_TI2.dtype], x_TI2.data_ptr(), out.data_ptr(), x_TI2.numel() // width, width // 2,
+        x_TI2.stride(-2), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _refuses_gather(table_VD: Tensor, index_T: Tensor) -> str | None:
+    if table_VD.dim() != 2 or table_VD.stride(1) != 1 or index_T.dtype != torch.int64 or not index_T.is_contiguous():
+        return f"wanted rows contiguous in D and contiguous int64 indices, got {table_VD.stride()}, {index_T.dtype}"
+    return None
+
+
+@gather_rows.provider("cpp", devices=("cpu",), refuses=_refuses_gather)
+def gather_rows_cpp(table_VD: Tensor, index_T: Tensor) -> Tensor:
+    """Copy rows in C++. Raises ValueError when an index lies outside the table."""
+    out = empty((*index_T.shape, table_VD.shape[1]), table_VD.dtype)
+    size = table_VD.element_size()
+    wrong = launch(
+        _GATHER, index_T.data_ptr(), table_VD.data_ptr(), out.data_ptr(), index_T.numel(), table_VD.shape[0],
+        table_VD.shape[1] * size, table_VD.stride(0) * size, torch.get_num_threads(),
+    )  # fmt: skip
+    if wrong:
+        raise ValueError(f"gather_rows: index {int(index_T.flatten()[wrong - 1])}, wanted 0 to {table_VD.shape[0] - 1}")
+    return out

@@ -1,0 +1,53 @@
+"""Name row lookups: token embedding, and the choice of rows whose logits are wanted.
+
+before: x = embedding(table, ids); y = index(hidden, [rows])
+after:  x = gather_rows(table, ids); y = gather_rows(hidden, rows)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from seamwise.kernels import gather_rows
+
+from .graph import aten, inserting, is_op, place, value
+from .matcher import Miss
+from .rewrite import Pass, Report
+
+
+def raise_gather(module: GraphModule, report: Report) -> None:
+    """Rewrite every lookup of whole rows of a matrix by one int64 index tensor."""
+    for node in list(module.graph.nodes):
+        if not is_op(node, aten.embedding.default, aten.index.Tensor, aten.index_select.default):
+            continue
+        table, index, reason = _operands(node)
+        if reason is not None:
+            report.misses.append(Miss(place(node), node.name, reason))
+            continue
+        with inserting(module.graph, node, like=node) as proxy:
+            rows = gather_rows(proxy(table), proxy(index))
+        node.replace_all_uses_with(rows.node)
+        module.graph.erase_node(node)
+        report.matched += 1
+
+
+def _operands(node: Node) -> tuple[Any, Any, str | None]:
+    if is_op(node, aten.embedding.default):
+        table, index = node.args[:2]
+    elif is_op(node, aten.index.Tensor):
+        indices: Any = node.args[1]
+        if len(indices) != 1:
+            return None, None, f"has {len(indices)} indices, wanted one, of whole rows"
+        table, index = node.args[0], indices[0]
+    else:
+        if node.args[1] != 0:
+            return None, None, f"selects along dimension {node.args[1]}, wanted 0"
+        table, index = node.args[0], node.args[2]
+    if value(table).dim() != 2 or str(value(index).dtype) != "torch.int64":  # type: ignore[arg-type]
+        return None, None, f"table has rank {value(table).dim()} and index {value(index).dtype}: wanted 2 and int64"  # type: ignore[arg-type]
+    return table, index, None
+
+
+RAISE_GATHER = Pass(name="raise_gather", rewrite=raise_gather)
