@@ -1,0 +1,148 @@
+"""The CPU providers of the seam ops, in C++ (attention_cpu.cpp, kv_append_cpu.cpp), compiled at the first call.
+
+A step program in C++ may call the same entries: `attention_entry()` and `kv_append_entry()` are ctypes functions, whose
+addresses `ctypes.cast(entry, ctypes.c_void_p)` gives; the sources document their arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpp
+from .attention import attention
+from .kv_append import kv_append
+
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def attention_entry(cache_dir: Path | None = None, flags: tuple[str, ...] = cpp.FLAGS) -> Any:
+    """Return `seamwise_attention`, compiled on the first call, into `cache_dir` or the default cache folder."""
+    entry = cpp.load(Path(__file__).with_name("attention_cpu.cpp"), cache_dir=cache_dir, flags=flags).seamwise_attention
+    entry.argtypes = [_INT, *[_POINTER] * 7, *[_INT] * 15, ctypes.c_double, _INT]
+    entry.restype = _INT
+    return entry
+
+
+@functools.cache
+def kv_append_entry(cache_dir: Path | None = None) -> Any:
+    """Return `seamwise_kv_append`, compiled on the first call, into `cache_dir` or the default cache folder."""
+    entry = cpp.load(Path(__file__).with_name("kv_append_cpu.cpp"), cache_dir=cache_dir).seamwise_kv_append
+    entry.argtypes = [*[_POINTER] * 5, *[_INT] * 14]
+    entry.restype = _INT
+    return entry
+
+
+def _refuses_caches(k_cache: Tensor, v_cache: Tensor) -> str | None:
+    if not sys.platform.startswith("linux"):
+        return f"it takes its threads from the libgomp of torch's Linux builds, this is {sys.platform}"
+    if k_cache.shape != v_cache.shape:
+        return f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must have one shape"
+    dim = k_cache.shape[3]
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(3) != 1 or cache.stride(2) != dim:
+            return f"{name} (N, K, P, D) must be contiguous in P and D, its strides are {cache.stride()}"
+    return None
+
+
+def _refuses_attention(
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
+    query_starts_S: Tensor, scale: float,
+) -> str | None:  # fmt: skip
+    heads, dim, kv_heads = q_THD.shape[1], q_THD.shape[2], k_cache.shape[1]
+    dtypes = (q_THD.dtype, k_cache.dtype, v_cache.dtype)
+    if len(set(dtypes)) > 1 or q_THD.dtype not in _DTYPES:
+        return f"q, k_cache and v_cache must all be float32, bfloat16 or float16, got {dtypes}"
+    if dim % 16 or dim != k_cache.shape[3] or heads % kv_heads:
+        shapes = f"got q {tuple(q_THD.shape)}, k_cache {tuple(k_cache.shape)}"
+        return f"it needs a head dim that is a multiple of 16 and H a multiple of K, {shapes}"
+    if q_THD.stride(2) != 1:
+        return f"q (T, H, D) must be contiguous in D, its strides are {q_THD.stride()}"
+    for name, tensor in (("block_table", block_table_RB), ("seq_lens", seq_lens_R), ("query_starts", query_starts_S)):
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
+            got = f"{tensor.dtype}, strides {tensor.stride()}"
+            return f"{name} must be int32 and contiguous in its last dimension, got {got}"
+    if not scale > 0:
+        return f"scale must be positive, got {scale}"
+    return _refuses_caches(k_cache, v_cache)
+
+
+@attention.provider("cpp", devices=("cpu",), refuses=_refuses_attention)
+def attention_cpp(
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
+    query_starts_S: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """Compute attention in C++. Raises ValueError when a value in the index tensors points outside its range."""
+    tokens, heads, dim = q_THD.shape
+    num_blocks, kv_heads, block_size, _ = k_cache.shape
+    requests, table_width = block_table_RB.shape
+    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    error = attention_entry()(
+        _DTYPES[q_THD.dtype], out_THD.data_ptr(), q_THD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(),
+        tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, block_table_RB.stride(0),
+        *q_THD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], scale, torch.get_num_threads(),
+    )  # fmt: skip
+    if error:
+        raise _attention_error(error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
+    return out_THD
+
+
+def _attention_error(
+    error: int, tokens: int, num_blocks: int, block_size: int, block_table_RB: Tensor, seq_lens_R: Tensor,
+    query_starts_S: Tensor,
+) -> Exception:  # fmt: skip
+    if error < 0:
+        return RuntimeError("attention: this CPU has no float16 conversion; load the model with dtype=torch.float32")
+    kind, r = divmod(error, 1 << 32)
+    first, last = query_starts_S[r : r + 2].tolist()
+    if kind == 1:
+        wanted = f"query_starts must begin at 0, never fall and stay within the {tokens} rows of q"
+        return ValueError(f"attention: {wanted}, got {first}, {last} for request {r}")
+    if kind == 2:
+        room = block_table_RB.shape[1] * block_size
+        wanted = f"it must lie between its {last - first} queries and the {room} tokens of its blocks"
+        return ValueError(f"attention: seq_lens[{r}] is {int(seq_lens_R[r])}, {wanted}")
+    row = block_table_RB[r].tolist()
+    return ValueError(f"attention: block_table[{r}] names blocks outside 0..{num_blocks - 1} of the cache: {row}")
+
+
+def _refuses_kv_append(
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor
+) -> str | None:
+    dtypes = (k_TKD.dtype, v_TKD.dtype, k_cache.dtype, v_cache.dtype)
+    if len(set(dtypes)) > 1:
+        return f"k, v and the caches must share a dtype, got {dtypes}"
+    wanted = (slot_mapping_T.shape[0], k_cache.shape[1], k_cache.shape[3])
+    for name, tensor in (("k", k_TKD), ("v", v_TKD)):
+        if tensor.shape != wanted:
+            return f"{name} must be {wanted} (T, K, D), got {tuple(tensor.shape)}"
+        if tensor.stride(2) != 1:
+            return f"{name} (T, K, D) must be contiguous in D, its strides are {tensor.stride()}"
+    if slot_mapping_T.dtype != torch.int64 or slot_mapping_T.stride(0) != 1:
+        return f"slot_mapping must be contiguous int64, got {slot_mapping_T.dtype}, strides {slot_mapping_T.stride()}"
+    return _refuses_caches(k_cache, v_cache)
+
+
+@kv_append.provider("cpp", devices=("cpu",), refuses=_refuses_kv_append)
+def kv_append_cpp(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor) -> None:
+    """Scatter in C++. Raises ValueError when a slot lies beyond the cache."""
+    tokens, kv_heads, dim = k_TKD.shape
+    num_blocks, _, block_size, _ = k_cache.shape
+    size = k_TKD.element_size()
+    strides = (*k_TKD.stride()[:2], *v_TKD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2])
+    error = kv_append_entry()(
+        k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping_T.data_ptr(),
+        tokens, kv_heads, dim * size, num_blocks, block_size, *[s * size for s in strides], torch.get_num_threads(),
+    )  # fmt: skip
+    if error:
+        slot, slots = int(slot_mapping_T[error - 1]), num_blocks * block_size
+        raise ValueError(f"kv_append: slot_mapping[{error - 1}] is {slot}, the cache has slots 0..{slots - 1}")

@@ -1,0 +1,126 @@
+// What one attention call is, and how it is cut into tasks. No task's bits depend on the cut: see attention_cpu.cpp.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "cpu_simd.h"
+
+constexpr int kTile = 64;         // keys of one softmax tile: part of the arithmetic
+constexpr int kTaskRows = 192;    // query rows that share one packed tile; packing is then 2 % of a prefill's time
+constexpr int kMinTaskRows = 24;  // queries are not cut below this many rows to keep threads busy
+constexpr int64_t kMaxKept = int64_t(4) << 20;  // floats of kept states above which only a single query is split
+
+struct Call {
+    void* out;
+    const void *q, *k_cache, *v_cache;
+    const int32_t *block_table, *seq_lens, *query_starts;
+    int64_t tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, table_stride;
+    int64_t q_strides[2], k_strides[2], v_strides[2];  // of token and head; of block and head
+    float scale;
+
+    int group() const { return int(heads / kv_heads); }  // query heads that share a KV head
+    int64_t state() const { return dim + 2 * kLanes; }   // floats of a row's state: o[dim], l in kLanes parts, m
+    int num_queries(int r) const { return query_starts[r + 1] - query_starts[r]; }
+    int visible(int r, int i) const { return seq_lens[r] - num_queries(r) + i + 1; }  // keys that query i of r sees
+};
+
+// Consecutive queries of one request, for the heads of one KV head, on some tiles of its keys.
+struct Task {
+    int request, kv_head, first_query, num_queries, tile_begin, tile_end;
+    int parts;        // tasks over which these queries' tiles are spread; if more than one, they keep their tiles
+    int* unfinished;  // parts still at work
+    float* kept;      // the states of every tile and row
+
+    int64_t work() const { return int64_t(num_queries) * (tile_end - tile_begin); }
+};
+
+// Scratch of one thread; it only grows, so a steady call allocates nothing.
+struct Scratch {
+    float* data = nullptr;
+    int64_t capacity = 0;
+    ~Scratch() { std::free(data); }
+    float* reserve(int64_t floats) {
+        if (floats > capacity) {
+            std::free(data);
+            capacity = (floats + floats / 4 + 1023) / 1024 * 1024;
+            data = (float*)std::aligned_alloc(64, capacity * sizeof(float));
+            if (!data) throw std::bad_alloc();
+        }
+        return data;
+    }
+};
+
+// 0, or 2^32 * (1 query_starts, 2 seq_lens, 3 block_table) + the request at which that input is wrong.
+inline int64_t first_error(const Call& c) {
+    const int64_t code = int64_t(1) << 32;
+    if (c.query_starts[0] != 0) return code;
+    for (int r = 0; r < c.requests; ++r) {
+        const int64_t n = c.num_queries(r), length = c.seq_lens[r];
+        if (n < 0 || c.query_starts[r + 1] > c.tokens) return code + r;
+        if (n == 0) continue;
+        if (length < n || length > c.table_width * c.block_size) return 2 * code + r;
+        bool wrong = false;
+        for (int64_t j = 0; j < (length + c.block_size - 1) / c.block_size; ++j)
+            wrong |= uint64_t(c.block_table[r * c.table_stride + j]) >= uint64_t(c.num_blocks);
+        if (wrong) return 3 * code + r;
+    }
+    return 0;
+}
+
+// Spreads the tiles of each task over several: a long context in a small batch.
+inline void split(const Call& c, int64_t num_threads, std::vector<Task>& tasks, std::vector<int>& unfinished,
+                  Scratch& kept) {
+    const size_t num_groups = tasks.size();
+    const auto kept_size = [&c](const Task& t) {
+        const int64_t floats = int64_t(t.tile_end) * t.num_queries * c.group() * c.state();
+        return t.num_queries == 1 || floats <= kMaxKept ? floats : 0;
+    };
+    int64_t tiles = 0, floats = 0;
+    for (const Task& t : tasks) tiles += t.tile_end, floats += kept_size(t);
+    const int part_tiles = int(std::max<int64_t>(1, tiles / (8 * num_threads)));
+    float* next = kept.reserve(floats);
+    unfinished.resize(num_groups);
+    for (size_t i = 0; i < num_groups; ++i) {
+        Task t = tasks[i];
+        const int all = t.tile_end;
+        if (kept_size(t) == 0) continue;
+        t.parts = unfinished[i] = (all + part_tiles - 1) / part_tiles;
+        t.unfinished = &unfinished[i];
+        t.kept = next;
+        next += kept_size(t);
+        for (t.tile_begin = 0; t.tile_begin < all; t.tile_begin = t.tile_end) {
+            t.tile_end = std::min(all, t.tile_begin + part_tiles);
+            if (t.tile_begin == 0) tasks[i] = t;
+            else tasks.push_back(t);
+        }
+    }
+}
+
+// Cuts the call into tasks by request, KV head and queries, and by tiles where that leaves threads idle.
+inline void plan(const Call& c, int64_t num_threads, std::vector<Task>& tasks, std::vector<int>& unfinished,
+                 Scratch& kept) {
+    const int64_t wanted = 4 * num_threads;
+    int queries = std::max(1, kTaskRows / c.group()), most = 0;
+    const auto num_tasks = [&] {
+        int64_t n = 0;
+        for (int r = 0; r < c.requests; ++r) n += (c.num_queries(r) + queries - 1) / queries * c.kv_heads;
+        return n;
+    };
+    while (num_tasks() < wanted && queries / 2 * c.group() >= kMinTaskRows) queries /= 2;
+    tasks.clear();
+    for (int r = 0; r < c.requests; ++r) {
+        const int n = c.num_queries(r);
+        most = std::max(most, n);
+        for (int first = 0; first < n; first += queries)
+            for (int h = 0; h < c.kv_heads; ++h) {
+                const int count = std::min(queries, n - first);
+                const int tiles = (c.visible(r, first + count - 1) + kTile - 1) / kTile;
+                tasks.push_back({r, h, first, count, 0, tiles, 1, nullptr, nullptr});
+            }
+    }
+    if (num_threads > 1 && int64_t(tasks.size()) < wanted) split(c, num_threads, tasks, unfinished, kept);
+    if (most > 1)  // the largest first, so that the threads end together
+        std::sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work() > b.work(); });
+}

@@ -1,0 +1,113 @@
+"""Compile a C++ source of this package at first use, cache the shared object, load it through ctypes.
+
+A source has a plain C interface (pointers, int64 sizes and strides) and includes no torch header, so that it compiles
+in a second or two. It takes its threads from the OpenMP runtime torch has already loaded, by declaring `GOMP_parallel`
+itself: no `-fopenmp`, hence no second runtime whose idle threads spin against torch's, whatever the compiler is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch  # noqa: F401  (its OpenMP runtime must be in the process before a library that calls it is loaded)
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC")
+COMPILERS = ("g++", "clang++", "c++")
+_INCLUDE = re.compile(rb'^\s*#include\s+"([^"]+)"', re.MULTILINE)
+
+
+def default_cache_dir() -> Path:
+    return Path.home() / ".cache" / "seamwise" / "cpp"
+
+
+@functools.cache
+def load(
+    source: Path, *, cache_dir: Path | None = None, flags: tuple[str, ...] = FLAGS, compiler: str | None = None
+) -> ctypes.CDLL:
+    """Return the library built from `source`, compiling it when the cache folder has no build of exactly this.
+
+    The build's name holds a digest of the source, the headers it includes with quotes, the flags, and the compiler's
+    predefined macros (its version and, under -march=native, the machine's instruction sets).
+    Raises RuntimeError when there is no compiler, or with the compiler's message.
+    """
+    compiler = find_compiler() if compiler is None else compiler
+    folder = default_cache_dir() if cache_dir is None else cache_dir
+    target = folder / f"{source.stem}-{build_key(source, flags, compiler)}.so"
+    if not target.exists():
+        _compile(source, target, flags, compiler)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise RuntimeError(f"{target} does not load: {error}; delete the file to have it compiled again") from error
+
+
+def find_compiler() -> str:
+    """Return the path of the first C++ compiler on PATH. Raises RuntimeError when there is none."""
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return path
+    raise RuntimeError(
+        f"no C++ compiler on PATH (looked for {', '.join(COMPILERS)}): the CPU kernels are compiled at first use; "
+        "install one, e.g. `apt-get install g++` or `dnf install gcc-c++`"
+    )
+
+
+def build_key(source: Path, flags: tuple[str, ...], compiler: str) -> str:
+    """Return a digest of everything the build of `source` depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(_with_headers(source)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update("\0".join(flags).encode())
+    digest.update(_predefined_macros(flags, compiler))
+    return digest.hexdigest()[:16]
+
+
+def _with_headers(source: Path) -> set[Path]:
+    found: set[Path] = set()
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        if path not in found:
+            found.add(path)
+            pending += [path.parent / name.decode() for name in _INCLUDE.findall(path.read_bytes())]
+    return found
+
+
+@functools.cache
+def _predefined_macros(flags: tuple[str, ...], compiler: str) -> bytes:
+    command = [compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    return _run(command, f"{compiler} does not answer").stdout
+
+
+def _compile(source: Path, target: Path, flags: tuple[str, ...], compiler: str) -> None:
+    """Compile into a temporary file beside `target`, then rename it: another process sees a whole file or none."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{source.stem}-", suffix=".so")
+    except OSError as error:
+        raise RuntimeError(f"cannot write the folder of compiled kernels: {error}; pass another cache_dir") from error
+    os.close(descriptor)
+    try:
+        _run([compiler, *flags, "-o", temporary, str(source)], f"{source} does not compile")
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _run(command: list[str], complaint: str) -> subprocess.CompletedProcess[bytes]:
+    try:
+        result = subprocess.run(command, capture_output=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{complaint}: {' '.join(command)}: {error}") from error
+    if result.returncode != 0:
+        message = result.stderr.decode(errors="replace")[-4000:]
+        raise RuntimeError(f"{complaint} ({' '.join(command)}):\n{message}")
+    return result

@@ -1,0 +1,189 @@
+// A small GEMM for the CPU kernels, and the operands it reads: packed panels, and rows behind pointers (a paged cache).
+//
+// A "word" is 32 bits of an operand: one float, or two consecutive bfloat16 where the machine multiplies such pairs
+// (AVX-512 BF16). Both kinds share the packings and the GEMM; elements of other types are widened to float first.
+#pragma once
+#include "cpu_simd.h"
+
+struct FloatWords {
+    using Element = float;
+    static constexpr int kPerWord = 1;
+    static constexpr int kChunk = 16;  // terms summed before their sum joins the whole: half the error of one long sum
+    static Vec multiply_add(Vec acc, Vec a, Vec b) { return acc + a * b; }
+    static void narrow_store(float* to, Vec v) { store(to, v); }
+
+    // row[n] = word k, for kLanes dimensions from `first + n kLanes`, of values given as pointers to their rows.
+    template <int N>
+    static void fill(Vec* row, const float* const* values, int k, int first) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) row[n] = in_register(load(values[k] + first + n * kLanes));
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat16Words {
+    using Element = BFloat16;
+    static constexpr int kPerWord = 2;
+    static constexpr int kChunk = 0;  // one sum: its error is far below the operands'
+    static Vec multiply_add(Vec acc, Vec a, Vec b) {
+        return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+    }
+    static void narrow_store(float* to, Vec v) {
+        _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    }
+
+    template <int N>
+    static void fill(Vec* row, const float* const* values, int k, int first) {
+        const uint16_t* low = (const uint16_t*)values[2 * k] + first;
+        const uint16_t* high = (const uint16_t*)values[2 * k + 1] + first;
+        if constexpr (N == 1) {
+            const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)low));
+            const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)high));
+            row[0] = (Vec)_mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+        } else {
+            const __m512i zip = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009,
+                                                 0x280008, 0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002,
+                                                 0x210001, 0x200000);
+            const __m512i zip_second = _mm512_add_epi16(zip, _mm512_set1_epi16(16));
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n += 2) {
+                const __m512i a = _mm512_loadu_si512(low + n * 16), b = _mm512_loadu_si512(high + n * 16);
+                row[n] = (Vec)_mm512_permutex2var_epi16(a, zip, b);
+                row[n + 1] = (Vec)_mm512_permutex2var_epi16(a, zip_second, b);
+            }
+        }
+    }
+};
+#endif
+
+// ---- operands ----
+struct Panel {
+    const float* data;
+    int64_t stride;
+
+    template <class Words, int N>
+    void fill(Vec* row, int k, int first) const {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) row[n] = in_register(load(data + k * stride + first + n * kLanes));
+    }
+};
+
+struct ValueRows {
+    const float* const* rows;
+
+    template <class Words, int N>
+    void fill(Vec* row, int k, int first) const {
+        Words::template fill<N>(row, rows, k, first);
+    }
+};
+
+template <class Words>
+void pack_values(const float* const* values, int depth, int dim, float* panel) {
+    for (int k = 0; k < depth; ++k, panel += dim) {
+        int d = 0;
+        Vec row[kColumns];
+        for (; d + kColumns * kLanes <= dim; d += kColumns * kLanes) {
+            Words::template fill<kColumns>(row, values, k, d);
+            for (int n = 0; n < kColumns; ++n) store(panel + d + n * kLanes, row[n]);
+        }
+        for (; d < dim; d += kLanes) {
+            Words::template fill<1>(row, values, k, d);
+            store(panel + d, row[0]);
+        }
+    }
+}
+
+// panel[w * stride + j] = word w of keys[j], for kLanes keys.
+inline void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
+#if defined(__AVX512F__)
+    for (int w = 0; w < words; w += 16) {
+        const int columns = words - w < 16 ? words - w : 16;
+        const __mmask16 mask = (1u << columns) - 1;
+        __m512i r[16], t[16], u[16];
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, keys[i] + w);
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {
+            u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        __m512i column[16];
+        for (int j = 0; j < 4; ++j) {  // u[4 i + j] holds column 4 L + j of rows 4 i .. 4 i + 3 in its 128-bit lane L
+            const __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
+            const __m512i b = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd);
+            const __m512i c = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
+            const __m512i d = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
+            column[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+            column[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+            column[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+            column[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+        }
+        for (int i = 0; i < columns; ++i) _mm512_storeu_si512(panel + (w + i) * stride, column[i]);
+    }
+#else
+    for (int w = 0; w < words; ++w)
+        for (int j = 0; j < kLanes; ++j) panel[w * stride + j] = keys[j][w];
+#endif
+}
+
+// ---- c[M, N kLanes] = a[M, depth] b[depth, N kLanes] ----
+// An output is one sum over depth in a fixed order: it has the same bits in whatever block it is computed. The unroll
+// pragmas make GCC split the accumulators into registers early; without them it copies the whole array at the end.
+template <class Words, int M, int N, class B>
+inline void gemm_chunk(const float* a, int64_t lda, const B& b, int first, int begin, int end, bool add, float* c,
+                       int64_t ldc) {
+    Vec acc[M][N];
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[m][n] = Vec{};
+    for (int k = begin; k < end; ++k) {
+        Vec row[N];
+        b.template fill<Words, N>(row, k, first);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m) {
+            const Vec scale = splat(a[m * lda + k]);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[m][n] = Words::multiply_add(acc[m][n], scale, row[n]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            float* const to = c + m * ldc + first + n * kLanes;
+            store(to, add ? load(to) + acc[m][n] : acc[m][n]);
+        }
+}
+
+template <class Words, int M, int N, class B>
+void gemm_block(const float* a, int64_t lda, const B& b, int first, int depth, float* c, int64_t ldc) {
+    if constexpr (Words::kChunk == 0) return gemm_chunk<Words, M, N>(a, lda, b, first, 0, depth, false, c, ldc);
+    for (int begin = 0; begin < depth; begin += Words::kChunk) {
+        const int end = begin + Words::kChunk < depth ? begin + Words::kChunk : depth;
+        gemm_chunk<Words, M, N>(a, lda, b, first, begin, end, begin > 0, c, ldc);
+    }
+}
+
+template <class Words, int M, class B>
+void gemm_rows(int vecs, const float* a, int64_t lda, const B& b, int depth, float* c, int64_t ldc) {
+    int v = 0;
+    for (; v + kColumns <= vecs; v += kColumns) gemm_block<Words, M, kColumns>(a, lda, b, v * kLanes, depth, c, ldc);
+    for (; v < vecs; ++v) gemm_block<Words, M, 1>(a, lda, b, v * kLanes, depth, c, ldc);
+}
+
+template <class Words, class B>
+void gemm(int rows, int vecs, const float* a, int64_t lda, const B& b, int depth, float* c, int64_t ldc) {
+    switch (rows) {
+        case 1: return gemm_rows<Words, 1>(vecs, a, lda, b, depth, c, ldc);
+        case 2: return gemm_rows<Words, 2>(vecs, a, lda, b, depth, c, ldc);
+        case 3: return gemm_rows<Words, 3>(vecs, a, lda, b, depth, c, ldc);
+        case 4: return gemm_rows<Words, 4>(vecs, a, lda, b, depth, c, ldc);
+        case 5: return gemm_rows<Words, 5>(vecs, a, lda, b, depth, c, ldc);
+        default: return gemm_rows<Words, kRows>(vecs, a, lda, b, depth, c, ldc);
+    }
+}

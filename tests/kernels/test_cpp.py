@@ -1,0 +1,95 @@
+"""Compiling at first use: cached by everything that matters, whole files only, failures that say what to do."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seamwise.kernels import cpp
+
+SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "answer.h").write_text("#define ANSWER 42\n")
+    (tmp_path / "answer.cpp").write_text(SOURCE)
+    return tmp_path / "answer.cpp"
+
+
+def test_compiles_once_and_then_loads_the_cached_file(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    assert cpp.load(source, cache_dir=folder).answer() == 42
+    (built,) = folder.iterdir()
+    written = built.stat().st_mtime_ns
+    cpp.load.cache_clear()
+    assert cpp.load(source, cache_dir=folder).answer() == 42
+    assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [written]
+
+
+@pytest.mark.parametrize("change", ["source", "header", "flags"])
+def test_key_follows_what_the_build_depends_on(source: Path, change: str) -> None:
+    compiler = cpp.find_compiler()
+    before = cpp.build_key(source, cpp.FLAGS, compiler)
+    assert before == cpp.build_key(source, cpp.FLAGS, compiler)
+    flags: tuple[str, ...] = cpp.FLAGS
+    if change == "source":
+        source.write_text(SOURCE + "// other\n")
+    elif change == "header":
+        (source.parent / "answer.h").write_text("#define ANSWER 43\n")
+    else:
+        flags = (*cpp.FLAGS, "-DOTHER")
+    assert cpp.build_key(source, flags, compiler) != before
+
+
+def test_key_follows_the_instruction_sets(source: Path) -> None:
+    compiler = cpp.find_compiler()
+    plain = tuple(f for f in cpp.FLAGS if f != "-march=native")
+    assert cpp._predefined_macros(plain, compiler) != cpp._predefined_macros((*plain, "-mavx2"), compiler)
+
+
+def test_compile_error_carries_the_compilers_message(source: Path, tmp_path: Path) -> None:
+    source.write_text("int f() { return undeclared_name; }")
+    with pytest.raises(RuntimeError, match=r"answer\.cpp does not compile(?s:.*)undeclared_name"):
+        cpp.load(source, cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_no_compiler_names_what_to_install(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler(?s:.*)g\+\+, clang\+\+, c\+\+(?s:.*)install"):
+        cpp.load(source, cache_dir=tmp_path / "cache")
+
+
+def test_a_compiler_that_does_not_run_is_named(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="/nowhere/g"):
+        cpp.load(source, cache_dir=tmp_path / "cache", compiler="/nowhere/g++")
+
+
+def test_unwritable_cache_folder_is_named(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="cache_dir"):
+        cpp.load(source, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_damaged_cached_file_is_named(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    key = cpp.build_key(source, cpp.FLAGS, cpp.find_compiler())
+    (folder / f"answer-{key}.so").write_bytes(b"not a library")
+    with pytest.raises(RuntimeError, match="delete the file"):
+        cpp.load(source, cache_dir=folder)
+
+
+def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    code = f"""
+from pathlib import Path
+from seamwise.kernels import cpp
+assert cpp.load(Path({str(source)!r}), cache_dir=Path({str(folder)!r})).answer() == 42
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [p.wait() for p in processes] == [0, 0]
+    assert len(list(folder.iterdir())) == 1
