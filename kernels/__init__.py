@@ -10,7 +10,7 @@ from .rope import rope
 from .silu_mul import silu_mul
 
 # The C++ providers register themselves; nothing is compiled before the first call.
-from . import attention_cpu, linear_cpu, tokenwise_cpu  # noqa: E402, F401  isort: skip
+from . import attention_cpu, linear_cpu, tokenwise_cpu  # noqa: F401  isort: skip
 
 __all__ = [
     "add_rms_norm",

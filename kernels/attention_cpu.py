@@ -1,44 +1,19 @@
-"""The CPU providers of the seam ops, in C++ (attention_cpu.cpp, kv_append_cpu.cpp), compiled at the first call.
-
-A step program in C++ may call the same entries: `attention_entry()` and `kv_append_entry()` are ctypes functions, whose
-addresses `ctypes.cast(entry, ctypes.c_void_p)` gives; the sources document their arguments.
-"""
+"""The CPU providers of the seam ops, in C++ (attention_cpu.cpp, kv_append_cpu.cpp), compiled at the first call."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpp
 from .attention import attention
 from .kv_append import kv_append
+from .tape import Kernel, empty, launch
 
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-@functools.cache
-def attention_entry(cache_dir: Path | None = None, flags: tuple[str, ...] = cpp.FLAGS) -> Any:
-    """Return `seamwise_attention`, compiled on the first call, into `cache_dir` or the default cache folder."""
-    entry = cpp.load(Path(__file__).with_name("attention_cpu.cpp"), cache_dir=cache_dir, flags=flags).seamwise_attention
-    entry.argtypes = [_INT, *[_POINTER] * 7, *[_INT] * 15, ctypes.c_double, _INT]
-    entry.restype = _INT
-    return entry
-
-
-@functools.cache
-def kv_append_entry(cache_dir: Path | None = None) -> Any:
-    """Return `seamwise_kv_append`, compiled on the first call, into `cache_dir` or the default cache folder."""
-    entry = cpp.load(Path(__file__).with_name("kv_append_cpu.cpp"), cache_dir=cache_dir).seamwise_kv_append
-    entry.argtypes = [*[_POINTER] * 5, *[_INT] * 14]
-    entry.restype = _INT
-    return entry
+_ATTENTION = Kernel("attention_cpu.cpp", "seamwise_attention", seam=True)
+_KV_APPEND = Kernel("kv_append_cpu.cpp", "seamwise_kv_append", seam=True)
 
 
 def _refuses_caches(k_cache: Tensor, v_cache: Tensor) -> str | None:
@@ -84,9 +59,9 @@ def attention_cpp(
     tokens, heads, dim = q_THD.shape
     num_blocks, kv_heads, block_size, _ = k_cache.shape
     requests, table_width = block_table_RB.shape
-    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-    error = attention_entry()(
-        _DTYPES[q_THD.dtype], out_THD.data_ptr(), q_THD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+    out_THD = empty(q_THD.shape, q_THD.dtype)
+    error = launch(
+        _ATTENTION, _DTYPES[q_THD.dtype], out_THD.data_ptr(), q_THD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(),
         tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, block_table_RB.stride(0),
         *q_THD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], scale, torch.get_num_threads(),
@@ -139,9 +114,9 @@ def kv_append_cpp(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor
     num_blocks, _, block_size, _ = k_cache.shape
     size = k_TKD.element_size()
     strides = (*k_TKD.stride()[:2], *v_TKD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2])
-    error = kv_append_entry()(
-        k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping_T.data_ptr(),
-        tokens, kv_heads, dim * size, num_blocks, block_size, *[s * size for s in strides], torch.get_num_threads(),
+    error = launch(
+        _KV_APPEND, k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+        slot_mapping_T.data_ptr(), tokens, kv_heads, dim * size, num_blocks, block_size, *[s * size for s in strides], torch.get_num_threads(),
     )  # fmt: skip
     if error:
         slot, slots = int(slot_mapping_T[error - 1]), num_blocks * block_size

@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,14 @@ class _Entry(ctypes.Structure):
 
 
 class Kernel:
-    """One C++ entry point of a source file, compiled at the first call."""
+    """One C++ entry point of a source file, compiled at the first call. A `seam` is recorded in full tapes only."""
 
-    def __init__(self, source: str, symbol: str) -> None:
-        self.source, self.symbol = Path(__file__).with_name(source), symbol
+    def __init__(self, source: str, symbol: str, *, seam: bool = False, flags: tuple[str, ...] = cpp.FLAGS) -> None:
+        self.source, self.symbol, self.seam, self.flags = Path(__file__).with_name(source), symbol, seam, flags
 
     @functools.cached_property
     def entry(self) -> Any:
-        entry = getattr(cpp.load(self.source), self.symbol)
+        entry = getattr(cpp.load(self.source, flags=self.flags), self.symbol)
         entry.restype = ctypes.c_int64
         return entry
 
@@ -66,71 +67,94 @@ class Pool:
             self._blocks.append(block)
         return block[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
+    def poison(self) -> None:
+        """Fill all memory with the bits of NaN, so that reading what a replay did not write shows."""
+        for block in self._blocks:
+            block.fill_(0xFF)
+
 
 class Tape:
-    """A recorded sequence of kernel calls. `replay` runs it; addresses are those of the recording."""
+    """A recorded sequence of calls. `replay` runs it; addresses are those of the recording.
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.kept: list[Tensor] = []  # what the calls read and write, so that it stays where it is
-        self._calls: list[tuple[Kernel, tuple[int | float, ...]]] = []
-        self._entries: Any = None
+    pool   where the recorded calls' results live
+    full   whether seams may be recorded: then one tape is a whole step
+    """
 
-    def __len__(self) -> int:
-        return len(self._calls)
+    def __init__(self, pool: Pool, *, full: bool) -> None:
+        self.pool, self.full = pool, full
+        self.num_kernels = 0
+        self._runs: list[list[tuple[Kernel, tuple[int | float, ...]]] | Callable[[], None]] = []
+        self._replays: list[Callable[[], None]] | None = None
 
     def append(self, kernel: Kernel, args: tuple[int | float, ...]) -> None:
-        self._calls.append((kernel, args))
+        if kernel.seam and not self.full:
+            raise RuntimeError(f"{kernel.symbol}: a seam was recorded inside a piece; seams run eagerly between pieces")
+        if not self._runs or callable(self._runs[-1]):
+            self._runs.append([])
+        self._runs[-1].append((kernel, args))  # type: ignore[union-attr]
+        self.num_kernels += 1
+
+    def append_call(self, call: Callable[[], None]) -> None:
+        """Record a call of Python, for an op that no C++ kernel serves."""
+        self._runs.append(call)
 
     def replay(self) -> None:
         """Run every call. Raises RuntimeError naming the kernel that reports bad input."""
-        if self._entries is None:
-            self._entries = (_Entry * len(self._calls))(*map(_entry, self._calls))
-        error = ctypes.c_int64()
-        failed = _replay()(self._entries, ctypes.c_int64(len(self._calls)), ctypes.byref(error))
-        if failed:
-            kernel, _ = self._calls[failed - 1]
-            raise RuntimeError(f"{kernel.symbol}: call {failed - 1} of the tape reports error {error.value} in its input")
+        if self._replays is None:
+            self._replays = [run if callable(run) else _replayer(run) for run in self._runs]
+        for run in self._replays:
+            run()
 
 
-_recording: Tape | None = None
+class _Recording(threading.local):
+    tape: Tape | None = None
+
+
+_recording = _Recording()  # by thread: runners in other threads go on while one records
 
 
 @contextmanager
 def recording(tape: Tape) -> Iterator[None]:
     """Record on `tape` within the context. Raises RuntimeError when another recording is under way."""
-    global _recording
-    if _recording is not None:
+    if _recording.tape is not None:
         raise RuntimeError("a tape is being recorded already; recordings do not nest")
-    _recording = tape
+    _recording.tape = tape
     try:
         yield
     finally:
-        _recording = None
+        _recording.tape = None
 
 
 def launch(kernel: Kernel, *args: int | float) -> int:
     """Call a kernel with integers, addresses and at most one float; return its status. Recorded when a tape records."""
     status = kernel.entry(*[ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_double(a) for a in args])
-    if _recording is not None:
-        _recording.append(kernel, args)
+    if _recording.tape is not None:
+        _recording.tape.append(kernel, args)
     return int(status)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return uninitialized CPU memory: from the recording tape's pool, else torch's."""
-    return torch.empty(shape, dtype=dtype) if _recording is None else _recording.pool.empty(shape, dtype)
+    tape = _recording.tape
+    return torch.empty(shape, dtype=dtype) if tape is None else tape.pool.empty(shape, dtype)
 
 
-def is_recording() -> bool:
-    return _recording is not None
+def _replayer(calls: list[tuple[Kernel, tuple[int | float, ...]]]) -> Callable[[], None]:
+    """Return a function that runs kernel calls in one call of C."""
+    function = _REPLAY.entry
+    entries = (_Entry * len(calls))(*map(_entry, calls))
+    count, error = ctypes.c_int64(len(calls)), ctypes.c_int64()
+
+    def replay() -> None:
+        failed = function(entries, count, ctypes.byref(error))
+        if failed:
+            symbol = calls[failed - 1][0].symbol
+            raise RuntimeError(f"{symbol}: call {failed - 1} of the tape reports error {error.value} in its input")
+
+    return replay
 
 
-@functools.cache
-def _replay() -> Any:
-    entry = cpp.load(Path(__file__).with_name("tape.cpp")).seamwise_replay
-    entry.restype = ctypes.c_int64
-    return entry
+_REPLAY = Kernel("tape.cpp", "seamwise_replay")
 
 
 def _entry(call: tuple[Kernel, tuple[int | float, ...]]) -> _Entry:

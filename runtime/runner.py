@@ -15,11 +15,13 @@ from torch import Tensor
 
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
+from seamwise.compile.record import Recording, recorder_for
 
 from .config import ModelConfig
 from .kv_cache import KVCacheSpec
 from .loading import load_program, load_step_weights
 from .runner_config import RunnerConfig
+from .static_inputs import StaticInputs
 from .step import STEP_ARGUMENTS, StepInput, StepOutput
 
 
@@ -44,6 +46,17 @@ class ModelRunner:
             dtype=options.dtype,
         )
         self.kv_caches: list[tuple[Tensor, Tensor]] = []
+        self._caches_flat: list[Tensor] = []
+        self._recorder = recorder_for(torch.device(options.device))
+        self._recordings: dict[int, Recording] = {}
+        self._static: StaticInputs | None = None
+        if not options.enforce_eager and options.max_recorded_requests:
+            self._static = StaticInputs(
+                max_tokens=options.max_recorded_requests,
+                max_requests=options.max_recorded_requests,
+                max_blocks=-(-options.max_model_len // options.block_size),
+                device=options.device,
+            )
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> ModelRunner:
@@ -81,22 +94,41 @@ class ModelRunner:
         if num_blocks < 2:
             raise ValueError(f"allocate_kv: got num_blocks={num_blocks}, wanted at least 2 (block 0 holds padding)")
         self.kv_caches = self.kv_spec.allocate(num_blocks, self.options.device)
+        self._caches_flat = [cache for pair in self.kv_caches for cache in pair]
+        self._recordings.clear()
 
     @torch.inference_mode()
     def step(self, batch: StepInput) -> StepOutput:
-        """Run the model over one ragged batch: write its keys and values to the cache, return the wanted logits."""
+        """Run the model over one ragged batch: write its keys and values to the cache, return the wanted logits.
+
+        A step that decodes one token of each of up to `max_recorded_requests` requests is recorded when its size is
+        first seen, and replayed from then on.
+        """
         if not self.kv_caches:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
-        return StepOutput(logits=self.executable(*self._inputs(batch)))
+        size = batch.seq_lens.shape[0]
+        decodes = batch.token_ids.shape[0] == size == batch.logit_rows.shape[0]
+        if self._static is None or not decodes or not self._static.fits(batch):
+            return StepOutput(logits=self.executable(*self._flat(self._on_device(batch))))
+        arguments = self._flat(self._static.fill(batch))
+        recording = self._recordings.get(size)
+        if recording is None:
+            recording = self._recorder.record(self.executable, *arguments, full=True)
+            self._recordings[size] = recording
+            if torch.device(self.options.device).type == "cpu":  # on CUDA a capture computes nothing
+                return StepOutput(logits=recording.results)
+        return StepOutput(logits=recording.replay(*arguments))
 
-    def _inputs(self, batch: StepInput) -> list[Tensor]:
-        """Return the step's tensors on the device, flattened in the program's order."""
-        device = self.options.device
+    def _on_device(self, batch: StepInput) -> StepInput:
+        if torch.device(self.options.device).type == "cpu":
+            return batch
+        moved = {n: getattr(batch, n).to(self.options.device) for n in STEP_ARGUMENTS if n != "kv_caches"}
+        return StepInput(**moved)
+
+    def _flat(self, batch: StepInput) -> list[Tensor]:
+        """Return the step's tensors flattened in the program's order."""
         flat: list[Tensor] = []
         for name in STEP_ARGUMENTS:
-            if name == "kv_caches":
-                flat += [cache for pair in self.kv_caches for cache in pair]
-            else:
-                flat.append(getattr(batch, name).to(device, non_blocking=True))
+            flat += self._caches_flat if name == "kv_caches" else [getattr(batch, name)]
         return flat

@@ -26,6 +26,8 @@ class RunnerConfig:
     max_model_len  longest request in tokens, prompt and output together
     block_size     tokens in a KV cache block
     load_format    "auto": the checkpoint; "dummy": seeded random weights
+    enforce_eager  record nothing: every step runs op by op
+    max_recorded_requests  largest number of requests whose decode step is recorded (0: none)
     pipeline       what differs from the default compiler pipeline
     pack_dir       where compiled models are kept; None compiles every time
     """
@@ -38,6 +40,7 @@ class RunnerConfig:
     load_format: str = "auto"
     seed: int = 0
     enforce_eager: bool = False
+    max_recorded_requests: int = 256
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     pack_dir: Path | None = pack.DEFAULT_DIRECTORY
 

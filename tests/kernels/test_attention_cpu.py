@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seamwise.kernels import attention, attention_cpu, cpp, kv_append
+from seamwise.kernels.tape import Kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -179,8 +180,8 @@ def test_every_vector_width(march: str, needs: str, monkeypatch: pytest.MonkeyPa
     if needs not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this machine has no {needs}")
     flags = tuple(f"-march={march}" if f == "-march=native" else f for f in cpp.FLAGS)
-    entry = attention_cpu.attention_entry(flags=flags)
-    monkeypatch.setattr(attention_cpu, "attention_entry", lambda: entry)
+    kernel = Kernel("attention_cpu.cpp", "seamwise_attention", flags=flags)
+    monkeypatch.setattr(attention_cpu, "_ATTENTION", kernel)
     for dtype in [torch.float32, torch.bfloat16, *([torch.float16] if march != "x86-64" else [])]:
         step = make_step([(100, 30), (0, 75), (500, 1), (3, 1)], dim=80, dtype=dtype)
         out = step.run()
@@ -193,8 +194,8 @@ def test_a_machine_without_half_precision_says_so(monkeypatch: pytest.MonkeyPatc
     if platform.machine() != "x86_64":
         pytest.skip("a build without half precision is asked for by an x86 flag")
     flags = tuple("-march=x86-64" if f == "-march=native" else f for f in cpp.FLAGS)
-    entry = attention_cpu.attention_entry(flags=flags)
-    monkeypatch.setattr(attention_cpu, "attention_entry", lambda: entry)
+    kernel = Kernel("attention_cpu.cpp", "seamwise_attention", flags=flags)
+    monkeypatch.setattr(attention_cpu, "_ATTENTION", kernel)
     with pytest.raises(RuntimeError, match="no float16 conversion"):
         make_step([(0, 3)], dtype=torch.float16).run()
 
@@ -279,8 +280,8 @@ def test_threads_come_from_the_openmp_runtime_of_torch() -> None:
     """A second runtime would leave its idle threads spinning against torch's."""
     code = """
 import os, torch
-from seamwise.kernels.attention_cpu import attention_entry
-attention_entry()
+from seamwise.kernels.attention_cpu import _ATTENTION
+_ATTENTION.entry
 print("torch at", os.path.dirname(torch.__file__))
 """
     environment = {**os.environ, "LD_DEBUG": "bindings", "LD_BIND_NOW": "1"}
