@@ -44,7 +44,8 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     lines.append(f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}")
     lines.append(f"seams: {program.num_seams}, with {program.num_seam_calls} calls")
     for name, count in Counter(program.calls).items():
-        lines.append(f"    {name} runs {count} times a step")
+        how = "compiled by Inductor" if name in program.packages else "kernels called by generated code"
+        lines.append(f"    {name} runs {count} times a step, {program.loose_ops[name]} loose ops, {how}")
     derived = sum("op" in recipe for recipe in program.recipes.values())
     lines.append(f"weights: {len(program.recipes)}, of them derived: {derived}")
     lines.append("providers:")

@@ -2,6 +2,7 @@
 
     manifest.json      format, key with its parts, program (calls, recipes, inputs, reports), sha256 of every file
     program.py         the generated code
+    piece_*.pt2        pieces that Inductor compiled (zip archives of a shared object, its source and JSON)
     buffers.safetensors  buffers of the model that no checkpoint holds (RoPE frequencies)
 
 Everything is text or plain tensors: nothing is ever unpickled. The key covers all that the program is computed from:
@@ -61,8 +62,9 @@ def save(directory: Path, parts: Mapping[str, str], program: Program, buffers: M
         "program.py": program.source.encode(),
         "buffers.safetensors": tensors_to_bytes({k: v.detach().cpu().contiguous() for k, v in buffers.items()}),
     }
+    files |= {f"{name}.pt2": path.read_bytes() for name, path in program.packages.items()}
     described = asdict(program)
-    del described["source"]
+    del described["source"], described["packages"]
     manifest = {
         "format": FORMAT,
         "parts": dict(parts),
@@ -111,6 +113,7 @@ def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Te
                 raise PackRefused(f"pack {target}: {name} does not have the digest its manifest states")
         described = manifest["program"]
         described["inputs"] = tuple(described["inputs"])
+        described["packages"] = {Path(n).stem: target / n for n in files if n.endswith(".pt2")}
         described["reports"] = [
             Report(**{**r, "misses": [Miss(**m) for m in r["misses"]]}) for r in described["reports"]
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,13 +17,14 @@ from .derive import Recipe
 
 @dataclass(slots=True, kw_only=True)
 class Program:
-    """What compiling gives; all of it is text and numbers, so a pack can hold it.
+    """What compiling gives: text, numbers and Inductor's packages, so a pack can hold it.
 
     source     the generated module: one function for each distinct piece, and `step`
     calls      the function that runs at each piece of the step, in order
     num_seams  places where the graph is cut; num_seam_calls: ops that run there eagerly
     recipes    name of each weight the step reads -> how it follows from the checkpoint's parameters, in call order
     inputs     names of the step's inputs, in call order
+    loose_ops  how many ops of each distinct piece have no kernel of ours; packages: those that Inductor compiled
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name
     """
 
@@ -36,6 +38,8 @@ class Program:
     tied: dict[str, str] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     providers: dict[str, int] = field(default_factory=dict)
+    loose_ops: dict[str, int] = field(default_factory=dict)
+    packages: dict[str, Path] = field(default_factory=dict)
 
     @property
     def num_distinct(self) -> int:
@@ -47,6 +51,10 @@ class Executable:
 
     def __init__(self, program: Program, weights: Sequence[Tensor]) -> None:
         functions = codegen.load(program.source)
+        if program.packages:
+            from .inductor import load_piece
+
+            functions |= {name: load_piece(path) for name, path in program.packages.items()}
         self.program = program
         self.weights = list(weights)
         self.pieces: list[Callable[..., tuple[Any, ...]]] = [functions[name] for name in program.calls]

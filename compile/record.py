@@ -32,7 +32,9 @@ class Recording:
         self._run, self.results = run, results
         self._seen = [_identity(a) for a in arguments]
 
+    @torch.inference_mode()
     def replay(self, *arguments: Any) -> Any:
+        """Run again on the recorded arguments' new contents. Raises RecordingRefused when an argument differs."""
         if len(arguments) != len(self._seen):
             raise RecordingRefused(f"replay: got {len(arguments)} arguments, {len(self._seen)} were recorded")
         for i, (argument, seen) in enumerate(zip(arguments, self._seen, strict=True)):

@@ -59,12 +59,14 @@ class Contract:
     op       the registered `torch.ops.seamwise.<name>` overload that appears in graphs
     seam     True for an op that runs eagerly between compiled pieces (attention, its KV write)
     mutates  names of the arguments the op writes (only a seam may have any)
+    opaque   True for an op that a compiler gains nothing from looking into (a GEMM over a packed layout)
     """
 
     name: str
     meaning: Callable[..., Any]
     seam: bool
     mutates: tuple[str, ...]
+    opaque: bool
     op: Any = None
     providers: list[Provider] = field(default_factory=list)
     _cost: Callable[..., Cost] | None = None
@@ -143,7 +145,11 @@ class Contract:
 
 
 def contract(
-    *, seam: bool = False, mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None
+    *,
+    seam: bool = False,
+    opaque: bool = False,
+    mutates: tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Contract]:
     """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
 
@@ -157,7 +163,7 @@ def contract(
             raise ValueError(f"{name}: only a seam may write its arguments, got mutates={mutates}; return new tensors")
         schema = torch.library.infer_schema(meaning, mutates_args=mutates)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        record = Contract(name=name, meaning=meaning, seam=seam, mutates=mutates)
+        record = Contract(name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque)
         record.providers.append(Provider(name="torch", call=meaning))
         _LIBRARY.impl(name, lambda *args: record.choose(args).call(*args), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake or meaning, lib=_LIBRARY)

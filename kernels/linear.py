@@ -14,7 +14,7 @@ from .contract import Cost, contract
 PANEL = 32
 
 
-@contract()
+@contract(opaque=True)
 def pack_linear(weight_NK: Tensor) -> Tensor:
     """Return the weight (N, K) as panels (⌈N/32⌉, ⌈K/2⌉, 32, 2), of the same dtype."""
     rows, columns = weight_NK.shape
@@ -27,7 +27,7 @@ def pack_cost(weight_NK: Tensor) -> Cost:
     return Cost(bytes=2 * weight_NK.nbytes, flops=0)
 
 
-@contract()
+@contract(opaque=True)
 def linear_packed(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None = None) -> Tensor:
     """Return x wᵀ + bias: (…, N) in x's dtype, for x (…, K) and w packed by `pack_linear`; sums in float32.
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import cpp, versions
 
@@ -127,10 +128,23 @@ def recording(tape: Tape) -> Iterator[None]:
 
 def launch(kernel: Kernel, *args: int | float) -> int:
     """Call a kernel with integers, addresses and at most one float; return its status. Recorded when a tape records."""
-    status = kernel.entry(*[ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_double(a) for a in args])
     if _recording.tape is not None:
         _recording.tape.append(kernel, args)
-    return int(status)
+    return int(kernel.entry(*[ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_double(a) for a in args]))
+
+
+def call(function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -> tuple[Tensor, ...]:
+    """Call compiled code that neither `launch` nor torch's dispatcher sees; recorded as a whole when a tape records."""
+    with _disable_current_modes():
+        results = function(*args)
+    if _recording.tape is not None:
+
+        def again() -> None:
+            for kept, new in zip(results, function(*args), strict=True):
+                kept.copy_(new)
+
+        _recording.tape.append_call(again)
+    return results
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

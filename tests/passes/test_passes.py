@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import Spelled, apply, captured, evaluate, ops
 from torch import Tensor, nn
 
 from seamwise import passes
 from seamwise.passes import Pass
-
-from .blocks import Spelled, apply, captured, evaluate, ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -54,7 +53,8 @@ class MLP(nn.Module):
 class QKV(nn.Module):
     def __init__(self, *, biases: tuple[bool, bool, bool] = (False, False, False)) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, n, bias=b) for n, b in zip((32, 8, 8), biases, strict=True))
+        self.q_proj = nn.Linear(16, 32, bias=biases[0])
+        self.k_proj, self.v_proj = (nn.Linear(16, 8, bias=b) for b in biases[1:])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -95,7 +95,10 @@ def case(name: str, dtype: torch.dtype) -> tuple[list[Pass], nn.Module, tuple[Te
     return chain, module.to(dtype), arguments, promise
 
 
-FIRING = ["spelled norm", "torch norm", "rope", "heads first rope", "swiglu", "add norm", "gate up", "biased gate up", "qkv", "biased qkv"]  # fmt: skip
+FIRING = [
+    "spelled norm", "torch norm", "rope", "heads first rope", "swiglu", "add norm", "gate up", "biased gate up", "qkv",
+    "biased qkv",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

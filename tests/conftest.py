@@ -1,0 +1,58 @@
+"""What all tests share: hypothesis' profile, the GPU marker, a tiny random model, the demo model, a pack folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# `python -m pytest` puts the repository root on the path, and transformers would take our folder `kernels` for the
+# package of that name which it probes for.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.parent]
+
+settings.register_profile(
+    "seamwise", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("seamwise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for packs of this run: tests neither use nor fill the user's cache."""
+    return tmp_path_factory.mktemp("packs")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The directory of SmolLM2-135M-Instruct."""
+    from seamwise.bench.demo_model import demo_model_dir
+
+    return demo_model_dir()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama of transformers' own class, in float32, without a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=128, tie_word_embeddings=False, max_position_embeddings=512,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("tiny_llama")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
