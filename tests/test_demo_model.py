@@ -117,11 +117,12 @@ def test_bfloat16_agrees_as_well_as_transformers_attentions_agree() -> None:
         eager = reference_logits(prompts()[i], list(ids), torch.bfloat16, "eager")
         sdpa = reference_logits(prompts()[i], list(ids), torch.bfloat16, "sdpa")
         own = step_logits(runner, prompts()[i] + list(ids[:-1]))[len(prompts()[i]) - 1 :]
-        ours.append(distance(own, sdpa))
+        ours.append(distance(own, eager))
         theirs.append(distance(eager, sdpa))
     (our_agreement, our_rms), (their_agreement, their_rms) = np.mean(ours, axis=0), np.mean(theirs, axis=0)
-    assert our_agreement >= their_agreement - 0.01, (our_agreement, their_agreement)
-    assert our_rms <= 1.25 * their_rms, (our_rms, their_rms)
+    # Seen: 0.9863 and 0.1260 against 0.9863 and 0.1264. The slack is 5 of the 1024 ids, and 5 %.
+    assert our_agreement >= their_agreement - 5 / 1024, (our_agreement, their_agreement)
+    assert our_rms <= 1.05 * their_rms, (our_rms, their_rms)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
