@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .llama import Llama
 
@@ -23,15 +24,34 @@ def has_definition(architecture: str) -> bool:
     return architecture in DEFINITIONS
 
 
-def build_model(architecture: str, raw: Mapping[str, Any], *, entry: str) -> nn.Module:
+def build_model(architecture: str, raw: Mapping[str, Any], *, entry: str = "auto") -> nn.Module:
     """Build a model without weights: parameters on the meta device, computed buffers real.
 
-    entry  "own": the definition here; "transformers": the checkpoint's own class. Raises ValueError for a
-    configuration that cannot be served.
+    raw    config.json as read
+    entry  "own": the definition here; "transformers": the checkpoint's own class; "auto": the first there is
+
+    Raises ValueError for an architecture or a configuration that cannot be served.
     """
-    if entry == "transformers":
+    if entry not in ("own", "transformers", "auto"):
+        raise ValueError(f"entry={entry!r}: wanted 'own', 'transformers' or 'auto'")
+    if entry == "own" and not has_definition(architecture):
+        known = ", ".join(DEFINITIONS)
+        raise ValueError(
+            f"architecture {architecture!r}: Seamwise defines {known}; use entry='transformers' for any other"
+        )
+    if entry == "transformers" or not has_definition(architecture):
         from .hf import HuggingFaceDecoder
 
         return HuggingFaceDecoder(architecture, raw)
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInit():
         return DEFINITIONS[architecture](raw).eval()
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leaves parameters as they are: drawing random numbers on meta would import the compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

@@ -5,88 +5,164 @@ Source: AttentionInterface, https://huggingface.co/docs/transformers/attention_i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from seamwise.kernels import attention, kv_append
 
 _IMPLEMENTATION = "seamwise"
-# Attention features that would change the result and that the attention contract does not have yet.
-_UNSERVED = ("sliding_window", "softcap", "s_aux", "head_mask", "position_bias")
+# Keyword arguments that attention functions are given and that leave plain causal attention as it is. Any other one
+# that is set (sliding_window, softcap, s_aux, position_bias, …) would change the result: it is refused, not ignored.
+_HARMLESS = {
+    "position_ids", "position_embeddings", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits",
+}  # fmt: skip
 
 
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, **step: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention function for transformers: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E)."""
-    for name in _UNSERVED:
-        if step.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__}: {name}={step[name]!r} is not served; wanted plain causal attention"
-            )
-    q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
-    cache = step["kv_caches"][module.layer_idx]
-    kv_append(k_TKE, v_TKE, *cache, step["slot_mapping"])
-    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    out_THE = attention(q_THE, *cache, step["block_table"], step["seq_lens"], step["query_starts"], scale)
-    return out_THE.unsqueeze(0), None
+@dataclass(slots=True, kw_only=True)
+class _Step:
+    """A step's tensors, handed through the model's own code to its attention; `attended` lists the layers that came."""
+
+    kv_caches: Sequence[Sequence[Tensor]]
+    slot_mapping: Tensor
+    spans: tuple[Tensor, Tensor, Tensor]
+    attended: list[int] = field(default_factory=list)
 
 
 class HuggingFaceDecoder(nn.Module):
     """A causal language model of transformers with the step's signature; parameter names stay the checkpoint's.
 
-    Raises ValueError for an architecture transformers does not have, or that is not a causal decoder.
+    Raises ValueError for an architecture that transformers does not have, or whose attention is not plain and causal.
     """
 
     def __init__(self, architecture: str, raw: Mapping[str, Any]) -> None:
         super().__init__()
-        import transformers
-        from transformers import AutoConfig
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from transformers import AttentionInterface
 
-        ALL_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, _attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
-        model_class = getattr(transformers, architecture, None)
-        if model_class is None or not architecture.endswith("ForCausalLM"):
-            raise ValueError(
-                f"architecture {architecture!r}: transformers {transformers.__version__} has no such causal LM"
-            )
-        config = AutoConfig.for_model(**raw)
+        AttentionInterface.register(_IMPLEMENTATION, _attend)
+        # No mask function is registered under this name: transformers then builds no mask.
+        model_class = _class_of(architecture)
+        config = _config_of(model_class, raw)
         config._attn_implementation = _IMPLEMENTATION
-        # On the meta device computed buffers would be lost, so only parameters are put there.
-        with _ParametersOnMeta():
-            model = model_class(config)
-        self.model, self.lm_head = model.model, model.lm_head
+        with _parameters_on_meta():
+            model = model_class(config).eval()
+        for module in model.modules():
+            kinds = getattr(module, "rope_type", None)
+            for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+                if kind in ("dynamic", "longrope"):
+                    raise ValueError(f"{architecture}: rope_type is {kind!r}, wanted one equal at every length")
+        # The children are registered here under the checkpoint's names; the model itself only lends its forward.
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        assert {n for n, _ in model.named_parameters()} == {n for n, _ in self.named_parameters()}
+        self.architecture = architecture
+        self.num_layers = config.num_hidden_layers
+        self._call: Callable[..., Any] = model.__call__  # a bound method: no child of this module
         self.eval()
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, kv_caches: Sequence[Sequence[Tensor]], slot_mapping: Tensor,
         block_table: Tensor, seq_lens: Tensor, query_starts: Tensor, logit_rows: Tensor,
     ) -> Tensor:  # fmt: skip
-        hidden_1TD = self.model(
+        spans = (block_table, seq_lens, query_starts)
+        step = _Step(kv_caches=kv_caches, slot_mapping=slot_mapping, spans=spans)
+        logits_1LV = self._call(
             input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False,
-            kv_caches=kv_caches, slot_mapping=slot_mapping, block_table=block_table, seq_lens=seq_lens,
-            query_starts=query_starts,
-        ).last_hidden_state  # fmt: skip
-        return self.lm_head(hidden_1TD[0][logit_rows])
+            logits_to_keep=logit_rows, seamwise_step=step,
+        ).logits  # fmt: skip
+        if step.attended != list(range(self.num_layers)):
+            raise ValueError(
+                f"{self.architecture}: attention of layers {step.attended} came through transformers'"
+                f" attention interface, wanted each of its {self.num_layers} layers once, in order"
+            )
+        return logits_1LV.squeeze(0)
 
 
-class _ParametersOnMeta:
-    """Within this context, parameters that modules register go to the meta device; buffers stay real."""
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+    seamwise_step: _Step | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention function for transformers: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E)."""
+    name = type(module).__name__
+    if seamwise_step is None:
+        raise ValueError(f"{name}: attn_implementation={_IMPLEMENTATION!r} needs a step; call it through seamwise")
+    refused = {k: v for k, v in others.items() if v is not None and v is not False and k not in _HARMLESS}
+    refused |= {"attention_mask": attention_mask} if attention_mask is not None else {}
+    refused |= {"dropout": dropout} if dropout else {}
+    refused |= {"is_causal": False} if is_causal is False or not getattr(module, "is_causal", True) else {}
+    if refused:
+        plain = (int, float, str)
+        shown = ", ".join(f"{k}={v if isinstance(v, plain) else type(v).__name__}" for k, v in refused.items())
+        raise ValueError(f"{name}: {shown} is not served; wanted plain causal attention")
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    k_cache, v_cache = seamwise_step.kv_caches[layer]
+    for what, x, cache in (("key", key, k_cache), ("value", value, v_cache)):
+        if (x.shape[1], x.shape[3]) != (cache.shape[1], cache.shape[3]):
+            raise ValueError(
+                f"{name}: layer {layer}'s {what} has {x.shape[1]} heads of width {x.shape[3]}, the KV cache"
+                f" {cache.shape[1]} of {cache.shape[3]} (num_key_value_heads and head_dim of config.json)"
+            )
+    seamwise_step.attended.append(layer)
+    q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
+    kv_append(k_TKE, v_TKE, k_cache, v_cache, seamwise_step.slot_mapping)
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    return attention(q_THE, k_cache, v_cache, *seamwise_step.spans, scale).unsqueeze(0), None
 
-    def __enter__(self) -> None:
-        self._register = nn.Module.register_parameter
 
-        def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            if parameter is not None and not parameter.is_meta:  # a tied one is registered twice and stays one
-                parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-            self._register(module, name, parameter)
+def _class_of(architecture: str) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"architecture {architecture!r}: transformers {transformers.__version__} has no such causal language model;"
+            " wanted a class name like 'LlamaForCausalLM' (code inside a checkpoint is never run)"
+        )
+    model_class = getattr(transformers, architecture)
+    if not model_class._supports_attention_backend:
+        raise ValueError(f"architecture {architecture!r}: its class does not use transformers' attention interface")
+    return model_class
 
-    def __exit__(self, *_: object) -> None:
-        nn.Module.register_parameter = self._register  # type: ignore[method-assign]
+
+def _config_of(model_class: Any, raw: Mapping[str, Any]) -> Any:
+    name, wanted = model_class.__name__, model_class.config_class.model_type
+    if raw.get("model_type", wanted) != wanted:
+        raise ValueError(f"{name}: model_type is {raw['model_type']!r}, wanted {wanted!r}")
+    config = model_class.config_class.from_dict(dict(raw))
+    unserved = {
+        "is_encoder_decoder": config.is_encoder_decoder,
+        "layer_types": [t for t in getattr(config, "layer_types", None) or () if t != "full_attention"],
+        "attention_chunk_size": getattr(config, "attention_chunk_size", None),
+    }
+    for option, found in unserved.items():
+        if found:
+            raise ValueError(f"{name}: {option} has {found!r}, which is not served; wanted plain causal attention")
+    return config
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within this context, parameters that this thread's modules register go to the meta device; buffers stay real.
+
+    torch.device("meta") would take the buffers along: RoPE frequencies, which no checkpoint holds, would be lost.
+    """
+    owner = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != owner or parameter.is_meta:  # a tied one is registered twice and stays one
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # may return
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,12 +1,12 @@
 """Llama 2 and 3, as equations.
 
-T tokens of all requests, D model width, H query heads, K key/value heads, E head width, I MLP width, V vocabulary.
-Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; names are those of Hugging Face checkpoints.
+T tokens of all requests, D model width, H query heads, K key/value heads, E head width, F = E/2 rotation speeds,
+I MLP width, V vocabulary. Parameter names are those of Hugging Face checkpoints.
+Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288; Llama 3: https://arxiv.org/abs/2407.21783.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,14 @@ from torch import Tensor, nn
 
 from seamwise.kernels import attention, kv_append
 
+from .hf_config import Reader
+from .rope import Rope
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
+    """Sizes by the letters above."""
+
     D: int
     H: int
     K: int
@@ -28,50 +33,24 @@ class LlamaConfig:
     V: int
     num_layers: int
     eps: float
-    rope: tuple[float, ...]  # theta, or theta and Llama 3's factor, low_freq_factor, high_freq_factor, original length
+    rope: Rope
     attention_bias: bool
     mlp_bias: bool
     tied: bool
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> LlamaConfig:
-        """Read a config.json of transformers 4 or 5. Raises ValueError for what these equations do not cover."""
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"llama: hidden_act is {raw['hidden_act']!r}, wanted 'silu'")
-        D, H = raw["hidden_size"], raw["num_attention_heads"]
+        """Read a config.json. Raises ValueError for what these equations do not cover."""
+        read = Reader(raw, "llama")
+        read.choice("hidden_act", ("silu",), "silu")
+        D, H = read.size("hidden_size"), read.size("num_attention_heads")
         return cls(
-            D=D, H=H, K=raw.get("num_key_value_heads") or H, E=raw.get("head_dim") or D // H,
-            I=raw["intermediate_size"], V=raw["vocab_size"], num_layers=raw["num_hidden_layers"],
-            eps=raw["rms_norm_eps"], rope=_rope(raw), attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False), tied=raw.get("tie_word_embeddings", False),
+            D=D, H=H, K=read.size("num_key_value_heads", H), E=read.size("head_dim", D // H),
+            I=read.size("intermediate_size"), V=read.size("vocab_size"), num_layers=read.size("num_hidden_layers"),
+            eps=read.positive("rms_norm_eps", 1e-6), rope=Rope.from_hf(read),
+            attention_bias=read.flag("attention_bias"), mlp_bias=read.flag("mlp_bias"),
+            tied=read.flag("tie_word_embeddings"),
         )  # fmt: skip
-
-
-def _rope(raw: Mapping[str, Any]) -> tuple[float, ...]:
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return (theta,)
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return (theta, *(float(rope[n]) for n in names))
-    raise ValueError(f"llama: rope_type is {kind!r}, wanted 'default' or 'llama3'")
-
-
-def inverse_frequencies(c: LlamaConfig) -> list[float]:
-    """Return the E/2 rotation speeds, for Llama 3 with low frequencies slowed down (Llama 3.1 report, section 3.3)."""
-    speeds = [c.rope[0] ** (-i / c.E) for i in range(0, c.E, 2)]
-    if len(c.rope) == 1:
-        return speeds
-    factor, low, high, original = c.rope[1:]
-
-    def scaled(speed: float) -> float:
-        turns = original * speed / (2 * math.pi)  # rotations within the original context
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-        return (1 - kept) * speed / factor + kept * speed
-
-    return [scaled(s) for s in speeds]
 
 
 class RMSNorm(nn.Module):
@@ -101,13 +80,12 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, cos_TE: Tensor, sin_TE: Tensor, cache: Sequence[Tensor], where: Sequence[Tensor]
     ) -> Tensor:
-        slot_mapping, *spans = where
+        slot_mapping_T, *spans = where
         q_THE = rotate(self.q_proj(x_TD).view(-1, self.c.H, self.c.E), cos_TE, sin_TE)
         k_TKE = rotate(self.k_proj(x_TD).view(-1, self.c.K, self.c.E), cos_TE, sin_TE)
         v_TKE = self.v_proj(x_TD).view(-1, self.c.K, self.c.E)
-        kv_append(k_TKE, v_TKE, *cache, slot_mapping)
-        out_THE = attention(q_THE, *cache, *spans, self.c.E**-0.5)
-        return self.o_proj(out_THE.flatten(1))
+        kv_append(k_TKE, v_TKE, *cache, slot_mapping_T)
+        return self.o_proj(attention(q_THE, *cache, *spans, self.c.E**-0.5).flatten(1))
 
 
 class MLP(nn.Module):
@@ -135,25 +113,23 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    speeds_E: Tensor
+    speeds_F: Tensor
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
-        self.c = c
         self.embed_tokens = nn.Embedding(c.V, c.D)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.D, c.eps)
-        # Real also when the module is built on the meta device: no checkpoint holds it.
-        self.register_buffer("speeds_E", torch.tensor(inverse_frequencies(c), device="cpu"), persistent=False)
+        self.register_buffer("speeds_F", c.rope.speeds(c.E), persistent=False)
 
     def forward(
-        self, token_ids_T: Tensor, positions_T: Tensor, caches: Sequence[Sequence[Tensor]], where: Sequence[Tensor]
+        self, token_ids_T: Tensor, positions_T: Tensor, kv_caches: Sequence[Sequence[Tensor]], where: Sequence[Tensor]
     ) -> Tensor:
         x_TD = self.embed_tokens(token_ids_T)
-        angles_TF = positions_T.unsqueeze(-1).float() * self.speeds_E
+        angles_TF = positions_T.unsqueeze(-1).float() * self.speeds_F
         angles_TE = torch.cat((angles_TF, angles_TF), -1)
         cos_TE, sin_TE = angles_TE.cos().to(x_TD.dtype), angles_TE.sin().to(x_TD.dtype)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.layers, kv_caches, strict=True):
             x_TD = layer(x_TD, cos_TE, sin_TE, cache, where)
         return self.norm(x_TD)
 

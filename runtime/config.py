@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from seamwise.model_defs.hf_config import Reader
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LARGEST = 1 << 24  # no real hidden size, vocabulary or depth comes near; a corrupt file easily does
+_MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,7 @@ class ModelConfig:
 
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
+    bos_id   the id that begins a text, where the model has one
     """
 
     architecture: str
@@ -31,60 +34,74 @@ class ModelConfig:
     max_position_embeddings: int
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
+    bos_id: int | None
     raw: dict[str, Any]
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
-        """Read config.json and generation_config.json. Raises ValueError naming file and value."""
+        """Read config.json and generation_config.json. Raises ValueError naming the file and the wrong value."""
         if not directory.is_dir():
-            raise ValueError(f"model directory {directory} does not exist")
-        raw = _read_json(directory / "config.json", required=True)
+            raise ValueError(f"model directory {directory} does not exist; wanted a Hugging Face model directory")
+        path = directory / "config.json"
+        raw = _read_json(path, required=True)
         generation = _read_json(directory / "generation_config.json", required=False)
         names = raw.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-            raise ValueError(f"{directory}/config.json: architectures is {names!r}, wanted a list with one class name")
-        read = _Sizes(raw, directory / "config.json")
-        heads = read("num_attention_heads")
-        hidden = read("hidden_size")
-        kv_heads = read("num_key_value_heads", heads)
-        if heads % kv_heads:
             raise ValueError(
-                f"{read.path}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+                f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
-        if "head_dim" not in raw and hidden % heads:
-            raise ValueError(f"{read.path}: hidden_size={hidden} is no multiple of num_attention_heads={heads}")
-        dtype = raw.get("dtype", raw.get("torch_dtype")) or "float32"
-        if dtype not in _DTYPES:
-            raise ValueError(f"{read.path}: dtype is {dtype!r}, wanted one of {', '.join(_DTYPES)}")
-        eos = generation.get("eos_token_id", raw.get("eos_token_id"))
-        return cls(
+        if raw.get("quantization_config") is not None:
+            raise ValueError(f"{path}: has a quantization_config; wanted a checkpoint in float32, bfloat16 or float16")
+        read = Reader(raw, str(path))
+        heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
+        config = cls(
             architecture=names[0],
             hidden_size=hidden,
-            num_layers=read("num_hidden_layers"),
+            num_layers=read.size("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=read("head_dim", hidden // heads),
-            vocab_size=read("vocab_size"),
-            max_position_embeddings=read("max_position_embeddings"),
-            dtype=_DTYPES[dtype],
-            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            num_kv_heads=read.size("num_key_value_heads", heads),
+            head_dim=read.size("head_dim", hidden // heads),
+            vocab_size=read.size("vocab_size"),
+            max_position_embeddings=read.size("max_position_embeddings"),
+            dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
+            eos_ids=_token_ids("eos_token_id", generation, raw, directory),
+            bos_id=next(iter(_token_ids("bos_token_id", generation, raw, directory)), None),
             raw=raw,
         )
+        config._check(path)
+        return config
+
+    def _check(self, path: Path) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{path}: num_attention_heads={self.num_heads} is no multiple of"
+                f" num_key_value_heads={self.num_kv_heads}"
+            )
+        if "head_dim" not in self.raw and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"{path}: hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_heads}"
+            )
+        # A lower bound: embedding, the four projections of attention, and two matrices of the MLP.
+        projections = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        width = self.raw.get("intermediate_size")
+        mlp = 2 * self.hidden_size * width if isinstance(width, int) else 0
+        parameters = self.vocab_size * self.hidden_size + self.num_layers * (projections + mlp)
+        if parameters > _MOST_PARAMETERS:
+            raise ValueError(
+                f"{path}: describes a model of at least {parameters:.1e} parameters, wanted at most"
+                f" {_MOST_PARAMETERS:.1e}; hidden_size={self.hidden_size}, intermediate_size={width},"
+                f" num_hidden_layers={self.num_layers}, num_attention_heads={self.num_heads},"
+                f" head_dim={self.head_dim}, vocab_size={self.vocab_size}"
+            )
 
 
-class _Sizes:
-    """Reads positive integers of a sane size out of a configuration."""
-
-    def __init__(self, raw: dict[str, Any], path: Path) -> None:
-        self.raw, self.path = raw, path
-
-    def __call__(self, name: str, default: int | None = None) -> int:
-        got = self.raw.get(name)
-        if got is None:
-            got = default
-        if not isinstance(got, int) or isinstance(got, bool) or not 1 <= got <= _LARGEST:
-            raise ValueError(f"{self.path}: {name} is {got!r}, wanted a whole number from 1 to {_LARGEST}")
-        return got
+def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
+    file, values = ("generation_config.json", generation) if generation.get(name) is not None else ("config.json", raw)
+    found = values.get(name)
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise ValueError(f"{directory / file}: {name} is {found!r}, wanted a token id or a list of them")
+    return tuple(ids)
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
@@ -93,8 +110,8 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
             raise ValueError(f"{path.parent}: has no {path.name}; wanted a Hugging Face model directory")
         return {}
     try:
-        read = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(read, dict):
         raise ValueError(f"{path}: holds {type(read).__name__}, wanted an object")

@@ -1,0 +1,59 @@
+"""Tiny random checkpoints made with transformers' own classes, which are the reference of every model test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seamwise.model_defs import build_model
+from seamwise.runtime.checkpoint import load_weights
+from seamwise.runtime.config import ModelConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def save_tiny(directory: Path, architecture: str, *, seed: int = 0, **changes: Any) -> Any:
+    """Save a tiny random model of transformers' class and return it; no weight is at its neutral value."""
+    import transformers
+
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class(**(SIZES | changes))
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.2 * noise)
+    model.save_pretrained(directory)
+    return model
+
+
+def load_tiny(directory: Path, entry: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, ModelConfig]:
+    """Load a directory as the eager module of one entry."""
+    config = ModelConfig.from_directory(directory)
+    model = build_model(config.architecture, config.raw, entry=entry)
+    load_weights(model, directory, dtype=dtype, device="cpu")
+    return model, config
+
+
+def reference(model: Any, requests: list[list[int]]) -> list[Tensor]:
+    """Return transformers' own logits of each request alone."""
+    with torch.no_grad():
+        return [model(torch.tensor([tokens]), use_cache=False).logits[0] for tokens in requests]
+
+
+def assert_within_budget(got: list[Tensor], model: Any, requests: list[list[int]]) -> None:
+    """Hold |got - f64| <= 2 (|reference - f64| + eps max|f64|), reference in got's dtype; leaves model in float64."""
+    same = reference(model.to(got[0].dtype), requests)
+    exact = reference(model.double(), requests)
+    for r, (g, s, e) in enumerate(zip(got, same, exact, strict=True)):
+        budget = 2 * ((s - e).abs().max() + torch.finfo(g.dtype).eps * e.abs().max()).item()
+        error = (g - e).abs().max().item()
+        assert error <= budget, f"request {r} of {len(requests[r])} tokens: error {error:.2e}, budget {budget:.2e}"
