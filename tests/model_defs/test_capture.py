@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from step_inputs import Steps, whole
+from tiny_models import load_tiny, save_tiny
 
 from seamwise.compile.capture import capture
 from seamwise.runtime.step import STEP_ARGUMENTS
-
-from .step_inputs import Steps, whole
-from .tiny_models import load_tiny, save_tiny
 
 DIMS: dict[str, Any] = {
     "token_ids": ("T",), "positions": ("T",), "kv_caches": [[("N", None, None, None)] * 2] * 2, "slot_mapping": ("T",),

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from step_inputs import Steps, run_schedule
+from tiny_models import SIZES, assert_within_budget, load_tiny, save_tiny
 from torch import nn
 
 from seamwise.model_defs import build_model
 from seamwise.model_defs.hf import _attend, _parameters_on_meta
-
-from .step_inputs import Steps, run_schedule
-from .tiny_models import SIZES, assert_within_budget, load_tiny, save_tiny
 
 # Each is plain causal attention around something of its own: norms, biases, scales on embeddings or logits, positions.
 DECODERS: dict[str, dict[str, Any]] = {

@@ -13,14 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_inputs import Steps, run_schedule, whole
+from tiny_models import SIZES, assert_within_budget, load_tiny, reference, save_tiny
 
 from seamwise.model_defs import build_model
 from seamwise.model_defs.hf_config import Reader
 from seamwise.model_defs.llama import LlamaConfig
 from seamwise.model_defs.rope import Rope
-
-from .step_inputs import Steps, run_schedule, whole
-from .tiny_models import SIZES, assert_within_budget, load_tiny, reference, save_tiny
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
