@@ -84,7 +84,7 @@ def compile_piece(module: GraphModule, path: Path) -> Path:
             for got, wanted in zip(compiled(*arguments), opened(*arguments), strict=True):
                 tolerance = 8 * torch.finfo(wanted.dtype).eps * max(1.0, float(wanted.abs().max()))
                 if got.shape != wanted.shape or float((got - wanted).abs().max()) > tolerance:
-                    raise RuntimeError(f"Inductor's package of {path.stem} is wrong at size {size}; use inductor='never'")
+                    raise RuntimeError(f"Inductor's package of {path.stem} is wrong at size {size}: inductor='never'")
     return path
 
 

@@ -132,7 +132,7 @@ class _NoSeams(TorchDispatchMode):
 
         record = contract_of(func)
         if record is not None and record.seam and not self.full:
-            raise RecordingRefused(f"{record.name}: a seam was captured inside a piece; seams run eagerly between pieces")
+            raise RecordingRefused(f"{record.name}: a seam was captured inside a piece; seams run between pieces")
         return func(*args, **(kwargs or {}))
 
 

@@ -6,6 +6,8 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; the pre-norm 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .contract import Cost, contract
@@ -26,3 +28,59 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 @add_rms_norm.costs
 def cost(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Cost:
     return Cost(bytes=4 * x_TD.nbytes + weight_D.nbytes, flops=5 * x_TD.numel())
+
+
+@add_rms_norm.inputs(
+    examples=({"T": 1, "D": 8}, {"T": 3, "D": 33}, {"T": 0, "D": 16}, {"T": 7, "D": 576}),
+    shapes={"llama-3-8b prefill": {"T": 4096, "D": 4096}, "llama-3-70b decode": {"T": 64, "D": 8192}},
+)
+def make(T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    generator = torch.Generator(device).manual_seed(seed)
+    x_TD, residual_TD = (torch.randn(T, D, generator=generator, device=device).to(dtype) for _ in range(2))
+    weight_D = 1 + 0.1 * torch.randn(D, generator=generator, device=device)
+    return x_TD, residual_TD, weight_D.to(dtype), 1e-5
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, x_stride, residual_stride, D, eps, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = column < D
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
+    total = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+    wide = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / D + tl.cast(eps, tl.float32))
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    normed = (wide * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+    tl.store(total_ptr + row * D + column, total, mask=inside)
+    tl.store(out_ptr + row * D + column, normed.to(x.dtype), mask=inside)
+
+
+def config(D: int) -> dict[str, int]:
+    """Launch configuration by row width. Unmeasured: a warp for each 512 elements keeps a row in registers."""
+    block = triton.next_power_of_2(D)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def _refuses(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
+    if x_TD.shape != residual_TD.shape or x_TD.shape[-1] != weight_D.shape[0]:
+        return f"x {tuple(x_TD.shape)}, residual {tuple(residual_TD.shape)}, weight {tuple(weight_D.shape)} do not fit"
+    for name, tensor in (("x", x_TD), ("residual", residual_TD)):
+        if tensor.stride(-1) != 1 or (tensor.dim() != 2 and not tensor.is_contiguous()):
+            return f"{name} must be rows contiguous in D, its strides are {tensor.stride()}"
+    return None
+
+
+@add_rms_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+def add_rms_norm_triton(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    width = x_TD.shape[-1]
+    out, total = (torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) for _ in range(2))
+    if rows := x_TD.numel() // width:
+        _add_rms_norm_kernel[(rows,)](
+            x_TD, residual_TD, weight_D, out, total, x_TD.stride(-2), residual_TD.stride(-2), width, eps,
+            **config(width),
+        )  # fmt: skip
+    return out, total

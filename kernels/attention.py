@@ -5,6 +5,8 @@ Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; paging: Kwon et a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,32 @@ def cost(
     kv_bytes = 2 * sum(lengths) * kv_heads * head_dim * k_cache.element_size()
     seen = sum(n * s - n * (n - 1) // 2 for n, s in zip(queries, lengths, strict=True))
     return Cost(bytes=2 * q_THD.nbytes + kv_bytes, flops=4 * seen * heads * head_dim)
+
+
+@attention.inputs(
+    examples=(
+        {"R": 1, "queries": 1, "context": 5, "H": 2, "K": 1, "D": 16, "P": 4},
+        {"R": 3, "queries": 7, "context": 9, "H": 6, "K": 2, "D": 80, "P": 8},
+        {"R": 2, "queries": 40, "context": 0, "H": 9, "K": 3, "D": 64, "P": 16},
+    ),
+    shapes={
+        "llama-3-8b decode": {"R": 64, "queries": 1, "context": 1024, "H": 32, "K": 8, "D": 128, "P": 16},
+        "llama-3-8b prefill": {"R": 2, "queries": 2048, "context": 0, "H": 32, "K": 8, "D": 128, "P": 16},
+    },
+)
+def make(
+    R: int, queries: int, context: int, H: int, K: int, D: int, P: int, *, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Any, ...]:
+    """Requests of context, context + 1, … tokens before their queries, over shuffled blocks."""
+    generator = torch.Generator(device).manual_seed(seed)
+    lengths = [context + r + queries for r in range(R)]
+    counts = [-(-n // P) for n in lengths]
+    order = torch.randperm(sum(counts), generator=generator, device=device).to(torch.int32) + 1
+    table = torch.zeros(R, max(counts), dtype=torch.int32, device=device)
+    for r, blocks in enumerate(order.split(counts)):
+        table[r, : counts[r]] = blocks
+    q_THD = torch.randn(R * queries, H, D, generator=generator, device=device).to(dtype)
+    caches = [torch.randn(sum(counts) + 1, K, P, D, generator=generator, device=device).to(dtype) for _ in range(2)]
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    starts = torch.arange(0, (R + 1) * queries, queries, dtype=torch.int32, device=device)
+    return q_THD, *caches, table, seq_lens, starts, D**-0.5

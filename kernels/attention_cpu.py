@@ -116,7 +116,8 @@ def kv_append_cpp(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor
     strides = (*k_TKD.stride()[:2], *v_TKD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2])
     error = launch(
         _KV_APPEND, k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        slot_mapping_T.data_ptr(), tokens, kv_heads, dim * size, num_blocks, block_size, *[s * size for s in strides], torch.get_num_threads(),
+        slot_mapping_T.data_ptr(), tokens, kv_heads, dim * size, num_blocks, block_size, *[s * size for s in strides],
+        torch.get_num_threads(),
     )  # fmt: skip
     if error:
         slot, slots = int(slot_mapping_T[error - 1]), num_blocks * block_size

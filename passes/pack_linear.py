@@ -26,8 +26,8 @@ def pack(module: GraphModule, report: Report) -> None:
             continue
         x, weight, *bias = node.args
         with inserting(module.graph, node, like=node) as proxy:
-            packed = pack_linear(proxy(weight))  # type: ignore[arg-type]
-            y = linear_packed(proxy(x), packed, value(weight).shape[0], *[proxy(b) for b in bias if b is not None])  # type: ignore[arg-type]
+            packed = pack_linear(proxy(weight))
+            y = linear_packed(proxy(x), packed, value(weight).shape[0], *[proxy(b) for b in bias if b is not None])
         node.replace_all_uses_with(y.node)
         module.graph.erase_node(node)
         report.matched += 1

@@ -1,6 +1,6 @@
 """Name row lookups: token embedding, and the choice of rows whose logits are wanted.
 
-before: x = embedding(table, ids); y = index(hidden, [rows])
+before: x = embedding(table, ids); y = index(hidden, [rows])    or y = index(hidden, [None, rows]), batch of 1
 after:  x = gather_rows(table, ids); y = gather_rows(hidden, rows)
 """
 
@@ -27,7 +27,11 @@ def raise_gather(module: GraphModule, report: Report) -> None:
             report.misses.append(Miss(place(node), node.name, reason))
             continue
         with inserting(module.graph, node, like=node) as proxy:
-            rows = gather_rows(proxy(table), proxy(index))
+            if value(table).dim() == 3:
+                flat = aten.select.int(proxy(table), 0, 0)
+                rows = aten.unsqueeze.default(gather_rows(flat, proxy(index)), 0)
+            else:
+                rows = gather_rows(proxy(table), proxy(index))
         node.replace_all_uses_with(rows.node)
         module.graph.erase_node(node)
         report.matched += 1
@@ -38,9 +42,13 @@ def _operands(node: Node) -> tuple[Any, Any, str | None]:
         table, index = node.args[:2]
     elif is_op(node, aten.index.Tensor):
         indices: Any = node.args[1]
-        if len(indices) != 1:
+        batched = len(indices) == 2 and indices[0] is None
+        if not batched and len(indices) != 1:
             return None, None, f"has {len(indices)} indices, wanted one, of whole rows"
-        table, index = node.args[0], indices[0]
+        table, index = node.args[0], indices[-1]
+        shape = value(table).shape  # type: ignore[arg-type]
+        if batched and len(shape) == 3 and shape[0] == 1 and value(index).dim() == 1:
+            return table, index, None
     else:
         if node.args[1] != 0:
             return None, None, f"selects along dimension {node.args[1]}, wanted 0"

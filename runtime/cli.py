@@ -150,12 +150,12 @@ def explain(arguments: list[str]) -> int:
     from .config import ModelConfig
     from .llm import resolve_model
     from .loading import load_program
-    from .runner import Ledger
+    from .progress import shown_ledger
     from .runner_config import RunnerConfig
 
-    ledger = Ledger()
-    config = ModelConfig.from_directory(resolve_model(options.model))
-    program, _ = load_program(config, RunnerConfig.for_model(config, **_loading(options)), ledger)
+    with shown_ledger("compile") as ledger:
+        config = ModelConfig.from_directory(resolve_model(options.model))
+        program, _ = load_program(config, RunnerConfig.for_model(config, **_loading(options)), ledger)
     if options.source:
         print(program.source)
     elif options.json:

@@ -15,7 +15,7 @@ from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
 
-from .checkpoint import Checkpoint, DummyCheckpoint
+from .checkpoint import Checkpoint, DummyCheckpoint, parameter_shapes, show_progress
 from .config import ModelConfig
 from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS
@@ -73,7 +73,8 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             arguments = _example_arguments(config, options)
         captured = capture(model, arguments, _dims(config))
     program = compile_graph(captured, structure, options.pipeline, ledger)
-    program.parameters, program.tied = _parameters(model)
+    shapes, program.tied = parameter_shapes(model)
+    program.parameters = {name: list(shape) for name, shape in shapes.items()}
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
     return program, {name: b for name, b in buffers.items() if name in needed}
 
@@ -93,21 +94,8 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
         return checkpoint.read(name, dtype=options.dtype, device=options.device)
 
     with torch.inference_mode():
-        return [evaluate(recipe, parameter) for recipe in program.recipes.values()]
-
-
-def _parameters(model: nn.Module) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Return name -> shape of each parameter, and the other names of tied ones."""
-    shapes: dict[str, list[int]] = {}
-    tied: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        kept = first.setdefault(id(p), name)
-        if kept == name:
-            shapes[name] = list(p.shape)
-        else:
-            tied[name] = kept
-    return shapes, tied
+        names = show_progress(program.recipes, "loading weights")
+        return [evaluate(program.recipes[name], parameter) for name in names]
 
 
 def _make_fake(model: nn.Module, options: RunnerConfig) -> None:

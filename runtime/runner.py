@@ -20,6 +20,7 @@ from seamwise.compile.record import Recording, recorder_for
 from .config import ModelConfig
 from .kv_cache import KVCacheSpec
 from .loading import load_program, load_step_weights
+from .progress import shown_ledger
 from .runner_config import RunnerConfig
 from .static_inputs import StaticInputs
 from .step import STEP_ARGUMENTS, StepInput, StepOutput
@@ -65,15 +66,15 @@ class ModelRunner:
         Options are the fields of RunnerConfig. Raises ValueError for a directory, configuration or checkpoint that
         cannot be served, naming what is wrong.
         """
-        ledger = Ledger()
-        with ledger.stage("read config"):
-            config = ModelConfig.from_directory(Path(path))
-            settings = RunnerConfig.for_model(config, **options)
-        program, buffers = load_program(config, settings, ledger)
-        with ledger.stage("load weights"):
-            weights = load_step_weights(Path(path), settings, program, buffers)
-        with ledger.stage("bind"):
-            executable = Executable(program, weights)
+        with shown_ledger("start-up") as ledger:
+            with ledger.stage("read config"):
+                config = ModelConfig.from_directory(Path(path))
+                settings = RunnerConfig.for_model(config, **options)
+            program, buffers = load_program(config, settings, ledger)
+            with ledger.stage("load weights"):
+                weights = load_step_weights(Path(path), settings, program, buffers)
+            with ledger.stage("bind"):
+                executable = Executable(program, weights)
         return cls(config, settings, executable, ledger)
 
     @property

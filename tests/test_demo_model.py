@@ -93,7 +93,7 @@ def test_greedy_ids_equal_transformers(entry: str) -> None:
         logits = reference_logits(prompts()[i], ids, torch.float32, "eager")
         chosen = logits.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
         behind = (logits.amax(1) - chosen).tolist()
-        assert max(behind) < NEAR_TIE, f"prompt {i}: token {int(np.argmax(behind))} is {max(behind):.2e} behind the best"
+        assert max(behind) < NEAR_TIE, f"prompt {i}: token {int(np.argmax(behind))} is {max(behind):.2e} behind"
 
 
 @settings(max_examples=6)

@@ -1,4 +1,4 @@
-"""Packs: a warm start neither traces nor compiles; a damaged or foreign pack is refused with its reason and replaced."""
+"""Packs: a warm start neither traces nor compiles; a damaged or foreign pack is refused and replaced."""
 
 from __future__ import annotations
 
