@@ -25,7 +25,8 @@ print(json.dumps({"file": seamwise.__file__, "ids": output.outputs[0].token_ids}
 
 @pytest.mark.slow
 def test_a_wheel_generates_from_a_clean_environment(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    build = [sys.executable, "-m", "pip", "wheel", *options, str(ROOT)]
     subprocess.run(build, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("seamwise-*.whl")
     home = tmp_path / "clean"
