@@ -42,3 +42,27 @@ def cost(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None 
     rows = x_TK.numel() // max(x_TK.shape[-1], 1)
     moved = x_TK.nbytes + packed.nbytes + rows * out_features * x_TK.element_size()
     return Cost(bytes=moved, flops=2 * rows * out_features * x_TK.shape[-1])
+
+
+@pack_linear.inputs(
+    examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}), shapes={"smollm2-135m": {"N": 3072, "K": 576}}
+)
+def make_weight(N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return ((torch.randn(N, K, generator=generator, device=device) * K**-0.5).to(dtype),)
+
+
+@linear_packed.inputs(
+    examples=({"T": 1, "N": 33, "K": 7}, {"T": 13, "N": 64, "K": 64}, {"T": 0, "N": 32, "K": 16}),
+    shapes={
+        "smollm2-135m decode": {"T": 1, "N": 3072, "K": 576},
+        "smollm2-135m batch": {"T": 32, "N": 3072, "K": 576},
+        "smollm2-135m prefill": {"T": 512, "N": 3072, "K": 576},
+        "llama-3-8b decode": {"T": 1, "N": 28672, "K": 4096},
+    },
+)
+def make(T: int, N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, int]:
+    (weight_NK,) = make_weight(N, K, dtype=dtype, device=device, seed=seed)
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    x_TK = torch.randn(T, K, generator=generator, device=device).to(dtype)
+    return x_TK, pack_linear(weight_NK), N
