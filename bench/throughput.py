@@ -54,6 +54,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--entry", default="auto", choices=["auto", "own", "transformers"])
+    parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--enforce-eager", action="store_true")
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
     names = list(WORKLOADS) if options.workload == "all" else [options.workload]
     llm = LLM(
         options.model, dtype=options.dtype, device=options.device, entry=options.entry,
-        enforce_eager=options.enforce_eager, max_model_len=1024, max_num_seqs=64,
+        enforce_eager=options.enforce_eager, max_model_len=options.max_model_len, max_num_seqs=64,
     )  # fmt: skip
     vocab_size = llm.engine.runner.config.vocab_size
     results = []

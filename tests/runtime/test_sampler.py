@@ -23,8 +23,8 @@ def sequence(
     prompt, output = prompt or [0], output or []
     tokens = np.array([*prompt, *output, *[0] * 8], dtype=np.int64)
     return Sequence(
-        id="s", tokens=tokens, num_tokens=len(prompt) + len(output), num_prompt=len(prompt), params=params, max_tokens=8,
-        arrival=0, seed=seed,
+        id="s", tokens=tokens, num_tokens=len(prompt) + len(output), num_prompt=len(prompt), params=params,
+        max_tokens=8, arrival=0, seed=seed,
     )  # fmt: skip
 
 

@@ -1,0 +1,67 @@
+"""The command line on the demo model: what it prints is what was promised; mistakes are one line and status 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from seamwise.runtime.cli import main
+
+
+def test_generate_prints_text_and_figures(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["generate", "--model", str(demo_model), "--prompt", "The capital of France is", "--max-tokens", "8"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "Paris" in out
+    for figure in ("tokens/s", "time to first token", "process start to first token", "load weights", "first step"):
+        assert figure in out
+
+
+def test_generate_as_json(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model", str(demo_model), "--prompt", "1, 2, 3,", "--max-tokens", "5", "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["output_tokens"] == 5 and report["ttft_ms"] > 0 and report["startup_s"]
+
+
+def test_explain_as_json(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", str(demo_model), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["pieces"]["total"] == 31 and report["pieces"]["distinct"] <= 4 and report["seams"] == 30
+    promised = [p for p in report["passes"] if p["expected"] is not None]
+    assert len(promised) == 6 and all(p["matched"] == p["expected"] for p in promised)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "/nowhere", "--prompt", "x"], "is no directory"),
+        (["generate", "--model", "MODEL", "--prompt", "x", "--max-tokens", "0"], "max_tokens: got 0"),
+        (["generate", "--model", "MODEL", "--prompt", "x", "--dtype", "int3"], "dtype='int3'"),
+        (["explain", "--model", "MODEL", "--entry", "mine"], "entry='mine'"),
+        (["fly"], "no command 'fly'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    demo_model: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([str(demo_model) if a == "MODEL" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_bench_throughput_writes_json(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seamwise.bench import workloads
+
+    small = workloads.Workload(name="single", num_requests=1, shared_tokens=2, own_tokens=3, output_tokens=4)
+    monkeypatch.setitem(workloads.WORKLOADS, "single", small)
+    arguments = ["bench", "throughput", "--model", str(tiny_llama_dir), "--workload", "single", "--max-model-len", "64"]
+    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["results"][0]["decode_tokens_per_s"] > 0 and report["machine"]["torch"]
+    assert "single" in capsys.readouterr().out
