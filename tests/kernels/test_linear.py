@@ -1,0 +1,156 @@
+"""The packed linear layer in C++: its meaning in float64 is the truth, laws hold in bits."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seamwise.kernels import huge_pages, linear_cpu, linear_packed, pack_linear, tape
+
+PORTABLE = ("-std=c++17", "-O2", "-march=x86-64-v3", "-fno-strict-aliasing", "-shared", "-fPIC")  # no AVX-512
+
+
+@pytest.fixture(autouse=True)
+def keep_thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def portable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code that machines without AVX-512 BF16 get."""
+    kernel = tape.Kernel("linear_cpu.cpp", "seamwise_linear", flags=PORTABLE)
+    monkeypatch.setattr(linear_cpu, "_LINEAR", kernel)
+
+
+def rows(count: int, width: int, seed: int, padding: int = 0, size: float = 1.0) -> Tensor:
+    """Draw bfloat16 (count, width), a view of a wider matrix whose other columns are NaN."""
+    matrix = torch.full((count, width + padding), torch.nan)
+    matrix[:, :width] = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * size
+    return matrix.bfloat16()[:, :width]
+
+
+def check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """Hold |kernel - f64| <= 2 (|torch at bfloat16 - f64| + eps max|f64|); return the kernel's result."""
+    packed = pack_linear.run("cpp", weight_NK)
+    out = linear_packed.run("cpp", x_TK, packed, weight_NK.shape[0], bias_N)
+    assert out.shape == (*x_TK.shape[:-1], weight_NK.shape[0]) and out.dtype == torch.bfloat16
+    if out.numel():
+        linear = torch.nn.functional.linear
+        exact = linear(x_TK.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
+        theirs = (linear(x_TK, weight_NK, bias_N) - exact).abs().max()
+        budget = 2 * (theirs + torch.finfo(out.dtype).eps * exact.abs().max())
+        assert (out - exact).abs().max() <= budget
+    return out
+
+
+sizes = st.integers(1, 200)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 40), sizes, sizes, st.booleans(), st.sampled_from([0, 3]), st.sampled_from([1, 2, 3]), sizes)
+@example(1, 576, 576, False, 0, 2, 0)
+@example(33, 97, 1535, True, 1, 2, 0)
+def test_agrees_with_its_meaning(
+    tokens: int, out_features: int, depth: int, biased: bool, padding: int, threads: int, seed: int
+) -> None:
+    torch.set_num_threads(threads)
+    x, weight = rows(tokens, depth, seed, padding), rows(out_features, depth, seed + 1, padding, size=depth**-0.5)
+    check(x, weight, rows(1, out_features, seed + 2)[0] if biased else None)
+
+
+@given(sizes, sizes, st.sampled_from([0, 1]))
+def test_packing_is_its_meaning_and_loses_nothing(out_features: int, depth: int, padding: int) -> None:
+    weight = rows(out_features, depth, 0, padding)
+    packed = pack_linear.run("cpp", weight)
+    assert torch.equal(packed, pack_linear.meaning(weight))
+    unpacked = packed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    assert torch.equal(unpacked[:out_features, :depth], weight)
+    assert not unpacked[out_features:].any() and not unpacked[:, depth:].any()
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 70), sizes, sizes, st.data())
+def test_a_row_has_the_same_bits_in_any_batch_and_for_any_threads(
+    tokens: int, out_features: int, depth: int, data: st.DataObject
+) -> None:
+    x, weight = rows(tokens, depth, 0), rows(out_features, depth, 1)
+    torch.set_num_threads(2)
+    whole = check(x, weight, None)
+    packed = pack_linear.run("cpp", weight)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(linear_packed.run("cpp", x, packed, out_features), whole)
+    first = data.draw(st.integers(0, tokens - 1))
+    last = data.draw(st.integers(first + 1, tokens))
+    assert torch.equal(linear_packed.run("cpp", x[first:last], packed, out_features), whole[first:last])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("tokens", "out_features", "depth"), [(700, 96, 700), (300, 32, 1536), (9, 608, 576)])
+def test_rows_beyond_the_cache_and_few_panels(tokens: int, out_features: int, depth: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    out = check(rows(tokens, depth, 0), rows(out_features, depth, 1, size=depth**-0.5), None)
+    torch.set_num_threads(1)
+    packed = pack_linear.run("cpp", rows(out_features, depth, 1, size=depth**-0.5))
+    assert torch.equal(linear_packed.run("cpp", rows(tokens, depth, 0)[-1:], packed, out_features), out[-1:])
+
+
+def test_code_without_avx512_agrees_and_is_batch_invariant(portable: None) -> None:
+    for tokens, out_features, depth in [(1, 33, 7), (5, 64, 64), (13, 40, 129)]:
+        x, weight = rows(tokens, depth, 0), rows(out_features, depth, 1)
+        whole = check(x, weight, rows(1, out_features, 2)[0])
+        packed = pack_linear.run("cpp", weight)
+        alone = linear_packed.run("cpp", x[-1:], packed, out_features, rows(1, out_features, 2)[0])
+        assert torch.equal(alone, whole[-1:])
+
+
+def test_nothing_but_the_result_is_written_and_nothing_else_read() -> None:
+    x, weight, out = rows(5, 33, 0), rows(40, 33, 1), torch.full((7, 41), torch.nan, dtype=torch.bfloat16)
+    packed = pack_linear.run("cpp", weight)
+    into, threads = out[1:6, :40], torch.get_num_threads()
+    tape.launch(
+        linear_cpu._LINEAR, x.data_ptr(), packed.data_ptr(), 0, into.data_ptr(), 5, 40, 33, 33, into.stride(0), threads
+    )
+    assert torch.equal(into, linear_packed.run("cpp", x, packed, 40))
+    assert out[0].isnan().all() and out[6].isnan().all() and out[:, 40].isnan().all()
+
+
+def test_special_values() -> None:
+    x, weight = torch.ones(3, 9, dtype=torch.bfloat16), torch.ones(33, 9, dtype=torch.bfloat16)
+    x[1, 2], x[2, 8] = torch.nan, torch.inf  # column 8 shares its pair with padding
+    out = linear_packed.run("cpp", x, pack_linear.run("cpp", weight), 33)
+    assert (out[0] == 9).all() and out[1].isnan().all() and out[2].isinf().all()
+
+
+def test_leading_dimensions_and_refusals() -> None:
+    x, weight = rows(6, 16, 0), rows(32, 16, 1)
+    packed = pack_linear.run("cpp", weight)
+    assert torch.equal(linear_packed(x.view(2, 3, 16), packed, 32), linear_packed(x, packed, 32).view(2, 3, 32))
+    with pytest.raises(ValueError, match="bfloat16"):
+        pack_linear.run("cpp", weight.float())
+    with pytest.raises(ValueError, match=r"\(2, 8, 32, 2\) for 16 inputs and 33 outputs"):
+        linear_packed.run("cpp", x, packed, 33)
+    with pytest.raises(ValueError, match="18 inputs"):
+        linear_packed.run("cpp", rows(6, 18, 0), packed, 32)
+    with pytest.raises(ValueError, match="contiguous"):
+        linear_packed.run("cpp", x[:, ::2], packed, 32)
+
+
+def test_float32_weights_take_the_meaning() -> None:
+    x, weight = torch.randn(3, 7), torch.randn(5, 7)
+    assert torch.equal(linear_packed(x, pack_linear(weight), 5), torch.nn.functional.linear(x, weight))
+
+
+def test_huge_pages_never_overlap_and_are_freed_with_their_tensors() -> None:
+    shapes = [(3, 5), (1,), (1000, 1000), (0, 4), (5 << 20,)]
+    kept = [huge_pages.empty(shape, torch.float32).fill_(i) for i, shape in enumerate(shapes)]
+    assert all(bool((t == i).all()) for i, t in enumerate(kept)) and kept[3].shape == (0, 4)
+    assert all(t.data_ptr() % 64 == 0 for t in kept)
+    view = kept[2][1:2]
+    del kept
+    assert bool((view == 2).all())
