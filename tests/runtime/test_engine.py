@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from fake_runner import FakeRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +14,6 @@ from seamwise.runtime.engine import Engine
 from seamwise.runtime.outputs import RequestOutput
 from seamwise.runtime.sampling_params import SamplingParams
 from seamwise.runtime.scheduler import SchedulerConfig
-
-from .fake_runner import FakeRunner
 
 
 @dataclass(frozen=True)
