@@ -10,6 +10,7 @@ if __name__ != "kernels":
     from .linear import linear_packed, pack_linear
     from .rms_norm import rms_norm
     from .rope import rope
+    from .rope_table import rope_table
     from .silu_mul import silu_mul
 
     # Providers in files of their own register themselves; nothing is compiled before the first call.
@@ -24,5 +25,6 @@ __all__ = [
     "pack_linear",
     "rms_norm",
     "rope",
+    "rope_table",
     "silu_mul",
 ]

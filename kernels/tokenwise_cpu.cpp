@@ -1,124 +1,186 @@
-// Row-wise ops on the CPU: rms_norm, add_rms_norm, rope, silu_mul, embedding; float32 and bfloat16.
-// Sums and products are float32; a result is rounded where the op's meaning rounds it. Rows never share work, so a
+// Row-wise ops on the CPU: rms_norm, add_rms_norm, rope, silu_mul, gather_rows, rope_table; float32 and bfloat16.
+//
+// Arithmetic is float32; a result is rounded where the op's meaning rounds it, so this file is compiled with
+// -ffp-contract=off: rope, and all of a norm but its sum, then have the meaning's bits. Rows never share work, so a
 // row's result does not depend on its batch.
+#include <algorithm>
+
 #include "cpu_simd.h"
 #include "cpu_threads.h"
 
 namespace {
 
-// A row op pays for a second thread from about 32 KiB of traffic on (two barriers are about 2 us); measured on Zen 4.
-constexpr int64_t kBytesPerTask = 32 << 10;
-constexpr int kChunk = 64;  // elements widened at a time; row lengths need be no multiple of it
+// Bytes of traffic, some 2 us of work, that pay for waking a thread; measured on Zen 4.
+constexpr int64_t kBytesPerThread = 64 << 10;
 
 template <class Body>
 void over_rows(int64_t rows, int64_t bytes_per_row, int64_t num_threads, Body body) {
-    const int64_t per_task = 1 + kBytesPerTask / (bytes_per_row + 1);
-    parallel_for(num_threads, (rows + per_task - 1) / per_task, [&](int64_t task) {
-        const int64_t end = (task + 1) * per_task < rows ? (task + 1) * per_task : rows;
-        for (int64_t r = task * per_task; r < end; ++r) body(r);
+    const int64_t parts = std::min({num_threads, rows, 1 + rows * bytes_per_row / kBytesPerThread});
+    parallel_for(num_threads, parts, [&](int64_t part) {
+        for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) body(r);
     });
 }
 
-inline void widen(const float* in, float* out, int n) { std::memcpy(out, in, sizeof(float) * n); }
+// ---- vectors of a row: whole ones, and the last part of one ----
+struct Whole {};
+struct Part {
+    int count;
+};
 
-// Rounds to the element type and back: what storing and loading would do.
-inline void round_as(const float*, float*, int) {}
-inline void round_as(const BFloat16*, float* v, int n) {
-    BFloat16 bits[kChunk];
-    narrow(v, bits, n);
-    ::widen(bits, v, n);
+inline Vec get(const float* p, Whole) { return load(p); }
+inline void put(float* p, Vec v, Whole) { store(p, v); }
+
+#if defined(__AVX512BF16__)  // its conversion takes a subnormal for 0
+inline Vec widened(__m256i bits) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+inline __m256i narrowed(Vec v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
+inline Vec get(const BFloat16* p, Whole) { return widened(_mm256_loadu_si256((const __m256i*)p)); }
+inline void put(BFloat16* p, Vec v, Whole) { _mm256_storeu_si256((__m256i*)p, narrowed(v)); }
+inline Vec round_as(const BFloat16*, Vec v) { return widened(narrowed(v)); }
+#else
+inline Vec get(const BFloat16* p, Whole) {
+    float wide[kLanes];
+    widen(p, wide, kLanes);
+    return load(wide);
+}
+inline void put(BFloat16* p, Vec v, Whole) {
+    float wide[kLanes];
+    store(wide, v);
+    narrow(wide, p, kLanes);
+}
+inline Vec round_as(const BFloat16*, Vec v) {
+    BFloat16 bits[kLanes];
+    put(bits, v, Whole{});
+    return get(bits, Whole{});
+}
+#endif
+inline Vec round_as(const float*, Vec v) { return v; }
+
+template <class T>
+inline Vec get(const T* p, Part part) {
+    T buffer[kLanes] = {};
+    std::memcpy(buffer, p, part.count * sizeof(T));
+    return get(buffer, Whole{});
+}
+template <class T>
+inline void put(T* p, Vec v, Part part) {
+    T buffer[kLanes];
+    put(buffer, v, Whole{});
+    std::memcpy(p, buffer, part.count * sizeof(T));
 }
 
 template <class Body>
-inline void chunks(int64_t n, Body body) {
+inline void over_vectors(int64_t n, Body body) {
     int64_t i = 0;
-    for (; i + kChunk <= n; i += kChunk) body(i, kChunk);
-    if (i < n) body(i, int(n - i));
+    for (; i + kLanes <= n; i += kLanes) body(i, Whole{});
+    if (i < n) body(i, Part{int(n - i)});
 }
 
-template <class T>
+// ---- RMSNorm, of x or of x + residual ----
+template <bool kAdd, class T>
 void norm_row(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t D, float eps) {
-    float a[kChunk], b[kChunk], sums[kChunk] = {};
-    const T* source = residual ? total : x;
-    chunks(D, [&](int64_t i, int n) {
-        widen(x + i, a, n);
-        if (residual) {
-            widen(residual + i, b, n);
-            for (int j = 0; j < n; ++j) a[j] += b[j];
-            narrow(a, total + i, n);
-            widen(total + i, a, n);
+    Vec sums[4] = {};  // a single one would wait for each addition
+    const auto add = [&](Vec& sum, int64_t i, auto size) {
+        Vec v = get(x + i, size);
+        if (kAdd) {
+            v = round_as(x, v + get(residual + i, size));
+            put(total + i, v, size);
         }
-        for (int j = 0; j < n; ++j) sums[j] += a[j] * a[j];
+        sum += v * v;
+    };
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= D; i += 4 * kLanes)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) add(sums[j], i + j * kLanes, Whole{});
+    for (; i + kLanes <= D; i += kLanes) add(sums[0], i, Whole{});
+    if (i < D) add(sums[1], i, Part{int(D - i)});
+    const float sum = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    const Vec scale = splat(1.f / __builtin_sqrtf(sum / float(D) + eps));
+    const T* source = kAdd ? total : x;
+    over_vectors(D, [&](int64_t i, auto size) {
+        put(out + i, round_as(x, get(source + i, size) * scale) * get(weight + i, size), size);
     });
-    float sum = 0;
-    for (int j = 0; j < kChunk; ++j) sum += sums[j];
-    const float scale = 1.f / __builtin_sqrtf(sum / float(D) + eps);
-    chunks(D, [&](int64_t i, int n) {
-        widen(source + i, a, n);
-        widen(weight + i, b, n);
-        for (int j = 0; j < n; ++j) a[j] *= scale;
-        round_as(x, a, n);
-        for (int j = 0; j < n; ++j) a[j] *= b[j];
-        narrow(a, out + i, n);
-    });
-}
-
-// One head: both halves rotate together.
-template <class T>
-void rope_head(const T* x, const T* cos, const T* sin, T* out, int64_t half) {
-    float lo[kChunk], hi[kChunk], c0[kChunk], c1[kChunk], s0[kChunk], s1[kChunk];
-    chunks(half, [&](int64_t i, int n) {
-        widen(x + i, lo, n), widen(x + half + i, hi, n);
-        widen(cos + i, c0, n), widen(cos + half + i, c1, n);
-        widen(sin + i, s0, n), widen(sin + half + i, s1, n);
-        for (int j = 0; j < n; ++j) {
-            const float low = lo[j] * c0[j] - hi[j] * s0[j];
-            hi[j] = hi[j] * c1[j] + lo[j] * s1[j];
-            lo[j] = low;
-        }
-        narrow(lo, out + i, n), narrow(hi, out + half + i, n);
-    });
-}
-
-// silu(g) = g / (1 + 2^(-g log2 e)), for either sign through 2 to a power that is at most 0.
-inline void silu_times(float* gate, const float* up, int n) {
-    for (int j = 0; j < kChunk; j += kLanes) {
-        if (j >= n) break;
-        const Vec g = load(gate + j), magnitude = g < 0.f ? g : -g;
-        const Vec power = exp2_nonpositive(magnitude * 1.44269504088896341f);
-        const Vec sigmoid = (g < 0.f ? power : splat(1.f)) / (power + 1.f);
-        store(gate + j, g * sigmoid * load(up + j));
-    }
 }
 
 template <class T>
 int64_t norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t rows, int64_t D, int64_t ldx,
              int64_t ldr, double eps, int64_t threads) {
     over_rows(rows, int64_t(sizeof(T)) * D * (residual ? 4 : 2), threads, [&](int64_t r) {
-        norm_row(x + r * ldx, residual ? residual + r * ldr : nullptr, weight, out + r * D,
-                 residual ? total + r * D : nullptr, D, float(eps));
+        if (residual) norm_row<true>(x + r * ldx, residual + r * ldr, weight, out + r * D, total + r * D, D, float(eps));
+        else norm_row<false>(x + r * ldx, x, weight, out + r * D, out, D, float(eps));
     });
     return 0;
 }
 
+// ---- rotary position embedding ----
 template <class T>
 int64_t rope(const T* x, const T* cos, const T* sin, T* out, int64_t tokens, int64_t heads, int64_t D, int64_t xt,
              int64_t xh, int64_t ct, int64_t st, int64_t threads) {
+    const int64_t half = D / 2;
     over_rows(tokens, int64_t(sizeof(T)) * heads * D * 2, threads, [&](int64_t t) {
-        for (int64_t h = 0; h < heads; ++h)
-            rope_head(x + t * xt + h * xh, cos + t * ct, sin + t * st, out + (t * heads + h) * D, D / 2);
+        const T *c = cos + t * ct, *s = sin + t * st, *from = x + t * xt;
+        T* to = out + t * heads * D;
+        over_vectors(half, [&](int64_t i, auto size) {
+            const Vec c0 = get(c + i, size), c1 = get(c + half + i, size);
+            const Vec s0 = get(s + i, size), s1 = get(s + half + i, size);
+            for (int64_t h = 0; h < heads; ++h) {
+                const Vec low = get(from + h * xh + i, size), high = get(from + h * xh + half + i, size);
+                put(to + h * D + i, low * c0 - high * s0, size);
+                put(to + h * D + half + i, high * c1 + low * s1, size);
+            }
+        });
     });
     return 0;
+}
+
+// cos and sin of position * speed, in both halves of a row, times `scaling`.
+template <class T>
+int64_t rope_table(const int64_t* positions, const float* speeds, T* cos, T* sin, int64_t tokens, int64_t F,
+                   double scaling, int64_t threads) {
+    over_rows(tokens, 64 * F * 4, threads, [&](int64_t t) {  // a sine takes as long as 64 bytes of traffic
+        const float position = float(positions[t]);
+        for (int64_t f = 0; f < F; ++f) {
+            const float angle = position * speeds[f];
+            const float values[2] = {__builtin_cosf(angle) * float(scaling), __builtin_sinf(angle) * float(scaling)};
+            T *c = cos + 2 * t * F + f, *s = sin + 2 * t * F + f;
+            narrow(values, c, 1), narrow(values + 1, s, 1);
+            c[F] = *c, s[F] = *s;
+        }
+    });
+    return 0;
+}
+
+// ---- silu(gate) * up ----
+inline Vec fused(Vec a, Vec b, Vec c) {  // a b + c
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
+// x / (1 + e^-x). The exponential is Cephes' expf: its polynomial, and ln 2 in two parts of which the first is short.
+inline Vec silu(Vec x) {
+    const Vec y = max(splat(-87.f), -max(splat(-89.f), x));  // e^89 is infinite; NaN stays
+    const Vec magic = splat(12582912.f);  // 1.5 * 2^23: a sum with it holds the nearest integer in its low bits
+    const Vec shifted = fused(y, splat(1.44269504088896341f), magic), n = shifted - magic;
+    const Vec r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), y));
+    Vec p = splat(1.9875691500e-4f);
+    p = fused(p, r, splat(1.3981999507e-3f));
+    p = fused(p, r, splat(8.3334519073e-3f));
+    p = fused(p, r, splat(4.1665795894e-2f));
+    p = fused(p, r, splat(1.6666665459e-1f));
+    p = fused(p, r, splat(5.0000001201e-1f));
+    p = fused(p, r * r, r) + 1.f;
+    const Vec half_power = (Vec)(((IntVec)shifted + 126) << 23);  // 2^(n - 1): n may be 128
+    return x / fused(p + p, half_power, splat(1.f));
 }
 
 template <class T>
 int64_t silu_mul(const T* x, T* out, int64_t rows, int64_t I, int64_t ldx, int64_t threads) {
     over_rows(rows, int64_t(sizeof(T)) * I * 3, threads, [&](int64_t r) {
-        float gate[kChunk] = {}, up[kChunk] = {};
-        chunks(I, [&](int64_t i, int n) {
-            widen(x + r * ldx + i, gate, n), widen(x + r * ldx + I + i, up, n);
-            silu_times(gate, up, n);
-            narrow(gate, out + r * I + i, n);
+        const T *gate = x + r * ldx, *up = gate + I;
+        over_vectors(I, [&](int64_t i, auto size) {
+            put(out + r * I + i, silu(get(gate + i, size)) * get(up + i, size), size);
         });
     });
     return 0;
@@ -143,6 +205,14 @@ extern "C" int64_t seamwise_rope(int64_t dtype, const void* x, const void* cos, 
                                     x_token, x_head, cos_token, sin_token, threads)
                       : rope<BFloat16>((const BFloat16*)x, (const BFloat16*)cos, (const BFloat16*)sin, (BFloat16*)out,
                                        tokens, heads, D, x_token, x_head, cos_token, sin_token, threads);
+}
+
+// positions (tokens), speeds (F); cos and sin (tokens, 2 F) of `dtype`.
+extern "C" int64_t seamwise_rope_table(int64_t dtype, const int64_t* positions, const float* speeds, void* cos,
+                                       void* sin, int64_t tokens, int64_t F, double scaling, int64_t threads) {
+    return dtype == 0 ? rope_table<float>(positions, speeds, (float*)cos, (float*)sin, tokens, F, scaling, threads)
+                      : rope_table<BFloat16>(positions, speeds, (BFloat16*)cos, (BFloat16*)sin, tokens, F, scaling,
+                                             threads);
 }
 
 extern "C" int64_t seamwise_silu_mul(int64_t dtype, const void* x, void* out, int64_t rows, int64_t I, int64_t ldx,

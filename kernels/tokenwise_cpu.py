@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import cpp
 from .add_rms_norm import add_rms_norm
 from .gather_rows import gather_rows
 from .rms_norm import rms_norm
 from .rope import rope
+from .rope_table import rope_table
 from .silu_mul import silu_mul
 from .tape import Kernel, empty, launch
 
-_NORM = Kernel("tokenwise_cpu.cpp", "seamwise_norm")
-_ROPE = Kernel("tokenwise_cpu.cpp", "seamwise_rope")
-_SILU_MUL = Kernel("tokenwise_cpu.cpp", "seamwise_silu_mul")
-_GATHER = Kernel("tokenwise_cpu.cpp", "seamwise_gather")
+_FLAGS = (*cpp.FLAGS, "-ffp-contract=off")  # products and sums round apart, as torch's do
+
+
+def _kernel(symbol: str) -> Kernel:
+    return Kernel("tokenwise_cpu.cpp", symbol, flags=_FLAGS)
+
+
+_NORM, _ROPE, _SILU_MUL = _kernel("seamwise_norm"), _kernel("seamwise_rope"), _kernel("seamwise_silu_mul")
+_ROPE_TABLE, _GATHER = _kernel("seamwise_rope_table"), _kernel("seamwise_gather")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -46,7 +53,7 @@ def rms_norm_cpp(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     out = empty(x_TD.shape, x_TD.dtype)
     launch(
         _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), 0, weight_D.data_ptr(), out.data_ptr(), 0,
-        x_TD.numel() // width, width, x_TD.stride(-2), 0, eps, torch.get_num_threads(),
+        x_TD.numel() // width, width, x_TD.stride(-2), 0, float(eps), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -57,7 +64,7 @@ def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: f
     out, total = empty(x_TD.shape, x_TD.dtype), empty(x_TD.shape, x_TD.dtype)
     launch(
         _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), out.data_ptr(),
-        total.data_ptr(), x_TD.numel() // width, width, x_TD.stride(-2), residual_TD.stride(-2), eps,
+        total.data_ptr(), x_TD.numel() // width, width, x_TD.stride(-2), residual_TD.stride(-2), float(eps),
         torch.get_num_threads(),
     )  # fmt: skip
     return out, total
@@ -79,6 +86,27 @@ def rope_cpp(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         *x_THD.shape, *x_THD.stride()[:2], cos_TD.stride(0), sin_TD.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _refuses_rope_table(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> str | None:
+    if dtype not in _DTYPES:
+        return f"dtype must be float32 or bfloat16, got {dtype}"
+    if positions_T.dtype != torch.int64 or speeds_F.dtype != torch.float32:
+        return f"positions must be int64 and speeds float32, got {positions_T.dtype}, {speeds_F.dtype}"
+    if positions_T.dim() != 1 or not (positions_T.is_contiguous() and speeds_F.is_contiguous()):
+        return f"positions and speeds must be contiguous vectors, got {positions_T.stride()}, {speeds_F.stride()}"
+    return None
+
+
+@rope_table.provider("cpp", devices=("cpu",), refuses=_refuses_rope_table)
+def rope_table_cpp(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    tokens, speeds = positions_T.shape[0], speeds_F.shape[0]
+    cos, sin = empty((tokens, 2 * speeds), dtype), empty((tokens, 2 * speeds), dtype)
+    launch(
+        _ROPE_TABLE, _DTYPES[dtype], positions_T.data_ptr(), speeds_F.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        tokens, speeds, float(scaling), torch.get_num_threads(),
+    )  # fmt: skip
+    return cos, sin
 
 
 def _refuses_silu_mul(x_TI2: Tensor) -> str | None:

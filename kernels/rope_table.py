@@ -1,0 +1,40 @@
+"""The cosines and sines that rotary position embedding needs for a step's positions.
+
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; rounded where transformers' LlamaRotaryEmbedding rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .contract import Cost, contract
+
+
+@contract()
+def rope_table(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position · speed, times scaling: each (T, 2·F), both halves alike, as `rope` reads them.
+
+    positions (T,) are integers, speeds (F,) float32 radians a position; float32 until the last rounding, to dtype.
+    Moves T + F + 4·T·F elements.
+    """
+    angles_TF = positions_T.unsqueeze(-1).to(torch.float32) * speeds_F
+    angles_TD = torch.cat((angles_TF, angles_TF), -1)
+    return (angles_TD.cos() * scaling).to(dtype), (angles_TD.sin() * scaling).to(dtype)
+
+
+@rope_table.costs
+def cost(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> Cost:
+    angles = positions_T.numel() * speeds_F.numel()
+    return Cost(bytes=positions_T.nbytes + speeds_F.nbytes + 4 * angles * dtype.itemsize, flops=5 * angles)
+
+
+@rope_table.inputs(
+    examples=({"T": 1, "F": 32}, {"T": 5, "F": 7}, {"T": 0, "F": 4}),
+    shapes={"llama-3-8b prefill": {"T": 4096, "F": 64}, "smollm2-135m decode": {"T": 1, "F": 32}},
+)
+def make(T: int, F: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, float, torch.dtype]:
+    generator = torch.Generator(device).manual_seed(seed)
+    positions_T = torch.randint(8192, (T,), generator=generator, device=device)
+    speeds_F = 10000.0 ** (-torch.arange(F, dtype=torch.float32, device=device) / F)
+    return positions_T, speeds_F, 1.0, dtype
