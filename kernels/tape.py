@@ -8,6 +8,7 @@ tape; the recorder in compile/ refuses it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -30,11 +31,29 @@ class _Entry(ctypes.Structure):
     _fields_ = (("function", ctypes.c_void_p), ("number", ctypes.c_double), ("args", ctypes.c_int64 * _MAX_ARGS))
 
 
+_SOURCES: dict[tuple[Path, tuple[str, ...]], None] = {}
+
+
+def compile_ahead() -> threading.Thread:
+    """Compile every C++ source that has no build yet, in a thread beside what else start-up does; return the thread."""
+
+    def compile_all() -> None:
+        for source, flags in list(_SOURCES):
+            # A failure is reported where the kernel is first called, which loads the source again.
+            with contextlib.suppress(RuntimeError):
+                cpp.load(source, flags=flags)
+
+    thread = threading.Thread(target=compile_all, name="seamwise-compile-ahead", daemon=True)
+    thread.start()
+    return thread
+
+
 class Kernel:
     """One C++ entry point of a source file, compiled at the first call. A `seam` is recorded in full tapes only."""
 
     def __init__(self, source: str, symbol: str, *, seam: bool = False, flags: tuple[str, ...] = cpp.FLAGS) -> None:
         self.source, self.symbol, self.seam, self.flags = Path(__file__).with_name(source), symbol, seam, flags
+        _SOURCES.setdefault((self.source, flags), None)
 
     @functools.cached_property
     def entry(self) -> Any:

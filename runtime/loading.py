@@ -14,6 +14,7 @@ from seamwise.compile import pack
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
+from seamwise.kernels.tape import compile_ahead
 
 from .checkpoint import Checkpoint, DummyCheckpoint, parameter_shapes, show_progress
 from .config import ModelConfig
@@ -26,6 +27,8 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
 
     A damaged pack is reported as a warning and replaced.
     """
+    if torch.device(options.device).type == "cpu":
+        compile_ahead()
     with ledger.stage("look up pack"):
         parts = pack.key_parts(
             {
