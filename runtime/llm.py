@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +97,15 @@ class LLM:
             raise ValueError("chat: got no messages, wanted a list of {'role': …, 'content': …}")
         conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
         tokenizer = self._tokenizer()
-        prompts: list[Prompt] = [
-            {
-                "prompt_token_ids": tokenizer.apply_chat_template(
-                    c, chat_template=chat_template, add_generation_prompt=add_generation_prompt
+        prompts: list[Prompt] = []
+        for i, conversation in enumerate(conversations):
+            try:
+                ids = tokenizer.apply_chat_template(
+                    conversation, chat_template=chat_template, add_generation_prompt=add_generation_prompt
                 )
-            }
-            for c in conversations
-        ]
+            except ValueError as error:
+                raise ValueError(f"conversation {i}: {error}" if len(conversations) > 1 else str(error)) from error
+            prompts.append({"prompt_token_ids": ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _tokenizer(self) -> Tokenizer:
@@ -116,9 +119,11 @@ class LLM:
         if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), str):
             return prompt["prompt"], self._tokenizer().encode(prompt["prompt"])
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-        if ids is None or not all(isinstance(t, int) and not isinstance(t, bool) for t in ids):
-            raise ValueError(f'got {prompt!r}, wanted a string, {{"prompt": str}} or {{"prompt_token_ids": [int, …]}}')
-        return None, list(ids)
+        try:
+            return None, [index(t) for t in ids]  # type: ignore[union-attr]  # numpy's and torch's whole numbers too
+        except TypeError:
+            wanted = 'a string, {"prompt": str} or {"prompt_token_ids": [int, …]}'
+            raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
 
     def _run(
         self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool

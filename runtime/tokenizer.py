@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,23 @@ class Tokenizer:
         return str(self._light.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], *, chat_template: str | None, add_generation_prompt: bool
+        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None, add_generation_prompt: bool
     ) -> list[int]:
-        """Return the ids of a conversation. Raises ValueError when the tokenizer has no chat template."""
+        """Return the ids of a conversation.
+
+        Raises ValueError for what is no conversation, a template that refuses it, or none to apply.
+        """
+        from jinja2 import TemplateError
+
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ValueError(f"chat: got {message!r}, wanted messages {{'role': str, 'content': …}}")
         try:
             text = self.full.apply_chat_template(
                 list(messages), chat_template=chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
             )
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:
             raise ValueError(f"chat: {error}") from error
-        return list(self.full.encode(text, add_special_tokens=False))
+        if self._light is None:
+            return list(self.full.encode(text, add_special_tokens=False))
+        return list(self._light.encode(text, add_special_tokens=False).ids)
