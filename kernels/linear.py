@@ -1,7 +1,7 @@
 """Linear layers over weights packed once, for CPUs: the packing is a derived tensor, computed at load.
 
-The packed layout is (ceil(N / 32) panels, ceil(K / 2) pairs, 32 columns, 2), zero where there is no weight; the reason
-for packing: an unpacked bfloat16 GEMV reaches about a third of a CPU's memory bandwidth, a packed one nearly all of it.
+The packed layout is (⌈N/32⌉ panels, ⌈K/E⌉ words, 32 columns, E elements of a 32-bit word), zero where is no weight.
+The reason for packing: an unpacked GEMV reaches a quarter to a third of a CPU's memory bandwidth, a packed one all.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from .contract import Cost, contract
 PANEL = 32
 
 
+def packed_shape(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Return the shape that `pack_linear` gives a weight (N, K)."""
+    per_word = max(4 // dtype.itemsize, 1)
+    return -(-out_features // PANEL), -(-in_features // per_word), PANEL, per_word
+
+
 @contract(opaque=True)
 def pack_linear(weight_NK: Tensor) -> Tensor:
-    """Return the weight (N, K) as panels (⌈N/32⌉, ⌈K/2⌉, 32, 2), of the same dtype."""
+    """Return the weight (N, K) as panels (⌈N/32⌉, ⌈K/E⌉, 32, E), of the same dtype; E elements make 32 bits."""
     rows, columns = weight_NK.shape
-    padded = torch.nn.functional.pad(weight_NK, (0, columns % 2, 0, -rows % PANEL))
-    return padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).permute(0, 2, 1, 3).contiguous()
+    panels, words, _, per_word = packed_shape(rows, columns, weight_NK.dtype)
+    padded = torch.nn.functional.pad(weight_NK, (0, words * per_word - columns, 0, panels * PANEL - rows))
+    return padded.reshape(panels, PANEL, words, per_word).permute(0, 2, 1, 3).contiguous()
 
 
 @pack_linear.costs

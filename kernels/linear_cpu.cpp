@@ -1,9 +1,10 @@
-// Linear layer over weights packed once: y (M, N) = x (M, K) wᵀ + bias, bfloat16 in and out, float32 sums.
+// Linear layer over weights packed once: y (M, N) = x (M, K) wᵀ + bias, float32 or bfloat16, float32 sums.
 //
-// Packed weight: panels of 32 output columns; within a panel, for each pair of inputs (2i, 2i + 1), 32 x 2 values:
-// exactly what VDPBF16PS multiplies. Columns beyond N and an odd last input are zeros.
-// Every output is one chain of sums in the order of K, whatever M, the threads or the block: batch invariant in bits.
-// So K is never split over threads; panels are narrow instead, and 576 columns make 18 of them.
+// Packed weight: panels of 32 output columns; a panel holds, one after the other, the 32-bit words of its columns: one
+// float, or the two bfloat16 of inputs (2i, 2i + 1), exactly what VDPBF16PS multiplies. Columns beyond N and an odd last
+// input are zeros.
+// Every output is summed in the order of K, whatever M, the threads or the block: batch invariant in bits. So K is
+// never split over threads; panels are narrow instead, and 576 columns make 18 of them.
 //
 // One panel at a time, because it is one stream: a core's prefetchers then read weights as fast as a plain loop does.
 // Measured on Zen 4, one row, weights in DRAM: 62 GB/s; two panels side by side 57, with software prefetch 52.
@@ -13,148 +14,191 @@
 namespace {
 
 constexpr int kPanel = 32, kVecs = kPanel / kLanes;
-constexpr int kBlockRows = kLanes == 16 ? 8 : 2;    // x kVecs sums, in registers
-constexpr int64_t kChunkBytes = 384 << 10;          // of x, which stays in the L2 cache while panels pass
-constexpr int64_t kSerialBytes = 96 << 10;          // of weights, times passes, below which one thread is faster
+constexpr int kBlockRows = kLanes == 16 ? 8 : 2;  // x kVecs sums, in registers
+constexpr int64_t kChunkBytes = 384 << 10;        // of x, which stays in the L2 cache while panels pass
+constexpr int64_t kSerialBytes = 96 << 10;        // of weights, times passes, below which one thread is faster
 
 struct Linear {
-    const uint16_t *x, *packed, *bias;
-    uint16_t* y;
-    int64_t M, N, K, x_stride, y_stride;
+    const char *x, *packed;
+    const void* bias;
+    char* y;
+    int64_t M, N, K, words, x_stride, y_stride;  // strides in bytes
 
-    int64_t pairs() const { return (K + 1) / 2; }
-    const uint16_t* panel(int64_t p) const { return packed + p * pairs() * 2 * kPanel; }
+    const char* panel(int64_t p) const { return packed + p * words * 4 * kPanel; }
 };
 
-inline Vec low_half(IntVec pair) { return (Vec)(pair << 16); }
-inline Vec high_half(IntVec pair) { return (Vec)(pair & (int32_t)0xffff0000); }
+struct Singles {  // a word is a float
+    using Element = float;
+    static constexpr int kPerWord = 1;
+    static constexpr int64_t kTerms = 64;  // words summed apart from the rest: a quarter of the error of one long sum
+    static Vec multiply_add(Vec sum, Vec w, Vec x) { return sum + w * x; }
+    static void put(float* y, Vec v, int columns) {
+        if (columns == kLanes) store(y, v);
+        else std::memcpy(y, &v, columns * sizeof(float));
+    }
+};
 
-inline Vec dot(Vec sum, Vec w, Vec x) {
+struct Pairs {  // a word is two bfloat16
+    using Element = BFloat16;
+    static constexpr int kPerWord = 2;
+    static constexpr int64_t kTerms = INT64_MAX;  // one sum: its error is far below the operands'
 #if defined(__AVX512BF16__)
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    static Vec multiply_add(Vec sum, Vec w, Vec x) {
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    }
+    static void put(BFloat16* y, Vec v, int columns) {
+        _mm256_mask_storeu_epi16(y, 0xffffu >> (kLanes - columns), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    }
 #else
-    sum += low_half((IntVec)w) * low_half((IntVec)x);
-    return sum + high_half((IntVec)w) * high_half((IntVec)x);
+    static Vec low(Vec pair) { return (Vec)((IntVec)pair << 16); }
+    static Vec high(Vec pair) { return (Vec)((IntVec)pair & (int32_t)0xffff0000); }
+    static Vec multiply_add(Vec sum, Vec w, Vec x) {
+        sum += low(w) * low(x);
+        return sum + high(w) * high(x);
+    }
+    static void put(BFloat16* y, Vec v, int columns) {
+        float row[kLanes];
+        store(row, v);
+        narrow(row, y, columns);
+    }
 #endif
-}
+};
 
-inline Vec splat_pair(const uint16_t* x) {
-    int32_t pair;
-    std::memcpy(&pair, x, 4);
-    return (Vec)(pair - IntVec{});
+inline void widen(const float* in, float* out, int n) { std::memcpy(out, in, n * sizeof(float)); }
+
+template <int kBytes>
+inline Vec splat_word(const char* x) {
+    int32_t word = 0;
+    std::memcpy(&word, x, kBytes);
+    return (Vec)(word - IntVec{});
 }
 
 // y of R rows and one panel. `ahead` is asked for, half a panel, unless it is null.
-template <int R>
+template <class Words, int R>
 void block(const Linear& c, int64_t m, int64_t panel, const char* ahead) {
-    const uint16_t *x = c.x + m * c.x_stride, *w = c.panel(panel);
-    const int columns = int(c.N - panel * kPanel < kPanel ? c.N - panel * kPanel : kPanel);
-    float row[kPanel] = {};
-    if (c.bias) widen((const BFloat16*)c.bias + panel * kPanel, row, columns);
+    using Element = typename Words::Element;
+    const char *x = c.x + m * c.x_stride, *w = c.panel(panel);
+    const int64_t first_column = panel * kPanel, whole = c.K / Words::kPerWord;
+    const int columns = int(c.N - first_column < kPanel ? c.N - first_column : kPanel);
+    alignas(64) float start[kPanel] = {}, total[R][kPanel];
+    if (c.bias) widen((const Element*)c.bias + first_column, start, columns);
     Vec sum[R][kVecs];
+    for (int64_t begin = 0; begin < c.words; begin += Words::kTerms) {
+        const int64_t end = c.words - begin > Words::kTerms ? begin + Words::kTerms : c.words;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) sum[r][v] = load(row + v * kLanes);
-    const auto add = [&](int64_t i, auto pair_of) __attribute__((always_inline)) {
-        Vec weight[kVecs];
+            for (int v = 0; v < kVecs; ++v) sum[r][v] = begin == 0 ? load(start + v * kLanes) : Vec{};
+        const auto add = [&](int64_t i, auto word_at) __attribute__((always_inline)) {
+            Vec weight[kVecs];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) weight[v] = in_register(load(w + (i * kPanel + v * kLanes) * 2));
+            for (int v = 0; v < kVecs; ++v) weight[v] = in_register(load(w + (i * kPanel + v * kLanes) * 4));
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const Vec pair = pair_of(x + r * c.x_stride + 2 * i);
+            for (int r = 0; r < R; ++r) {
+                const Vec word = word_at(x + r * c.x_stride + 4 * i);
 #pragma GCC unroll 8
-            for (int v = 0; v < kVecs; ++v) sum[r][v] = dot(sum[r][v], weight[v], pair);
-        }
-    };
-    const int64_t whole = c.K / 2;
-    if (ahead)
-        for (int64_t i = 0; i < whole; ++i) {
-            __builtin_prefetch(ahead + 64 * i, 0, 2);
-            add(i, splat_pair);
-        }
-    else
-        for (int64_t i = 0; i < whole; ++i) add(i, splat_pair);
-    if (c.K & 1) add(whole, [](const uint16_t* last) { return (Vec)((int32_t)*last - IntVec{}); });
-    uint16_t* y = c.y + m * c.y_stride + panel * kPanel;
+                for (int v = 0; v < kVecs; ++v) sum[r][v] = Words::multiply_add(sum[r][v], weight[v], word);
+            }
+        };
+        const int64_t last = end < whole ? end : whole;
+        if (ahead)
+            for (int64_t i = begin; i < last; ++i) {
+                __builtin_prefetch(ahead + 64 * i, 0, 2);
+                add(i, splat_word<4>);
+            }
+        else
+            for (int64_t i = begin; i < last; ++i) add(i, splat_word<4>);
+        if (last < end) add(last, splat_word<2>);
+        if (end == c.words) break;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r, y += c.y_stride) {
-#if defined(__AVX512BF16__)
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVecs; ++v) {
+                float* at = total[r] + v * kLanes;
+                store(at, begin == 0 ? sum[r][v] : load(at) + sum[r][v]);
+            }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        Element* y = (Element*)(c.y + (m + r) * c.y_stride) + first_column;
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
-            const int left = columns - v * kLanes;
-            const __mmask16 mask = left >= kLanes ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-            _mm256_mask_storeu_epi16(y + v * kLanes, mask, (__m256i)_mm512_cvtneps_pbh((__m512)sum[r][v]));
+            if (Words::kTerms < c.words) sum[r][v] += load(total[r] + v * kLanes);
+            if (const int left = columns - v * kLanes; left > 0)
+                Words::put(y + v * kLanes, sum[r][v], left < kLanes ? left : kLanes);
         }
-#else
-        for (int v = 0; v < kVecs; ++v) store(row + v * kLanes, sum[r][v]);
-        narrow(row, (BFloat16*)y, columns);
-#endif
     }
 }
 
-template <int R>
+template <class Words, int R>
 inline void block_of(int rows, const Linear& c, int64_t m, int64_t panel, const char* ahead) {
-    if (rows == R) return block<R>(c, m, panel, ahead);
-    if constexpr (R > 1) block_of<R - 1>(rows, c, m, panel, ahead);
+    if (rows == R) return block<Words, R>(c, m, panel, ahead);
+    if constexpr (R > 1) block_of<Words, R - 1>(rows, c, m, panel, ahead);
 }
 
 // Rows [m0, m1) of one panel, in blocks of equal height. While they share it, the next panel comes from memory.
+template <class Words>
 void sweep(const Linear& c, int64_t m0, int64_t m1, int64_t panel, bool more) {
     const int64_t rows = m1 - m0, blocks = (rows + kBlockRows - 1) / kBlockRows;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = m0 + rows * b / blocks, last = m0 + rows * (b + 1) / blocks;
         const bool fetch = more && blocks > 1 && b < 2;
-        const char* ahead = fetch ? (const char*)c.panel(panel + 1) + b * c.pairs() * 2 * kPanel : nullptr;
-        block_of<kBlockRows>(int(last - first), c, first, panel, ahead);
+        const char* ahead = fetch ? c.panel(panel + 1) + b * c.words * 2 * kPanel : nullptr;
+        block_of<Words, kBlockRows>(int(last - first), c, first, panel, ahead);
     }
+}
+
+template <class Words>
+int64_t run(const Linear& c, int64_t num_threads) {
+    const int64_t panels = (c.N + kPanel - 1) / kPanel, blocks = (c.M + kBlockRows - 1) / kBlockRows;
+    if (panels * c.words * 4 * kPanel * blocks < kSerialBytes) num_threads = 1;
+    // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
+    // Where there are fewer panels than threads, rows are shared out too.
+    const int64_t shares = panels < num_threads ? panels : num_threads;
+    const int64_t resident = kChunkBytes / (4 * c.words) / kBlockRows * kBlockRows;
+    const int64_t height = resident < kBlockRows ? kBlockRows : resident;
+    int64_t chunks = (c.M + height - 1) / height;
+    if (chunks * shares < num_threads) chunks = num_threads / shares < blocks ? num_threads / shares : blocks;
+    parallel_for(num_threads, chunks * shares, [&](int64_t task) {
+        const int64_t chunk = task / shares, share = task % shares;
+        const int64_t m0 = c.M * chunk / chunks, m1 = c.M * (chunk + 1) / chunks;
+        const int64_t last = panels * (share + 1) / shares;
+        for (int64_t p = panels * share / shares; p < last; ++p) sweep<Words>(c, m0, m1, p, p + 1 < last);
+    });
+    return 0;
 }
 
 }  // namespace
 
-// Packs w (N, K; row stride in elements) into panels; `packed` has (N + 31) / 32 * ((K + 1) / 2) * 64 elements.
-extern "C" int64_t seamwise_pack_linear(const uint16_t* w, uint16_t* packed, int64_t N, int64_t K, int64_t stride,
-                                        int64_t num_threads) {
-    const int64_t pairs = (K + 1) / 2;
+// Packs w (N, K; row stride in bytes) of `element` bytes, 4 or 2, into panels: 32 columns of ceil(K / (4 / element))
+// words each.
+extern "C" int64_t seamwise_pack_linear(const char* w, uint32_t* packed, int64_t element, int64_t N, int64_t K,
+                                        int64_t stride, int64_t num_threads) {
+    const int64_t whole = K * element / 4, words = (K * element + 3) / 4;
     parallel_for(num_threads, (N + kPanel - 1) / kPanel, [&](int64_t panel) {
-        uint16_t* to = packed + panel * pairs * 2 * kPanel;
+        const char* rows = w + panel * kPanel * stride;
+        uint32_t* to = packed + panel * words * kPanel;
         const int64_t columns = N - panel * kPanel < kPanel ? N - panel * kPanel : kPanel;
-        int64_t done = 0;  // pairs
-        if (columns == kPanel) {
+        if (columns == kPanel)
             for (int v = 0; v < kPanel; v += kLanes) {
-                const float* columns_of[kLanes];
-                for (int j = 0; j < kLanes; ++j) columns_of[j] = (const float*)(w + (panel * kPanel + v + j) * stride);
-                pack_keys(columns_of, int(K / 2), (float*)to + v, kPanel);
+                const float* row_of[kLanes];
+                for (int j = 0; j < kLanes; ++j) row_of[j] = (const float*)(rows + (v + j) * stride);
+                pack_keys(row_of, int(whole), (float*)to + v, kPanel);
             }
-            done = K / 2;
-        }
-        for (int64_t i = done; i < pairs; ++i)
-            for (int64_t n = 0; n < kPanel; ++n)
-                for (int64_t k = 2 * i; k < 2 * i + 2; ++k)
-                    to[(i * kPanel + n) * 2 + k % 2] = n < columns && k < K ? w[(panel * kPanel + n) * stride + k] : 0;
+        for (int64_t i = columns == kPanel ? whole : 0; i < words; ++i)
+            for (int64_t n = 0; n < kPanel; ++n) {
+                to[i * kPanel + n] = 0;
+                if (n < columns) std::memcpy(to + i * kPanel + n, rows + n * stride + 4 * i, i < whole ? 4 : 2);
+            }
     });
     return 0;
 }
 
-// y = x wᵀ + bias. x (M, K) and y (M, N) have row strides in elements; bias may be null.
-extern "C" int64_t seamwise_linear(const uint16_t* x, const uint16_t* packed, const uint16_t* bias, uint16_t* y,
+// y = x wᵀ + bias. x (M, K) and y (M, N) have row strides in bytes; bias may be null. dtype: 0 float32, 1 bfloat16.
+extern "C" int64_t seamwise_linear(int64_t dtype, const char* x, const char* packed, const void* bias, char* y,
                                    int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t y_stride,
                                    int64_t num_threads) {
-    const Linear c{x, packed, bias, y, M, N, K, x_stride, y_stride};
-    const int64_t panels = (N + kPanel - 1) / kPanel, blocks = (M + kBlockRows - 1) / kBlockRows;
-    if (panels * c.pairs() * 4 * kPanel * blocks < kSerialBytes) num_threads = 1;
-    // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
-    // Where there are fewer panels than threads, rows are shared out too.
-    const int64_t shares = panels < num_threads ? panels : num_threads;
-    const int64_t resident = kChunkBytes / (2 * K + 1) / kBlockRows * kBlockRows;
-    const int64_t height = resident < kBlockRows ? kBlockRows : resident;
-    int64_t chunks = (M + height - 1) / height;
-    if (chunks * shares < num_threads) chunks = num_threads / shares < blocks ? num_threads / shares : blocks;
-    parallel_for(num_threads, chunks * shares, [&](int64_t task) {
-        const int64_t chunk = task / shares, share = task % shares;
-        const int64_t m0 = M * chunk / chunks, m1 = M * (chunk + 1) / chunks;
-        const int64_t last = panels * (share + 1) / shares;
-        for (int64_t p = panels * share / shares; p < last; ++p) sweep(c, m0, m1, p, p + 1 < last);
-    });
-    return 0;
+    const int64_t words = dtype == 0 ? K : (K + 1) / 2;
+    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride};
+    return dtype == 0 ? run<Singles>(c, num_threads) : run<Pairs>(c, num_threads);
 }

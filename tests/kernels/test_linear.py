@@ -27,18 +27,20 @@ def portable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cpu, "_LINEAR", kernel)
 
 
-def rows(count: int, width: int, seed: int, padding: int = 0, size: float = 1.0) -> Tensor:
-    """Draw bfloat16 (count, width), a view of a wider matrix whose other columns are NaN."""
+def rows(
+    count: int, width: int, seed: int, padding: int = 0, size: float = 1.0, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Draw (count, width), a view of a wider matrix whose other columns are NaN."""
     matrix = torch.full((count, width + padding), torch.nan)
     matrix[:, :width] = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * size
-    return matrix.bfloat16()[:, :width]
+    return matrix.to(dtype)[:, :width]
 
 
 def check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Hold |kernel - f64| <= 2 (|torch at bfloat16 - f64| + eps max|f64|); return the kernel's result."""
+    """Hold |kernel - f64| <= 2 (|torch at the dtype - f64| + eps max|f64|); return the kernel's result."""
     packed = pack_linear.run("cpp", weight_NK)
     out = linear_packed.run("cpp", x_TK, packed, weight_NK.shape[0], bias_N)
-    assert out.shape == (*x_TK.shape[:-1], weight_NK.shape[0]) and out.dtype == torch.bfloat16
+    assert out.shape == (*x_TK.shape[:-1], weight_NK.shape[0]) and out.dtype == x_TK.dtype
     if out.numel():
         linear = torch.nn.functional.linear
         exact = linear(x_TK.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
@@ -48,24 +50,31 @@ def check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     return out
 
 
-sizes = st.integers(1, 200)
+sizes, dtypes = st.integers(1, 200), st.sampled_from([torch.float32, torch.bfloat16])
 
 
-@settings(max_examples=60)
-@given(st.integers(0, 40), sizes, sizes, st.booleans(), st.sampled_from([0, 3]), st.sampled_from([1, 2, 3]), sizes)
-@example(1, 576, 576, False, 0, 2, 0)
-@example(33, 97, 1535, True, 1, 2, 0)
+@settings(max_examples=80)
+@given(
+    st.integers(0, 40), sizes, sizes, dtypes, st.booleans(), st.sampled_from([0, 3]), st.sampled_from([1, 2, 3]), sizes
+)
+@example(1, 576, 576, torch.bfloat16, False, 0, 2, 0)
+@example(33, 97, 1535, torch.bfloat16, True, 1, 2, 0)
+@example(33, 97, 1535, torch.float32, True, 1, 2, 0)
+@example(3, 64, 8192, torch.float32, False, 0, 2, 0)
 def test_agrees_with_its_meaning(
-    tokens: int, out_features: int, depth: int, biased: bool, padding: int, threads: int, seed: int
+    tokens: int, out_features: int, depth: int, dtype: torch.dtype, biased: bool, padding: int, threads: int, seed: int
 ) -> None:
     torch.set_num_threads(threads)
-    x, weight = rows(tokens, depth, seed, padding), rows(out_features, depth, seed + 1, padding, size=depth**-0.5)
-    check(x, weight, rows(1, out_features, seed + 2)[0] if biased else None)
+    x = rows(tokens, depth, seed, padding, dtype=dtype)
+    weight = rows(out_features, depth, seed + 1, padding, size=depth**-0.5, dtype=dtype)
+    check(x, weight, rows(1, out_features, seed + 2, dtype=dtype)[0] if biased else None)
 
 
-@given(sizes, sizes, st.sampled_from([0, 1]))
-def test_packing_is_its_meaning_and_loses_nothing(out_features: int, depth: int, padding: int) -> None:
-    weight = rows(out_features, depth, 0, padding)
+@given(sizes, sizes, st.sampled_from([0, 1]), dtypes)
+def test_packing_is_its_meaning_and_loses_nothing(
+    out_features: int, depth: int, padding: int, dtype: torch.dtype
+) -> None:
+    weight = rows(out_features, depth, 0, padding, dtype=dtype)
     packed = pack_linear.run("cpp", weight)
     assert torch.equal(packed, pack_linear.meaning(weight))
     unpacked = packed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
@@ -74,11 +83,11 @@ def test_packing_is_its_meaning_and_loses_nothing(out_features: int, depth: int,
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 70), sizes, sizes, st.data())
+@given(st.integers(1, 70), sizes, sizes, dtypes, st.data())
 def test_a_row_has_the_same_bits_in_any_batch_and_for_any_threads(
-    tokens: int, out_features: int, depth: int, data: st.DataObject
+    tokens: int, out_features: int, depth: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    x, weight = rows(tokens, depth, 0), rows(out_features, depth, 1)
+    x, weight = rows(tokens, depth, 0, dtype=dtype), rows(out_features, depth, 1, dtype=dtype)
     torch.set_num_threads(2)
     whole = check(x, weight, None)
     packed = pack_linear.run("cpp", weight)
@@ -100,22 +109,24 @@ def test_rows_beyond_the_cache_and_few_panels(tokens: int, out_features: int, de
     assert torch.equal(linear_packed.run("cpp", rows(tokens, depth, 0)[-1:], packed, out_features), out[-1:])
 
 
-def test_code_without_avx512_agrees_and_is_batch_invariant(portable: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_code_without_avx512_agrees_and_is_batch_invariant(portable: None, dtype: torch.dtype) -> None:
     for tokens, out_features, depth in [(1, 33, 7), (5, 64, 64), (13, 40, 129)]:
-        x, weight = rows(tokens, depth, 0), rows(out_features, depth, 1)
-        whole = check(x, weight, rows(1, out_features, 2)[0])
-        packed = pack_linear.run("cpp", weight)
-        alone = linear_packed.run("cpp", x[-1:], packed, out_features, rows(1, out_features, 2)[0])
+        x, weight = rows(tokens, depth, 0, dtype=dtype), rows(out_features, depth, 1, dtype=dtype)
+        bias = rows(1, out_features, 2, dtype=dtype)[0]
+        whole = check(x, weight, bias)
+        alone = linear_packed.run("cpp", x[-1:], pack_linear.run("cpp", weight), out_features, bias)
         assert torch.equal(alone, whole[-1:])
 
 
 def test_nothing_but_the_result_is_written_and_nothing_else_read() -> None:
     x, weight, out = rows(5, 33, 0), rows(40, 33, 1), torch.full((7, 41), torch.nan, dtype=torch.bfloat16)
     packed = pack_linear.run("cpp", weight)
-    into, threads = out[1:6, :40], torch.get_num_threads()
+    into = out[1:6, :40]
     tape.launch(
-        linear_cpu._LINEAR, x.data_ptr(), packed.data_ptr(), 0, into.data_ptr(), 5, 40, 33, 33, into.stride(0), threads
-    )
+        linear_cpu._LINEAR, 1, x.data_ptr(), packed.data_ptr(), 0, into.data_ptr(), 5, 40, 33, 2 * 33,
+        2 * into.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
     assert torch.equal(into, linear_packed.run("cpp", x, packed, 40))
     assert out[0].isnan().all() and out[6].isnan().all() and out[:, 40].isnan().all()
 
@@ -131,8 +142,8 @@ def test_leading_dimensions_and_refusals() -> None:
     x, weight = rows(6, 16, 0), rows(32, 16, 1)
     packed = pack_linear.run("cpp", weight)
     assert torch.equal(linear_packed(x.view(2, 3, 16), packed, 32), linear_packed(x, packed, 32).view(2, 3, 32))
-    with pytest.raises(ValueError, match="bfloat16"):
-        pack_linear.run("cpp", weight.float())
+    with pytest.raises(ValueError, match="float16"):
+        pack_linear.run("cpp", weight.half())
     with pytest.raises(ValueError, match=r"\(2, 8, 32, 2\) for 16 inputs and 33 outputs"):
         linear_packed.run("cpp", x, packed, 33)
     with pytest.raises(ValueError, match="18 inputs"):
@@ -141,9 +152,10 @@ def test_leading_dimensions_and_refusals() -> None:
         linear_packed.run("cpp", x[:, ::2], packed, 32)
 
 
-def test_float32_weights_take_the_meaning() -> None:
-    x, weight = torch.randn(3, 7), torch.randn(5, 7)
-    assert torch.equal(linear_packed(x, pack_linear(weight), 5), torch.nn.functional.linear(x, weight))
+def test_other_dtypes_take_the_meaning() -> None:
+    for dtype in (torch.float64, torch.float16):
+        x, weight = torch.randn(3, 7).to(dtype), torch.randn(5, 7).to(dtype)
+        torch.testing.assert_close(linear_packed(x, pack_linear(weight), 5), torch.nn.functional.linear(x, weight))
 
 
 def test_huge_pages_never_overlap_and_are_freed_with_their_tensors() -> None:
