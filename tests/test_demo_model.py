@@ -160,7 +160,8 @@ def test_every_fusion_fires_as_promised(entry: str) -> None:
 
 
 def test_chat_answers_in_words() -> None:
-    (answer,) = llm("bfloat16").chat(
+    # In float32: transformers' bfloat16 has "The" and "L'Étoile" as first words 0.1 apart, less than its rounding.
+    (answer,) = llm("float32").chat(
         [{"role": "user", "content": "What is the capital of France?"}], SamplingParams(temperature=0, max_tokens=32)
     )
     assert "Paris" in answer.outputs[0].text and answer.outputs[0].finish_reason == "stop"
