@@ -8,6 +8,7 @@ if __name__ != "kernels":
     from .gather_rows import gather_rows
     from .kv_append import kv_append
     from .linear import linear_packed, pack_linear
+    from .quantize import quantize
     from .rms_norm import rms_norm
     from .rope import rope
     from .rope_table import rope_table
@@ -23,6 +24,7 @@ __all__ = [
     "kv_append",
     "linear_packed",
     "pack_linear",
+    "quantize",
     "rms_norm",
     "rope",
     "rope_table",

@@ -5,24 +5,26 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; the pre-norm 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import Build, Cost, contract
 
 
 @contract()
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(s), s) with s = x + residual: both (T, D) in x's dtype.
 
-    The sum is rounded to x's dtype before it is normalized, as the unfused ops do. Moves 4·T·D + D elements.
+    The sum is rounded to x's dtype before it is normalized, and the weight multiplies, as in the unfused ops. Moves 4·T·D + D elements.
     """
     total_TD = x_TD + residual_TD
     wide_TD = total_TD.to(torch.promote_types(total_TD.dtype, torch.float32))
     scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
-    return (wide_TD * scale_T1).to(total_TD.dtype) * weight_D, total_TD
+    return ((wide_TD * scale_T1).to(weight_D.dtype) * weight_D).to(x_TD.dtype), total_TD
 
 
 @add_rms_norm.costs
@@ -33,12 +35,17 @@ def cost(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Cos
 @add_rms_norm.inputs(
     examples=({"T": 1, "D": 8}, {"T": 3, "D": 33}, {"T": 0, "D": 16}, {"T": 7, "D": 576}),
     shapes={"llama-3-8b prefill": {"T": 4096, "D": 4096}, "llama-3-70b decode": {"T": 64, "D": 8192}},
+    sizes={"T": (0, 9), "D": (1, 600), "wide": [False, True]},
+    rows=(0, 1),
 )
-def make(T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
+def make(
+    T: int, D: int, wide: bool = False, *, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """`wide` makes the weight float32, as Gemma's."""
     generator = torch.Generator(device).manual_seed(seed)
     x_TD, residual_TD = (torch.randn(T, D, generator=generator, device=device).to(dtype) for _ in range(2))
     weight_D = 1 + 0.1 * torch.randn(D, generator=generator, device=device)
-    return x_TD, residual_TD, weight_D.to(dtype), 1e-5
+    return x_TD, residual_TD, weight_D if wide else weight_D.to(dtype), 1e-5
 
 
 @triton.jit
@@ -54,7 +61,7 @@ def _add_rms_norm_kernel(
     wide = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / D + tl.cast(eps, tl.float32))
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    normed = (wide * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+    normed = (wide * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
     tl.store(total_ptr + row * D + column, total, mask=inside)
     tl.store(out_ptr + row * D + column, normed.to(x.dtype), mask=inside)
 
@@ -63,6 +70,12 @@ def config(D: int) -> dict[str, int]:
     """Launch configuration by row width. Unmeasured: a warp for each 512 elements keeps a row in registers."""
     block = triton.next_power_of_2(D)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+@add_rms_norm.builds
+def builds(dtype: str) -> Iterator[Build]:
+    for width in (576, 4096, 8192, 16384):
+        yield Build(_add_rms_norm_kernel, config(width), {"eps": "fp32"})
 
 
 def _refuses(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:

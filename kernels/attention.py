@@ -73,6 +73,9 @@ def cost(
         "llama-3-8b decode": {"R": 64, "queries": 1, "context": 1024, "H": 32, "K": 8, "D": 128, "P": 16},
         "llama-3-8b prefill": {"R": 2, "queries": 2048, "context": 0, "H": 32, "K": 8, "D": 128, "P": 16},
     },
+    sizes={
+        "R": (1, 3), "queries": (1, 9), "context": (0, 20), "H": [6, 12], "K": [1, 2, 6], "D": [16, 24, 64], "P": [4, 16],
+    },
 )
 def make(
     R: int, queries: int, context: int, H: int, K: int, D: int, P: int, *, dtype: torch.dtype, device: str, seed: int

@@ -8,12 +8,15 @@ tile i looks for its request, and leaves when there is none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .attention import attention
+from .contract import Build
 
 
 @triton.jit
@@ -85,6 +88,18 @@ def config(group: int, tokens: int, requests: int, width: int, itemsize: int) ->
         "PACK": pack, "QUERIES": rows // pack, "KEYS": keys, "WIDTH": block, "num_warps": 4 if block <= 128 else 8,
         "num_stages": 2,
     }  # fmt: skip
+
+
+@attention.builds
+def builds(dtype: str) -> Iterator[Build]:
+    integers = dict.fromkeys(("table_ptr", "length_ptr", "start_ptr"), "*i32")
+    itemsize, precision = (4, "ieee") if dtype == "fp32" else (2, "tf32")
+    for width in (64, 128, 256):
+        for group, tokens, requests in ((1, 8, 8), (8, 8, 8), (3, 512, 2), (8, 4096, 2), (16, 4096, 2)):
+            if (dtype, width) != ("fp32", 256):  # refused
+                chosen = config(group, tokens, requests, width, itemsize)
+                constants = {**chosen, "GROUP": group, "PRECISION": precision}
+                yield Build(_attention_kernel, constants, {"scale": "fp32", **integers})
 
 
 def _refuses(

@@ -51,7 +51,20 @@ class Provider:
         return self.refuses(*args)
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One compilation of a Triton kernel: its constants with num_warps and num_stages, and the types of its arguments.
+
+    Arguments named `*_ptr` point to the dtype asked for and others are i32, unless `types` says otherwise.
+    """
+
+    kernel: Any
+    constants: Mapping[str, Any]
+    types: Mapping[str, str] = field(default_factory=dict)
+    min_capability: int = 80
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class Contract:
     """One op: callable like a function, and the record that everything else reads.
 
@@ -71,8 +84,11 @@ class Contract:
     providers: list[Provider] = field(default_factory=list)
     _cost: Callable[..., Cost] | None = None
     _inputs: Callable[..., tuple[Any, ...]] | None = None
-    examples: tuple[Mapping[str, int], ...] = ()
-    shapes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    examples: tuple[Mapping[str, Any], ...] = ()
+    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int] | list[Any]] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
+    _builds: Callable[[str], Iterable[Build]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.op(*args, **kwargs)
@@ -121,23 +137,47 @@ class Contract:
         return function
 
     def inputs(
-        self, *, examples: Iterable[Mapping[str, int]], shapes: Mapping[str, Mapping[str, int]] | None = None
+        self,
+        *,
+        examples: Iterable[Mapping[str, Any]],
+        shapes: Mapping[str, Mapping[str, Any]] | None = None,
+        sizes: Mapping[str, tuple[int, int] | list[Any]] | None = None,
+        rows: tuple[int, ...] = (),
     ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
-        """Register `make(sizes…, dtype=, device=, seed=) -> args`, with small `examples` (edge cases for tests) and
-        named `shapes` of real models (for the microbenchmarks)."""
+        """Register `make(sizes…, dtype=, device=, seed=) -> args`.
+
+        examples  small edge cases, for tests
+        shapes    named shapes of real models, for the microbenchmarks
+        sizes     what property tests draw: an inclusive range (low, high) or a list of choices
+        rows      indices of the arguments whose first dimension is the row; every result then has rows first, and a
+                  row's result does not depend on the other rows, in bits
+        """
 
         def register(make: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
             self._inputs, self.examples, self.shapes = make, tuple(examples), dict(shapes or {})
+            self.sizes, self.rows = dict(sizes or {}), rows
             return make
 
         return register
+
+    def builds(self, function: Callable[[str], Iterable[Build]]) -> Callable[[str], Iterable[Build]]:
+        """Register `builds(dtype) -> Build…`: every compilation of its Triton kernels that real shapes ask for."""
+        self._builds = function
+        return function
+
+    def triton_builds(self, dtype: str) -> Iterable[Build]:
+        """Return the Triton compilations of `dtype` ("bf16" or "fp32"); none where no Triton provider is registered."""
+        if self._builds is None:
+            assert not any(p.triton for p in self.providers), f"{self.name}: its file registers no builds"
+            return ()
+        return self._builds(dtype)
 
     def cost(self, *args: Any) -> Cost:
         assert self._cost is not None, f"{self.name}: its file registers no cost"
         return self._cost(*args)
 
     def make_inputs(
-        self, sizes: Mapping[str, int], *, dtype: torch.dtype, device: str, seed: int = 0
+        self, sizes: Mapping[str, Any], *, dtype: torch.dtype, device: str, seed: int = 0
     ) -> tuple[Any, ...]:
         """Draw one argument tuple of the given sizes, reproducibly."""
         assert self._inputs is not None, f"{self.name}: its file registers no inputs"

@@ -1,13 +1,18 @@
-"""Take rows of a table by index: token embedding, and the rows whose logits are wanted."""
+"""Take rows of a table by index: token embedding, and the rows whose logits are wanted.
+
+Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.embedding.html.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import Build, Cost, contract
 
 
 @contract()
@@ -24,6 +29,8 @@ def cost(table_VD: Tensor, index_T: Tensor) -> Cost:
 @gather_rows.inputs(
     examples=({"V": 5, "T": 1, "D": 8}, {"V": 9, "T": 4, "D": 33}, {"V": 3, "T": 0, "D": 16}),
     shapes={"llama-3-8b prefill": {"V": 128256, "T": 4096, "D": 4096}},
+    sizes={"V": (1, 20), "T": (0, 9), "D": (1, 1100)},
+    rows=(1,),
 )
 def make(V: int, T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
@@ -43,6 +50,12 @@ def _gather_rows_kernel(table_ptr, index_ptr, out_ptr, table_stride, D, BLOCK: t
 def config(D: int) -> dict[str, int]:
     """Launch configuration. Unmeasured: 1024 columns a program, 16-byte loads with 4 warps of bfloat16."""
     return {"BLOCK": min(triton.next_power_of_2(D), 1024), "num_warps": 4}
+
+
+@gather_rows.builds
+def builds(dtype: str) -> Iterator[Build]:
+    for width in (256, 14336):
+        yield Build(_gather_rows_kernel, config(width), {"index_ptr": "*i64"})
 
 
 def _refuses(table_VD: Tensor, index_T: Tensor) -> str | None:

@@ -1,13 +1,18 @@
-"""Write the step's keys and values into the paged KV cache: the one declared mutation of the graph."""
+"""Write the step's keys and values into the paged KV cache: the one declared mutation of the graph.
+
+Source: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, section 4.2.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import Build, Cost, contract
 
 
 @contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
@@ -32,6 +37,7 @@ def cost(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_ma
 @kv_append.inputs(
     examples=({"T": 1, "K": 1, "D": 16, "P": 4}, {"T": 9, "K": 3, "D": 80, "P": 8}, {"T": 0, "K": 2, "D": 16, "P": 4}),
     shapes={"llama-3-8b prefill": {"T": 4096, "K": 8, "D": 128, "P": 16}},
+    sizes={"T": (0, 9), "K": (1, 4), "D": [16, 40, 64], "P": [4, 16]},
 )
 def make(T: int, K: int, D: int, P: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(seed)
@@ -62,6 +68,12 @@ def _kv_append_kernel(
 def config(D: int) -> dict[str, int]:
     """Launch configuration. Unmeasured: a head's row is one program."""
     return {"BLOCK": triton.next_power_of_2(D), "num_warps": 1}
+
+
+@kv_append.builds
+def builds(dtype: str) -> Iterator[Build]:
+    for width in (64, 128, 256):
+        yield Build(_kv_append_kernel, config(width), {"slot_ptr": "*i64"})
 
 
 def _refuses(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor) -> str | None:

@@ -2,6 +2,8 @@
 
 The packed layout is (⌈N/32⌉ panels, ⌈K/E⌉ words, 32 columns, E elements of a 32-bit word), zero where is no weight.
 The reason for packing: an unpacked GEMV reaches a quarter to a third of a CPU's memory bandwidth, a packed one all.
+
+Source: the order of multiplications of VDPBF16PS, Intel 64 and IA-32 manual, https://www.felixcloutier.com/x86/vdpbf16ps.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def cost(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None 
 
 
 @pack_linear.inputs(
-    examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}), shapes={"smollm2-135m": {"N": 3072, "K": 576}}
+    examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}), shapes={"smollm2-135m": {"N": 3072, "K": 576}},
+    sizes={"N": (1, 80), "K": (1, 80)},
 )
 def make_weight(N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
@@ -67,6 +70,8 @@ def make_weight(N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -
         "smollm2-135m prefill": {"T": 512, "N": 3072, "K": 576},
         "llama-3-8b decode": {"T": 1, "N": 28672, "K": 4096},
     },
+    sizes={"T": (0, 20), "N": (1, 80), "K": (1, 200)},
+    rows=(0,),
 )
 def make(T: int, N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, int]:
     (weight_NK,) = make_weight(N, K, dtype=dtype, device=device, seed=seed)

@@ -5,24 +5,27 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import Build, Cost, contract
 
 
 @contract()
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x², last) + eps) * weight: (T, D) in x's dtype, statistics in float32 or wider.
 
-    The normalized row is rounded to x's dtype before the weight multiplies it, as Hugging Face's LlamaRMSNorm does.
+    The normalized row is rounded to the weight's dtype before the weight multiplies it: x's dtype gives Hugging Face's
+    LlamaRMSNorm; float32, with 1 + w as the weight, its GemmaRMSNorm.
     Moves 2·T·D + D elements and takes 4·T·D flops.
     """
     wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
-    return (wide_TD * scale_T1).to(x_TD.dtype) * weight_D
+    return ((wide_TD * scale_T1).to(weight_D.dtype) * weight_D).to(x_TD.dtype)
 
 
 @rms_norm.costs
@@ -33,12 +36,17 @@ def cost(x_TD: Tensor, weight_D: Tensor, eps: float) -> Cost:
 @rms_norm.inputs(
     examples=({"T": 1, "D": 8}, {"T": 3, "D": 33}, {"T": 0, "D": 16}, {"T": 7, "D": 576}),
     shapes={"llama-3-8b prefill": {"T": 4096, "D": 4096}, "llama-3-70b decode": {"T": 64, "D": 8192}},
+    sizes={"T": (0, 9), "D": (1, 600), "wide": [False, True]},
+    rows=(0,),
 )
-def make(T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, float]:
+def make(
+    T: int, D: int, wide: bool = False, *, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Tensor, Tensor, float]:
+    """`wide` makes the weight float32, as Gemma's."""
     generator = torch.Generator(device).manual_seed(seed)
     x_TD = torch.randn(T, D, generator=generator, device=device)
     weight_D = 1 + 0.1 * torch.randn(D, generator=generator, device=device)
-    return x_TD.to(dtype), weight_D.to(dtype), 1e-5
+    return x_TD.to(dtype), weight_D if wide else weight_D.to(dtype), 1e-5
 
 
 @triton.jit
@@ -51,7 +59,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK: tl.con
     mean = tl.sum(wide * wide, 0) / D
     scale = tl.rsqrt(mean + tl.cast(eps, tl.float32))
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    normed = (wide * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+    normed = (wide * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
     tl.store(out_ptr + row * D + column, normed.to(x.dtype), mask=inside)
 
 
@@ -59,6 +67,12 @@ def config(D: int) -> dict[str, int]:
     """Launch configuration by row width. Unmeasured: a warp for each 512 elements keeps a row in registers."""
     block = triton.next_power_of_2(D)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+@rms_norm.builds
+def builds(dtype: str) -> Iterator[Build]:
+    for width in (576, 4096, 8192, 16384):
+        yield Build(_rms_norm_kernel, config(width), {"eps": "fp32"})
 
 
 def _refuses(x_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:

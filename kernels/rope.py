@@ -5,12 +5,14 @@ Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; the half-split layout 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import Build, Cost, contract
 
 
 @contract()
@@ -37,6 +39,8 @@ def cost(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Cost:
     shapes={
         "llama-3-8b prefill": {"T": 4096, "H": 32, "D": 128}, "llama-3-70b decode": {"T": 64, "H": 64, "D": 128},
     },
+    sizes={"T": (0, 6), "H": (1, 9), "D": [2, 16, 48, 64, 80, 128]},
+    rows=(0, 1, 2),
 )  # fmt: skip
 def make(T: int, H: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
@@ -74,6 +78,12 @@ def config(H: int, D: int) -> dict[str, int]:
     """Launch configuration. Unmeasured: about 2048 elements a program, so that a decode step still fills a GPU."""
     half = triton.next_power_of_2(D // 2)
     return {"HALF": half, "HEADS": min(triton.next_power_of_2(H), max(1024 // half, 1)), "num_warps": 4}
+
+
+@rope.builds
+def builds(dtype: str) -> Iterator[Build]:
+    for heads, width in ((9, 64), (32, 128), (1, 256)):
+        yield Build(_rope_kernel, config(heads, width))
 
 
 def _refuses(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> str | None:

@@ -32,6 +32,8 @@ def cost(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dty
 @rope_table.inputs(
     examples=({"T": 1, "F": 32}, {"T": 5, "F": 7}, {"T": 0, "F": 4}),
     shapes={"llama-3-8b prefill": {"T": 4096, "F": 64}, "smollm2-135m decode": {"T": 1, "F": 32}},
+    sizes={"T": (0, 9), "F": (1, 64)},
+    rows=(0,),
 )
 def make(T: int, F: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, float, torch.dtype]:
     generator = torch.Generator(device).manual_seed(seed)

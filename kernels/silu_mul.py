@@ -5,12 +5,14 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import Build, Cost, contract
 
 
 @contract()
@@ -31,6 +33,8 @@ def cost(x_TI2: Tensor) -> Cost:
 @silu_mul.inputs(
     examples=({"T": 1, "I": 8}, {"T": 3, "I": 33}, {"T": 0, "I": 16}, {"T": 5, "I": 1536}),
     shapes={"llama-3-8b prefill": {"T": 4096, "I": 14336}, "llama-3-70b decode": {"T": 64, "I": 28672}},
+    sizes={"T": (0, 9), "I": (1, 1100)},
+    rows=(0,),
 )
 def make(T: int, I: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
@@ -51,6 +55,12 @@ def _silu_mul_kernel(x_ptr, out_ptr, x_stride, I, BLOCK: tl.constexpr):
 def config(I: int) -> dict[str, int]:
     """Launch configuration. Unmeasured: 1024 columns a program, 16-byte loads with 4 warps of bfloat16."""
     return {"BLOCK": min(triton.next_power_of_2(I), 1024), "num_warps": 4}
+
+
+@silu_mul.builds
+def builds(dtype: str) -> Iterator[Build]:
+    for width in (256, 14336):
+        yield Build(_silu_mul_kernel, config(width))
 
 
 def _refuses(x_TI2: Tensor) -> str | None:

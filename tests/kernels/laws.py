@@ -1,0 +1,153 @@
+"""What every provider of every contract must keep, drawn by hypothesis from the contract's own record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seamwise.kernels.contract import Contract
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [] if result is None else list(result)
+
+
+def widen(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of the float64 reference; a plain float dtype asked for becomes float64 too."""
+
+    def wide(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return a.double() if a.dtype in FLOATS else a.clone()
+        return torch.float64 if isinstance(a, torch.dtype) and a in FLOATS else a
+
+    return tuple(map(wide, args))
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN (integers: their largest), so that nothing unwritten goes unseen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def call(contract: Contract, provider: str | None, args: tuple[Any, ...]) -> list[Tensor]:
+    """Run a provider (None: the meaning) on copies; return its results, then the arguments that it may write."""
+    copies = [a.clone() if isinstance(a, Tensor) and contract.mutates else a for a in args]
+    with poisoned():
+        result = contract.meaning(*copies) if provider is None else contract.run(provider, *copies)
+    names = [a.name for a in contract.op._schema.arguments]
+    return tensors(result) + [copies[names.index(name)] for name in contract.mutates]
+
+
+def check(contract: Contract, provider: str, args: tuple[Any, ...]) -> list[Tensor]:
+    """Hold |kernel - f64| <= 2 (|meaning at the dtype - f64| + eps max|f64|) for every result; return the results.
+
+    Quantized results may be one step off in 2 % of their elements (a scale that differs in its last bit moves ties);
+    other integers are exact.
+    """
+    results = call(contract, provider, args)
+    same, exact = call(contract, None, args), call(contract, None, widen(args))
+    assert len(results) == len(same)
+    for got, near, far in zip(results, same, exact, strict=True):
+        assert got.shape == near.shape and got.dtype == near.dtype, (got.shape, near.shape, got.dtype, near.dtype)
+        if not got.numel():
+            continue
+        if got.dtype in NARROW:
+            _check_narrow(got, near)
+        elif got.dtype in FLOATS and far.shape == got.shape:  # a layout of 32-bit words has a shape of its own
+            _check_budget(got.double(), near.double(), far.double(), torch.finfo(got.dtype).eps)
+        else:
+            assert torch.equal(got, near)
+    return results
+
+
+def _check_narrow(got: Tensor, near: Tensor) -> None:
+    a, b = got.double(), near.double()
+    step = (0.125 * b.abs()).clamp(min=2.0**-9) if got.dtype.is_floating_point else torch.ones_like(b)
+    assert bool(((a - b).abs() <= step).all()), (a - b).abs().max()
+    assert int((a != b).sum()) <= 2 + 0.02 * a.numel(), f"{int((a != b).sum())} of {a.numel()} elements differ"
+
+
+def _check_budget(got: Tensor, near: Tensor, far: Tensor, eps: float) -> None:
+    finite = far.isfinite()
+    assert torch.equal(got[~finite], far[~finite].to(got.dtype)), "infinities differ"
+    if bool(finite.any()):
+        got, near, far = got[finite], near[finite], far[finite]
+        assert not bool(got.isnan().any()), "NaN: something was read or left unwritten"
+        budget = 2 * ((near - far).abs().max() + eps * far.abs().max())
+        assert (got - far).abs().max() <= budget, (float((got - far).abs().max()), float(budget))
+
+
+def check_rows(contract: Contract, provider: str, args: tuple[Any, ...], whole: list[Tensor], seed: int) -> None:
+    """One row alone gives its row of the whole, in bits; permuted rows permute the results."""
+    count = whole[0].shape[0]
+    if not contract.rows or not count:
+        return
+
+    def at(index: Any) -> tuple[Any, ...]:
+        return tuple(a[index] if i in contract.rows and a is not None else a for i, a in enumerate(args))
+
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(whole[0].device)
+    row = int(order[0])
+    for index in (slice(row, row + 1), order):
+        if provider == "torch" or (reason := refusal(contract, provider, at(index))) is not None:
+            continue
+        for part, full in zip(call(contract, provider, at(index)), whole, strict=True):
+            assert torch.equal(_bits(part), _bits(full[index])), f"{index}: differs from the whole"
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def refusal(contract: Contract, provider: str, args: tuple[Any, ...]) -> str | None:
+    """Return why a provider refuses these arguments, or None."""
+    record = next(p for p in contract.providers if p.name == provider)
+    device = next(a for a in args if isinstance(a, Tensor)).device.type
+    return record.why_not(device, args)
+
+
+def loosened(args: tuple[Any, ...], rows: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return the arguments with the float rows as views of wider matrices whose other columns are NaN."""
+
+    def loose(i: int, a: Any) -> Any:
+        if i not in rows or not isinstance(a, Tensor) or a.dim() < 2 or a.dtype not in FLOATS:
+            return a
+        wide = torch.full((a.shape[0], math.prod(a.shape[1:]) + 8), torch.nan, dtype=a.dtype, device=a.device)
+        view = wide[:, 4:-4].unflatten(1, a.shape[1:]) if a.dim() > 2 else wide[:, 4:-4]
+        return view.copy_(a)
+
+    return tuple(loose(i, a) for i, a in enumerate(args))
+
+
+def scaled(args: tuple[Any, ...], rows: tuple[int, ...], factor: float) -> tuple[Any, ...]:
+    """Return the arguments with the float rows multiplied."""
+    return tuple(
+        a * factor if i in rows and isinstance(a, Tensor) and a.dtype in FLOATS else a for i, a in enumerate(args)
+    )
+
+
+@st.composite
+def arguments(draw: st.DrawFn, contract: Contract, dtypes: tuple[torch.dtype, ...], device: str) -> Any:
+    """Draw (args, seed) of a contract: sizes, dtype, values, their magnitude, and whether rows are strided."""
+    sizes = {
+        name: draw(st.integers(*choice) if isinstance(choice, tuple) else st.sampled_from(choice))
+        for name, choice in contract.sizes.items()
+    }
+    dtype, seed = draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**31 - 1))
+    args = contract.make_inputs(sizes, dtype=dtype, device=device, seed=seed)
+    args = scaled(args, contract.rows, draw(st.sampled_from([1.0, 1.0, 1e-3, 30.0])))
+    return loosened(args, contract.rows) if draw(st.booleans()) else args, seed
