@@ -1,49 +1,71 @@
-"""`seamwise bench throughput`: the fixed workloads through `LLM`, medians over repeated runs, as text and JSON."""
+"""`seamwise bench throughput`: the fixed workloads through `LLM`, alone or beside peers, as text, JSON and plot."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .workloads import WORKLOADS, Workload
+from .compare import compare, plot, print_table, table
+from .engine_process import measure
+from .machine import machine
+from .workloads import WORKLOADS
 
 
-def measure(llm: Any, workload: Workload, *, repeats: int, vocab_size: int) -> dict[str, Any]:
-    """Run a workload `repeats` times after one warm-up, each on fresh prompts so that no prefix is cached before.
+def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
+    """Run the workloads in this process: the medians, and every run's figures."""
+    from seamwise import LLM, SamplingParams
 
-    Returns the medians, and every run's value: prompt_tokens_per_s, output_tokens_per_s, and for one request
-    decode_tokens_per_s (tokens after the first) and ttft_ms.
-    """
-    from seamwise import SamplingParams
+    llm = LLM(
+        options.model, dtype=options.dtype, device=options.device, entry=options.entry,
+        enforce_eager=options.enforce_eager, max_model_len=options.max_model_len, max_num_seqs=64,
+        load_format=options.load_format,
+    )  # fmt: skip
+    vocab_size = llm.engine.runner.config.vocab_size
 
-    params = SamplingParams(temperature=0.0, max_tokens=workload.output_tokens, ignore_eos=True, detokenize=False)
-    runs: list[dict[str, float]] = []
-    for run in range(repeats + 1):
-        prompts = [{"prompt_token_ids": p} for p in workload.prompts(vocab_size, seed=run)]
-        started = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        elapsed_s = time.perf_counter() - started
-        produced = sum(len(o.outputs[0].token_ids) for o in outputs)
-        wanted = workload.num_requests * workload.output_tokens
-        if produced != wanted:
-            raise RuntimeError(f"{workload.name}: {produced} tokens produced, wanted {wanted}")
-        row = {"prompt_tokens_per_s": workload.prompt_tokens / elapsed_s, "output_tokens_per_s": produced / elapsed_s}
-        if workload.num_requests == 1:
-            m = outputs[0].metrics
-            row["ttft_ms"] = 1e3 * (m.first_token_time - m.arrival_time)
-            row["decode_tokens_per_s"] = (produced - 1) / (m.finished_time - m.first_token_time)
-        runs.append(row)
-    counted = runs[1:]
-    medians = {key: statistics.median(r[key] for r in counted) for key in counted[0]}
-    return {"workload": workload.name, **medians, "runs": counted}
+    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [len(o.outputs[0].token_ids) for o in outputs]
+
+    results = []
+    for name in names:
+        drawn = [WORKLOADS[name].prompts(vocab_size, seed) for seed in range(options.repeats + 1)]
+        runs = measure(generate, WORKLOADS[name].output_tokens, drawn)
+        medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        results.append({"workload": name, **medians, "runs": runs})
+        print(f"{name:8} {'  '.join(f'{k} {v:,.1f}' for k, v in medians.items())}")
+    return results
+
+
+def beside(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    """Run the workloads in Seamwise and in peers, a process each; print the table."""
+    from seamwise.runtime.config import ModelConfig
+    from seamwise.runtime.llm import resolve_model
+
+    directory = resolve_model(options.model)
+    given = dict(p.partition("=")[::2] for p in options.peer_python)
+    peers = {name: given.get(name, sys.executable) for name in options.compare.split(",")}
+    if unknown := set(peers) - {"transformers", "vllm"}:
+        raise ValueError(f"--compare: no peer {sorted(unknown)[0]!r}; there are: transformers, vllm")
+    settings = {
+        "dtype": "bfloat16" if options.dtype == "auto" else options.dtype, "threads": torch.get_num_threads(),
+        "max_model_len": options.max_model_len, "repeats": options.repeats,
+    }  # fmt: skip
+    vocab_size = ModelConfig.from_directory(directory).vocab_size
+    report = compare(
+        str(directory), peers, workloads=names, vocab_size=vocab_size, settings=settings, startup=options.startup
+    )
+    report["table"] = table(report["figures"])
+    print_table(report["table"], report["absent"])
+    if options.plot:
+        plot(report["table"], options.plot)
+    return report
 
 
 def main(arguments: list[str]) -> int:
@@ -54,54 +76,31 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--entry", default="auto", choices=["auto", "own", "transformers"])
+    parser.add_argument("--load-format", default="auto", help="dummy: seeded random weights")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--compare", metavar="PEERS", help="transformers,vllm: run these beside Seamwise on the CPU")
+    parser.add_argument(
+        "--peer-python", action="append", default=[], metavar="PEER=PATH", help="the interpreter that has a peer"
+    )
+    parser.add_argument("--startup", action="store_true", help="with --compare: also cold and warm start, peak memory")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="with --compare: the ratios as a picture (PNG)")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    from seamwise import LLM
-
     names = list(WORKLOADS) if options.workload == "all" else [options.workload]
-    llm = LLM(
-        options.model, dtype=options.dtype, device=options.device, entry=options.entry,
-        enforce_eager=options.enforce_eager, max_model_len=options.max_model_len, max_num_seqs=64,
-    )  # fmt: skip
-    vocab_size = llm.engine.runner.config.vocab_size
-    results = []
-    for name in names:
-        result = measure(llm, WORKLOADS[name], repeats=options.repeats, vocab_size=vocab_size)
-        results.append(result)
-        figures = "  ".join(f"{k} {v:,.1f}" for k, v in result.items() if isinstance(v, float))
-        print(f"{name:8} {figures}")
+    if options.compare:
+        if options.device not in ("auto", "cpu") or options.entry != "auto" or options.enforce_eager:
+            raise ValueError("--compare runs on the CPU with defaults: leave out --device, --entry and --enforce-eager")
+        report = beside(options, names)
+    elif options.plot or options.startup or options.peer_python:
+        raise ValueError("--plot, --startup and --peer-python belong to --compare")
+    else:
+        report = {"results": alone(options, names)}
     if options.json:
-        report = {"machine": machine(), "model": options.model, "dtype": options.dtype, "results": results}
-        options.json.write_text(json.dumps(report, indent=1))
+        head = {"machine": machine(), "model": options.model, "dtype": options.dtype}
+        options.json.write_text(json.dumps(head | report, indent=1))
     return 0
-
-
-def machine() -> dict[str, Any]:
-    """Return what a result must name to be comparable: device, threads, versions, commit."""
-    import triton
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or "unknown",
-    }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()

@@ -1,0 +1,157 @@
+"""Seamwise beside its peers in one run: each engine in processes of its own, one after the other, same prompts.
+
+Seamwise runs first and last, so that a machine that slows down or speeds up on the way shows. Ratios are what counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .workloads import WORKLOADS
+
+# Row of the table: workload, figure, what it is called, and whether more is better.
+ROWS = [
+    ("single", "decode_tokens_per_s", "single stream, decode tok/s", True),
+    ("single", "ttft_ms", "time to first token, 128 prompt tokens, ms", False),
+    ("batch", "output_tokens_per_s", "batch 32 x (128+128), output tok/s", True),
+    ("prefill", "prompt_tokens_per_s", "prefill 8 x 512, prompt tok/s", True),
+    ("prefix", "output_tokens_per_s", "shared prefix 16 x (448+64)+32, output tok/s", True),
+    ("start", "cold_s", "start to first token, cold, s", False),
+    ("start", "warm_s", "start to first token, warm, s", False),
+    ("start", "peak_mib", "peak memory in single stream, MiB", False),
+]
+
+
+def preloads(python: str) -> list[str]:
+    """Return the libraries with which vLLM's documentation asks to start it on a CPU, where they are installed.
+
+    Source: https://docs.vllm.ai/en/latest/getting_started/installation/cpu.html.
+    """
+    places = [*Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4"), *Path(python).parent.parent.glob("lib/libiomp5.so")]
+    return [str(p) for p in places]
+
+
+def run_engine(job: Mapping[str, Any], *, python: str, preload: Sequence[str], home: Path | None) -> dict[str, Any]:
+    """Run one engine process and return its report. With `home`, caches are looked for there.
+
+    Raises RuntimeError with the end of the process's output when it fails.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1"}
+    if preload:
+        environment["LD_PRELOAD"] = ":".join(preload)
+    if home is not None:
+        environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home), "TORCHINDUCTOR_CACHE_DIR": str(home / "ind")}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(dict(job), file)
+        file.flush()
+        # -P: with this folder on sys.path, transformers would take our kernels.py for the Hub's package of that name.
+        command = [python, "-P", str(Path(__file__).with_name("engine_process.py")), file.name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd="/")
+    if done.returncode:
+        raise RuntimeError(f"{job['engine']} failed: {(done.stdout + done.stderr)[-2000:]}")
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return report
+
+
+def available(engine: str, python: str) -> str | None:
+    """Return why a peer cannot be run by this interpreter, or None."""
+    if python != sys.executable:
+        return None if Path(python).exists() else f"no interpreter at {python}"
+    return None if importlib.util.find_spec(engine) else f"{engine} is not installed"
+
+
+def compare(
+    model: str, peers: Mapping[str, str], *, workloads: Sequence[str], vocab_size: int, settings: Mapping[str, Any],
+    startup: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Run Seamwise, the peers ({engine: interpreter}) and Seamwise again.
+
+    Returns {"figures": {engine: {workload: {figure: median}}}, "absent": {engine: reason}, "runs": all reports}.
+    """
+    repeats = settings["repeats"]
+    drawn = {
+        name: {
+            "tokens": WORKLOADS[name].output_tokens,
+            "prompts": [WORKLOADS[name].prompts(vocab_size, seed) for seed in range(repeats + 1)],
+        }
+        for name in workloads
+    }
+    absent = {name: why for name, python in peers.items() if (why := available(name, python))}
+    present = {name: python for name, python in peers.items() if name not in absent}
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for engine, python in [("seamwise", sys.executable), *present.items(), ("seamwise", sys.executable)]:
+        given = {"engine": engine, "model": model, "workloads": drawn, **settings}
+        how: dict[str, Any] = {"python": python, "preload": preloads(python) if engine == "vllm" else []}
+        if startup and engine not in reports:
+            with tempfile.TemporaryDirectory() as home:
+                begin = given | {"workloads": {}}
+                single = {k: v for k, v in drawn.items() if k == "single"}
+                cold = run_engine(begin, **how, home=Path(home))["start_s"]
+                warm = [run_engine(begin | {"workloads": single}, **how, home=Path(home)) for _ in range(2)]
+            start = {"cold_s": cold, "warm_s": min(w["start_s"] for w in warm), "peak_mib": warm[0]["peak_mib"]}
+            reports.setdefault(engine, []).append({"results": {"start": [start]}})
+        reports.setdefault(engine, []).append(run_engine(given, **how, home=None))
+    return {"figures": {e: medians(r) for e, r in reports.items()}, "absent": absent, "runs": reports}
+
+
+def medians(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the median of every figure over all runs of one engine."""
+    pooled: dict[str, dict[str, list[float]]] = {}
+    for report in reports:
+        for workload, runs in report["results"].items():
+            for run in runs:
+                for figure, value in run.items():
+                    pooled.setdefault(workload, {}).setdefault(figure, []).append(value)
+    return {w: {f: statistics.median(v) for f, v in figures.items()} for w, figures in pooled.items()}
+
+
+def table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
+    """Return the rows that were measured: value of each engine, and Seamwise's ratio to each peer (above 1: better)."""
+    rows = []
+    for workload, figure, label, more in ROWS:
+        values = {e: f[workload][figure] for e, f in figures.items() if figure in f.get(workload, {})}
+        if "seamwise" in values:
+            ours = values["seamwise"]
+            ratios = {e: ours / v if more else v / ours for e, v in values.items() if e != "seamwise"}
+            rows.append({"what": label, "values": values, "ratios": ratios})
+    return rows
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) -> None:
+    """Print the table, one workload a line."""
+    for row in rows:
+        values = "  ".join(f"{engine} {value:,.1f}" for engine, value in row["values"].items())
+        ratios = "  ".join(f"{ratio:.2f} x {engine}" for engine, ratio in row["ratios"].items())
+        print(f"{row['what']:46} {values}   {ratios}")
+    for engine, why in absent.items():
+        print(f"{engine}: not measured, {why}")
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write the ratios to each peer as bars (PNG). Raises RuntimeError without matplotlib."""
+    from .roofline import pyplot
+
+    engines = sorted({engine for row in rows for engine in row["ratios"]})
+    if not engines:
+        raise ValueError("nothing to draw: no peer was measured")
+    figure, axes = pyplot().subplots(figsize=(9, 0.9 * len(rows) + 1))
+    for i, engine in enumerate(engines):
+        places = [y + 0.8 * i / len(engines) for y in range(len(rows))]
+        widths = [r["ratios"].get(engine, 0) for r in rows]
+        bars = axes.barh(places, widths, 0.8 / len(engines), label=f"against {engine}")
+        axes.bar_label(bars, fmt="%.2f", fontsize="small")
+    axes.set_yticks(range(len(rows)), [r["what"] for r in rows])
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times better than the peer, in the same run")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
