@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 
-BENCHES = {"throughput": "the fixed workloads end to end", "kernels": "microbenchmarks of every contract"}
+BENCHES = {
+    "throughput": "the fixed workloads end to end, alone or beside peers",
+    "step": "where a decode step's time goes",
+    "kernels": "microbenchmarks of every contract",
+}
 
 
 def main(arguments: list[str]) -> int:

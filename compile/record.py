@@ -28,8 +28,8 @@ class RecordingRefused(RuntimeError):
 class Recording:
     """A recorded call. `replay(*arguments)` checks the arguments against the rules, runs, and returns the results."""
 
-    def __init__(self, run: Callable[[], None], arguments: Sequence[Any], results: Any) -> None:
-        self._run, self.results = run, results
+    def __init__(self, graph: Tape | torch.cuda.CUDAGraph, arguments: Sequence[Any], results: Any) -> None:
+        self.graph, self.results = graph, results
         self._seen = [_identity(a) for a in arguments]
 
     @torch.inference_mode()
@@ -40,7 +40,7 @@ class Recording:
         for i, (argument, seen) in enumerate(zip(arguments, self._seen, strict=True)):
             if (now := _identity(argument)) != seen:
                 raise RecordingRefused(_difference(i, now, seen))
-        self._run()
+        self.graph.replay()
         return self.results
 
 
@@ -61,7 +61,7 @@ class CPURecorder:
         tape = Tape(self.pool, full=full)
         with recording(tape), _OntoTape(tape):
             results = function(*arguments)
-        return Recording(tape.replay, arguments, tree_map(_alias, results))
+        return Recording(tape, arguments, tree_map(_alias, results))
 
 
 class CUDAGraphRecorder:
@@ -80,7 +80,7 @@ class CUDAGraphRecorder:
         graph = torch.cuda.CUDAGraph()
         with _NoSeams(full), torch.cuda.graph(graph, pool=self.pool):
             results = function(*arguments)
-        return Recording(graph.replay, arguments, results)
+        return Recording(graph, arguments, results)
 
 
 def recorder_for(device: torch.device) -> CPURecorder | CUDAGraphRecorder:

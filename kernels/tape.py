@@ -13,6 +13,7 @@ import ctypes
 import functools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,22 @@ class Tape:
             self._replays = [run if callable(run) else _replayer(run) for run in self._runs]
         for run in self._replays:
             run()
+
+    def profile(self) -> list[tuple[str, tuple[int | float, ...], float]]:
+        """Replay call by call; return each one's kernel (or "torch"), arguments and seconds."""
+        calls: list[tuple[str, tuple[int | float, ...], float]] = []
+        for run in self._runs:
+            if callable(run):
+                began = time.perf_counter()
+                run()
+                calls.append(("torch", (), time.perf_counter() - began))
+                continue
+            for kernel, args in run:
+                typed = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_double(a) for a in args]
+                began = time.perf_counter()
+                kernel.entry(*typed)
+                calls.append((kernel.symbol, args, time.perf_counter() - began))
+        return calls
 
 
 class _Recording(threading.local):

@@ -13,7 +13,7 @@ from typing import Any
 _COMMANDS = {
     "generate": "continue a prompt and print text, speed and where start-up time went",
     "explain": "show what the compiler did with a model: passes, misses, pieces, seams, start-up",
-    "bench": "run a benchmark: throughput, kernels",
+    "bench": "run a benchmark: throughput, step, kernels",
 }
 
 

@@ -121,6 +121,10 @@ class ModelRunner:
                 return StepOutput(logits=recording.results)
         return StepOutput(logits=recording.replay(*arguments))
 
+    def recording(self, num_requests: int) -> Recording:
+        """Return the recorded decode step of that many requests. Raises KeyError before such a step has run."""
+        return self._recordings[num_requests]
+
     def _on_device(self, batch: StepInput) -> StepInput:
         if torch.device(self.options.device).type == "cpu":
             return batch

@@ -1,0 +1,118 @@
+"""`seamwise bench step`: where a decode step's time goes on a CPU, beside what the machine can do.
+
+The whole step is timed as the engine runs it (one replay of its tape), then call by call. GEMMs are given with the
+bandwidth of reading their weights and their FLOP/s, attention with the bandwidth of reading keys and values; host is
+what the whole step takes beyond its kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import machine
+from .timing import measure_ceilings, median_us
+
+REPEATS = 40
+
+
+def decode_batch(runner: Any, requests: int, context: int) -> Any:
+    """Return a step in which each of the requests decodes one token after `context` others, in blocks of its own."""
+    from seamwise import StepInput
+
+    size = runner.block_size
+    blocks = -(-(context + 1) // size)
+    first = 1 + blocks * torch.arange(requests).unsqueeze(1)
+    table = first + torch.arange(blocks)
+    rows = torch.arange(requests)
+    return StepInput(
+        token_ids=torch.randint(100, runner.config.vocab_size, (requests,)),
+        positions=torch.full((requests,), context),
+        slot_mapping=table[:, context // size] * size + context % size,
+        block_table=table.to(torch.int32),
+        seq_lens=torch.full((requests,), context + 1, dtype=torch.int32),
+        query_starts=torch.arange(requests + 1, dtype=torch.int32),
+        logit_rows=rows,
+    )
+
+
+def profile(runner: Any, requests: int, context: int) -> dict[str, Any]:
+    """Return the medians, in us: the step, its GEMMs, attention, other kernels, host; and what they reach."""
+    batch = decode_batch(runner, requests, context)
+    runner.step(batch)
+    steps = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        runner.step(batch)
+        steps.append(1e6 * (time.perf_counter() - began))
+    tape = runner.recording(requests).graph
+    with torch.inference_mode():
+        rounds = [tape.profile() for _ in range(REPEATS)]
+    medians_us = [1e6 * statistics.median(seconds) for seconds in zip(*([c[2] for c in r] for r in rounds), strict=True)]
+    calls = [(name, args, us) for (name, args, _), us in zip(rounds[0], medians_us, strict=True)]
+    gemms = [(args, us) for name, args, us in calls if name == "seamwise_linear"]
+    attention_us = sum(us for name, _, us in calls if "attention" in name)
+    gemm_us, kernel_us, step_us = sum(us for _, us in gemms), sum(us for *_, us in calls), statistics.median(steps)
+    # seamwise_linear(dtype, x, packed, bias, y, M, N, K, …); dtype 0 is float32
+    weight_bytes = sum(args[6] * args[7] * (4 if args[0] == 0 else 2) for args, _ in gemms)
+    flops = sum(2 * args[5] * args[6] * args[7] for args, _ in gemms)
+    kv_bytes = requests * (context + 1) * runner.kv_spec.bytes_per_token
+    by_kernel: dict[str, float] = {}
+    for name, _, us in calls:
+        by_kernel[name] = by_kernel.get(name, 0.0) + us
+    return {
+        "requests": requests, "context": context, "step_us": step_us, "gemm_us": gemm_us, "attention_us": attention_us,
+        "other_kernels_us": kernel_us - gemm_us - attention_us, "host_us": step_us - kernel_us,
+        "gemm_gb_per_s": weight_bytes / gemm_us / 1e3, "gemm_gflop_per_s": flops / gemm_us / 1e3,
+        "attention_gb_per_s": kv_bytes / attention_us / 1e3, "tokens_per_s": 1e6 * requests / step_us,
+        "by_kernel_us": by_kernel,
+    }  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Parse arguments, profile, print, write JSON when asked."""
+    parser = argparse.ArgumentParser(prog="seamwise bench step", description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--load-format", default="auto", help="dummy: seeded random weights")
+    parser.add_argument("--batch", default="1,32", help="requests, comma-separated (default 1,32)")
+    parser.add_argument("--context", type=int, default=192, help="tokens before the decoded one")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    from seamwise import ModelRunner
+    from seamwise.runtime.llm import resolve_model
+
+    sizes = [int(n) for n in options.batch.split(",")]
+    runner = ModelRunner.load(
+        resolve_model(options.model), dtype=options.dtype, device="cpu", load_format=options.load_format,
+        max_model_len=options.context + 1, max_recorded_requests=max(sizes),
+    )  # fmt: skip
+    runner.allocate_kv(max(sizes) * -(-(options.context + 1) // runner.block_size) + 1)
+    ceilings = measure_ceilings("cpu")
+    words = torch.zeros(64 << 20, dtype=torch.int64)
+    read_gb_per_s = words.nbytes / median_us(words.sum, "cpu")[0] / 1e3
+    peak = 1e3 * ceilings.matmul_tflop_per_s["bfloat16"]
+    print(f"ceilings: read {read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, bf16 {peak:.0f} GFLOP/s")
+    rows = [profile(runner, size, options.context) for size in sizes]
+    for row in rows:
+        print(
+            f"batch {row['requests']:3}, context {row['context']}: {row['step_us'] / 1e3:.2f} ms"
+            f" = GEMM {row['gemm_us'] / 1e3:.2f}"
+            f" ({row['gemm_gb_per_s']:.0f} GB/s, {row['gemm_gflop_per_s']:.0f} GFLOP/s)"
+            f" + attention {row['attention_us'] / 1e3:.2f} ({row['attention_gb_per_s']:.0f} GB/s)"
+            f" + other kernels {row['other_kernels_us'] / 1e3:.2f} + host {row['host_us'] / 1e3:.2f}"
+        )
+    if options.json:
+        head = {"machine": machine(), "model": options.model, "read_gb_per_s": read_gb_per_s}
+        head |= {"copy_gb_per_s": ceilings.copy_gb_per_s, "bf16_gflop_per_s": peak}
+        options.json.write_text(json.dumps(head | {"rows": rows}, indent=1))
+    return 0
