@@ -17,7 +17,7 @@ from seamwise.passes.graph import is_weight, sweep
 
 from .capture import Captured
 
-Recipe = dict[str, Any]  # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, lists…]}
+Recipe = dict[str, Any]  # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…]}
 
 
 def hoist(captured: Captured) -> dict[str, Recipe]:
@@ -68,14 +68,14 @@ def resolve_op(name: str) -> Any:
 
 def _evaluate(argument: Any, parameter: Callable[[str], Tensor]) -> Any:
     if isinstance(argument, dict):
-        return evaluate(argument, parameter)
+        return getattr(torch, argument["dtype"]) if "dtype" in argument else evaluate(argument, parameter)
     return [_evaluate(a, parameter) for a in argument] if isinstance(argument, list) else argument
 
 
 def _flat(argument: Any) -> list[Recipe]:
     if isinstance(argument, list):
         return [r for a in argument for r in _flat(a)]
-    return [argument] if isinstance(argument, dict) else []
+    return [argument] if isinstance(argument, dict) and "dtype" not in argument else []
 
 
 def _recipe(node: Node, weights: dict[str, str]) -> Recipe:
@@ -93,4 +93,6 @@ def _argument(argument: Any, weights: dict[str, str]) -> Any:
         return [_argument(a, weights) for a in argument]
     if argument is None or isinstance(argument, (bool, int, float, str)):
         return argument
+    if isinstance(argument, torch.dtype):
+        return {"dtype": str(argument).removeprefix("torch.")}
     raise ValueError(f"derive: a recipe cannot hold {argument!r} ({type(argument).__name__})")

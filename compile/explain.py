@@ -19,6 +19,7 @@ def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
                 "expected": r.expected,
                 "misses": [{"module": m.module, "node": m.node, "reason": m.reason} for m in r.misses],
                 "elapsed_ms": round(r.elapsed_ms, 1),
+                "certificate": r.certificate,
             }
             for r in program.reports
         ],
@@ -39,7 +40,8 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     lines = [f"{'pass':22} {'matched':>8} {'promised':>9} {'ms':>7}"]
     for r in program.reports:
         promised = "-" if r.expected is None else str(r.expected)
-        lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}")
+        sound = f"  validated, error {r.certificate['max_error']:.0e}" if r.certificate else ""
+        lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}{sound}")
         lines += [f"    missed {miss}" for miss in r.misses]
     lines.append(f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}")
     lines.append(f"seams: {program.num_seams}, with {program.num_seam_calls} calls")

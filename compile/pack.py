@@ -28,6 +28,7 @@ from torch import Tensor
 
 from seamwise.passes import Miss, Report
 
+from .plugins import digests
 from .program import Program
 
 FORMAT = 1
@@ -43,6 +44,7 @@ def key_parts(configuration: Mapping[str, Any]) -> dict[str, str]:
     parts = {f"config.{k}": json.dumps(v, sort_keys=True, default=str) for k, v in sorted(configuration.items())}
     for folder in (Path(__file__).parent, *(_folder(n) for n in ("kernels", "passes", "model_defs"))):
         parts[f"source.{folder.name}"] = _digest_folder(folder)
+    parts |= {f"plugin.{name}": digest for name, digest in digests().items()}
     parts["torch"] = torch.__version__
     parts["python"] = platform.python_version()
     parts["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -142,7 +144,7 @@ def _folder(name: str) -> Path:
 
 def _digest_folder(folder: Path) -> str:
     total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".py", ".cpp", ".h"):
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h", ".json"):
             total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]

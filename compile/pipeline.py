@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,10 @@ from .derive import Recipe, hoist
 from .inductor import compile_piece, loose_ops
 from .ledger import Ledger
 from .lower import choose_providers
+from .plugins import discovered, placed_into
 from .program import Program
 from .split import Piece, Seam, split
+from .validate import Validator
 from .verify import verify
 
 # An order constraint is a comment on its line.
@@ -56,15 +59,17 @@ class PipelineConfig:
                   "never": loose ops run one by one
     allow_missed  names of passes that may match fewer places than promised
     providers     contract name -> the provider that must serve it
+    validate      check after every pass, in float64 on drawn inputs, that the graph computes what it did
     """
 
     disabled: tuple[str, ...] = ()
     inductor: str = "auto"
     allow_missed: tuple[str, ...] = ()
     providers: dict[str, str] = field(default_factory=dict)
+    validate: bool = False
 
     def __post_init__(self) -> None:
-        known = {p.name for p in (*RAISE, *FUSE, *LOWER)}
+        known = {p.name for group in ordered_passes() for p in group}
         for name in (*self.disabled, *self.allow_missed):
             if name not in known:
                 raise ValueError(f"pipeline: no pass is named {name!r}; there are: {', '.join(sorted(known))}")
@@ -72,17 +77,37 @@ class PipelineConfig:
             raise ValueError(f"pipeline: inductor={self.inductor!r}; wanted 'auto', 'always' or 'never'")
 
 
-def compile_graph(captured: Captured, structure: Structure, config: PipelineConfig, ledger: Ledger) -> Program:
-    """Turn a captured graph into a program. The graph is rewritten in place."""
-    module, reports = captured.module, []
+def ordered_passes() -> list[list[Pass]]:
+    """Return the groups raise, fuse and lower, with the passes that installed packages place among ours."""
+    return placed_into((RAISE, FUSE, LOWER), discovered())
+
+
+def rewrite(
+    captured: Captured, structure: Structure, config: PipelineConfig, ledger: Ledger, validator: Validator | None = None
+) -> list[Report]:
+    """Run every pass over a captured graph, in place, and return their reports."""
+    reports: list[Report] = []
     with ledger.stage("raise"):
-        passes.canonicalize(module)
-        verify(module, "capture")
-        reports += _run(RAISE, captured, structure, config)
-    with ledger.stage("fuse"):
-        reports += _run(FUSE, captured, structure, config)
+        passes.canonicalize(captured.module)
+        verify(captured.module, "capture")
+    for stage, group in zip(("raise", "fuse", "lower"), ordered_passes(), strict=True):
+        with ledger.stage(stage):
+            reports += _run(group, captured, structure, config, validator)
+    return reports
+
+
+def compile_graph(
+    captured: Captured, structure: Structure, config: PipelineConfig, ledger: Ledger, validator: Validator | None = None
+) -> Program:
+    """Turn a captured graph into a program. The graph is rewritten in place; a validator checks every pass.
+
+    Raises ValueError when the configuration asks for validation and no validator is given.
+    """
+    if config.validate and validator is None:
+        raise ValueError("compile_graph: validate=True needs a validator, with step inputs to run the graph on")
+    module = captured.module
+    reports = rewrite(captured, structure, config, ledger, validator)
     with ledger.stage("lower"):
-        reports += _run(LOWER, captured, structure, config)
         recipes = hoist(captured)  # before split: a derived weight belongs to no piece
         chosen = choose_providers(module, config.providers)
         verify(module, "lower", lowered=True)
@@ -99,7 +124,9 @@ def compile_graph(captured: Captured, structure: Structure, config: PipelineConf
     return program
 
 
-def _run(group: tuple[Pass, ...], captured: Captured, structure: Structure, config: PipelineConfig) -> list[Report]:
+def _run(
+    group: Sequence[Pass], captured: Captured, structure: Structure, config: PipelineConfig, validator: Validator | None
+) -> list[Report]:
     reports = []
     for entry in group:
         if entry.name in config.disabled:
@@ -112,6 +139,8 @@ def _run(group: tuple[Pass, ...], captured: Captured, structure: Structure, conf
                 f"{entry.name} matched {report.matched} of {report.expected} places the model's structure promises."
                 f" Misses:\n  {shown}\nMend the model or the pattern, or pass allow_missed=[{entry.name!r}]."
             )
+        if validator is not None:
+            validator.check(report)
         reports.append(report)
     return reports
 

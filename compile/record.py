@@ -101,6 +101,8 @@ class _OntoTape(TorchDispatchMode):
         if func.namespace == "seamwise" or _is_view(result, args):
             return result
         if not isinstance(result, Tensor):
+            if not any(isinstance(a, Tensor) for a in tree_leaves((args, kwargs))):
+                return result  # of no tensor (aten.promote_types): it cannot change
             raise RecordingRefused(
                 f"{func} gives {type(result).__name__}, not one tensor: its value now would be replayed for ever"
             )

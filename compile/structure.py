@@ -2,30 +2,58 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from torch import nn
 
 from seamwise.passes import Structure
+
+# Norms of what attention or MLP gives, before it is added to the residual (Gemma, OLMo 2, GLM 4). Where a block has no
+# post_feedforward_layernorm, its post_attention_layernorm is the MLP's norm, of the residual sum.
+_AFTER = {"post_attention_layernorm", "post_feedforward_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"}
 
 
 def structure_of(model: nn.Module) -> Structure:
     """Return the counts of a decoder whose modules carry the names transformers' models use.
 
-    A block is a module with an `input_layernorm`; each of its norms but the model's first reads a residual sum, and
-    so does the final norm. Norms inside an attention (query and key norms) read no residual.
+    A block is a module with `self_attn` and `mlp`. Norms read the residual sum, but for those inside an attention
+    (of queries and keys), those after attention and MLP, and the model's first, which reads the embedding.
     """
-    norms = attentions = gated = rotations = in_attention = 0
+    norms = attentions = rotations = gated = pairs = no_sum = 0
+    reads_embedding = False
     for _, module in model.named_modules():
         children = dict(module.named_children())
-        norms += "RMSNorm" in type(module).__name__
-        if {"q_proj", "k_proj", "v_proj"} <= children.keys():
-            attentions += 1
-            rotations += 2
-            in_attention += sum("RMSNorm" in type(c).__name__ for c in children.values())
-        gated += {"gate_proj", "up_proj", "down_proj"} <= children.keys()
+        own_norms = {name for name, child in children.items() if "RMSNorm" in type(child).__name__}
+        norms += len(own_norms)
+        if {"self_attn", "mlp"} <= children.keys():
+            reads_embedding |= "input_layernorm" in own_norms
+            after = _AFTER if "post_feedforward_layernorm" in children else _AFTER - {"post_attention_layernorm"}
+            no_sum += len(own_norms & after)
+        apart = {"q_proj", "k_proj", "v_proj"} <= children.keys()
+        if apart or "qkv_proj" in children:
+            attentions += apart
+            rotations += 2 * _turns_halves(module)
+            no_sum += len(own_norms)
+        pair = {"gate_proj", "up_proj"} <= children.keys()
+        gated += pair or "gate_up_proj" in children
+        pairs += pair
     return Structure(
         norms=norms,
-        residual_norms=max(norms - in_attention - 1, 0),
+        residual_norms=max(norms - no_sum - reads_embedding, 0),
         rotations=rotations,
         gated_mlps=gated,
+        gate_up_pairs=pairs,
         attentions=attentions,
     )
+
+
+def _turns_halves(attention: nn.Module) -> bool:
+    """Return whether an attention rotates halves against each other: not in every layer, nor in every model.
+
+    SmolLM3 has layers without; Cohere, GLM and others of transformers turn neighbouring columns, by their own
+    `rotate_half`.
+    """
+    turn = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    halves = turn is None or turn(torch.arange(4)).tolist() == [-2, -3, 0, 1]
+    return bool(getattr(attention, "use_rope", True)) and halves

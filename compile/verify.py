@@ -12,13 +12,17 @@ class BrokenGraph(RuntimeError):
     """A stage left a graph that breaks a rule of the IR: a bug of that stage."""
 
 
-def verify(module: GraphModule, after: str, *, lowered: bool = False, piece: bool = False) -> None:
-    """Check every node. `lowered`: each contract has its provider. `piece`: no seam may be inside."""
+def verify(
+    module: GraphModule, after: str, *, lowered: bool = False, piece: bool = False, constants: bool = False
+) -> None:
+    """Check every node. `lowered`: each contract has its provider. `piece`: no seam may be inside. `constants`: the
+    graph may read constant tensors of its module."""
+    known = ("placeholder", "call_function", "get_attr") if constants else ("placeholder", "call_function")
     for node in module.graph.nodes:
         if node.op == "output":
             continue
         for rule, broken in (
-            ("every node is a placeholder or a call of an op", node.op not in ("placeholder", "call_function")),
+            ("every node is a placeholder or a call of an op", node.op not in known),
             ("every node carries its value's shape and dtype", "val" not in node.meta),
             ("only a seam writes its arguments", _writes_outside_seam(node)),
             ("after lowering every contract has a provider", lowered and _unlowered(node)),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node, Proxy
 
-from .graph import inserting, is_op, place, sweep, value
+from .graph import inserting, is_op, is_weight, place, replace, sweep, value
 from .matcher import Match, Miss, Pattern
 
 
@@ -20,9 +20,10 @@ class Structure:
     """What a model is made of, counted on its modules; passes promise their matches from it.
 
     norms     calls of RMSNorm modules
-    residual_norms  those of them that read a residual sum (every block norm but the model's first)
+    residual_norms  those of them that read a residual sum
     rotations tensors rotated by RoPE (queries and keys of each attention)
-    gated_mlps      MLPs with gate and up projections
+    gated_mlps      MLPs whose activation is gated
+    gate_up_pairs   those of them with separate gate and up projections
     attentions      attentions with separate query, key and value projections
     """
 
@@ -30,18 +31,23 @@ class Structure:
     residual_norms: int = 0
     rotations: int = 0
     gated_mlps: int = 0
+    gate_up_pairs: int = 0
     attentions: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """One pass's remark: how often it matched, what was promised, each miss with its reason, its time."""
+    """One pass's remark: how often it matched, what was promised, each miss with its reason, its time.
+
+    certificate  how it was validated: cases, semantics, max_error; None where it was not
+    """
 
     name: str
     matched: int = 0
     expected: int | None = None
     misses: list[Miss] = field(default_factory=list)
     elapsed_ms: float = 0.0
+    certificate: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,17 +121,27 @@ def _unplaceable(module: GraphModule, match: Match) -> str | None:
     """Return why the replacement cannot stand before the match's first output, or None."""
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     first = min(match.outputs, key=order.__getitem__)
-    late = [n.name for n in match.inputs if order[n] > order[first]]
+    late = [n.name for n in match.inputs if order[n] > order[first] and not is_weight(n)]
     return f"{', '.join(late)} is computed after {first.name}, which the replacement must give" if late else None
 
 
 def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any]) -> None:
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     first = min(match.outputs, key=order.__getitem__)
+    for node in match.inputs:
+        _lift(node, first, order)
     with inserting(module.graph, first, like=match.outputs[0]) as proxy:
         results = replacement(*map(proxy, match.inputs), **match.scalars)
         results = results if isinstance(results, (list, tuple)) else [results]
     for old, new in zip(match.outputs, results, strict=True):
         assert isinstance(new, Proxy)
-        old.replace_all_uses_with(new.node)
+        replace(old, new.node)
         module.graph.erase_node(old) if not old.users else None
+
+
+def _lift(node: Node, first: Node, order: dict[Node, int]) -> None:
+    """Move a weight-only node, and what it is computed from, ahead of `first` where it stands after it."""
+    if order[node] > order[first]:
+        for source in node.all_input_nodes:
+            _lift(source, first, order)
+        first.prepend(node)

@@ -13,6 +13,7 @@ from typing import Any
 _COMMANDS = {
     "generate": "continue a prompt and print text, speed and where start-up time went",
     "explain": "show what the compiler did with a model: passes, misses, pieces, seams, start-up",
+    "bisect": "compare two runs of a model op by op and name the first op that differs",
     "bench": "run a benchmark: throughput, step, kernels",
 }
 
@@ -20,7 +21,9 @@ _COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status. A ValueError of the library is printed as one line, status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands: dict[str, Callable[[list[str]], int]] = {"generate": generate, "explain": explain, "bench": bench}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "generate": generate, "explain": explain, "bisect": bisect, "bench": bench,
+    }  # fmt: skip
     if not arguments or arguments[0] not in commands:
         asked = not arguments or arguments[0] in ("-h", "--help")
         listed = "\n".join(f"  {name:10} {what}" for name, what in _COMMANDS.items())
@@ -143,9 +146,11 @@ def explain(arguments: list[str]) -> int:
     _model_options(parser)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--source", action="store_true", help="print the generated program instead")
+    parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
     options = parser.parse_args(arguments)
 
     from seamwise.compile.explain import as_json, as_text
+    from seamwise.compile.pipeline import PipelineConfig
 
     from .config import ModelConfig
     from .llm import resolve_model
@@ -155,7 +160,8 @@ def explain(arguments: list[str]) -> int:
 
     with shown_ledger("compile") as ledger:
         config = ModelConfig.from_directory(resolve_model(options.model))
-        program, _ = load_program(config, RunnerConfig.for_model(config, **_loading(options)), ledger)
+        chosen = PipelineConfig(validate=options.validate)
+        program, _ = load_program(config, RunnerConfig.for_model(config, pipeline=chosen, **_loading(options)), ledger)
     if options.source:
         print(program.source)
     elif options.json:
@@ -163,6 +169,13 @@ def explain(arguments: list[str]) -> int:
     else:
         print(as_text(program, ledger.seconds))
     return 0
+
+
+def bisect(arguments: list[str]) -> int:
+    """`seamwise bisect`: name the first op at which two runs differ."""
+    from .bisect import main as run
+
+    return run(arguments)
 
 
 def bench(arguments: list[str]) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,15 @@ from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
 from seamwise.kernels.tape import compile_ahead
 
-from .checkpoint import Checkpoint, DummyCheckpoint, parameter_shapes, show_progress
+from .checkpoint import open_source, parameter_shapes, show_progress
 from .config import ModelConfig
+from .drawn_steps import draw_steps
 from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS
+
+if TYPE_CHECKING:
+    from seamwise.compile.capture import Captured
+    from seamwise.passes import Structure
 
 
 def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
@@ -37,6 +42,7 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
                 "device": torch.device(options.device).type,
                 "entry": options.entry,
                 "block_size": options.block_size,
+                "max_model_len": options.max_model_len,  # LongRoPE's table is chosen by it
                 "pipeline": asdict(options.pipeline),
             }
         )
@@ -54,18 +60,28 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
     return program, buffers
 
 
-def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
-    """Build the module without weights, trace it on fake tensors and run the pipeline."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedModel:
+    """A traced model: its graph, what its structure promises, its buffers, its parameters' shapes and tied names."""
+
+    captured: Captured
+    structure: Structure
+    buffers: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+
+
+def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> CapturedModel:
+    """Build the module without weights and trace it on fake tensors."""
     with ledger.stage("import compiler"):
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         from seamwise.compile.capture import capture
-        from seamwise.compile.pipeline import compile_graph
         from seamwise.compile.structure import structure_of
         from seamwise.model_defs import build_model
     with ledger.stage("build model"):
-        model = build_model(config.architecture, config.raw, entry=options.entry)
+        model = build_model(config.architecture, config.raw, entry=options.entry, max_model_len=options.max_model_len)
         buffers = {name: b for name, b in model.named_buffers() if b.device.type != "meta"}
         structure = structure_of(model)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -75,26 +91,39 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         with fake:
             arguments = _example_arguments(config, options)
         captured = capture(model, arguments, _dims(config))
-    program = compile_graph(captured, structure, options.pipeline, ledger)
-    shapes, program.tied = parameter_shapes(model)
-    program.parameters = {name: list(shape) for name, shape in shapes.items()}
+    shapes, tied = parameter_shapes(model)
+    return CapturedModel(captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied)
+
+
+def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
+    """Capture a model and run the pipeline; return the program and the buffers that its weights read."""
+    from seamwise.compile.pipeline import compile_graph
+    from seamwise.compile.validate import Validator
+
+    model = capture_model(config, options, ledger)
+    validator = None
+    if options.pipeline.validate:
+        with ledger.stage("validate"):
+            cases = draw_steps(config, block_size=options.block_size, dtype=options.dtype)
+            validator = Validator(model.captured, cases, model.buffers)
+    program = compile_graph(model.captured, model.structure, options.pipeline, ledger, validator)
+    program.parameters, program.tied = {name: list(shape) for name, shape in model.shapes.items()}, model.tied
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
-    return program, {name: b for name, b in buffers.items() if name in needed}
+    return program, {name: b for name, b in model.buffers.items() if name in needed}
 
 
 def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]) -> list[Tensor]:
     """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe."""
     shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
-    checkpoint = (
-        DummyCheckpoint(shapes, options.seed)
-        if options.load_format == "dummy"
-        else Checkpoint.open(path, shapes, program.tied)
-    )
+    source = open_source(
+        path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
+        seed=options.seed,
+    )  # fmt: skip
 
     def parameter(name: str) -> Tensor:
         if name in buffers:
             return buffers[name].to(options.device)
-        return checkpoint.read(name, dtype=options.dtype, device=options.device)
+        return source.read(name, dtype=options.dtype, device=options.device)
 
     with torch.inference_mode():
         names = show_progress(program.recipes, "loading weights")

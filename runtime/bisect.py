@@ -1,0 +1,90 @@
+"""`seamwise bisect`: two runs of one checkpoint, each described by a few words, compared op by op."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from seamwise.compile.bisect import Comparison, Run, as_text, compare
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.lower import choose_providers
+from seamwise.compile.pipeline import PipelineConfig, rewrite
+
+from .checkpoint import open_source
+from .config import ModelConfig
+from .drawn_steps import CASES, draw_steps
+from .loading import capture_model
+from .runner_config import RunnerConfig
+
+_HELP = """A run is described by comma-separated words, all optional:
+  entry=own|transformers         the model's definition (default own, where there is one)
+  dtype=float32|bfloat16|…       (default float32)
+  run=providers|meaning|reference  kernels as compiled; eager torch; eager torch in float64 (default providers)
+  without=PASS                   leave a pass out (repeat for more); without=all leaves every pass out"""
+
+
+def parse_run(text: str) -> dict[str, Any]:
+    """Return a run's description as options. Raises ValueError naming a word that is not understood."""
+    options: dict[str, Any] = {"entry": "auto", "dtype": "float32", "run": "providers", "without": []}
+    for word in filter(None, text.split(",")):
+        name, _, value = word.partition("=")
+        if name not in options or not value:
+            raise ValueError(f"bisect: {word!r} is not understood.\n{_HELP}")
+        options[name] = [*options["without"], value] if name == "without" else value
+    return options
+
+
+def build_run(path: Path, config: ModelConfig, described: Mapping[str, Any], case: str) -> Run:
+    """Capture, rewrite and lower a model as described; its placeholders read the checkpoint and the drawn case."""
+    everything = [p for p in described["without"] if p != "all"]
+    pipeline = PipelineConfig(disabled=tuple(everything))
+    options = RunnerConfig.for_model(
+        config, dtype=described["dtype"], entry=described["entry"], device="cpu", pipeline=pipeline, pack_dir=None
+    )
+    model = capture_model(config, options, Ledger())
+    if "all" not in described["without"]:
+        rewrite(model.captured, model.structure, pipeline, Ledger())
+    choose_providers(model.captured.module)
+    source = open_source(path, model.shapes, model.tied, dtype=options.dtype, device="cpu")
+    step = draw_steps(config, block_size=options.block_size, dtype=torch.float32)[case]
+    cast = [x.to(options.dtype) if x.is_floating_point() else x for x in step]
+    inputs = dict(zip(model.captured.inputs, cast, strict=True))
+
+    def given(node: Node) -> Tensor:
+        if node.name in inputs:
+            return inputs[node.name]
+        name = model.captured.weights[node.name]
+        return model.buffers[name] if name in model.buffers else source.read(name, dtype=options.dtype, device="cpu")
+
+    return Run(module=model.captured.module, given=given, semantics=described["run"])
+
+
+def bisect(path: Path, a: str, b: str, *, case: str, tolerance: float) -> Comparison:
+    """Compare two described runs of the model in a directory on one drawn step."""
+    config = ModelConfig.from_directory(path)
+    first, second = (build_run(path, config, parse_run(text), case) for text in (a, b))
+    return compare(first, second, tolerance=tolerance)
+
+
+def main(arguments: list[str]) -> int:
+    """Parse arguments, compare, print; the status is 1 when an op differs."""
+    parser = argparse.ArgumentParser(
+        prog="seamwise bisect", description=__doc__, epilog=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face directory or hub id")
+    parser.add_argument("--a", default="", help="the first run, e.g. entry=own")
+    parser.add_argument("--b", required=True, help="the second run, e.g. entry=transformers,run=meaning,without=all")
+    parser.add_argument("--case", choices=list(CASES), default=list(CASES)[-1], help="the step that is run")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative RMS from which ops differ")
+    options = parser.parse_args(arguments)
+    from .llm import resolve_model
+
+    result = bisect(resolve_model(options.model), options.a, options.b, case=options.case, tolerance=options.tolerance)
+    print(as_text(result))
+    return int(result.first is not None)

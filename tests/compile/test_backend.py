@@ -1,0 +1,110 @@
+"""`torch.compile(model, backend="seamwise")` on others' models: equal to eager, with our ops inside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from seamwise.compile.backend import remarks
+
+SMALL = {
+    "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 64, "pad_token_id": 0,
+}  # fmt: skip
+# architecture -> how often each pass matches, for one request (rope rotates a batch of 1 only)
+MODELS = {
+    "Llama": {"raise_rms_norm": 5, "raise_rope": 4, "raise_swiglu": 2, "fuse_add_rms_norm": 4},
+    "Qwen2": {"raise_rms_norm": 5, "raise_rope": 4, "raise_swiglu": 2, "fuse_add_rms_norm": 4},
+    "Qwen3": {"raise_rms_norm": 9, "raise_rope": 4, "raise_swiglu": 2, "fuse_add_rms_norm": 4},
+    "Mistral": {"raise_rms_norm": 5, "raise_rope": 4, "raise_swiglu": 2, "fuse_add_rms_norm": 4},
+    "Olmo2": {"raise_rms_norm": 9, "raise_rope": 4, "raise_swiglu": 2, "fuse_add_rms_norm": 1},
+    "StableLm": {"raise_rms_norm": 0, "raise_rope": 4, "raise_swiglu": 2, "fuse_add_rms_norm": 0},  # layer norms
+}
+
+
+def build(name: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SMALL)
+    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    return model
+
+
+def compiled(model: Any, **options: str) -> Any:
+    torch._dynamo.reset()
+    remarks()
+    return torch.compile(model, backend="seamwise", options=options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_models(name: str) -> None:
+    model = build(name)
+    ids = torch.randint(1, 128, (1, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        eager, ours = model(ids).logits, compiled(model, inner="aot_eager")(ids).logits
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+    found: Counter[str] = Counter()
+    for remark in remarks():
+        found.update(remark.matched())
+    assert {k: found[k] for k in MODELS[name]} == MODELS[name]
+
+
+@pytest.mark.slow
+def test_with_inductor_inside_and_other_sizes() -> None:
+    model = build("Llama")
+    function = compiled(model)
+    with torch.no_grad():
+        for tokens in (9, 5, 12):
+            ids = torch.randint(1, 128, (1, tokens))
+            torch.testing.assert_close(function(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+class Breaks(nn.Module):
+    """Two RMSNorms with a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16))
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        torch._dynamo.graph_break()
+        return self.norm(x)
+
+
+def test_graph_breaks_are_tolerated() -> None:
+    model, x = Breaks(), torch.randn(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, inner="eager")(x), model(x))
+    assert [r.matched()["raise_rms_norm"] for r in remarks()] == [1, 1]
+
+
+def test_what_is_differentiated_or_written_is_left_alone_and_says_so() -> None:
+    model, x = Breaks(), torch.randn(3, 16)
+    compiled(model, inner="aot_eager")(x).sum().backward()
+    grad, model.weight.grad = model.weight.grad, None
+    model(x).sum().backward()
+    torch.testing.assert_close(grad, model.weight.grad)
+    assert all("differentiated" in (r.left_alone or "") for r in remarks())
+
+    def writes(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return x * weight
+
+    with torch.no_grad():
+        a, b = torch.zeros(4), torch.zeros(4)
+        torch.testing.assert_close(compiled(writes, inner="aot_eager")(a, torch.ones(4)), writes(b, torch.ones(4)))
+    assert torch.equal(a, b) and "writes its argument" in (remarks()[0].left_alone or "")
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(Exception, match="inner"):
+        compiled(Breaks(), inner="fast")(torch.randn(3, 16))

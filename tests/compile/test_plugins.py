@@ -1,0 +1,67 @@
+"""A third party's package adds a pass through an entry point, placed beside a named one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seamwise.compile.pipeline import FUSE, LOWER, RAISE, ordered_passes
+from seamwise.compile.plugins import Placed, placed_into
+from seamwise.passes import FUSE_QKV, Pass
+
+NOTHING = Pass(name="nothing", rewrite=lambda module, report: None)
+
+PACKAGE = '''
+"""An example package: counts the residual additions that are left, and changes nothing."""
+import torch
+from seamwise.compile.plugins import Placed
+from seamwise.passes import Pass
+
+def rewrite(module, report):
+    report.matched = len(module.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor))
+
+PLACED = Placed(entry=Pass(name="count_additions", rewrite=rewrite), after="raise_rope")
+'''
+SCRIPT = """
+import json, sys
+from seamwise.compile.explain import as_json
+from seamwise.runtime.cli import main
+sys.exit(main(["explain", "--model", sys.argv[1], "--json", "--no-pack", "--validate"]))
+"""
+
+
+def test_an_installed_package_adds_its_pass(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "example_passes.py").write_text(PACKAGE)
+    info = tmp_path / "example_passes-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example-passes\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[seamwise.passes]\ncount = example_passes:PLACED\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{SCRIPT}"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(tiny_llama_dir)], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = [p["name"] for p in json.loads(done.stdout)["passes"]]
+    assert names[names.index("raise_rope") + 1] == "count_additions"
+    counted = next(p for p in json.loads(done.stdout)["passes"] if p["name"] == "count_additions")
+    assert counted["matched"] == 4  # two residual sums in each of 2 layers
+    assert counted["certificate"]["max_error"] == 0.0
+
+
+def test_before_and_after_a_named_pass() -> None:
+    (fused,) = placed_into([FUSE], [Placed(entry=NOTHING, before="fuse_qkv")])
+    assert fused.index(NOTHING) == fused.index(FUSE_QKV) - 1
+    assert [tuple(g) for g in ordered_passes()] == [RAISE, FUSE, LOWER]
+
+
+def test_a_place_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match="'nothing' is placed beside 'fuse_moe'; there are: fuse_add_rms_norm"):
+        placed_into([FUSE], [Placed(entry=NOTHING, after="fuse_moe")])
+    with pytest.raises(ValueError, match="another pass has this name"):
+        placed_into([FUSE], [Placed(entry=FUSE_QKV, after="fuse_qkv")])
+    with pytest.raises(ValueError, match="wanted exactly one"):
+        Placed(entry=NOTHING)
