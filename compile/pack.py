@@ -31,7 +31,7 @@ from seamwise.passes import Miss, Report
 from .plugins import digests
 from .program import Program
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT_DIRECTORY = Path.home() / ".cache" / "seamwise" / "packs"
 
 
@@ -56,8 +56,12 @@ def key_of(parts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def save(directory: Path, parts: Mapping[str, str], program: Program, buffers: Mapping[str, Tensor]) -> Path:
-    """Write a pack to `directory / key`, whole or not at all; a complete one of another process is kept."""
+def save(
+    directory: Path, parts: Mapping[str, str], program: Program, buffers: Mapping[str, Tensor], *,
+    name: str | None = None, load_with: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Write a pack to `directory / name` (by default its key), whole or not at all; a complete one of another process
+    is kept. `load_with` says how to load it without being told: the checkpoint's path and the runner's options."""
     from safetensors.torch import save as tensors_to_bytes
 
     files = {
@@ -70,12 +74,13 @@ def save(directory: Path, parts: Mapping[str, str], program: Program, buffers: M
     manifest = {
         "format": FORMAT,
         "parts": dict(parts),
+        "load_with": dict(load_with or {}),
         "program": described,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     files["manifest.json"] = json.dumps(manifest, indent=1).encode()
     directory.mkdir(parents=True, exist_ok=True)
-    target = directory / key_of(parts)
+    target = directory / (name or key_of(parts))
     staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
     try:
         for name, data in files.items():
@@ -92,22 +97,54 @@ def save(directory: Path, parts: Mapping[str, str], program: Program, buffers: M
     return target
 
 
-def load(directory: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Tensor]] | None:
+def load(
+    directory: Path, parts: Mapping[str, str], name: str | None = None
+) -> tuple[Program, dict[str, Tensor]] | None:
     """Return the pack for `parts`, None when there is none. Raises PackRefused when it is damaged or foreign."""
-    target = directory / key_of(parts)
+    target = directory / (name or key_of(parts))
     return _read(target, parts) if target.is_dir() else None
+
+
+def is_pack(directory: Path) -> bool:
+    """Return whether a directory holds a pack."""
+    return (directory / "manifest.json").is_file() and (directory / "program.py").is_file()
+
+
+def manifest_of(target: Path) -> dict[str, Any]:
+    """Return a pack's manifest. Raises PackRefused when it cannot be read or has another format."""
+    try:
+        manifest: dict[str, Any] = json.loads((target / "manifest.json").read_bytes())
+        if manifest["format"] != FORMAT:
+            raise PackRefused(f"pack {target}: format {manifest['format']}, wanted {FORMAT}")
+        return manifest
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise PackRefused(f"pack {target}: cannot be read: {error!r}") from error
+
+
+def explain_key(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    """Return a line for each part in which two keys differ; a configuration's line names the settings that do."""
+    lines = []
+    for part in sorted({*a, *b}):
+        left, right = a.get(part, "absent"), b.get(part, "absent")
+        if left == right:
+            continue
+        settings = [json.loads(x) if part.startswith("config.") and x != "absent" else None for x in (left, right)]
+        if all(isinstance(s, dict) for s in settings):
+            first, second = settings
+            names = sorted(k for k in {*first, *second} if first.get(k, "absent") != second.get(k, "absent"))
+            lines += [f"{part}.{k}: {first.get(k, 'absent')} | {second.get(k, 'absent')}" for k in names]
+        else:
+            lines.append(f"{part}: {left} | {right}")
+    return lines
 
 
 def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Tensor]]:
     from safetensors.torch import load as tensors_from_bytes
 
     try:
-        manifest = json.loads((target / "manifest.json").read_bytes())
-        if manifest["format"] != FORMAT:
-            raise PackRefused(f"pack {target}: format {manifest['format']}, wanted {FORMAT}")
-        if manifest["parts"] != dict(parts):
-            differing = sorted(k for k in {*manifest["parts"], *parts} if manifest["parts"].get(k) != parts.get(k))
-            raise PackRefused(f"pack {target}: made for something else; differs in: {', '.join(differing)}")
+        manifest = manifest_of(target)
+        if differing := explain_key(manifest["parts"], parts):
+            raise PackRefused(f"pack {target}: made for something else (pack | wanted): {'; '.join(differing)}")
         files = {}
         for name, wanted in manifest["sha256"].items():
             files[name] = (target / name).read_bytes()

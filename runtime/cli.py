@@ -13,6 +13,8 @@ from typing import Any
 _COMMANDS = {
     "generate": "continue a prompt and print text, speed and where start-up time went",
     "explain": "show what the compiler did with a model: passes, misses, pieces, seams, start-up",
+    "compile": "compile a model into a pack, which loads without tracing or compiling",
+    "explain-key": "say in what two packs differ",
     "bisect": "compare two runs of a model op by op and name the first op that differs",
     "bench": "run a benchmark: throughput, step, kernels",
 }
@@ -22,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status. A ValueError of the library is printed as one line, status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], int]] = {
-        "generate": generate, "explain": explain, "bisect": bisect, "bench": bench,
+        "generate": generate, "explain": explain, "compile": compile_pack, "explain-key": explain_key, "bisect": bisect,
+        "bench": bench,
     }  # fmt: skip
     if not arguments or arguments[0] not in commands:
         asked = not arguments or arguments[0] in ("-h", "--help")
@@ -154,7 +157,7 @@ def explain(arguments: list[str]) -> int:
 
     from .config import ModelConfig
     from .llm import resolve_model
-    from .loading import load_program
+    from .packs import load_program
     from .progress import shown_ledger
     from .runner_config import RunnerConfig
 
@@ -169,6 +172,46 @@ def explain(arguments: list[str]) -> int:
     else:
         print(as_text(program, ledger.seconds))
     return 0
+
+
+def compile_pack(arguments: list[str]) -> int:
+    """`seamwise compile`: write a model's pack, for ModelRunner.load(PACK, offline=True)."""
+    parser = argparse.ArgumentParser(prog="seamwise compile", description=_COMMANDS["compile"])
+    _model_options(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the pack's directory")
+    parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
+    options = parser.parse_args(arguments)
+    if options.no_pack:
+        raise ValueError("compile: --no-pack keeps nothing, and -o names a pack; leave one out")
+
+    from seamwise.compile.pipeline import PipelineConfig
+
+    from .llm import resolve_model
+    from .packs import write_pack
+    from .progress import shown_ledger
+
+    pipeline = PipelineConfig(validate=options.validate)
+    with shown_ledger("compile") as ledger:
+        program = write_pack(
+            resolve_model(options.model), options.output, ledger, pipeline=pipeline, **_loading(options)
+        )
+    seconds = sum(ledger.seconds.values())
+    print(f"{options.output}: {len(program.calls)} pieces, {program.num_distinct} distinct, {seconds:.1f} s")
+    return 0
+
+
+def explain_key(arguments: list[str]) -> int:
+    """`seamwise explain-key A B`: print the parts in which two packs' keys differ; the status is 1 when they do."""
+    parser = argparse.ArgumentParser(prog="seamwise explain-key", description=_COMMANDS["explain-key"])
+    parser.add_argument("packs", nargs=2, type=Path, metavar="PACK")
+    options = parser.parse_args(arguments)
+
+    from seamwise.compile.pack import explain_key as differences
+    from seamwise.compile.pack import manifest_of
+
+    lines = differences(*(manifest_of(path)["parts"] for path in options.packs))
+    print("\n".join(lines) or "the same key")
+    return int(bool(lines))
 
 
 def bisect(arguments: list[str]) -> int:

@@ -1,20 +1,17 @@
-"""From a configuration to a program (compiled, or taken from its pack), and from a checkpoint to its weights."""
+"""From a configuration to a compiled program, and from a checkpoint to the weights it reads."""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from seamwise.compile import pack
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
-from seamwise.kernels.tape import compile_ahead
 
 from .checkpoint import open_source, parameter_shapes, show_progress
 from .config import ModelConfig
@@ -25,39 +22,6 @@ from .step import STEP_ARGUMENTS
 if TYPE_CHECKING:
     from seamwise.compile.capture import Captured
     from seamwise.passes import Structure
-
-
-def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
-    """Return the compiled program and the model's buffers: from the pack when there is one, else compiled and packed.
-
-    A damaged pack is reported as a warning and replaced.
-    """
-    if torch.device(options.device).type == "cpu":
-        compile_ahead()
-    with ledger.stage("look up pack"):
-        parts = pack.key_parts(
-            {
-                "model": config.raw,
-                "dtype": options.dtype,
-                "device": torch.device(options.device).type,
-                "entry": options.entry,
-                "block_size": options.block_size,
-                "max_model_len": options.max_model_len,  # LongRoPE's table is chosen by it
-                "pipeline": asdict(options.pipeline),
-            }
-        )
-        try:
-            found = pack.load(options.pack_dir, parts) if options.pack_dir else None
-        except pack.PackRefused as error:
-            warnings.warn(f"{error}; compiling again", stacklevel=2)
-            found = None
-    if found is not None:
-        return found
-    program, buffers = compile_model(config, options, ledger)
-    if options.pack_dir:
-        with ledger.stage("write pack"):
-            pack.save(options.pack_dir, parts, program, buffers)
-    return program, buffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

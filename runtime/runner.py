@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.record import Recording, recorder_for
 
 from .config import ModelConfig
 from .kv_cache import KVCacheSpec
-from .loading import load_program, load_step_weights
+from .loading import load_step_weights
+from .packs import load_program, open_pack
 from .progress import shown_ledger
 from .runner_config import RunnerConfig
 from .static_inputs import StaticInputs
@@ -61,12 +63,15 @@ class ModelRunner:
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> ModelRunner:
-        """Load a Hugging Face model directory: compile it (or take its pack), read its weights.
+        """Load a Hugging Face model directory, compiling it or taking its pack, or a pack of `seamwise compile`.
 
         Options are the fields of RunnerConfig. Raises ValueError for a directory, configuration or checkpoint that
         cannot be served, naming what is wrong.
         """
         with shown_ledger("start-up") as ledger:
+            path = Path(path)
+            if pack.is_pack(path):
+                path, options = open_pack(path, options)
             with ledger.stage("read config"):
                 config = ModelConfig.from_directory(Path(path))
                 settings = RunnerConfig.for_model(config, **options)

@@ -11,6 +11,7 @@ import torch
 from seamwise.compile import pack
 from seamwise.compile.pipeline import PipelineConfig
 
+from .checkpoint_formats import check_load_format
 from .config import ModelConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,11 +26,13 @@ class RunnerConfig:
     entry          "own": Seamwise's definition; "transformers": the checkpoint's own class
     max_model_len  longest request in tokens, prompt and output together
     block_size     tokens in a KV cache block
-    load_format    "auto": the checkpoint; "dummy": seeded random weights
+    load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
     max_recorded_requests  largest number of requests whose decode step is recorded (0: none)
     pipeline       what differs from the default compiler pipeline
     pack_dir       where compiled models are kept; None compiles every time
+    pack_name      the pack in pack_dir to use and write; None: named by its key
+    offline        neither trace nor compile: a pack that is missing or does not fit is an error
     """
 
     dtype: torch.dtype
@@ -43,12 +46,15 @@ class RunnerConfig:
     max_recorded_requests: int = 256
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     pack_dir: Path | None = pack.DEFAULT_DIRECTORY
+    pack_name: str | None = None
+    offline: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size}: wanted a power of two (16 is the default)")
-        if self.load_format not in ("auto", "dummy"):
-            raise ValueError(f"load_format={self.load_format!r}: wanted 'auto' or 'dummy'")
+        check_load_format(self.load_format)
+        if self.pack_dir is None and (self.offline or self.pack_name):
+            raise ValueError("offline and pack_name need a pack_dir, got pack_dir=None")
 
     @classmethod
     def for_model(

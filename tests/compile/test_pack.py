@@ -13,6 +13,7 @@ from step_inputs import Steps, whole
 
 from seamwise import ModelRunner, StepInput
 from seamwise.compile import pack
+from seamwise.runtime.cli import main
 
 
 def load(model: Path, packs: Path | None, **options: Any) -> ModelRunner:
@@ -61,7 +62,7 @@ def test_no_pickle_is_in_a_pack(tiny_llama_dir: Path, tmp_path: Path, entry: str
         ("program.py", lambda b: b[: len(b) // 2], "program.py does not have the digest"),
         ("buffers.safetensors", lambda b: b[:-1] + b"\x7f", "buffers.safetensors does not have the digest"),
         ("manifest.json", lambda b: b[: len(b) // 2], "cannot be read"),
-        ("manifest.json", lambda b: b.replace(b'"format": 1', b'"format": 99'), "format 99, wanted 1"),
+        ("manifest.json", lambda b: b.replace(b'"format": 2', b'"format": 99'), "format 99, wanted 2"),
         ("manifest.json", lambda b: b.replace(b'"python": "', b'"python": "2'), "made for something else.*python"),
     ],
 )
@@ -103,3 +104,44 @@ def test_two_processes_may_write_one_pack(tiny_llama_dir: Path, tmp_path: Path) 
     assert [w.exitcode for w in workers] == [0, 0]
     assert len(list(tmp_path.iterdir())) == 1
     assert "capture" not in load(tiny_llama_dir, tmp_path).startup_s
+
+
+def test_a_compiled_pack_loads_in_place_of_the_model(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "tiny.pack"
+    command = ["compile", "--model", str(tiny_llama_dir), "--device", "cpu", "-o", str(target)]
+    assert main([*command, "--dtype", "float32"]) == 0
+    assert "3 pieces, 3 distinct" in capsys.readouterr().out
+    direct = logits(load(tiny_llama_dir, None))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("an offline start must not trace")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    runner = ModelRunner.load(target, offline=True)
+    assert torch.equal(logits(runner), direct)
+    assert (runner.options.dtype, runner.options.entry) == (torch.float32, "own")
+    with pytest.raises(pack.PackRefused, match=r'config.dtype: "torch.float32" \| "torch.bfloat16"'):
+        ModelRunner.load(target, offline=True, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"offline=True: .* has no pack .* `seamwise compile"):
+        load(tiny_llama_dir, tmp_path / "empty", offline=True)
+    with pytest.raises(ValueError, match="need a pack_dir"):
+        load(tiny_llama_dir, None, offline=True)
+
+
+def test_explain_key_names_what_differs(
+    tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, dtype in (("a", "float32"), ("b", "bfloat16"), ("c", "float32")):
+        command = ["compile", "--model", str(tiny_llama_dir), "--device", "cpu", "--dtype", dtype]
+        assert main([*command, "-o", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    assert main(["explain-key", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert capsys.readouterr().out == 'config.dtype: "torch.float32" | "torch.bfloat16"\n'
+    assert main(["explain-key", str(tmp_path / "a"), str(tmp_path / "c")]) == 0
+    assert main(["explain-key", str(tmp_path / "a"), str(tmp_path / "none")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    assert main(["compile", "--model", str(tiny_llama_dir), "-o", str(tmp_path / "none")]) == 2
+    assert "exists and is no pack" in capsys.readouterr().err
