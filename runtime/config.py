@@ -11,13 +11,15 @@ import torch
 
 from seamwise.model_defs.hf_config import Reader
 
+from .gguf_config import find_gguf, read_gguf_config
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What the runtime must know of a model; `raw` is config.json as read.
+    """What the runtime must know of a model; `raw` is config.json as read, or what it would hold.
 
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
@@ -39,11 +41,17 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
-        """Read config.json and generation_config.json. Raises ValueError naming the file and the wrong value."""
-        if not directory.is_dir():
+        """Read config.json and generation_config.json, or a GGUF file where there is no config.json.
+
+        Raises ValueError naming the file and the wrong value.
+        """
+        if not directory.exists():
             raise ValueError(f"model directory {directory} does not exist; wanted a Hugging Face model directory")
         path = directory / "config.json"
-        raw = _read_json(path, required=True)
+        if gguf := find_gguf(directory):
+            path, raw = gguf, read_gguf_config(gguf)
+        else:
+            raw = _read_json(path, required=True)
         generation = _read_json(directory / "generation_config.json", required=False)
         names = raw.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):

@@ -17,7 +17,7 @@ from .outputs import RequestOutput
 from .runner import ModelRunner
 from .sampling_params import SamplingParams
 from .scheduler import SchedulerConfig
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, has_tokenizer
 
 Prompt = str | Mapping[str, Any]
 
@@ -25,8 +25,8 @@ Prompt = str | Mapping[str, Any]
 class LLM:
     """Loads a model and generates for lists of prompts.
 
-    model    a Hugging Face directory, or a hub id (downloaded by huggingface_hub)
-    tokenizer  another directory to take the tokenizer from
+    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub)
+    tokenizer  another directory or GGUF file to take the tokenizer from
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device   "auto" (CUDA when there is one), "cpu", "cuda[:n]"
     max_model_len  longest request, prompt and output together; default: what the model allows
@@ -59,8 +59,7 @@ class LLM:
             )
         runner.allocate_kv(blocks)
         home = directory if tokenizer is None else resolve_model(tokenizer)
-        has_tokenizer = any((home / n).exists() for n in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
-        self.tokenizer = Tokenizer(home) if has_tokenizer else None
+        self.tokenizer = Tokenizer(home) if has_tokenizer(home) else None
         self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
         self._ids = itertools.count()
 
@@ -151,8 +150,8 @@ class LLM:
 
 
 def resolve_model(model: str | Path) -> Path:
-    """Return a model's directory, downloading it when `model` is a hub id. Raises ValueError when neither works."""
-    if Path(model).is_dir():
+    """Return a model's directory or GGUF file, downloading a hub id. Raises ValueError when neither works."""
+    if Path(model).exists():
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

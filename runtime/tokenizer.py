@@ -7,18 +7,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .gguf import read_gguf_header
+from .gguf_config import find_gguf
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Return whether a model's directory or GGUF file brings its tokenizer along."""
+    return _has_files(path) or _gguf_metadata(path) is not None
+
+
+def _has_files(path: Path) -> bool:
+    return any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def _gguf_metadata(path: Path) -> dict[str, Any] | None:
+    """Return the metadata of the GGUF file that a path stands for, where it describes a tokenizer."""
+    gguf = find_gguf(path)
+    metadata = None if gguf is None else read_gguf_header(gguf).metadata
+    return metadata if metadata and "tokenizer.ggml.model" in metadata else None
+
 
 class Tokenizer:
     """Encodes prompts and decodes outputs.
 
-    tokenizer.json is read by the tokenizers library alone (0.1 s); transformers (1 s more) is imported only for a chat
-    template, for get_tokenizer, or when a directory has no tokenizer.json.
+    tokenizer.json is read by the tokenizers library alone (0.1 s), and a GGUF file's tokenizer is built with it;
+    transformers (1 s more) is imported only for a chat template, for get_tokenizer, or when a directory has neither.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._full: Any = None
         self._light: Any = None
+        self._gguf: dict[str, Any] | None = None
         if (directory / "tokenizer.json").exists():
             from tokenizers import Tokenizer as Light
 
@@ -28,10 +48,21 @@ class Tokenizer:
                 self._light.no_padding()
             except Exception as error:  # the library raises bare Exception for a file it cannot parse
                 raise ValueError(f"{directory}/tokenizer.json: not a tokenizer: {error}") from error
+        elif not _has_files(directory) and (metadata := _gguf_metadata(directory)):
+            from .gguf_tokenizer import build_tokenizer
+
+            self._gguf, self._light = metadata, build_tokenizer(metadata, str(directory))
 
     @property
     def full(self) -> Any:
         """The transformers tokenizer. Raises ValueError when the directory holds none."""
+        if self._full is None and self._gguf is not None:
+            from transformers import PreTrainedTokenizerFast
+
+            from .gguf_tokenizer import special_tokens
+
+            named = special_tokens(self._gguf, str(self.directory))
+            self._full = PreTrainedTokenizerFast(tokenizer_object=self._light, **named)
         if self._full is None:
             from transformers import AutoTokenizer
 
