@@ -1,0 +1,69 @@
+"""A transformers model as llama.cpp's converter would write it, by the names and writers of its own package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+
+
+def write_gguf(model: Any, path: Path, kind: str = "F32", tokenizer: dict[str, Any] | None = None) -> None:
+    """Write a Llama, Qwen2 or Qwen3 of transformers; its matrices as `kind`, the rest in float32."""
+    config = model.config
+    writer = GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers), writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size), writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads), writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps), writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type == "llama":
+        writer.add_rope_dimension_count(config.head_dim), writer.add_vocab_size(config.vocab_size)
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim), writer.add_value_length(config.head_dim)
+    write_tokenizer(writer, tokenizer or {})
+    architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    if config.rope_parameters["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(config))
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.float().numpy()
+        if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
+            values = pair_rows(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        wanted = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        writer.add_tensor(stored, gguf.quantize(values, wanted), raw_dtype=wanted)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_tokenizer(writer: GGUFWriter, described: dict[str, Any]) -> None:
+    for key, value in described.items():
+        add = writer.add_array if isinstance(value, list) else None
+        if add is None:
+            add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)]
+        add(f"tokenizer.{key}", value)
+
+
+def pair_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The i-th of a head's first half, then the i-th of its second: so that rotated pairs are neighbours."""
+    out = np.empty_like(rows)
+    width = len(rows) // heads
+    for head in range(heads):
+        for i in range(width // 2):
+            out[head * width + 2 * i] = rows[head * width + i]
+            out[head * width + 2 * i + 1] = rows[head * width + width // 2 + i]
+    return out
+
+
+def llama3_divisors(config: Any) -> np.ndarray:
+    """By how much transformers slows each pair of columns down."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    slowed = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+    columns = np.arange(0, config.head_dim, 2, dtype=np.float32)
+    return (config.rope_parameters["rope_theta"] ** (-columns / config.head_dim) / slowed).astype(np.float32)
