@@ -80,7 +80,8 @@ def _flat(argument: Any) -> list[Recipe]:
 
 def _recipe(node: Node, weights: dict[str, str]) -> Recipe:
     if node.op == "placeholder":
-        return {"weight": weights[node.name]}
+        hoisted: Recipe | None = node.meta.get("recipe")
+        return hoisted or {"weight": weights[node.name]}
     if node.kwargs:
         raise ValueError(f"derive: {node.format_node()} has keyword arguments; a recipe takes positional ones only")
     return {"op": str(node.target), "args": [_argument(a, weights) for a in node.args]}

@@ -40,7 +40,8 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     lines = [f"{'pass':22} {'matched':>8} {'promised':>9} {'ms':>7}"]
     for r in program.reports:
         promised = "-" if r.expected is None else str(r.expected)
-        sound = f"  validated, error {r.certificate['max_error']:.0e}" if r.certificate else ""
+        word = "rounds on purpose" if r.certificate and r.certificate["lossy"] else "validated"
+        sound = f"  {word}, error {r.certificate['max_error']:.0e}" if r.certificate else ""
         lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}{sound}")
         lines += [f"    missed {miss}" for miss in r.misses]
     lines.append(f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +36,13 @@ FUSE = (
     passes.FUSE_GATE_UP,  # after raise_swiglu, whose cat it removes; before fuse_qkv, which joins all other siblings
     passes.FUSE_QKV,
 )
+FUSE_QUANT = (
+    passes.QUANTIZE_LINEAR,  # after the joins, which see plain linears; before the fusions of the quantize it inserts
+    passes.FUSE_RMS_NORM_QUANT,
+    passes.FUSE_ADD_RMS_NORM_QUANT,
+    passes.FUSE_SILU_MUL_QUANT,
+    passes.FUSE_ATTENTION_QUANT,
+)
 LOWER = (
     passes.PACK_LINEAR,  # after every pass that joins weights: it packs what they made
 )
@@ -58,6 +65,7 @@ class PipelineConfig:
     inductor      which pieces Inductor compiles: "auto", those whose loose ops it pays for; "always", all with any;
                   "never": loose ops run one by one
     allow_missed  names of passes that may match fewer places than promised
+    quantization  how the weights of linear layers are quantized at load: None or one of passes.SCHEMES
     providers     contract name -> the provider that must serve it
     validate      check after every pass, in float64 on drawn inputs, that the graph computes what it did
     """
@@ -67,19 +75,23 @@ class PipelineConfig:
     allow_missed: tuple[str, ...] = ()
     providers: dict[str, str] = field(default_factory=dict)
     validate: bool = False
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         known = {p.name for group in ordered_passes() for p in group}
         for name in (*self.disabled, *self.allow_missed):
             if name not in known:
                 raise ValueError(f"pipeline: no pass is named {name!r}; there are: {', '.join(sorted(known))}")
+        if self.quantization is not None and self.quantization not in passes.SCHEMES:
+            raise ValueError(f"quantization={self.quantization!r}; wanted None or one of {', '.join(passes.SCHEMES)}")
         if self.inductor not in ("auto", "always", "never"):
             raise ValueError(f"pipeline: inductor={self.inductor!r}; wanted 'auto', 'always' or 'never'")
 
 
-def ordered_passes() -> list[list[Pass]]:
-    """Return the groups raise, fuse and lower, with the passes that installed packages place among ours."""
-    return placed_into((RAISE, FUSE, LOWER), discovered())
+def ordered_passes(quantization: str | None = None) -> list[list[Pass]]:
+    """Return the groups raise, quantize, fuse and lower, with the passes that installed packages place among ours."""
+    weights = (passes.quantize_weights(passes.SCHEMES[quantization]),) if quantization else ()
+    return placed_into((RAISE, weights, (*FUSE, *FUSE_QUANT), LOWER), discovered())
 
 
 def rewrite(
@@ -90,7 +102,11 @@ def rewrite(
     with ledger.stage("raise"):
         passes.canonicalize(captured.module)
         verify(captured.module, "capture")
-    for stage, group in zip(("raise", "fuse", "lower"), ordered_passes(), strict=True):
+    if config.quantization:
+        activations = passes.SCHEMES[config.quantization].format != "int4"
+        structure = replace(structure, quantized_linears=structure.linears, quantized_activations=activations)
+    groups = ordered_passes(config.quantization)
+    for stage, group in zip(("raise", "quantize", "fuse", "lower"), groups, strict=True):
         with ledger.stage(stage):
             reports += _run(group, captured, structure, config, validator)
     return reports
@@ -140,7 +156,7 @@ def _run(
                 f" Misses:\n  {shown}\nMend the model or the pattern, or pass allow_missed=[{entry.name!r}]."
             )
         if validator is not None:
-            validator.check(report)
+            validator.check(report, lossy=entry.lossy)
         reports.append(report)
     return reports
 

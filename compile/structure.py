@@ -45,6 +45,7 @@ def structure_of(model: nn.Module) -> Structure:
         gated_mlps=gated,
         gate_up_pairs=pairs,
         attentions=attentions,
+        linears=sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] != "lm_head" for n, m in model.named_modules()),
     )
 
 

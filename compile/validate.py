@@ -7,6 +7,7 @@ pass may move them and nothing else.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,11 @@ class Validator:
     def __post_init__(self) -> None:
         self._before = self._results()
 
-    def check(self, report: Report) -> None:
-        """Put a certificate on the report. Raises InvalidRewrite naming the pass, the result, the case, the error."""
+    def check(self, report: Report, *, lossy: bool = False) -> None:
+        """Put a certificate on the report. Raises InvalidRewrite naming the pass, the result, the case, the error.
+
+        Of a lossy pass the error is stated, and refused only where it is no number.
+        """
         after, worst = self._results(), 0.0
         for case, results in after.items():
             for i, (was, now) in enumerate(zip(self._before[case], results, strict=True)):
@@ -55,13 +59,13 @@ class Validator:
                         f"{report.name}: {what} had shape {tuple(was.shape)}, now {tuple(now.shape)}, for {case}"
                     )
                 error = float((was - now).abs().max() / was.abs().max().clamp(min=1e-30)) if was.numel() else 0.0
-                if not error <= TOLERANCE:
+                if not error <= (math.inf if lossy else TOLERANCE):
                     raise InvalidRewrite(
                         f"{report.name}: {what} changed by {error:.2e} of the largest value for {case}, wanted at most"
                         f" {TOLERANCE:g}; `seamwise bisect` with and without the pass names the first op that differs"
                     )
                 worst = max(worst, error)
-        report.certificate = {"cases": list(self.cases), "semantics": "float64", "max_error": worst}
+        report.certificate = {"cases": list(self.cases), "lossy": lossy, "max_error": worst}
         self._before = after
 
     def _results(self) -> dict[str, list[Tensor]]:

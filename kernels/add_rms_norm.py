@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, Cost, contract, refuses_rows
+from .rms_norm import config, inverse_rms, rms_norm, weighted
 
 
 @contract()
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(s), s) with s = x + residual: both (T, D) in x's dtype.
 
-    The sum is rounded to x's dtype before it is normalized, and the weight multiplies, as in the unfused ops. Moves 4·T·D + D elements.
+    The sum is rounded to x's dtype before it is normalized, and the weight multiplies, as in the unfused ops.
+    Moves 4·T·D + D elements.
     """
     total_TD = x_TD + residual_TD
-    wide_TD = total_TD.to(torch.promote_types(total_TD.dtype, torch.float32))
-    scale_T1 = torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
-    return ((wide_TD * scale_T1).to(weight_D.dtype) * weight_D).to(x_TD.dtype), total_TD
+    return rms_norm.meaning(total_TD, weight_D, eps), total_TD
 
 
 @add_rms_norm.costs
@@ -58,18 +58,9 @@ def _add_rms_norm_kernel(
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
     total = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-    wide = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / D + tl.cast(eps, tl.float32))
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    normed = (wide * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
     tl.store(total_ptr + row * D + column, total, mask=inside)
-    tl.store(out_ptr + row * D + column, normed.to(x.dtype), mask=inside)
-
-
-def config(D: int) -> dict[str, int]:
-    """Launch configuration by row width. Unmeasured: a warp for each 512 elements keeps a row in registers."""
-    block = triton.next_power_of_2(D)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    tl.store(out_ptr + row * D + column, weighted(total, inverse_rms(total, D, eps), weight), mask=inside)
 
 
 @add_rms_norm.builds
@@ -78,16 +69,13 @@ def builds(dtype: str) -> Iterator[Build]:
         yield Build(_add_rms_norm_kernel, config(width), {"eps": "fp32"})
 
 
-def _refuses(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
+def refuses_add_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
     if x_TD.shape != residual_TD.shape or x_TD.shape[-1] != weight_D.shape[0]:
         return f"x {tuple(x_TD.shape)}, residual {tuple(residual_TD.shape)}, weight {tuple(weight_D.shape)} do not fit"
-    for name, tensor in (("x", x_TD), ("residual", residual_TD)):
-        if tensor.stride(-1) != 1 or (tensor.dim() != 2 and not tensor.is_contiguous()):
-            return f"{name} must be rows contiguous in D, its strides are {tensor.stride()}"
-    return None
+    return refuses_rows(x=x_TD, residual=residual_TD)
 
 
-@add_rms_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@add_rms_norm.provider("triton", devices=("cuda",), refuses=refuses_add_norm, triton=True)
 def add_rms_norm_triton(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width = x_TD.shape[-1]
     out, total = (torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device) for _ in range(2))

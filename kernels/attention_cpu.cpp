@@ -9,31 +9,17 @@
 // one is asked for, keys during the packing and values before the softmax: the cache's blocks lie anywhere, which
 // hardware prefetching cannot follow. Measured on a Zen 4 core, 32 requests of 256 tokens, K and V in DRAM: 890 us
 // without, 440 us with all of it at the packing, 350 us so.
+#include <cmath>
 #include <type_traits>
 
 #include "attention_cpu_plan.h"
+#include "attention_cpu_state.h"
 #include "cpu_gemm.h"
 #include "cpu_threads.h"
 
 namespace {
 
-constexpr float kFloor = -1e30f;    // m of a tile in which a row sees no key: merging it changes nothing
 constexpr int64_t kSerialWork = 3;  // tiles times queries up to which one thread is faster than waking the others
-
-// into = into and then from, for `rows` rows. Never inlined: every path must merge with the same instructions.
-__attribute__((noinline)) void merge(float* into, const float* from, int rows, int64_t state) {
-    const int64_t m = state - kLanes;
-    alignas(64) float shrink[kRows + kLanes] = {};
-    for (int i = 0; i < rows; ++i) shrink[i] = -__builtin_fabsf(into[i * state + m] - from[i * state + m]);
-    for (int i = 0; i < rows; i += kLanes) store(shrink + i, exp2_nonpositive(load(shrink + i)));
-    for (int i = 0; i < rows; ++i, into += state, from += state) {
-        const bool grows = into[m] < from[m];
-        const Vec old_scale = splat(grows ? shrink[i] : 1.f), new_scale = splat(grows ? 1.f : shrink[i]);
-        for (int64_t d = 0; d < m; d += kLanes)
-            store(into + d, load(into + d) * old_scale + load(from + d) * new_scale);
-        into[m] = grows ? from[m] : into[m];
-    }
-}
 
 // The addresses of a tile's keys and values.
 struct Rows {
@@ -86,8 +72,8 @@ class Worker {
             for (int row = 0; row < rows; row += kRows) {
                 const int block = std::min(kRows, rows - row);
                 float* const so_far = merged + row * state;
-                if (t.parts > 1) attend(t, tile, row, block, rows, t.kept + (int64_t(tile) * rows + row) * state);
-                else if (tile == 0) attend(t, tile, row, block, rows, so_far);
+                if (t.parts > 1) attend(t, tile, row, block, rows, kept(t, tile, rows, row));
+                else if (tile == t.first_tile) attend(t, tile, row, block, rows, so_far);
                 else if (attend(t, tile, row, block, rows, fresh)) merge(so_far, fresh, block, state);
             }
         }
@@ -98,6 +84,19 @@ class Worker {
     // Keys of the tile that this row sees; may be negative, or more than there are.
     int visible_in(const Task& t, int tile, int row) const {
         return c.visible(t.request, t.first_query + row / group) - tile * kTile;
+    }
+
+    // The first key of the tile that this row sees; may be negative, or beyond the tile.
+    int first_in(const Task& t, int tile, int row) const {
+        return c.first_seen(t.request, t.first_query + row / group) - tile * kTile;
+    }
+
+    bool sees(const Task& t, int tile, int row, int block) const {
+        return visible_in(t, tile, row + block - 1) > 0 && first_in(t, tile, row) < kTile;
+    }
+
+    float* kept(const Task& t, int tile, int rows, int row) const {
+        return t.kept + (int64_t(tile - t.first_tile) * rows + row) * state;
     }
 
     const float* as_words(const Element* in, float* buffer) const {
@@ -125,8 +124,10 @@ class Worker {
         const Element* const first_key = (const Element*)c.k_cache + t.kv_head * c.k_strides[1];
         const Element* const first_value = (const Element*)c.v_cache + t.kv_head * c.v_strides[1];
         const int count = std::min(kTile, visible_in(t, tile, t.num_queries * group - 1)), size = int(c.block_size);
-        int slot = tile * kTile / size, offset = tile * kTile % size;
-        for (int j = 0; j < count; offset = 0, ++slot) {
+        const int begin = std::max(0, first_in(t, tile, 0));
+        int slot = (tile * kTile + begin) / size, offset = (tile * kTile + begin) % size;
+        for (int j = 0; j < begin; ++j) rows.keys[j] = rows.values[j] = zeros;
+        for (int j = begin; j < count; offset = 0, ++slot) {
             const Element* k = first_key + table[slot] * c.k_strides[0] + offset * dim;
             const Element* v = first_value + table[slot] * c.v_strides[0] + offset * dim;
             for (const int end = std::min(count, j + size - offset); j < end; ++j, k += dim, v += dim) {
@@ -153,10 +154,14 @@ class Worker {
         if (pack_values_too) pack_values<Words>(now->values, depth, int(dim), values);
     }
 
-    // Computes the states of `block` rows on the packed tile. Returns false when none of them sees a key there.
+    // Computes the states of `block` rows on the packed tile. Returns false when none of them sees a key there: then
+    // only their first tile, into which others are merged, has a state.
     bool attend(const Task& t, int tile, int row, int block, int rows, float* into) {
+        if (!sees(t, tile, row, block)) {
+            if (tile == t.first_tile) forget(into, block, state);
+            return false;
+        }
         const int most = std::min(kTile, visible_in(t, tile, row + block - 1));
-        if (most <= 0) return false;
         const Panel key_panel{keys, kTile}, value_panel{values, dim};
         gemm<Words>(block, (most + kLanes - 1) / kLanes, queries + row * words, words, key_panel, words, scores, kTile);
         if (row == 0) prefetch(ahead->values, 0, ahead->count, dim * sizeof(Element));
@@ -171,17 +176,21 @@ class Worker {
     // In two passes, so that the rows' maxima, long chains of dependent instructions, overlap each other.
     void soften(const Task& t, int tile, int row, int block, float* into) {
         constexpr int kVecs = kTile / kLanes;
-        const float factor = c.scale * 1.4426950408889634f;
+        const float factor = c.softcap > 0 ? kLog2e : c.scale * kLog2e;
         float *const l = into + dim, *const m = l + kLanes;
         for (int i = 0; i < block; ++i) {
             float* s = scores + i * kTile;
-            const int visible = visible_in(t, tile, row + i);
-            if (visible < kTile) {
+            const int visible = visible_in(t, tile, row + i), begin = first_in(t, tile, row + i);
+            if (c.softcap > 0)
+                for (int v = 0; v < kVecs; ++v)
+                    store(s + v * kLanes, splat(c.softcap) * tanh(load(s + v * kLanes) * splat(c.scale / c.softcap)));
+            if (visible < kTile || begin > 0) {
                 IntVec lane;
                 for (int j = 0; j < kLanes; ++j) lane[j] = j;
                 for (int v = 0; v < kVecs; ++v) {
                     const Vec x = load(s + v * kLanes);
-                    store(s + v * kLanes, lane < visible - v * kLanes ? x : splat(-__builtin_inff()));
+                    const IntVec seen = (lane < visible - v * kLanes) & (lane >= begin - v * kLanes);
+                    store(s + v * kLanes, seen ? x : splat(-__builtin_inff()));
                 }
             }
             Vec best = splat(kFloor);
@@ -207,19 +216,28 @@ class Worker {
     void write(const Task& t, int rows) {
         if (t.parts > 1) {
             std::memcpy(merged, t.kept, rows * state * sizeof(float));
-            for (int tile = 1; visible_in(t, tile, rows - 1) > 0; ++tile)
+            for (int tile = t.first_tile + 1; visible_in(t, tile, rows - 1) > 0; ++tile)
                 for (int row = 0; row < rows; row += kRows) {
                     const int block = std::min(kRows, rows - row);
-                    if (visible_in(t, tile, row + block - 1) > 0)
-                        merge(merged + row * state, t.kept + (int64_t(tile) * rows + row) * state, block, state);
+                    if (sees(t, tile, row, block))
+                        merge(merged + row * state, kept(t, tile, rows, row), block, state);
                 }
         }
         for (int i = 0; i < rows; ++i) {
             float *const o = merged + i * state, l = horizontal_sum(load(o + dim));
+            const int64_t head = t.kv_head * group + i % group;
+            if (c.sinks) l += std::exp2(sink(head) * kLog2e - o[dim + kLanes]);  // infinity: the sink takes it all
             for (int64_t d = 0; d < dim; d += kLanes) store(o + d, load(o + d) / l);
             const int64_t token = c.query_starts[t.request] + t.first_query + i / group;
-            narrow(o, (Element*)c.out + (token * c.heads + t.kv_head * group + i % group) * dim, int(dim));
+            narrow(o, (Element*)c.out + (token * c.heads + head) * dim, int(dim));
         }
+    }
+
+    float sink(int64_t head) const {
+        float wide;
+        if (c.narrow_sinks) widen((const BFloat16*)c.sinks + head, &wide, 1);
+        else wide = ((const float*)c.sinks)[head];
+        return wide;
     }
 };
 
@@ -246,18 +264,21 @@ int64_t run(const Call& c, int64_t num_threads) {
 }  // namespace
 
 // dtype: 0 float32, 1 bfloat16, 2 float16. Strides count elements; out and each (block, head) tile of a cache are
-// contiguous, dim is a multiple of 16, scale > 0, num_threads is torch's. Returns first_error, and then has written
-// nothing; -1 for a dtype that this machine cannot convert.
+// contiguous, dim is a multiple of 16, scale > 0, num_threads is torch's; softcap is a float's bits, sinks may be null.
+// Returns first_error, and then has written nothing; -1 for a dtype that this machine cannot convert.
 extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, const void* k_cache, const void* v_cache,
                                       const int32_t* block_table, const int32_t* seq_lens, const int32_t* query_starts,
                                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t num_blocks,
                                       int64_t block_size, int64_t dim, int64_t requests, int64_t table_width,
                                       int64_t table_stride, int64_t q_token_stride, int64_t q_head_stride,
                                       int64_t k_block_stride, int64_t k_head_stride, int64_t v_block_stride,
-                                      int64_t v_head_stride, double scale, int64_t num_threads) {
-    const Call c{out, q, k_cache, v_cache, block_table, seq_lens, query_starts, tokens, heads, kv_heads, num_blocks,
+                                      int64_t v_head_stride, int64_t window, int64_t softcap, const void* sinks,
+                                      int64_t narrow_sinks, double scale, int64_t num_threads) {
+    Call c{out, q, k_cache, v_cache, block_table, seq_lens, query_starts, tokens, heads, kv_heads, num_blocks,
                  block_size, dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
-                 {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale)};
+                 {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale), 0.f, window, sinks,
+           narrow_sinks != 0};
+    std::memcpy(&c.softcap, &softcap, sizeof(float));
     if (const int64_t error = first_error(c)) return error;
     if (dtype == 0) return run<float, FloatWords>(c, num_threads);
 #if defined(__AVX512BF16__)

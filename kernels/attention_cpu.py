@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 
 import torch
@@ -12,6 +13,7 @@ from .kv_append import kv_append
 from .tape import Kernel, empty, launch
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SINKS = (torch.float32, torch.bfloat16)
 _ATTENTION = Kernel("attention_cpu.cpp", "seamwise_attention", seam=True)
 _KV_APPEND = Kernel("kv_append_cpu.cpp", "seamwise_kv_append", seam=True)
 
@@ -30,9 +32,17 @@ def _refuses_caches(k_cache: Tensor, v_cache: Tensor) -> str | None:
 
 def _refuses_attention(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor, scale: float,
+    query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
+    alibi_slopes_H: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     heads, dim, kv_heads = q_THD.shape[1], q_THD.shape[2], k_cache.shape[1]
+    if alibi_slopes_H is not None or k_scale is not None or v_scale is not None:
+        return "it serves neither ALiBi's slopes nor scaled caches"
+    if window < 0 or softcap < 0:
+        return f"window and softcap must not be negative, got {window}, {softcap}"
+    if sinks_H is not None and (sinks_H.dtype not in _SINKS or sinks_H.shape != (heads,) or sinks_H.stride(0) != 1):
+        got = f"{sinks_H.dtype}, shape {tuple(sinks_H.shape)}, strides {sinks_H.stride()}"
+        return f"sinks must be {heads} contiguous elements of float32 or bfloat16, got {got}"
     dtypes = (q_THD.dtype, k_cache.dtype, v_cache.dtype)
     if len(set(dtypes)) > 1 or q_THD.dtype not in _DTYPES:
         return f"q, k_cache and v_cache must all be float32, bfloat16 or float16, got {dtypes}"
@@ -53,7 +63,8 @@ def _refuses_attention(
 @attention.provider("cpp", devices=("cpu",), refuses=_refuses_attention)
 def attention_cpp(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor, scale: float,
+    query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
+    alibi_slopes_H: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute attention in C++. Raises ValueError when a value in the index tensors points outside its range."""
     tokens, heads, dim = q_THD.shape
@@ -64,7 +75,9 @@ def attention_cpp(
         _ATTENTION, _DTYPES[q_THD.dtype], out_THD.data_ptr(), q_THD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(),
         tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, block_table_RB.stride(0),
-        *q_THD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], scale, torch.get_num_threads(),
+        *q_THD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], window,
+        *struct.unpack("i", struct.pack("f", softcap)), 0 if sinks_H is None else sinks_H.data_ptr(),
+        int(sinks_H is not None and sinks_H.dtype == torch.bfloat16), scale, torch.get_num_threads(),
     )  # fmt: skip
     if error:
         raise _attention_error(error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
@@ -91,8 +104,11 @@ def _attention_error(
 
 
 def _refuses_kv_append(
-    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor
-) -> str | None:
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    if k_scale is not None or v_scale is not None:
+        return "it copies bytes, and serves no scales"
     dtypes = (k_TKD.dtype, v_TKD.dtype, k_cache.dtype, v_cache.dtype)
     if len(set(dtypes)) > 1:
         return f"k, v and the caches must share a dtype, got {dtypes}"
@@ -108,7 +124,10 @@ def _refuses_kv_append(
 
 
 @kv_append.provider("cpp", devices=("cpu",), refuses=_refuses_kv_append)
-def kv_append_cpp(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor) -> None:
+def kv_append_cpp(
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """Scatter in C++. Raises ValueError when a slot lies beyond the cache."""
     tokens, kv_heads, dim = k_TKD.shape
     num_blocks, _, block_size, _ = k_cache.shape

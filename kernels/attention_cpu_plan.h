@@ -18,17 +18,22 @@ struct Call {
     const int32_t *block_table, *seq_lens, *query_starts;
     int64_t tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, table_stride;
     int64_t q_strides[2], k_strides[2], v_strides[2];  // of token and head; of block and head
-    float scale;
+    float scale, softcap;
+    int64_t window;
+    const void* sinks;  // of each head, or null
+    bool narrow_sinks;  // bfloat16, else float
 
     int group() const { return int(heads / kv_heads); }  // query heads that share a KV head
     int64_t state() const { return dim + 2 * kLanes; }   // floats of a row's state: o[dim], l in kLanes parts, m
     int num_queries(int r) const { return query_starts[r + 1] - query_starts[r]; }
-    int visible(int r, int i) const { return seq_lens[r] - num_queries(r) + i + 1; }  // keys that query i of r sees
+    int visible(int r, int i) const { return seq_lens[r] - num_queries(r) + i + 1; }  // the end of the keys that query i of r sees
+    int first_seen(int r, int i) const { return window ? int(std::max<int64_t>(0, visible(r, i) - window)) : 0; }
 };
 
 // Consecutive queries of one request, for the heads of one KV head, on some tiles of its keys.
 struct Task {
     int request, kv_head, first_query, num_queries, tile_begin, tile_end;
+    int first_tile;   // the first that its first query sees: tile_begin of the first part
     int parts;        // tasks over which these queries' tiles are spread; if more than one, they keep their tiles
     int* unfinished;  // parts still at work
     float* kept;      // the states of every tile and row
@@ -57,12 +62,12 @@ inline int64_t first_error(const Call& c) {
     const int64_t code = int64_t(1) << 32;
     if (c.query_starts[0] != 0) return code;
     for (int r = 0; r < c.requests; ++r) {
-        const int64_t n = c.num_queries(r), length = c.seq_lens[r];
+        const int64_t n = c.num_queries(r), length = c.seq_lens[r];  // blocks before the window may be any
         if (n < 0 || c.query_starts[r + 1] > c.tokens) return code + r;
         if (n == 0) continue;
         if (length < n || length > c.table_width * c.block_size) return 2 * code + r;
         bool wrong = false;
-        for (int64_t j = 0; j < (length + c.block_size - 1) / c.block_size; ++j)
+        for (int64_t j = c.first_seen(r, 0) / c.block_size; j < (length + c.block_size - 1) / c.block_size; ++j)
             wrong |= uint64_t(c.block_table[r * c.table_stride + j]) >= uint64_t(c.num_blocks);
         if (wrong) return 3 * code + r;
     }
@@ -74,11 +79,11 @@ inline void split(const Call& c, int64_t num_threads, std::vector<Task>& tasks, 
                   Scratch& kept) {
     const size_t num_groups = tasks.size();
     const auto kept_size = [&c](const Task& t) {
-        const int64_t floats = int64_t(t.tile_end) * t.num_queries * c.group() * c.state();
+        const int64_t floats = int64_t(t.tile_end - t.first_tile) * t.num_queries * c.group() * c.state();
         return t.num_queries == 1 || floats <= kMaxKept ? floats : 0;
     };
     int64_t tiles = 0, floats = 0;
-    for (const Task& t : tasks) tiles += t.tile_end, floats += kept_size(t);
+    for (const Task& t : tasks) tiles += t.tile_end - t.first_tile, floats += kept_size(t);
     const int part_tiles = int(std::max<int64_t>(1, tiles / (8 * num_threads)));
     float* next = kept.reserve(floats);
     unfinished.resize(num_groups);
@@ -86,13 +91,13 @@ inline void split(const Call& c, int64_t num_threads, std::vector<Task>& tasks, 
         Task t = tasks[i];
         const int all = t.tile_end;
         if (kept_size(t) == 0) continue;
-        t.parts = unfinished[i] = (all + part_tiles - 1) / part_tiles;
+        t.parts = unfinished[i] = (all - t.first_tile + part_tiles - 1) / part_tiles;
         t.unfinished = &unfinished[i];
         t.kept = next;
         next += kept_size(t);
-        for (t.tile_begin = 0; t.tile_begin < all; t.tile_begin = t.tile_end) {
+        for (; t.tile_begin < all; t.tile_begin = t.tile_end) {
             t.tile_end = std::min(all, t.tile_begin + part_tiles);
-            if (t.tile_begin == 0) tasks[i] = t;
+            if (t.tile_begin == t.first_tile) tasks[i] = t;
             else tasks.push_back(t);
         }
     }
@@ -116,8 +121,9 @@ inline void plan(const Call& c, int64_t num_threads, std::vector<Task>& tasks, s
         for (int first = 0; first < n; first += queries)
             for (int h = 0; h < c.kv_heads; ++h) {
                 const int count = std::min(queries, n - first);
+                const int begin = c.first_seen(r, first) / kTile;
                 const int tiles = (c.visible(r, first + count - 1) + kTile - 1) / kTile;
-                tasks.push_back({r, h, first, count, 0, tiles, 1, nullptr, nullptr});
+                tasks.push_back({r, h, first, count, begin, tiles, begin, 1, nullptr, nullptr});
             }
     }
     if (num_threads > 1 && int64_t(tasks.size()) < wanted) split(c, num_threads, tasks, unfinished, kept);

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import versions
+from . import tuned, versions
 
 NAMESPACE = "seamwise"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -88,7 +88,9 @@ class Contract:
     shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int] | list[Any]] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
     _builds: Callable[[str], Iterable[Build]] | None = None
+    _key: Callable[..., Sequence[Any]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.op(*args, **kwargs)
@@ -98,13 +100,16 @@ class Contract:
         return self.choose(args, provider).call(*args)
 
     def choose(self, args: Sequence[Any], requested: str | None = None) -> Provider:
-        """Return the provider for `args`: the requested one, else the first registered that accepts them.
+        """Return the provider for `args`: the requested one, else the first that accepts them.
 
-        The meaning itself, as provider "torch", stands last and accepts everything.
+        First stands the measured winner (`tuned_by`), then the others as they were registered, last the meaning itself,
+        as provider "torch", which accepts everything.
         """
         device = next(_tensors(args)).device.type
         if requested is None:
-            return next(p for p in self.providers if p.why_not(device, args) is None)
+            fastest = self._winner(args)
+            order = sorted(self.providers, key=lambda p: p.name != fastest)
+            return next(p for p in order if p.why_not(device, args) is None)
         for provider in self.providers:
             if provider.name == requested:
                 if reason := provider.why_not(device, args):
@@ -131,6 +136,28 @@ class Contract:
 
         return register
 
+    def tuned_by(self, key: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+        """Register `key(*args) -> (rows, *shape)`, by which tables of measured winners are read (tuned.py).
+
+        Where rows are symbolic, and so the winner is not known yet, the call goes to a provider "measured" that
+        chooses at each call.
+        """
+        self._key = key
+
+        def refuses(*args: Any) -> str | None:
+            return None if self._winner(args) == "measured" else "the rows are known, or nothing was measured"
+
+        self.provider("measured", refuses=refuses)(lambda *args: self.choose(args).call(*args))
+        return key
+
+    def _winner(self, args: Sequence[Any]) -> str | None:
+        if self._key is None:
+            return None
+        name = tuned.winner(self.name, next(_tensors(args)).device.type, self._key(*args))
+        if name is not None and all(p.name != name for p in self.providers):
+            raise ValueError(f"{self.name}: the measured winner {name!r} is none of its providers; measure again")
+        return name
+
     def costs(self, function: Callable[..., Cost]) -> Callable[..., Cost]:
         """Register `cost(*args) -> Cost`, taking the op's own arguments."""
         self._cost = function
@@ -143,6 +170,7 @@ class Contract:
         shapes: Mapping[str, Mapping[str, Any]] | None = None,
         sizes: Mapping[str, tuple[int, int] | list[Any]] | None = None,
         rows: tuple[int, ...] = (),
+        dtypes: tuple[torch.dtype, ...] = (),
     ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
         """Register `make(sizes…, dtype=, device=, seed=) -> args`.
 
@@ -151,11 +179,12 @@ class Contract:
         sizes     what property tests draw: an inclusive range (low, high) or a list of choices
         rows      indices of the arguments whose first dimension is the row; every result then has rows first, and a
                   row's result does not depend on the other rows, in bits
+        dtypes    those that the generic tests draw, where not all of them have a bound that these know
         """
 
         def register(make: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
             self._inputs, self.examples, self.shapes = make, tuple(examples), dict(shapes or {})
-            self.sizes, self.rows = dict(sizes or {}), rows
+            self.sizes, self.rows, self.dtypes = dict(sizes or {}), rows, dtypes
             return make
 
         return register
@@ -219,6 +248,14 @@ def contract_of(target: object) -> Contract | None:
     """Return the contract whose op is `target` (an FX node's target), or None."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
         return CONTRACTS.get(target._schema.name.split("::")[1])
+    return None
+
+
+def refuses_rows(**tensors: Tensor) -> str | None:
+    """Return which of the named tensors is not rows a stride apart with contiguous columns, or None."""
+    for name, x in tensors.items():
+        if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
+            return f"{name} must be rows contiguous in their last dimension, its strides are {x.stride()}"
     return None
 
 

@@ -1,6 +1,7 @@
 """Write the step's keys and values into the paged KV cache: the one declared mutation of the graph.
 
-Source: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, section 4.2.
+Source: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, section 4.2;
+float8: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433.
 """
 
 from __future__ import annotations
@@ -16,43 +17,67 @@ from .contract import Build, Cost, contract
 
 
 @contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
-def kv_append(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor) -> None:
+def kv_append(
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping_T: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Store row t of k and v (T, K, D) at slot_mapping[t] = block · P + offset; a slot of -1 stores nothing.
 
-    Caches are (N blocks, K heads, P tokens a block, D). Moves 4·T·K·D elements.
+    Caches are (N blocks, K heads, P tokens a block, D). What is stored is divided by a given scale, (1,) or (K,)
+    float32, and saturates in a cache of float8_e4m3fn. Moves 4·T·K·D elements.
     """
     block_size = k_cache.shape[2]
     kept = slot_mapping_T >= 0
     slots = slot_mapping_T[kept]
     block, offset = slots // block_size, slots % block_size
-    k_cache[block, :, offset] = k_TKD[kept].to(k_cache.dtype)
-    v_cache[block, :, offset] = v_TKD[kept].to(v_cache.dtype)
+    for x_TKD, cache, scale in ((k_TKD, k_cache, k_scale), (v_TKD, v_cache, v_scale)):
+        x_TKD = x_TKD[kept]
+        if scale is not None:
+            x_TKD = x_TKD.to(torch.promote_types(x_TKD.dtype, torch.float32)) / scale[:, None]
+        if cache.dtype == torch.float8_e4m3fn:  # stored as bytes: indexing serves no float8
+            cache.view(torch.uint8)[block, :, offset] = x_TKD.clamp(-448, 448).to(cache.dtype).view(torch.uint8)
+        else:
+            cache[block, :, offset] = x_TKD.to(cache.dtype)
 
 
 @kv_append.costs
-def cost(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor) -> Cost:
-    return Cost(bytes=2 * (k_TKD.nbytes + v_TKD.nbytes) + slot_mapping_T.nbytes, flops=0)
+def cost(
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor, *scales: Tensor | None
+) -> Cost:
+    moved = (k_TKD.numel() + v_TKD.numel()) * (k_TKD.element_size() + k_cache.element_size())
+    return Cost(bytes=moved + slot_mapping_T.nbytes, flops=0)
 
 
 @kv_append.inputs(
     examples=({"T": 1, "K": 1, "D": 16, "P": 4}, {"T": 9, "K": 3, "D": 80, "P": 8}, {"T": 0, "K": 2, "D": 16, "P": 4}),
     shapes={"llama-3-8b prefill": {"T": 4096, "K": 8, "D": 128, "P": 16}},
-    sizes={"T": (0, 9), "K": (1, 4), "D": [16, 40, 64], "P": [4, 16]},
+    sizes={"T": (0, 9), "K": (1, 4), "D": [16, 40, 64], "P": [4, 16], "fp8": ["", "", "tensor", "head"]},
 )
-def make(T: int, K: int, D: int, P: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, ...]:
+def make(
+    T: int, K: int, D: int, P: int, fp8: str = "", *, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Tensor, ...]:
+    """`fp8` makes the caches float8, with one scale for a "tensor" or for each "head"; some values saturate."""
     generator = torch.Generator(device).manual_seed(seed)
     k_TKD, v_TKD = (torch.randn(T, K, D, generator=generator, device=device).to(dtype) for _ in range(2))
     blocks = -(-T // P) + 2
-    caches = [torch.zeros(blocks, K, P, D, dtype=dtype, device=device) for _ in range(2)]
+    kv_dtype = torch.float8_e4m3fn if fp8 else dtype
+    caches = [torch.zeros(blocks, K, P, D, dtype=kv_dtype, device=device) for _ in range(2)]
+    scales = [torch.rand(K if fp8 == "head" else 1, generator=generator, device=device) / 200 for _ in range(2)]
     slots = torch.randperm(blocks * P, generator=generator, device=device)[:T]
     slots[1::4] = -1
-    return k_TKD, v_TKD, *caches, slots
+    return k_TKD, v_TKD, *caches, slots, *(scales if fp8 else ())
 
 
 @triton.jit
 def _kv_append_kernel(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_token, k_head, v_token, v_head, k_block, k_cache_head, v_block,
-    v_cache_head, P, D, BLOCK: tl.constexpr,
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_scale_ptr, v_scale_ptr, k_scale_step, v_scale_step, k_token,
+    k_head, v_token, v_head, k_block, k_cache_head, v_block, v_cache_head, P, D, BLOCK: tl.constexpr,
+    SATURATE: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + token)
@@ -61,6 +86,13 @@ def _kv_append_kernel(
     block, offset = slot // P, slot % P
     k = tl.load(k_ptr + token * k_token + head * k_head + column, mask=mask)
     v = tl.load(v_ptr + token * v_token + head * v_head + column, mask=mask)
+    if k_scale_ptr is not None:
+        k = tl.math.div_rn(k.to(tl.float32), tl.zeros([BLOCK], tl.float32) + tl.load(k_scale_ptr + head * k_scale_step))
+    if v_scale_ptr is not None:
+        v = tl.math.div_rn(v.to(tl.float32), tl.zeros([BLOCK], tl.float32) + tl.load(v_scale_ptr + head * v_scale_step))
+    if SATURATE:
+        k = tl.clamp(k.to(tl.float32), -448.0, 448.0, tl.PropagateNan.ALL).to(k_cache_ptr.dtype.element_ty)
+        v = tl.clamp(v.to(tl.float32), -448.0, 448.0, tl.PropagateNan.ALL).to(v_cache_ptr.dtype.element_ty)
     tl.store(k_cache_ptr + block * k_block + head * k_cache_head + offset * D + column, k, mask=mask)
     tl.store(v_cache_ptr + block * v_block + head * v_cache_head + offset * D + column, v, mask=mask)
 
@@ -72,13 +104,25 @@ def config(D: int) -> dict[str, int]:
 
 @kv_append.builds
 def builds(dtype: str) -> Iterator[Build]:
+    scales, plain = ("k_scale_ptr", "v_scale_ptr"), {"slot_ptr": "*i64"}
+    float8 = plain | dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*fp8e4nv") | dict.fromkeys(scales, "*fp32")
     for width in (64, 128, 256):
-        yield Build(_kv_append_kernel, config(width), {"slot_ptr": "*i64"})
+        yield Build(_kv_append_kernel, {**config(width), **dict.fromkeys(scales), "SATURATE": False}, plain)
+        yield Build(_kv_append_kernel, {**config(width), "SATURATE": True}, float8, 89)
 
 
-def _refuses(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor) -> str | None:
-    if not (k_TKD.dtype == v_TKD.dtype == k_cache.dtype == v_cache.dtype):
-        return f"k, v and the caches must share a dtype, got {k_TKD.dtype}, {v_TKD.dtype}, {k_cache.dtype}"
+def refuses_append(
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    """Return why the kernel cannot serve these arguments, or None. A float8 cache comes with its scales."""
+    kept = k_TKD.dtype if k_scale is None or v_scale is None else torch.float8_e4m3fn
+    if k_TKD.dtype != v_TKD.dtype or not (k_cache.dtype == v_cache.dtype == kept):
+        got = f"{k_TKD.dtype}, {v_TKD.dtype} and caches of {k_cache.dtype}, {v_cache.dtype}"
+        return f"k, v and the caches must share a dtype, or the caches be float8 with two scales, got {got}"
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None and (scale.shape not in ((1,), k_TKD.shape[1:2]) or scale.stride(0) != 1):
+            return f"{name} must be contiguous of 1 or {k_TKD.shape[1]} elements, got {tuple(scale.shape)}"
     if k_TKD.stride(2) != 1 or v_TKD.stride(2) != 1:
         return f"k and v must be contiguous in D, their strides are {k_TKD.stride()}, {v_TKD.stride()}"
     if k_cache.stride()[2:] != (k_cache.shape[3], 1) or v_cache.stride()[2:] != (v_cache.shape[3], 1):
@@ -86,11 +130,16 @@ def _refuses(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slo
     return None
 
 
-@kv_append.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
-def kv_append_triton(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor) -> None:
+@kv_append.provider("triton", devices=("cuda",), refuses=refuses_append, triton=True)
+def kv_append_triton(
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     tokens, heads, width = k_TKD.shape
     if tokens:
         _kv_append_kernel[(tokens, heads)](
-            k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T, *k_TKD.stride()[:2], *v_TKD.stride()[:2],
-            *k_cache.stride()[:2], *v_cache.stride()[:2], k_cache.shape[2], width, **config(width),
+            k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T, k_scale, v_scale,
+            *(int(s is not None and len(s) > 1) for s in (k_scale, v_scale)), *k_TKD.stride()[:2], *v_TKD.stride()[:2],
+            *k_cache.stride()[:2], *v_cache.stride()[:2], k_cache.shape[2], width, SATURATE=k_scale is not None,
+            **config(width),
         )  # fmt: skip

@@ -7,20 +7,23 @@ https://arxiv.org/abs/2412.19437, section 3.3.2; int8 rows: Dettmers et al. 2022
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, Cost, contract, refuses_rows
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 TRITON_TYPES = {torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8"}
 _LEAST = 1e-10  # the least magnitude a scale stands for: rows of zeros have a scale too
 
 
-def quantize_rows(wide_TD: Tensor, dtype: torch.dtype, group: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    wide_TD: Tensor, dtype: torch.dtype, group: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (q, scale) of float32 or wider rows as `quantize` defines them; fused ops end in it."""
     if dtype not in LIMITS:
         raise ValueError(f"quantize: dtype {dtype} is not one of {', '.join(map(str, LIMITS))}")
@@ -127,14 +130,17 @@ def row_config(D: int, dtype: torch.dtype, group: int, static: bool) -> dict[str
     }  # fmt: skip
 
 
-def row_builds(kernel: object, types: dict[str, str], widths: tuple[int, ...] = (576, 7168, 16384)) -> Iterator[Build]:
+def row_builds(
+    kernel: object, types: dict[str, str], widths: tuple[int, ...] = (576, 7168, 16384), config: Any = row_config,
+    **constants: object,
+) -> Iterator[Build]:  # fmt: skip
     """Yield a row kernel's builds, for every width and scheme; `types` are those of its other arguments."""
     for dtype, pointer in TRITON_TYPES.items():
         for group, static in ((0, False), (128, False), (0, True)):
             known = {"out_ptr": pointer, "scale_ptr": "*fp32", "static_ptr": "*fp32", **types}
             least = 89 if dtype.is_floating_point else 80  # Triton converts to e4m3 from Ada on
             for width in widths:
-                yield Build(kernel, row_config(width, dtype, group, static), known, least)
+                yield Build(kernel, {**config(width, dtype, group, static), **constants}, known, least)
 
 
 def refuses_scheme(dtype: torch.dtype, group: int, scale: Tensor | None) -> str | None:
@@ -160,9 +166,7 @@ def builds(dtype: str) -> Iterator[Build]:
 
 
 def _refuses(x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None) -> str | None:
-    if x_TD.stride(-1) != 1 or (x_TD.dim() != 2 and not x_TD.is_contiguous()):
-        return f"x must be rows contiguous in D, its strides are {x_TD.stride()}"
-    return refuses_scheme(dtype, group, scale)
+    return refuses_rows(x=x_TD) or refuses_scheme(dtype, group, scale)
 
 
 @quantize.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, Cost, contract, refuses_rows
 
 
 @contract()
@@ -50,17 +50,32 @@ def make(
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def inverse_rms(x, D, eps):
+    """Return 1 / sqrt(mean(x²) + eps) of rows [..., BLOCK] with zeros beyond D: float32 [..., 1]."""
+    wide = x.to(tl.float32)
+    return tl.rsqrt(tl.sum(wide * wide, -1, keep_dims=True) / D + tl.cast(eps, tl.float32))
+
+
+@triton.jit
+def weighted(x, scale, weight):
+    """Return x * scale * weight in x's dtype, rounded to the weight's dtype before the weight."""
+    return ((x.to(tl.float32) * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def norm_row(x_ptr, weight_ptr, out_ptr, D, eps, BLOCK: tl.constexpr):
+    """Norm one row from x_ptr to out_ptr."""
     column = tl.arange(0, BLOCK)  # [BLOCK]
     inside = column < D
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    mean = tl.sum(wide * wide, 0) / D
-    scale = tl.rsqrt(mean + tl.cast(eps, tl.float32))
+    x = tl.load(x_ptr + column, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    normed = (wide * scale).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-    tl.store(out_ptr + row * D + column, normed.to(x.dtype), mask=inside)
+    tl.store(out_ptr + column, weighted(x, inverse_rms(x, D, eps), weight), mask=inside)
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, x_stride, D, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    norm_row(x_ptr + row * x_stride, weight_ptr, out_ptr + row * D, D, eps, BLOCK)
 
 
 def config(D: int) -> dict[str, int]:
@@ -75,15 +90,13 @@ def builds(dtype: str) -> Iterator[Build]:
         yield Build(_rms_norm_kernel, config(width), {"eps": "fp32"})
 
 
-def _refuses(x_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
+def refuses_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
     if x_TD.shape[-1] != weight_D.shape[0]:
         return f"weight has {weight_D.shape[0]} elements but x has {x_TD.shape[-1]} columns"
-    if x_TD.stride(-1) != 1 or (x_TD.dim() != 2 and not x_TD.is_contiguous()):
-        return f"x must be rows contiguous in D, its strides are {x_TD.stride()}"
-    return None
+    return refuses_rows(x=x_TD)
 
 
-@rms_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@rms_norm.provider("triton", devices=("cuda",), refuses=refuses_norm, triton=True)
 def rms_norm_triton(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     width = x_TD.shape[-1]
     out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)

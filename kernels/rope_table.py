@@ -1,6 +1,7 @@
 """The cosines and sines that rotary position embedding needs for a step's positions.
 
-Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; rounded where transformers' LlamaRotaryEmbedding rounds.
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; rounded where transformers' LlamaRotaryEmbedding rounds;
+M-RoPE: Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1.
 """
 
 from __future__ import annotations
@@ -12,20 +13,33 @@ from .contract import Cost, contract
 
 
 @contract()
-def rope_table(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position · speed, times scaling: each (T, 2·F), both halves alike, as `rope` reads them.
 
     positions (T,) are integers, speeds (F,) float32 radians a position; float32 until the last rounding, to dtype.
-    Moves T + F + 4·T·F elements.
+    With `sections` (M-RoPE) positions are (3, T), of time, height and width, which the runs of so many speeds take in
+    turn: section i takes row i mod 3. Moves T + F + 4·T·F elements. Raises ValueError when sections do not fit.
     """
     angles_TF = positions_T.unsqueeze(-1).to(torch.float32) * speeds_F
+    if sections is not None:
+        if sum(sections) != speeds_F.shape[0] or positions_T.dim() != 2 or positions_T.shape[0] != 3:
+            raise ValueError(
+                f"rope_table: sections {sections} want positions (3, T) and {sum(sections)} speeds, got positions "
+                f"{tuple(positions_T.shape)} and {speeds_F.shape[0]} speeds"
+            )
+        parts = angles_TF.split(sections, -1)
+        angles_TF = torch.cat([part[i % 3] for i, part in enumerate(parts)], -1)
     angles_TD = torch.cat((angles_TF, angles_TF), -1)
     return (angles_TD.cos() * scaling).to(dtype), (angles_TD.sin() * scaling).to(dtype)
 
 
 @rope_table.costs
-def cost(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> Cost:
-    angles = positions_T.numel() * speeds_F.numel()
+def cost(
+    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
+) -> Cost:
+    angles = positions_T.shape[-1] * speeds_F.numel()
     return Cost(bytes=positions_T.nbytes + speeds_F.nbytes + 4 * angles * dtype.itemsize, flops=5 * angles)
 
 

@@ -1,4 +1,4 @@
-"""The gated activation of SwiGLU MLPs: silu of the first half of the columns times the second half.
+"""The gated activation of SwiGLU MLPs, and the Triton kernel of all gated activations.
 
 Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, Cost, contract, refuses_rows
 
 
 @contract()
@@ -27,6 +27,11 @@ def silu_mul(x_TI2: Tensor) -> Tensor:
 
 @silu_mul.costs
 def cost(x_TI2: Tensor) -> Cost:
+    return gated_cost(x_TI2)
+
+
+def gated_cost(x_TI2: Tensor) -> Cost:
+    """Return the cost of a gated activation."""
     return Cost(bytes=x_TI2.nbytes * 3 // 2, flops=3 * x_TI2.numel())
 
 
@@ -42,14 +47,33 @@ def make(T: int, I: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, out_ptr, x_stride, I, BLOCK: tl.constexpr):
+def gated(gate, up, alpha, limit, KIND: tl.constexpr):
+    """Return act(gate) * up of float32 tensors; selections instead of minimum and maximum let NaN through."""
+    if KIND == "silu":
+        return gate * tl.sigmoid(gate) * up
+    elif KIND == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    elif KIND == "gelu_tanh":  # (1 + tanh u) / 2 = sigmoid(2 u)
+        return gate * tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)) * up
+    else:
+        tl.static_assert(KIND == "swiglu_clamped")
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        return gate * tl.sigmoid(alpha * gate) * (up + 1.0)
+
+
+@triton.jit
+def _gated_kernel(
+    x_ptr, out_ptr, x_stride, I, alpha, limit, KIND: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = column < I
-    gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
-    up = tl.load(x_ptr + row * x_stride + I + column, mask=inside, other=0.0).to(tl.float32)
-    wide = gate.to(tl.float32)
-    tl.store(out_ptr + row * I + column, (wide * tl.sigmoid(wide) * up).to(gate.dtype), mask=inside)
+    gate_at = x_ptr + row * x_stride + (2 * column if INTERLEAVED else column)
+    gate = tl.load(gate_at, mask=inside, other=0.0)
+    up = tl.load(gate_at + (1 if INTERLEAVED else I), mask=inside, other=0.0).to(tl.float32)
+    result = gated(gate.to(tl.float32), up, tl.cast(alpha, tl.float32), tl.cast(limit, tl.float32), KIND)
+    tl.store(out_ptr + row * I + column, result.to(gate.dtype), mask=inside)
 
 
 def config(I: int) -> dict[str, int]:
@@ -57,26 +81,36 @@ def config(I: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(I), 1024), "num_warps": 4}
 
 
+def gated_builds(kind: str, interleaved: bool = False) -> Iterator[Build]:
+    for width in (256, 14336):
+        constants = {"KIND": kind, "INTERLEAVED": interleaved, **config(width)}
+        yield Build(_gated_kernel, constants, {"alpha": "fp32", "limit": "fp32"})
+
+
 @silu_mul.builds
 def builds(dtype: str) -> Iterator[Build]:
-    for width in (256, 14336):
-        yield Build(_silu_mul_kernel, config(width))
+    return gated_builds("silu")
 
 
-def _refuses(x_TI2: Tensor) -> str | None:
+def refuses_gated(x_TI2: Tensor) -> str | None:
+    """Return why x is not rows of gate and up, or None."""
     if x_TI2.shape[-1] % 2:
         return f"x has {x_TI2.shape[-1]} columns, wanted an even number: gate and up"
-    if x_TI2.stride(-1) != 1 or (x_TI2.dim() != 2 and not x_TI2.is_contiguous()):
-        return f"x must be rows contiguous in its last dimension, its strides are {x_TI2.stride()}"
-    return None
+    return refuses_rows(x=x_TI2)
 
 
-@silu_mul.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
-def silu_mul_triton(x_TI2: Tensor) -> Tensor:
+def launch_gated(x_TI2: Tensor, kind: str, alpha: float = 0.0, limit: float = 0.0, interleaved: bool = False) -> Tensor:
+    """Launch the gated activation `kind` over (T, 2·I); `interleaved`: gate and up alternate instead of halves."""
     width = x_TI2.shape[-1] // 2
     out = torch.empty((*x_TI2.shape[:-1], width), dtype=x_TI2.dtype, device=x_TI2.device)
     if rows := x_TI2.numel() // (2 * width):
         chosen = config(width)
-        grid = (rows, triton.cdiv(width, chosen["BLOCK"]))
-        _silu_mul_kernel[grid](x_TI2, out, x_TI2.stride(-2), width, **chosen)
+        _gated_kernel[(rows, triton.cdiv(width, chosen["BLOCK"]))](
+            x_TI2, out, x_TI2.stride(-2), width, alpha, limit, KIND=kind, INTERLEAVED=interleaved, **chosen
+        )
     return out
+
+
+@silu_mul.provider("triton", devices=("cuda",), refuses=refuses_gated, triton=True)
+def silu_mul_triton(x_TI2: Tensor) -> Tensor:
+    return launch_gated(x_TI2, "silu")

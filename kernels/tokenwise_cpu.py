@@ -9,7 +9,7 @@ from . import cpp
 from .add_rms_norm import add_rms_norm
 from .gather_rows import gather_rows
 from .rms_norm import rms_norm
-from .rope import rope
+from .rope import refuses_rope, rope
 from .rope_table import rope_table
 from .silu_mul import silu_mul
 from .tape import Kernel, empty, launch
@@ -70,25 +70,27 @@ def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: f
     return out, total
 
 
-def _refuses_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> str | None:
-    if x_THD.dim() != 3 or x_THD.stride(2) != 1 or x_THD.shape[2] % 2:
-        return f"x must be (T, H, D), contiguous in an even D, got {tuple(x_THD.shape)}, strides {x_THD.stride()}"
-    if cos_TD.dim() != 2 or cos_TD.stride(1) != 1 or sin_TD.stride(1) != 1:
-        return f"cos and sin must be (T, D) contiguous in D, strides are {cos_TD.stride()}, {sin_TD.stride()}"
-    return _one_dtype(x_THD, cos_TD, sin_TD)
+def _refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> str | None:
+    if interleaved or cos_TR.shape[-1] != x_THD.shape[-1]:
+        return f"it turns whole heads in halves, got {cos_TR.shape[-1]} of {x_THD.shape[-1]} columns, {interleaved=}"
+    return refuses_rope(x_THD, cos_TR, sin_TR) or _one_dtype(x_THD, cos_TR, sin_TR)
 
 
 @rope.provider("cpp", devices=("cpu",), refuses=_refuses_rope)
-def rope_cpp(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def rope_cpp(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     out = empty(x_THD.shape, x_THD.dtype)
     launch(
-        _ROPE, _DTYPES[x_THD.dtype], x_THD.data_ptr(), cos_TD.data_ptr(), sin_TD.data_ptr(), out.data_ptr(),
-        *x_THD.shape, *x_THD.stride()[:2], cos_TD.stride(0), sin_TD.stride(0), torch.get_num_threads(),
+        _ROPE, _DTYPES[x_THD.dtype], x_THD.data_ptr(), cos_TR.data_ptr(), sin_TR.data_ptr(), out.data_ptr(),
+        *x_THD.shape, *x_THD.stride()[:2], cos_TR.stride(0), sin_TR.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _refuses_rope_table(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> str | None:
+def _refuses_rope_table(
+    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
+) -> str | None:
+    if sections is not None:
+        return f"it takes one position a token, got sections {sections}"
     if dtype not in _DTYPES:
         return f"dtype must be float32 or bfloat16, got {dtype}"
     if positions_T.dtype != torch.int64 or speeds_F.dtype != torch.float32:
@@ -99,7 +101,9 @@ def _refuses_rope_table(positions_T: Tensor, speeds_F: Tensor, scaling: float, d
 
 
 @rope_table.provider("cpp", devices=("cpu",), refuses=_refuses_rope_table)
-def rope_table_cpp(positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_table_cpp(
+    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     tokens, speeds = positions_T.shape[0], speeds_F.shape[0]
     cos, sin = empty((tokens, 2 * speeds), dtype), empty((tokens, 2 * speeds), dtype)
     launch(

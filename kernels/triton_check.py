@@ -52,8 +52,8 @@ def _compile(name: str, build: Build, dtype: str, capability: int) -> Usage:
     constants = {k: v for k, v in config.items() if k not in options}
     signature |= dict.fromkeys(constants, "constexpr")
     # What the JIT would see of aligned tensors: pointers, strides and widths are multiples of 16.
-    suffixes = ("_ptr", "stride", "_token", "_head", "_block")
-    aligned = [i for i, n in enumerate(signature) if n not in constants and (n.endswith(suffixes) or n == "D")]
+    suffixes, widths = ("_ptr", "stride", "_token", "_head", "_block"), ("D", "K", "N")
+    aligned = [i for i, n in enumerate(signature) if n not in constants and (n.endswith(suffixes) or n in widths)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

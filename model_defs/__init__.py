@@ -12,10 +12,22 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .llama import Llama
+from .gemma2 import gemma2
+from .gemma3 import gemma3
+from .llama import llama
+from .mistral import mistral
+from .phi3 import phi3
+from .qwen2 import qwen2
+from .qwen3 import qwen3
 
 DEFINITIONS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
-    "LlamaForCausalLM": Llama,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Phi3ForCausalLM": phi3,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
 }
 
 
@@ -24,11 +36,14 @@ def has_definition(architecture: str) -> bool:
     return architecture in DEFINITIONS
 
 
-def build_model(architecture: str, raw: Mapping[str, Any], *, entry: str = "auto") -> nn.Module:
+def build_model(
+    architecture: str, raw: Mapping[str, Any], *, entry: str = "auto", max_model_len: int | None = None
+) -> nn.Module:
     """Build a model without weights: parameters on the meta device, computed buffers real.
 
     raw    config.json as read
     entry  "own": the definition here; "transformers": the checkpoint's own class; "auto": the first there is
+    max_model_len  longest request in tokens, by which LongRoPE's table is chosen; default: max_position_embeddings
 
     Raises ValueError for an architecture or a configuration that cannot be served.
     """
@@ -39,6 +54,8 @@ def build_model(architecture: str, raw: Mapping[str, Any], *, entry: str = "auto
         raise ValueError(
             f"architecture {architecture!r}: Seamwise defines {known}; use entry='transformers' for any other"
         )
+    if max_model_len is not None:
+        raw = {**raw, "max_model_len": max_model_len}
     if entry == "transformers" or not has_definition(architecture):
         from .hf import HuggingFaceDecoder
 

@@ -17,8 +17,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from seamwise.kernels import attention, kv_append
 
 _IMPLEMENTATION = "seamwise"
-# Keyword arguments that attention functions are given and that leave plain causal attention as it is. Any other one
-# that is set (sliding_window, softcap, s_aux, position_bias, …) would change the result: it is refused, not ignored.
+_SERVED = ("full_attention", "sliding_attention")  # kinds of layers
+# Keyword arguments that attention functions are given and that leave causal attention as it is. Any other one that is
+# set (s_aux, position_bias, …) would change the result: it is refused, not ignored.
 _HARMLESS = {
     "position_ids", "position_embeddings", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits",
@@ -27,8 +28,12 @@ _HARMLESS = {
 
 @dataclass(slots=True, kw_only=True)
 class _Step:
-    """A step's tensors, handed through the model's own code to its attention; `attended` lists the layers that came."""
+    """A step's tensors, handed through the model's own code to its attention.
 
+    slides    whether each layer has a sliding window; attended: the layers that came
+    """
+
+    slides: Sequence[bool]
     kv_caches: Sequence[Sequence[Tensor]]
     slot_mapping: Tensor
     spans: tuple[Tensor, Tensor, Tensor]
@@ -53,16 +58,13 @@ class HuggingFaceDecoder(nn.Module):
         with _parameters_on_meta():
             model = model_class(config).eval()
         for module in model.modules():
-            kinds = getattr(module, "rope_type", None)
-            for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-                if kind in ("dynamic", "longrope"):
-                    raise ValueError(f"{architecture}: rope_type is {kind!r}, wanted one equal at every length")
+            _fix_rope(module, config, architecture)
         # The children are registered here under the checkpoint's names; the model itself only lends its forward.
         for name, child in model.named_children():
             self.add_module(name, child)
         assert {n for n, _ in model.named_parameters()} == {n for n, _ in self.named_parameters()}
         self.architecture = architecture
-        self.num_layers = config.num_hidden_layers
+        self.slides = _sliding_layers(config)
         self._call: Callable[..., Any] = model.__call__  # a bound method: no child of this module
         self.eval()
 
@@ -71,15 +73,15 @@ class HuggingFaceDecoder(nn.Module):
         block_table: Tensor, seq_lens: Tensor, query_starts: Tensor, logit_rows: Tensor,
     ) -> Tensor:  # fmt: skip
         spans = (block_table, seq_lens, query_starts)
-        step = _Step(kv_caches=kv_caches, slot_mapping=slot_mapping, spans=spans)
+        step = _Step(slides=self.slides, kv_caches=kv_caches, slot_mapping=slot_mapping, spans=spans)
         logits_1LV = self._call(
             input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False,
             logits_to_keep=logit_rows, seamwise_step=step,
         ).logits  # fmt: skip
-        if step.attended != list(range(self.num_layers)):
+        if step.attended != list(range(len(self.slides))):
             raise ValueError(
                 f"{self.architecture}: attention of layers {step.attended} came through transformers'"
-                f" attention interface, wanted each of its {self.num_layers} layers once, in order"
+                f" attention interface, wanted each of its {len(self.slides)} layers once, in order"
             )
         return logits_1LV.squeeze(0)
 
@@ -87,7 +89,7 @@ class HuggingFaceDecoder(nn.Module):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-    seamwise_step: _Step | None = None, **others: Any,
+    sliding_window: int | None = None, softcap: float | None = None, seamwise_step: _Step | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention function for transformers: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E)."""
     name = type(module).__name__
@@ -103,6 +105,9 @@ def _attend(
         raise ValueError(f"{name}: {shown} is not served; wanted plain causal attention")
     layer = module.layer_idx
     assert isinstance(layer, int)
+    if (sliding_window is not None) != seamwise_step.slides[layer]:
+        wanted = "a sliding window" if seamwise_step.slides[layer] else "none"
+        raise ValueError(f"{name}: layer {layer} has sliding_window={sliding_window}, its configuration wants {wanted}")
     k_cache, v_cache = seamwise_step.kv_caches[layer]
     for what, x, cache in (("key", key, k_cache), ("value", value, v_cache)):
         if (x.shape[1], x.shape[3]) != (cache.shape[1], cache.shape[3]):
@@ -114,7 +119,32 @@ def _attend(
     q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
     kv_append(k_TKE, v_TKE, k_cache, v_cache, seamwise_step.slot_mapping)
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    return attention(q_THE, k_cache, v_cache, *seamwise_step.spans, scale).unsqueeze(0), None
+    spans, limits = seamwise_step.spans, (sliding_window or 0, softcap or 0.0)
+    return attention(q_THE, k_cache, v_cache, *spans, scale, *limits).unsqueeze(0), None
+
+
+def _sliding_layers(config: Any) -> list[bool]:
+    """Return whether each layer has a sliding window: transformers tells its masks, of which none is built here."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def _fix_rope(module: nn.Module, config: Any, architecture: str) -> None:
+    """Make a rotary embedding the same at every length: LongRoPE's table is chosen by the longest request there may be.
+
+    Raises ValueError for a kind that has no such form.
+    """
+    kinds: Any = getattr(module, "rope_type", None)
+    if kinds == "longrope":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        longest = getattr(config, "max_model_len", config.max_position_embeddings)
+        module.inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=longest)
+        module.rope_type = "default"  # type: ignore[assignment]  # which transformers does not update
+    elif {"dynamic", "longrope"} & {*(kinds.values() if isinstance(kinds, dict) else [kinds])}:
+        raise ValueError(f"{architecture}: rope_type is {kinds!r}, wanted one equal at every length")
 
 
 def _class_of(architecture: str) -> Any:
@@ -139,7 +169,7 @@ def _config_of(model_class: Any, raw: Mapping[str, Any]) -> Any:
     config = model_class.config_class.from_dict(dict(raw))
     unserved = {
         "is_encoder_decoder": config.is_encoder_decoder,
-        "layer_types": [t for t in getattr(config, "layer_types", None) or () if t != "full_attention"],
+        "layer_types": [t for t in getattr(config, "layer_types", None) or () if t not in _SERVED],
         "attention_chunk_size": getattr(config, "attention_chunk_size", None),
     }
     for option, found in unserved.items():

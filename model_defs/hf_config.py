@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # Nothing real comes near these; a corrupt file easily does. Past them, building the module alone would hang.
 _LARGEST_SIZE = 1 << 24
 _LARGEST_DEPTH = 1 << 12
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 # Names of the models that came before the common ones.
 _OLDER_NAMES = {
     "hidden_size": ("n_embd",),
@@ -42,11 +43,40 @@ class Reader:
             raise ValueError(f"{self.where}: {name} is {got!r}, wanted a positive number")
         return float(got)
 
-    def flag(self, name: str) -> bool:
-        """Return a truth value, False where the configuration does not say."""
-        got = self._get(name, False)
-        if not isinstance(got, bool):
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return a truth value."""
+        got = self.raw.get(name)
+        if got is not None and not isinstance(got, bool):
             raise ValueError(f"{self.where}: {name} is {got!r}, wanted true or false")
+        return default if got is None else got
+
+    def is_null(self, name: str) -> bool:
+        """Return whether the configuration has the name and says null, which is not its default."""
+        return name in self.raw and self.raw[name] is None
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        """Return a list of that many positive numbers."""
+        got = self._get(name, None)
+        if not isinstance(got, list) or len(got) != count:
+            shown = f"{len(got)} numbers" if isinstance(got, list) else repr(got)
+            raise ValueError(f"{self.where}: {name} is {shown}, wanted a list of {count} numbers")
+        return [Reader({name: number}, self.where).positive(name) for number in got]
+
+    def windows(self, num_layers: int, slides: Callable[[int], bool], default: int | None = None) -> list[int]:
+        """Return the tokens that each layer's attention sees, 0 for all: layer_types, else the layers that `slides`."""
+        kinds = self.raw.get("layer_types")
+        if kinds is None:
+            kinds = [_SLIDING if slides(i) else _FULL for i in range(num_layers)]
+        if not isinstance(kinds, list) or len(kinds) != num_layers or not {*kinds} <= {_SLIDING, _FULL}:
+            wanted = f"a list of {num_layers} of {_FULL!r} and {_SLIDING!r}"
+            raise ValueError(f"{self.where}: layer_types is {kinds!r}, wanted {wanted}")
+        return [self.size("sliding_window", default) if kind == _SLIDING else 0 for kind in kinds]
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """Return an object within the configuration, empty where it is not there."""
+        got = self.raw.get(name) or {}
+        if not isinstance(got, Mapping):
+            raise ValueError(f"{self.where}: {name} is {got!r}, wanted an object")
         return got
 
     def choice(self, name: str, known: tuple[str, ...], default: str | None = None) -> str:

@@ -1,12 +1,14 @@
-"""The speeds of rotary position embedding, read from a configuration.
+"""Rotary position embedding as a configuration asks for it: how fast each pair of columns turns.
 
-Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; the Llama 3 scaling as transformers computes it.
+In float32 step by step, as transformers computes it: at position 8000 one ulp of a speed is already 5e-4 radians.
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; YaRN: Peng et al. 2023, https://arxiv.org/abs/2309.00071;
+LongRoPE: Ding et al. 2024, https://arxiv.org/abs/2402.13753.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,54 +18,122 @@ from torch import Tensor
 from .hf_config import Reader
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Rope:
-    """theta, and for Llama 3's longer contexts its factor, low and high frequency factors and original length."""
+    """speeds of the R/2 pairs in radians a position, exact in float32; cosines and sines are multiplied by scaling."""
 
-    theta: float
-    llama3: tuple[float, float, float, float] | None = None
+    speeds: tuple[float, ...]
+    scaling: float = 1.0
 
     @classmethod
-    def from_hf(cls, read: Reader) -> Rope:
+    def from_hf(cls, read: Reader, E: int, *, partial: bool = False) -> Rope:
         """Read what transformers 5 keeps in rope_parameters and transformers 4 in rope_theta and rope_scaling.
 
-        Raises ValueError naming a kind of RoPE that is not served.
+        `partial`: the family may rotate the first columns of a head only. Raises ValueError for what is not served.
         """
-        found: dict[str, Any] = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            part = read.raw.get(name) or {}
-            if not isinstance(part, Mapping):
-                raise ValueError(f"{read.where}: {name} is {part!r}, wanted an object")
-            found |= part
-        for name in ("rope_theta", "partial_rotary_factor"):
-            found.setdefault(name, read.raw.get(name))
-        found.setdefault("rope_type", found.get("type"))
-        found.setdefault("original_max_position_embeddings", read.raw.get("max_position_embeddings"))
-        rope = Reader(found, f"{read.where}: rope")
-        kind = rope.choice("rope_type", ("default", "llama3"), "default")
-        if (part := rope.positive("partial_rotary_factor", 1.0)) != 1.0:
-            raise ValueError(f"{rope.where}: partial_rotary_factor is {part}, wanted 1 (rotation of whole heads)")
+        rope = _parameters(read)
+        kind = rope.choice("rope_type", tuple(_KINDS), "default")
+        share = rope.positive("partial_rotary_factor", 1.0)
+        if share > 1.0 or (share < 1.0 and not partial):
+            wanted = "at most 1" if partial else "1 (rotation of whole heads)"
+            raise ValueError(f"{rope.where}: partial_rotary_factor is {share}, wanted {wanted}")
+        R = int(E * share)
+        if R % 2:
+            raise ValueError(f"{rope.where}: head_dim is {E}, of which {R} columns turn; wanted an even number of them")
         theta = rope.positive("rope_theta", 10000.0)
-        if kind == "default":
-            return cls(theta=theta)
-        low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
-        if low >= high:
-            raise ValueError(f"{rope.where}: low_freq_factor {low} is not below high_freq_factor {high}")
-        original = rope.positive("original_max_position_embeddings")
-        return cls(theta=theta, llama3=(rope.positive("factor"), low, high, original))
+        turns_F = theta ** (torch.arange(0, R, 2, dtype=torch.float32, device="cpu") / R)
+        speeds_F, scaling = _KINDS[kind](rope, theta, turns_F)
+        return cls(tuple(speeds_F.tolist()), scaling)
 
-    def speeds(self, E: int) -> Tensor:
-        """Return the E/2 speeds in radians a position: float32, on the CPU also where modules are built on meta.
 
-        In float32 step by step, as transformers does: at position 8000 one ulp of a speed is already 5e-4 radians.
-        """
-        if E % 2:
-            raise ValueError(f"rope: head_dim is {E}, wanted an even number (halves are rotated against each other)")
-        speeds = 1.0 / (self.theta ** (torch.arange(0, E, 2, dtype=torch.float32, device="cpu") / E))
-        if self.llama3 is None:
-            return speeds
-        factor, low, high, original = self.llama3
-        turns = original / (2 * math.pi / speeds)  # rotations within the original context
-        kept = (turns - low) / (high - low)
-        between = (1 - kept) * speeds / factor + kept * speeds
-        return torch.where(turns < low, speeds / factor, torch.where(turns > high, speeds, between))
+def long_table(raw: Mapping[str, Any], max_model_len: int) -> bool | None:
+    """Return whether LongRoPE's long table is in effect for requests of up to that length, None for any other RoPE."""
+    rope = _parameters(Reader({**raw, "max_model_len": max_model_len}, "config.json"))
+    return _is_long(rope) if rope.raw["rope_type"] in ("longrope", "su") else None
+
+
+def _parameters(read: Reader) -> Reader:
+    found = {**read.part("rope_scaling"), **read.part("rope_parameters")}
+    for name in ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "max_model_len"):
+        found.setdefault(name, read.raw.get(name))
+    found.setdefault("rope_type", found.get("type"))
+    original = "original_max_position_embeddings"
+    # Phi-3 keeps it outside of its rope's parameters, and that one counts.
+    found[original] = read.raw.get(original) or found.get(original) or found["max_position_embeddings"]
+    return Reader(found, f"{read.where}: rope")
+
+
+def _is_long(rope: Reader) -> bool:
+    longest = rope.size("max_model_len", rope.size("max_position_embeddings"))
+    return longest > rope.size("original_max_position_embeddings")
+
+
+def _default(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
+    return 1.0 / turns_F, 1.0
+
+
+def _linear(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
+    return 1.0 / turns_F / rope.positive("factor"), 1.0
+
+
+def _llama3(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
+    low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
+    if low >= high:
+        raise ValueError(f"{rope.where}: low_freq_factor {low} is not below high_freq_factor {high}")
+    factor, speeds_F = rope.positive("factor"), 1.0 / turns_F
+    rotations_F = rope.positive("original_max_position_embeddings") / (2 * math.pi / speeds_F)
+    kept_F = (rotations_F - low) / (high - low)
+    between_F = (1 - kept_F) * speeds_F / factor + kept_F * speeds_F
+    slow_or_between_F = torch.where(rotations_F < low, speeds_F / factor, between_F)
+    return torch.where(rotations_F > high, speeds_F, slow_or_between_F), 1.0
+
+
+def _yarn(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
+    """Fast pairs keep their speed, slow ones are slowed by factor, with a ramp over the columns between."""
+    factor, original = rope.positive("factor"), rope.positive("original_max_position_embeddings")
+    R = 2 * len(turns_F)
+
+    def column(rotations: float) -> float:
+        """Return where a pair makes that many rotations within the original context."""
+        return R * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = column(rope.positive("beta_fast", 32.0)), column(rope.positive("beta_slow", 1.0))
+    if rope.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, R - 1)
+    ramp_F = (torch.arange(R // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)
+    kept_F = 1 - ramp_F.clamp(0, 1)
+    speeds_F = 1.0 / (factor * turns_F) * (1 - kept_F) + 1.0 / turns_F * kept_F
+    if rope.raw.get("mscale") and rope.raw.get("mscale_all_dim"):
+        usual = _mscale(factor, rope.positive("mscale")) / _mscale(factor, rope.positive("mscale_all_dim"))
+    else:
+        usual = _mscale(factor, 1.0)
+    return speeds_F, rope.positive("attention_factor", usual)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
+    """One table for every request, the long one where requests may be longer than the original context.
+
+    transformers takes the table by each request's present length, and with it the keys of a request that outgrows the
+    original context would have to be computed again. vLLM and llama.cpp choose as here, by max_model_len.
+    """
+    original, longest = rope.size("original_max_position_embeddings"), rope.size("max_position_embeddings")
+    factors = rope.numbers("long_factor" if _is_long(rope) else "short_factor", len(turns_F))
+    factor = rope.positive("factor", longest / original)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    factors_F = torch.tensor(factors, dtype=torch.float32, device="cpu")
+    return 1.0 / (factors_F * turns_F), rope.positive("attention_factor", usual)
+
+
+_KINDS: dict[str, Callable[[Reader, float, Tensor], tuple[Tensor, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,  # its name in Phi-3's first configurations
+}

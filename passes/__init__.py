@@ -5,10 +5,16 @@ Each pass's file starts with the graph before and after it. The order they run i
 
 from .canonicalize import canonicalize
 from .fuse_add_rms_norm import FUSE_ADD_RMS_NORM
+from .fuse_add_rms_norm_quant import FUSE_ADD_RMS_NORM_QUANT
+from .fuse_attention_quant import FUSE_ATTENTION_QUANT
 from .fuse_gate_up import FUSE_GATE_UP
 from .fuse_qkv import FUSE_QKV
+from .fuse_rms_norm_quant import FUSE_RMS_NORM_QUANT
+from .fuse_silu_mul_quant import FUSE_SILU_MUL_QUANT
 from .matcher import Match, Miss, Pattern
 from .pack_linear import PACK_LINEAR
+from .quantize_linear import QUANTIZE_LINEAR
+from .quantize_weights import SCHEMES, quantize_weights
 from .raise_gather import RAISE_GATHER
 from .raise_rms_norm import RAISE_RMS_NORM
 from .raise_rope import RAISE_ROPE
@@ -17,13 +23,19 @@ from .rewrite import Pass, Report, Structure, pattern_pass
 
 __all__ = [
     "FUSE_ADD_RMS_NORM",
+    "FUSE_ADD_RMS_NORM_QUANT",
+    "FUSE_ATTENTION_QUANT",
     "FUSE_GATE_UP",
     "FUSE_QKV",
+    "FUSE_RMS_NORM_QUANT",
+    "FUSE_SILU_MUL_QUANT",
     "PACK_LINEAR",
+    "QUANTIZE_LINEAR",
     "RAISE_GATHER",
     "RAISE_RMS_NORM",
     "RAISE_ROPE",
     "RAISE_SWIGLU",
+    "SCHEMES",
     "Match",
     "Miss",
     "Pass",
@@ -32,4 +44,5 @@ __all__ = [
     "Structure",
     "canonicalize",
     "pattern_pass",
+    "quantize_weights",
 ]

@@ -46,7 +46,7 @@ def _simplify(graph: Graph, node: Node) -> Node | None:
         node.args[0], aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
     ):
         return _slice_of_split(graph, node)
-    if target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default):
+    if target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default):
         return _new(graph, node, aten.to.dtype, (node.args[0], value(node).dtype)) if target != aten.to.dtype else None
     if target in _RESHAPES and (shape := _shape(node)) is not None and (target, node.args[1]) != (_RESHAPE, shape):
         return _new(graph, node, _RESHAPE, (node.args[0], shape))
@@ -61,8 +61,8 @@ def _simplify(graph: Graph, node: Node) -> Node | None:
 
 def _is_noop(node: Node) -> bool:
     """Return whether a node returns its first argument unchanged: same shape, dtype, device and strides."""
-    kinds = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.slice.Tensor, aten.expand.default,
-             aten.contiguous.default, aten.dropout.default, *_RESHAPES)  # fmt: skip
+    kinds = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default, aten.slice.Tensor,
+             aten.expand.default, aten.contiguous.default, aten.dropout.default, *_RESHAPES)  # fmt: skip
     if not is_op(node, *kinds) or (node.target == aten.dropout.default and node.args[2]):
         return False
     source = node.args[0]

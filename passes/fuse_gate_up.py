@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from seamwise.kernels import silu_mul
+from seamwise.kernels import gelu_mul, silu_mul
 
 from .graph import aten, is_op, is_weight
 from .matcher import HOLE, Match, Pattern
@@ -21,20 +21,20 @@ _K, _N = HOLE + 9, HOLE + 13
 
 
 def plain(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return silu_mul(torch.cat([F.linear(x, gate), F.linear(x, up)], -1))
+    return torch.cat([F.linear(x, gate), F.linear(x, up)], -1)
 
 
 def biased(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor, up_bias: Tensor) -> Tensor:
-    return silu_mul(torch.cat([F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)], -1))
+    return torch.cat([F.linear(x, gate, gate_bias), F.linear(x, up, up_bias)], -1)
 
 
 def replace_plain(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return silu_mul(aten.linear.default(x, aten.cat.default([gate, up], 0)))
+    return aten.linear.default(x, aten.cat.default([gate, up], 0))
 
 
 def replace_biased(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor, up_bias: Tensor) -> Tensor:
     weight, bias = aten.cat.default([gate, up], 0), aten.cat.default([gate_bias, up_bias], 0)
-    return silu_mul(aten.linear.default(x, weight, bias))
+    return aten.linear.default(x, weight, bias)
 
 
 def _weights(match: Match) -> str | None:
@@ -53,7 +53,7 @@ def _patterns(dtype: torch.dtype) -> list[Pattern]:
 
 
 def _unfused(node: Node) -> bool:
-    return is_op(node, silu_mul.op) and is_op(node.args[0], aten.cat.default)
+    return is_op(node, aten.cat.default) and any(is_op(user, silu_mul.op, gelu_mul.op) for user in node.users)
 
 
-FUSE_GATE_UP: Pass = pattern_pass("fuse_gate_up", patterns=_patterns, key=_unfused, expect=lambda s: s.gated_mlps)
+FUSE_GATE_UP: Pass = pattern_pass("fuse_gate_up", patterns=_patterns, key=_unfused, expect=lambda s: s.gate_up_pairs)

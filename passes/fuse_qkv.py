@@ -11,7 +11,7 @@ from collections import defaultdict
 
 from torch.fx import GraphModule, Node
 
-from .graph import aten, inserting, is_op, is_weight, place, value
+from .graph import aten, inserting, is_op, is_weight, place, replace, value
 from .matcher import Miss
 from .rewrite import Pass, Report
 
@@ -57,7 +57,7 @@ def _join(module: GraphModule, group: list[Node]) -> None:
             parts.append(aten.slice.Tensor(joined, -1, columns, columns + width))
             columns += width
     for node, part in zip(group, parts, strict=True):
-        node.replace_all_uses_with(part.node)
+        replace(node, part.node)
         module.graph.erase_node(node)
 
 

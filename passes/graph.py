@@ -59,6 +59,17 @@ def infer(node: Node) -> None:
     node.meta["val"] = node.target(*args, **kwargs)
 
 
+def replace(old: Node, new: Node) -> None:
+    """Let every user of `old` read `new`, and infer the views of it again: their strides follow from its."""
+    old.replace_all_uses_with(new)
+    pending = list(new.users)
+    while pending:
+        user = pending.pop()
+        if user.op == "call_function" and user.target in VIEWS:
+            infer(user)
+            pending += user.users
+
+
 def is_op(node: Any, *targets: Any) -> bool:
     """Return whether `node` is a call of one of `targets`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in targets

@@ -69,14 +69,15 @@ class Pattern:
         function: Callable[..., Any],
         replacement: Callable[..., Any],
         shapes: Sequence[tuple[int, ...]],
-        dtype: torch.dtype,
+        dtype: torch.dtype | Sequence[torch.dtype],
         *,
         applies: Callable[[Match], str | None] = lambda match: None,
         **scalars: float,
     ) -> Pattern:
-        """Trace `function(*tensors, **scalars)` on fake tensors of the given shapes and dtype."""
+        """Trace `function(*tensors, **scalars)` on fake tensors of the given shapes, of one dtype or one each."""
+        dtypes = [dtype] * len(shapes) if isinstance(dtype, torch.dtype) else dtype
         with torch._subclasses.FakeTensorMode():
-            examples = [torch.empty(s, dtype=dtype) for s in shapes]
+            examples = [torch.empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
             module = make_fx(lambda *tensors: function(*tensors, **scalars), pre_dispatch=True)(*examples)
         for node in module.graph.nodes:
             if node.op == "get_attr":

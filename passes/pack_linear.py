@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from seamwise.kernels import linear_packed, pack_linear
 
-from .graph import aten, inserting, is_op, is_weight, place, value
+from .graph import aten, inserting, is_op, is_weight, place, replace, value
 from .matcher import Miss
 from .rewrite import Pass, Report
 
@@ -28,7 +28,7 @@ def pack(module: GraphModule, report: Report) -> None:
         with inserting(module.graph, node, like=node) as proxy:
             packed = pack_linear(proxy(weight))
             y = linear_packed(proxy(x), packed, value(weight).shape[0], *[proxy(b) for b in bias if b is not None])
-        node.replace_all_uses_with(y.node)
+        replace(node, y.node)
         module.graph.erase_node(node)
         report.matched += 1
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from seamwise.kernels import gather_rows
 
-from .graph import aten, inserting, is_op, place, value
+from .graph import aten, inserting, is_op, place, replace, value
 from .matcher import Miss
 from .rewrite import Pass, Report
 
@@ -32,7 +32,7 @@ def raise_gather(module: GraphModule, report: Report) -> None:
                 rows = aten.unsqueeze.default(gather_rows(flat, proxy(index)), 0)
             else:
                 rows = gather_rows(proxy(table), proxy(index))
-        node.replace_all_uses_with(rows.node)
+        replace(node, rows.node)
         module.graph.erase_node(node)
         report.matched += 1
 

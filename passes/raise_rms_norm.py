@@ -2,6 +2,8 @@
 
 before: h = x.float(); h = h * rsqrt(mean(h², -1) + eps); y = weight * h.to(x.dtype)
 after:  y = rms_norm(x, weight, eps)
+before: the same h; y = (h * (1.0 + weight.float())).to(x.dtype)      Gemma; OLMo 2 without the 1
+after:  y = rms_norm(x, 1.0 + weight.float(), eps)      what is made of weights alone is computed at load
 """
 
 from __future__ import annotations
@@ -29,8 +31,18 @@ def spelled_out(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
+def rounded_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * weight).to(x.dtype)
+
+
 def replacement(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(x, weight, eps)
+
+
+def replace_rounded_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(x, aten.to.dtype(weight, torch.float32), eps)
 
 
 def _one_weight_a_column(match: Match) -> str | None:
@@ -40,10 +52,12 @@ def _one_weight_a_column(match: Match) -> str | None:
 
 def _patterns(dtype: torch.dtype) -> list[Pattern]:
     shapes = [(3, _D), (_D,)]
-    return [
-        Pattern.trace(f, replacement, shapes, dtype, applies=_one_weight_a_column, eps=1.5e-5)
-        for f in (torch_op, spelled_out)
-    ]
+    spellings = (
+        (torch_op, replacement),
+        (spelled_out, replacement),  # before rounded_last, which is the same where the model is in float32
+        (rounded_last, replace_rounded_last),
+    )
+    return [Pattern.trace(p, r, shapes, dtype, applies=_one_weight_a_column, eps=1.5e-5) for p, r in spellings]
 
 
 RAISE_RMS_NORM: Pass = pattern_pass(

@@ -3,6 +3,7 @@ transformers' models do.
 
 before: y = x * cos + cat(-x[..., D/2:], x[..., :D/2]) * sin
 after:  y = rope(x, cos, sin)
+Also where cos and sin are float32 and the sum is rounded to x's dtype (OLMo 2), which is what `rope` does with them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ def tokens_first(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 def heads_first(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
     return x_BHTD * cos_BTD.unsqueeze(-3) + _rotate(x_BHTD) * sin_BTD.unsqueeze(-3)
+
+
+def heads_first_wide(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    return heads_first(x_BHTD, cos_BTD, sin_BTD).to(x_BHTD.dtype)
 
 
 def replace_tokens_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -62,11 +67,12 @@ def _fits(rank: int, batched: bool) -> Callable[[Match], str | None]:
 
 def _patterns(dtype: torch.dtype) -> list[Pattern]:
     D = 2 * _HALF
+    tokens, heads = [(3, 2, D), (3, D), (3, D)], [(1, 2, 3, D), (1, 3, D), (1, 3, D)]
+    wide = [dtype, torch.float32, torch.float32]
     return [
-        Pattern.trace(tokens_first, replace_tokens_first, [(3, 2, D), (3, D), (3, D)], dtype, applies=_fits(3, False)),
-        Pattern.trace(
-            heads_first, replace_heads_first, [(1, 2, 3, D), (1, 3, D), (1, 3, D)], dtype, applies=_fits(4, True)
-        ),
+        Pattern.trace(tokens_first, replace_tokens_first, tokens, dtype, applies=_fits(3, False)),
+        Pattern.trace(heads_first, replace_heads_first, heads, dtype, applies=_fits(4, True)),
+        Pattern.trace(heads_first_wide, replace_heads_first, heads, wide, applies=_fits(4, True)),
     ]
 
 

@@ -25,6 +25,8 @@ class Structure:
     gated_mlps      MLPs whose activation is gated
     gate_up_pairs   those of them with separate gate and up projections
     attentions      attentions with separate query, key and value projections
+    linears         linear layers but the head
+    quantized_linears      those whose weights are quantized, and whether their inputs are too
     """
 
     norms: int = 0
@@ -33,13 +35,16 @@ class Structure:
     gated_mlps: int = 0
     gate_up_pairs: int = 0
     attentions: int = 0
+    linears: int = 0
+    quantized_linears: int = 0
+    quantized_activations: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class Report:
     """One pass's remark: how often it matched, what was promised, each miss with its reason, its time.
 
-    certificate  how it was validated: cases, semantics, max_error; None where it was not
+    certificate  how it was validated: cases, lossy, max_error; None where it was not
     """
 
     name: str
@@ -52,11 +57,15 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """`rewrite(module, report)` changes the graph in place; `expect(structure)` is the promised count."""
+    """`rewrite(module, report)` changes the graph in place; `expect(structure)` is the promised count.
+
+    A `lossy` pass rounds on purpose (quantization): validation measures its error and does not refuse it.
+    """
 
     name: str
     rewrite: Callable[[GraphModule, Report], None]
     expect: Callable[[Structure], int] | None = None
+    lossy: bool = False
 
     def apply(self, module: GraphModule, structure: Structure) -> Report:
         """Run the pass over the graph and report."""

@@ -48,12 +48,15 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--entry", default="auto", help="own: Seamwise's definition; transformers: the model's own class"
     )
     parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--load-format", default="auto", help="auto, safetensors, pt, npz, gguf; dummy: random weights")
+    parser.add_argument("--quantization", help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load")
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {"dtype": options.dtype, "device": options.device, "entry": options.entry}
-    chosen["max_model_len"] = options.max_model_len
+    chosen |= {"max_model_len": options.max_model_len, "load_format": options.load_format}
+    chosen |= {"quantization": options.quantization}
     return chosen | ({"pack_dir": None} if options.no_pack else {})
 
 

@@ -33,7 +33,8 @@ class LLM:
     max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
-    **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, pipeline, pack_dir
+    **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization, pipeline,
+               pack_dir, offline
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,13 @@ class RunnerConfig:
         device: str = "auto",
         entry: str = "auto",
         max_model_len: int | None = None,
+        quantization: str | None = None,
         **options: Any,
     ) -> RunnerConfig:
-        """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value."""
+        """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
+
+        quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load
+        """
         from seamwise.model_defs import has_definition
 
         if device == "auto":
@@ -96,6 +100,9 @@ class RunnerConfig:
             raise ValueError(
                 f"max_model_len={max_model_len}: wanted 1 to {limit} (the model's max_position_embeddings)"
             )
+        if quantization is not None:
+            pipeline = options.get("pipeline", PipelineConfig())
+            options["pipeline"] = replace(pipeline, quantization=quantization)
         try:
             return cls(dtype=dtype, device=device, entry=entry, max_model_len=max_model_len, **options)
         except TypeError as error:

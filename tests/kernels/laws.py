@@ -147,7 +147,7 @@ def arguments(draw: st.DrawFn, contract: Contract, dtypes: tuple[torch.dtype, ..
         name: draw(st.integers(*choice) if isinstance(choice, tuple) else st.sampled_from(choice))
         for name, choice in contract.sizes.items()
     }
-    dtype, seed = draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**31 - 1))
+    dtype, seed = draw(st.sampled_from(contract.dtypes or dtypes)), draw(st.integers(0, 2**31 - 1))
     args = contract.make_inputs(sizes, dtype=dtype, device=device, seed=seed)
     args = scaled(args, contract.rows, draw(st.sampled_from([1.0, 1.0, 1e-3, 30.0])))
     return loosened(args, contract.rows) if draw(st.booleans()) else args, seed

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,10 @@ def keep_thread_count() -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class Step:
-    """A drawn step; every cache slot and fused-qkv column that attention must not read holds NaN."""
+    """A drawn step; every cache slot and fused-qkv column that attention must not read holds NaN.
+
+    The table has -1 for blocks that lie before every window of their request.
+    """
 
     q_THD: Tensor
     k_cache: Tensor
@@ -40,8 +43,11 @@ class Step:
     seq_lens_R: Tensor
     query_starts_S: Tensor
     scale: float
+    window: int
+    softcap: float
+    sinks_H: Tensor | None
 
-    def args(self) -> tuple[Tensor | float, ...]:
+    def args(self) -> tuple[Tensor | float | None, ...]:
         return tuple(vars(self).values())
 
     def run(self, threads: int = 1) -> Tensor:
@@ -65,12 +71,16 @@ class Step:
             seq_lens_R=self.seq_lens_R[r : r + 1] - (count - last),
             query_starts_S=torch.tensor([0, last - first], dtype=torch.int32),
             scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            sinks_H=self.sinks_H,
         )
 
 
 def make_step(
     requests: list[tuple[int, int]], *, kv_heads: int = 3, group: int = 3, dim: int = 64, block_size: int = 16,
-    padding: int = 0, dtype: torch.dtype = torch.bfloat16, size: float = 1.0, seed: int = 0,
+    padding: int = 0, dtype: torch.dtype = torch.bfloat16, size: float = 1.0, seed: int = 0, window: int = 0,
+    softcap: float = 0.0, sinks: torch.dtype | None = None,
 ) -> Step:  # fmt: skip
     """`requests` are (tokens already in the cache, queries); zero queries is a padded request."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,9 +93,11 @@ def make_step(
     v_cache = k_cache.clone()
     for r, (length, ids) in enumerate(zip(lengths, order.split(blocks), strict=True)):
         table[r, : len(ids)] = ids
-        position = torch.arange(length)
+        unseen = max(0, length - requests[r][1] - window + 1) if window else 0
+        table[r, : unseen // block_size] = -1
+        position = torch.arange(unseen, length)
         for cache in (k_cache, v_cache):
-            rows = torch.randn(length, kv_heads, dim, generator=generator)
+            rows = torch.randn(length - unseen, kv_heads, dim, generator=generator)
             cache[ids[position // block_size], :, position % block_size] = (rows * size).to(dtype)
     qkv = torch.full((tokens, heads + 2 * kv_heads, dim), float("nan"), dtype=dtype)
     qkv[:, :heads] = (torch.randn(tokens, heads, dim, generator=generator) * size).to(dtype)
@@ -93,7 +105,8 @@ def make_step(
         q_THD=qkv[:, :heads], k_cache=k_cache, v_cache=v_cache, block_table_RB=table,
         seq_lens_R=torch.tensor(lengths, dtype=torch.int32),
         query_starts_S=torch.tensor([0, *[n for _, n in requests]], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        scale=dim**-0.5,
+        scale=dim**-0.5, window=window, softcap=softcap,
+        sinks_H=None if sinks is None else torch.randn(heads, generator=generator).to(sinks),
     )  # fmt: skip
 
 
@@ -107,8 +120,7 @@ def assert_within_budget(step: Step, out: Tensor) -> None:
     torch_error = 0.0
     for i in range(4):
         order = torch.randperm(step.q_THD.shape[2], generator=torch.Generator().manual_seed(i))
-        _, _, *rest = step.args()
-        same_dtype = attention.meaning(step.q_THD[..., order], step.k_cache[..., order], *rest)
+        same_dtype = replace(step, q_THD=step.q_THD[..., order], k_cache=step.k_cache[..., order]).meaning(out.dtype)
         torch_error = max(torch_error, float((same_dtype.double() - truth).abs().max()))
     budget = 2 * (torch_error + torch.finfo(out.dtype).eps * float(truth.abs().max()))
     error = float((out.double() - truth).abs().max())
@@ -132,6 +144,9 @@ steps = st.builds(
     dtype=st.sampled_from(DTYPES),
     size=st.sampled_from([0.1, 1.0]),
     seed=st.integers(0, 2**31),
+    window=st.sampled_from([0, 0, 1, 20, 64, 130]),
+    softcap=st.sampled_from([0.0, 0.0, 1.5, 50.0]),
+    sinks=st.sampled_from([None, torch.float32, torch.bfloat16]),
 )
 
 
@@ -158,9 +173,12 @@ def test_a_request_alone_and_in_any_cut_has_the_same_bits(step: Step, data: st.D
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 1000])
 @pytest.mark.parametrize("requests", [[(2999, 1)], [(1500, 20)], [(3000, 1), (70, 1)], [(63, 1)], [(64, 1)]])
-def test_a_context_spread_over_threads_has_the_same_bits(requests: list[tuple[int, int]], dtype: torch.dtype) -> None:
-    step = make_step(requests, dtype=dtype)
+def test_a_context_spread_over_threads_has_the_same_bits(
+    requests: list[tuple[int, int]], window: int, dtype: torch.dtype
+) -> None:
+    step = make_step(requests, dtype=dtype, window=window, sinks=torch.float32 if window else None)
     out = step.run()
     assert_within_budget(step, out)
     for threads in (2, 3, 8):
@@ -183,7 +201,8 @@ def test_every_vector_width(march: str, needs: str, monkeypatch: pytest.MonkeyPa
     kernel = Kernel("attention_cpu.cpp", "seamwise_attention", flags=flags)
     monkeypatch.setattr(attention_cpu, "_ATTENTION", kernel)
     for dtype in [torch.float32, torch.bfloat16, *([torch.float16] if march != "x86-64" else [])]:
-        step = make_step([(100, 30), (0, 75), (500, 1), (3, 1)], dim=80, dtype=dtype)
+        requests, limits = [(100, 30), (0, 75), (500, 1), (3, 1)], {"window": 90, "softcap": 2.0}
+        step = make_step(requests, dim=80, dtype=dtype, sinks=torch.bfloat16, **limits)
         out = step.run()
         assert_within_budget(step, out)
         assert torch.equal(out, step.run(threads=2))
@@ -263,6 +282,16 @@ def test_what_it_cannot_serve_goes_to_the_meaning_with_a_reason() -> None:
     with pytest.raises(ValueError, match="seq_lens must be int32"):
         wide_index.run()
     assert attention.choose(make_step([(5, 2)]).args()).name == "cpp"
+    slopes, scale = torch.ones(9), torch.ones(1)
+    for features, reason in (((slopes,), "slopes"), ((None, scale, scale), "scaled"), ((None, None, scale), "scaled")):
+        with pytest.raises(ValueError, match=reason):
+            attention.run("cpp", *make_step([(5, 2)]).args(), *features)
+    for step, reason in (
+        (make_step([(5, 2)], window=-1), "must not be negative"),
+        (make_step([(5, 2)], sinks=torch.float64), "sinks must be 9 contiguous elements"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            step.run()
 
 
 def test_exp2() -> None:

@@ -17,16 +17,24 @@ from seamwise.passes import Pass, Report, Structure, canonicalize
 class Spelled(nn.Module):
     """RMSNorm as transformers writes it, with knobs that break the pattern in one place each."""
 
-    def __init__(self, width: int, *, eps_inside: bool = True, mean_dim: int = -1, leak: bool = False) -> None:
+    def __init__(
+        self, width: int, *, eps_inside: bool = True, mean_dim: int = -1, leak: bool = False, family: str = "llama"
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.rand(width) + 0.5)
-        self.eps_inside, self.mean_dim, self.leak = eps_inside, mean_dim, leak
+        self.eps_inside, self.mean_dim, self.leak, self.family = eps_inside, mean_dim, leak, family
 
     def forward(self, x: Tensor) -> Any:
         wide = x.to(torch.float32)
         variance = wide.pow(2).mean(self.mean_dim, keepdim=True)
         scale = torch.rsqrt(variance + 1e-5) if self.eps_inside else torch.rsqrt(variance) + 1e-5
-        out = self.weight * (wide * scale).to(x.dtype)
+        match self.family:
+            case "llama":
+                out = self.weight * (wide * scale).to(x.dtype)
+            case "olmo2":
+                out = (self.weight * (wide * scale)).to(x.dtype)
+            case "gemma":
+                out = (wide * scale * (1.0 + self.weight.float())).type_as(x)
         return (out, scale) if self.leak else out
 
 

@@ -27,27 +27,72 @@ class Rope(nn.Module):
 
 
 class HeadsFirstRope(nn.Module):
+    def __init__(self, *, wide: bool = False) -> None:
+        super().__init__()
+        self.scale, self.wide = nn.Parameter(torch.ones(1)), wide
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x, cos, sin = x.transpose(0, 1).unsqueeze(0), cos.unsqueeze(0), sin.unsqueeze(0)
+        if self.wide:
+            cos, sin = cos.float(), sin.float()
+        half = x.shape[-1] // 2
+        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return (x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).to(x.dtype) * self.scale
+
+
+class PartialRope(nn.Module):
+    """Rotates the first columns of each head, as Phi-3 does."""
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x, cos, sin = x.transpose(0, 1).unsqueeze(0), cos.unsqueeze(0), sin.unsqueeze(0)
-        half = x.shape[-1] // 2
-        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-        return (x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)) * self.scale
+        turned, kept = x[..., :8], x[..., 8:]
+        low, high = turned.chunk(2, -1)
+        turned = turned * cos[:, :8].unsqueeze(1) + torch.cat((-high, low), -1) * sin[:, :8].unsqueeze(1)
+        return torch.cat((turned, kept), -1) * self.scale
 
 
 class MLP(nn.Module):
-    def __init__(self, *, bias: bool = False, gelu: bool = False, shared_up: bool = False) -> None:
+    def __init__(
+        self, *, bias: bool = False, gelu: bool = False, shared_up: bool = False, approximate: str = "none"
+    ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(16, 24, bias=bias), nn.Linear(16, 24, bias=bias)
-        self.gelu, self.shared_up = gelu, shared_up
+        self.gelu, self.shared_up, self.approximate = gelu, shared_up, approximate
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
         gate = self.gate_proj(x)
-        return (F.gelu(gate) if self.gelu else F.silu(gate)) * (gate if self.shared_up else up)
+        return (F.gelu(gate, approximate=self.approximate) if self.gelu else F.silu(gate)) * (
+            gate if self.shared_up else up
+        )
+
+
+class FusedMLP(nn.Module):
+    """Phi-3's: gate and up are one matrix, cut in the middle or elsewhere."""
+
+    def __init__(self, *, cut: int = 24, up_first: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj, self.cut, self.up_first = nn.Linear(16, 48, bias=False), cut, up_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up_proj(x)
+        gate, up = both[:, : self.cut], both[:, self.cut :][:, : self.cut]
+        return gate * F.silu(up) if self.up_first else up * F.silu(gate)
+
+
+class GemmaBlock(nn.Module):
+    """A sum that is normalized with a weight made after it in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Spelled(16, family="gemma")
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.norm(total), total
 
 
 class QKV(nn.Module):
@@ -81,13 +126,24 @@ def case(name: str, dtype: torch.dtype) -> tuple[list[Pass], nn.Module, tuple[Te
     norm, swiglu = passes.RAISE_RMS_NORM, passes.RAISE_SWIGLU
     cases: dict[str, tuple[list[Pass], nn.Module, tuple[Tensor, ...], dict[str, int]]] = {
         "spelled norm": ([norm], Spelled(16), (x,), {"norms": 1}),
+        "gemma norm": ([norm], Spelled(16, family="gemma"), (x,), {"norms": 1}),
+        "olmo2 norm": ([norm], Spelled(16, family="olmo2"), (x,), {"norms": 1}),
         "torch norm": ([norm], AddNorm(), (x, x), {"norms": 1}),
         "rope": ([passes.RAISE_ROPE], Rope(), (wide, cos, sin), {"rotations": 1}),
         "heads first rope": ([passes.RAISE_ROPE], HeadsFirstRope(), (wide, cos, sin), {"rotations": 1}),
+        "wide rope": ([passes.RAISE_ROPE], HeadsFirstRope(wide=True), (wide, cos, sin), {"rotations": 1}),
+        "partial rope": ([passes.RAISE_ROPE], PartialRope(), (wide, cos, sin), {"rotations": 1}),
+        "fused swiglu": ([swiglu], FusedMLP(), (x,), {"gated_mlps": 1}),
+        "fused swiglu, up first": ([swiglu], FusedMLP(up_first=True), (x,), {"gated_mlps": 1}),
+        "fused swiglu, other cut": ([swiglu], FusedMLP(cut=16), (x,), {"gated_mlps": 1}),
+        "geglu": ([swiglu], MLP(gelu=True), (x,), {"gated_mlps": 1}),
+        "geglu by tanh": ([swiglu], MLP(gelu=True, approximate="tanh"), (x,), {"gated_mlps": 1}),
+        "geglu gate up": ([swiglu, passes.FUSE_GATE_UP], MLP(gelu=True), (x,), {"gate_up_pairs": 1}),
         "swiglu": ([swiglu], MLP(), (x,), {"gated_mlps": 1}),
         "add norm": ([norm, passes.FUSE_ADD_RMS_NORM], AddNorm(), (x, x), {"residual_norms": 1}),
-        "gate up": ([swiglu, passes.FUSE_GATE_UP], MLP(), (x,), {"gated_mlps": 1}),
-        "biased gate up": ([swiglu, passes.FUSE_GATE_UP], MLP(bias=True), (x,), {"gated_mlps": 1}),
+        "gemma add norm": ([norm, passes.FUSE_ADD_RMS_NORM], GemmaBlock(), (x, x), {"residual_norms": 1}),
+        "gate up": ([swiglu, passes.FUSE_GATE_UP], MLP(), (x,), {"gate_up_pairs": 1}),
+        "biased gate up": ([swiglu, passes.FUSE_GATE_UP], MLP(bias=True), (x,), {"gate_up_pairs": 1}),
         "qkv": ([passes.FUSE_QKV], QKV(), (x,), {"attentions": 1}),
         "biased qkv": ([passes.FUSE_QKV], QKV(biases=(True, True, True)), (x,), {"attentions": 1}),
     }
@@ -96,8 +152,9 @@ def case(name: str, dtype: torch.dtype) -> tuple[list[Pass], nn.Module, tuple[Te
 
 
 FIRING = [
-    "spelled norm", "torch norm", "rope", "heads first rope", "swiglu", "add norm", "gate up", "biased gate up", "qkv",
-    "biased qkv",
+    "spelled norm", "gemma norm", "olmo2 norm", "torch norm", "rope", "heads first rope", "wide rope", "partial rope",
+    "swiglu", "fused swiglu", "fused swiglu, up first", "fused swiglu, other cut", "geglu", "geglu by tanh",
+    "geglu gate up", "add norm", "gemma add norm", "gate up", "biased gate up", "qkv", "biased qkv",
 ]  # fmt: skip
 
 
@@ -158,6 +215,32 @@ def test_near_miss_does_not_fire_and_says_why(chain: list[Pass], module: nn.Modu
     assert report.matched == 0
     assert len(report.misses) == 1 and reason in report.misses[0].reason, report.misses
     assert "seamwise" not in " ".join(ops(graph)) or len(chain) > 1
+
+
+def test_halves_of_one_matrix_are_not_joined_again() -> None:
+    graph = captured(FusedMLP(), rows(5, 16, dtype=torch.float32))
+    assert apply(passes.RAISE_SWIGLU, graph).matched == 1
+    assert not [name for name in ops(graph) if "cat" in name or "slice" in name]
+
+
+def test_gelu_keeps_its_kind() -> None:
+    for kind in ("none", "tanh"):
+        graph = captured(MLP(gelu=True, approximate=kind), rows(5, 16, dtype=torch.float32))
+        apply(passes.RAISE_SWIGLU, graph)
+        assert [n.args[1] for n in graph.graph.nodes if "gelu_mul" in str(n.target)] == [kind]
+
+
+def test_views_of_joined_linears_know_their_strides() -> None:
+    """A provider is chosen by them: a kernel for contiguous rows must not be given columns of a wider matrix."""
+
+    class Heads(QKV):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+            return tuple(y.view(-1, y.shape[-1] // 4, 4).transpose(0, 1) for y in super().forward(x))
+
+    graph = captured(Heads(), rows(5, 16, dtype=torch.float32))
+    apply(passes.FUSE_QKV, graph)
+    (output,) = graph.graph.find_nodes(op="output")
+    assert [n.meta["val"].stride() for n in output.args[0]] == [(4, 48, 1)] * 3
 
 
 def test_eps_is_read_from_the_graph() -> None:

@@ -22,7 +22,7 @@ KERNELS = [(n, p.name) for n, c in sorted(CONTRACTS.items()) for p in c.provider
 def test_examples(name: str, provider: str) -> None:
     record, served = CONTRACTS[name], 0
     for sizes in record.examples:
-        for dtype in DTYPES:
+        for dtype in record.dtypes or DTYPES:
             args = record.make_inputs(sizes, dtype=dtype, device=DEVICE)
             if refusal(record, provider, args) is None:
                 check_rows(record, provider, args, check(record, provider, args), 0)

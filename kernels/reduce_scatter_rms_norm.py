@@ -1,0 +1,94 @@
+"""Sum over the ranks with each keeping its share of the rows, residual addition and RMSNorm: sequence parallelism.
+
+Source: Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .add_rms_norm import add_rms_norm
+from .allreduce_rms_norm import allreduce_rms_norm, builds, normed_sum, refuses_shared, sum_norm
+from .collectives import all_gather_rows, group_rank, group_size, published, reduce_scatter_rows, shared_memory
+from .contract import Cost, contract
+from .rms_norm import rms_norm
+
+
+def _empty(
+    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
+) -> tuple[Tensor, Tensor]:
+    share_SD = x_TD.new_empty((x_TD.shape[0] // group_size(group_name), *x_TD.shape[1:]))
+    return x_TD.new_empty(x_TD.shape) if gather else torch.empty_like(share_SD), share_SD
+
+
+@contract(fake=_empty)
+def reduce_scatter_rms_norm(
+    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(s), s), s being this rank's S = T / ranks rows of the ranks' sum of x, + residual where given.
+
+    Results are (S, D) in x's dtype; with `gather` the normed rows are those of all ranks, (T, D). The sum and s are
+    rounded to x's dtype. Moves at least T·D elements between ranks, and as many to gather. Raises ValueError where the
+    rows do not divide among the ranks.
+    """
+    normed_SD, total_SD = normed_sum(reduce_scatter_rows(x_TD, group_name), residual_SD, weight_D, eps)
+    return all_gather_rows(normed_SD, group_name) if gather else normed_SD, total_SD
+
+
+@reduce_scatter_rms_norm.costs
+def cost(
+    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
+) -> Cost:
+    share, passes = x_TD.nbytes // group_size(group_name), 2 if residual_SD is None else 3
+    written = x_TD.nbytes - share if gather else 0
+    return Cost(bytes=x_TD.nbytes + passes * share + written + weight_D.nbytes, flops=5 * x_TD.numel())
+
+
+@reduce_scatter_rms_norm.inputs(
+    examples=({"T": 1, "D": 8}, {"T": 3, "D": 33, "residual": False}, {"T": 0, "D": 16}, {"T": 7, "D": 576}),
+    shapes={"llama-3-70b prefill": {"T": 4096, "D": 8192}},
+    sizes={"T": (0, 9), "D": (1, 600), "residual": [False, True], "gather": [False, True]},
+    rows=(0, 1),
+)
+def make(
+    T: int, D: int, residual: bool = True, gather: bool = False, *, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor, float, str, bool]:
+    """One rank's inputs."""
+    args = allreduce_rms_norm.make_inputs({"T": T, "D": D, "residual": residual}, dtype=dtype, device=device, seed=seed)
+    return *args, gather
+
+
+reduce_scatter_rms_norm.builds(builds)
+
+
+def _refuses(
+    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
+) -> str | None:
+    return refuses_shared(x_TD, residual_SD, weight_D, group_name)
+
+
+@reduce_scatter_rms_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+def reduce_scatter_rms_norm_triton(
+    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
+) -> tuple[Tensor, Tensor]:
+    shared, ranks = shared_memory(group_name), group_size(group_name)
+    if (shared is not None and not shared.holds(x_TD)) or x_TD.shape[0] % ranks:
+        return reduce_scatter_rms_norm_collective(x_TD, residual_SD, weight_D, eps, group_name, gather)
+    rows = x_TD.shape[0] // ranks
+    with published(x_TD, group_name) as peers_R:
+        first_row = group_rank(group_name) * rows
+        normed_SD, total_SD = sum_norm(peers_R, x_TD, residual_SD, weight_D, eps, first_row, rows)
+    return all_gather_rows(normed_SD, group_name) if gather else normed_SD, total_SD
+
+
+@reduce_scatter_rms_norm.provider("collective")
+def reduce_scatter_rms_norm_collective(
+    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
+) -> tuple[Tensor, Tensor]:
+    sum_SD = reduce_scatter_rows(x_TD, group_name)
+    if residual_SD is not None:
+        normed_SD, total_SD = add_rms_norm(sum_SD, residual_SD, weight_D, eps)
+    else:
+        normed_SD, total_SD = rms_norm(sum_SD, weight_D, eps), sum_SD
+    return all_gather_rows(normed_SD, group_name) if gather else normed_SD, total_SD

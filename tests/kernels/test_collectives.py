@@ -1,0 +1,145 @@
+"""Collective ops between processes: gloo runs what NCCL runs; a fake group of many ranks gives shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from seamwise.kernels import (
+    allreduce_rms_norm,
+    allreduce_rms_norm_quant,
+    ep_combine,
+    ep_dispatch,
+    quantize,
+    reduce_scatter_rms_norm,
+)
+
+ROWS, WIDTH = 8, 40
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same_on_all_ranks(x: Tensor, ranks: int) -> bool:
+    others = [torch.empty_like(x) for _ in range(ranks)]
+    dist.all_gather(others, x)
+    return all(torch.equal(x, other) for other in others)
+
+
+def check_norms(rank: int, ranks: int, group: str) -> None:
+    """Fused sums and norms equal F.rms_norm of the sum in float64, and are the same bits on every rank."""
+    xs, weight = [draw(r, ROWS, WIDTH) for r in range(ranks)], draw(100, WIDTH)
+    share = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    for residual in (None, draw(101, ROWS, WIDTH)):
+        exact = sum(x.double() for x in xs) + (0 if residual is None else residual.double())
+        expected = F.rms_norm(exact, (WIDTH,), weight.double(), 1e-5).float()
+        own = None if residual is None else residual[share]
+        for name in ("torch", "collective"):
+            normed, total = allreduce_rms_norm.run(name, xs[rank], residual, weight, 1e-5, group)
+            torch.testing.assert_close(normed, expected)
+            torch.testing.assert_close(total, exact.float())
+            assert same_on_all_ranks(normed, ranks) and same_on_all_ranks(total, ranks)
+            q, scale, also = allreduce_rms_norm_quant.run(
+                name, xs[rank], residual, weight, 1e-5, group, torch.int8, 16, None
+            )
+            wanted, wanted_scale = quantize(normed, torch.int8, 16)
+            torch.testing.assert_close(scale, wanted_scale)
+            assert torch.equal(also, total) and int((q.int() - wanted).abs().max()) <= 1 and same_on_all_ranks(q, ranks)
+            for gather in (False, True):
+                rows, kept = reduce_scatter_rms_norm.run(name, xs[rank], own, weight, 1e-5, group, gather)
+                torch.testing.assert_close(rows, expected if gather else expected[share])
+                torch.testing.assert_close(kept, exact[share].float())
+    with pytest.raises(ValueError, match=f"7 rows do not divide among {ranks} ranks"):
+        reduce_scatter_rms_norm(xs[rank][:7], None, weight, 1e-5, group)
+
+
+def check_experts(rank: int, ranks: int, group: str) -> None:
+    """Rows that travel to their experts and back sum to what all experts in one place make of them."""
+    tokens, num_experts, choices = 6, 8, 3
+    matrices = draw(200, num_experts, WIDTH, WIDTH)
+    x, weights = draw(rank, tokens, WIDTH), draw(300 + rank, tokens, choices).softmax(-1)
+    experts = draw(400 + rank, tokens, num_experts).argsort(-1)[:, :choices]
+    experts[4] = -1  # padding
+    expected = torch.zeros_like(x)
+    for t in range(tokens):
+        for k in range(choices):
+            if int(experts[t, k]) >= 0:
+                expected[t] += weights[t, k] * (x[t] @ matrices[experts[t, k]])
+    own = matrices[rank * num_experts // ranks :]
+    for capacity in (0, tokens, 2):
+        rows, local, shares, places, dropped = ep_dispatch(x, experts, weights, num_experts, group, capacity)
+        assert rows.shape == (ranks * (capacity or tokens), WIDTH) and int(local.max()) < num_experts // ranks
+        made = torch.einsum("md,mkde->mke", rows, own[local.clamp(min=0)]) * shares.unsqueeze(-1)
+        result = ep_combine(made.sum(1), places, group)
+        owners = [set((experts[t] // (num_experts // ranks)).tolist()) - {-1} for t in range(tokens)]
+        sent = [sum(r in o for o in owners) for r in range(ranks)]
+        assert int(dropped) == (sum(max(n - 2, 0) for n in sent) if capacity == 2 else 0)
+        whole = [t for t in range(tokens) if all(int(places[t, r]) >= 0 for r in owners[t])]
+        assert capacity == 2 or len(whole) == tokens
+        torch.testing.assert_close(result[whole], expected[whole])
+    with pytest.raises(ValueError, match=f"9 experts do not divide among {ranks} ranks"):
+        ep_dispatch(x, experts, weights, 9, group)
+
+
+def work(rank: int, ranks: int, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    try:
+        check_norms(rank, ranks, dist.group.WORLD.group_name)
+        check_experts(rank, ranks, dist.group.WORLD.group_name)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_between_processes(ranks: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (ranks, str(tmp_path / "group")), nprocs=ranks)
+
+
+@pytest.fixture
+def fake_group() -> Iterator[str]:
+    """Rank 3 of 8 ranks that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()
+
+
+def test_shapes_with_a_fake_group_of_eight(fake_group: str) -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(16, WIDTH, dtype=torch.bfloat16), torch.empty(WIDTH, dtype=torch.bfloat16)
+        normed, total = allreduce_rms_norm(x, x, weight, 1e-5, fake_group)
+        assert normed.shape == total.shape == (16, WIDTH) and normed.dtype == torch.bfloat16
+        q, scale, _ = allreduce_rms_norm_quant(x, None, weight, 1e-5, fake_group, torch.float8_e4m3fn, 16)
+        assert q.shape == (16, WIDTH) and scale.shape == (16, 3)
+        for gather, rows in ((False, 2), (True, 16)):
+            normed, total = reduce_scatter_rms_norm(x, x[:2], weight, 1e-5, fake_group, gather)
+            assert normed.shape == (rows, WIDTH) and total.shape == (2, WIDTH)
+
+
+def test_shapes_of_expert_parallelism_with_a_fake_group_of_eight(fake_group: str) -> None:
+    with FakeTensorMode():
+        x, experts = torch.empty(5, WIDTH, dtype=torch.bfloat16), torch.empty(5, 2, dtype=torch.int32)
+        for capacity, slots in ((0, 40), (3, 24)):
+            rows, local, shares, places, dropped = ep_dispatch(x, experts, torch.empty(5, 2), 16, fake_group, capacity)
+            assert rows.shape == (slots, WIDTH) and local.shape == shares.shape == (slots, 2)
+            assert places.shape == (5, 8) and dropped.shape == (1,) and local.dtype == torch.int32
+            assert ep_combine(rows, places, fake_group).shape == (5, WIDTH)
+
+
+def test_the_kernels_need_shared_memory(fake_group: str) -> None:
+    x, weight = draw(0, 4, WIDTH), draw(1, WIDTH)
+    provider = next(p for p in allreduce_rms_norm.providers if p.name == "triton")
+    assert "call share_memory" in str(provider.refuses(x, x, weight, 1e-5, fake_group))
+    assert provider.refuses(x, x, weight, 1e-5, "") is None

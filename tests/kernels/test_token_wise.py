@@ -1,0 +1,219 @@
+"""Token-wise ops against others' implementations, and what they refuse; test_contracts.py has the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seamwise.kernels import (
+    add_rms_norm,
+    add_rms_norm_quant,
+    dual_rms_norm,
+    gelu_mul,
+    layer_norm,
+    lora_expand,
+    lora_shrink,
+    qk_norm_rope,
+    quantize,
+    quantize_mxfp4,
+    rms_norm,
+    rms_norm_quant,
+    rope,
+    silu_mul,
+    silu_mul_quant,
+    swiglu_clamped,
+)
+
+SCHEMES = [(torch.float8_e4m3fn, 0, None), (torch.int8, 16, None), (torch.float8_e4m3fn, 0, torch.tensor([0.02]))]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_is_torchs(bias: bool) -> None:
+    x, weight, b = draw(5, 200) + 2, draw(200, seed=1), draw(200, seed=2) if bias else None
+    torch.testing.assert_close(layer_norm(x, weight, b, 1e-3), F.layer_norm(x, (200,), weight, b, 1e-3))
+
+
+@pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gelu", "silu"])
+def test_gated_activations_are_transformers(act: str) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    mlp = LlamaMLP(LlamaConfig(hidden_size=8, num_attention_heads=2, intermediate_size=24, hidden_act=act))
+    x = 3 * draw(7, 8)
+    joined = torch.cat((mlp.gate_proj(x), mlp.up_proj(x)), -1)
+    ours = silu_mul(joined) if act == "silu" else gelu_mul(joined, "tanh" if act.endswith("tanh") else "none")
+    torch.testing.assert_close(mlp.down_proj(ours), mlp(x))
+
+
+def test_swiglu_clamped_is_gpt_oss() -> None:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    experts = GptOssExperts(GptOssConfig(hidden_size=8, intermediate_size=24, num_local_experts=2))
+    x = 6 * draw(9, 48)  # beyond the limit of 7, on both sides
+    assert bool((x > 7).any()) and bool((x < -7).any())
+    theirs = experts._apply_gate(x)
+    torch.testing.assert_close(swiglu_clamped(x, interleaved=True), theirs)
+    torch.testing.assert_close(swiglu_clamped(torch.cat((x[:, ::2], x[:, 1::2]), -1)), theirs)
+
+
+@pytest.mark.parametrize("model", ["Qwen3", "Gemma3"])
+def test_qk_norm_rope_is_transformers(model: str) -> None:
+    from transformers.models.gemma3 import modeling_gemma3
+    from transformers.models.qwen3 import modeling_qwen3
+
+    H, K, D, T = 4, 2, 16, 5
+    qkv, angles = draw(T, (H + 2 * K) * D), draw(T, D // 2, seed=1).repeat(1, 2)
+    module = modeling_qwen3 if model == "Qwen3" else modeling_gemma3
+    norms = [getattr(module, f"{model}RMSNorm")(D, eps=1e-6) for _ in range(2)]
+    for i, norm in enumerate(norms):
+        norm.weight.data = draw(D, seed=2 + i)
+    heads = [part.unflatten(1, (-1, D)) for part in qkv[:, : (H + K) * D].split((H * D, K * D), 1)]
+    normed = [norm(part).transpose(0, 1)[None] for norm, part in zip(norms, heads, strict=True)]
+    theirs = module.apply_rotary_pos_emb(*normed, angles.cos()[None], angles.sin()[None])
+    weights = [norm.weight.data + (model == "Gemma3") for norm in norms]
+    ours = qk_norm_rope(qkv, *weights, angles.cos(), angles.sin(), H, K, 1e-6)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other[0].transpose(0, 1))
+
+
+def test_qk_norm_rope_is_its_ops_composed() -> None:
+    H, K, D, T = 3, 1, 32, 6
+    qkv, angles = draw(T, (H + 2 * K) * D, dtype=torch.bfloat16), draw(T, 16, seed=1)
+    weights = draw(2, D, dtype=torch.bfloat16, seed=2)
+    q, k = qk_norm_rope(qkv, weights[0], weights[1], angles.cos(), angles.sin(), H, K, 1e-6)
+    heads = qkv.unflatten(1, (-1, D))
+    for got, part, weight in ((q, heads[:, :H], weights[0]), (k, heads[:, H : H + K], weights[1])):
+        assert torch.equal(got, rope(rms_norm.meaning(part, weight, 1e-6), angles.cos(), angles.sin()))
+
+
+def test_dual_rms_norm_norms_the_latents_of_deepseek() -> None:
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+    x, norms = draw(3, 1536 + 512 + 64), [DeepseekV3RMSNorm(n, eps=1e-6) for n in (1536, 512)]
+    for i, norm in enumerate(norms):
+        norm.weight.data = draw(norm.weight.shape[0], seed=i)
+    q, kv = dual_rms_norm(x, *(norm.weight.data for norm in norms), 1e-6)
+    torch.testing.assert_close(q, norms[0](x[:, :1536]))
+    torch.testing.assert_close(kv, norms[1](x[:, 1536:2048]))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_is_unfused(scheme: tuple[torch.dtype, int, Tensor | None], dtype: torch.dtype) -> None:
+    x, residual, weight = (draw(4, 96, dtype=dtype, seed=s) for s in range(3))
+    normed, total = add_rms_norm.meaning(x, residual, weight[0], 1e-6)
+    pairs = [
+        (rms_norm_quant(x, weight[0], 1e-6, *scheme), quantize(rms_norm.meaning(x, weight[0], 1e-6), *scheme)),
+        (add_rms_norm_quant(x, residual, weight[0], 1e-6, *scheme), (*quantize(normed, *scheme), total)),
+        (silu_mul_quant(x, *scheme), quantize(silu_mul.meaning(x), *scheme)),
+    ]
+    for fused, unfused in pairs:
+        for a, b in zip(fused, unfused, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_padding_is_zeros_whatever_it_holds() -> None:
+    x, row = draw(4, 64), torch.tensor([0, -1, 3, -1], dtype=torch.int32)
+    x[row < 0] = torch.nan
+    q, scale = silu_mul_quant(x, torch.int8, 16, None, row)
+    assert not bool(q[row < 0].any()) and bool(scale.isfinite().all())
+    kept, _ = silu_mul_quant(x[row >= 0], torch.int8, 16)
+    assert torch.equal(q[row >= 0], kept)
+
+
+def by_the_standard(block: list[float]) -> tuple[list[int], int]:
+    """Return codes and scale of one block of 32, read literally from OCP MX 1.0, section 6.3, in Python's floats."""
+    import math
+
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    largest = max(abs(x) for x in block)
+    shared = max(math.floor(math.log2(largest)) - 2, -127) if largest else -127
+
+    def code(x: float) -> int:
+        magnitude = min(abs(x) / 2.0**shared, 6.0)
+        nearest = min(range(8), key=lambda c: (abs(values[c] - magnitude), c % 2))  # ties to the even mantissa
+        return nearest + 8 * (math.copysign(1.0, x) < 0)
+
+    return [code(x) for x in block], shared + 127
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32), st.sampled_from([1.0, 2.0**-20, 2.0**-133]))
+def test_mxfp4_is_the_standards(block: list[float], factor: float) -> None:
+    x = torch.tensor([block]) * factor
+    codes, scale = by_the_standard(x[0].tolist())
+    packed, scales = quantize_mxfp4(x)
+    assert scales.tolist() == [[scale]]
+    assert [c for byte in packed[0].tolist() for c in (byte & 15, byte >> 4)] == codes
+
+
+def test_mxfp4_ties_go_to_the_even_mantissa() -> None:
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 4.0])
+    packed, _ = quantize_mxfp4(ties.repeat(4)[None])
+    assert [c for byte in packed[0, :4].tolist() for c in (byte & 15, byte >> 4)] == [0, 2, 2, 4, 4, 6, 6, 6]
+
+
+def test_mxfp4_is_read_by_transformers() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    x = draw(6, 64) * torch.tensor([1e-3, 1.0, 50.0]).repeat_interleave(2)[:, None]
+    packed, scales = quantize_mxfp4(x)
+    blocks = packed.unflatten(1, (2, 16))[None]
+    read = convert_moe_packed_tensors(blocks, scales[None], dtype=torch.float32)[0].T
+    largest = x.unflatten(1, (2, 32)).abs().amax(-1, keepdim=True).expand(6, 2, 32).flatten(1)
+    assert bool(((read - x).abs() <= largest / 4 + 1e-9).all())  # half a step, or saturation
+    assert float((read - x).norm() / x.norm()) < 0.15
+
+
+def test_mxfp4_blocks_that_are_not_finite_say_so() -> None:
+    x = torch.ones(1, 96)
+    x[0, 3], x[0, 40] = torch.nan, -torch.inf
+    packed, scales = quantize_mxfp4(x)
+    assert scales.tolist() == [[255, 255, 125]] and not bool(packed[0, :32].any())
+
+
+def test_lora_is_a_loop_over_tokens() -> None:
+    L, T, D, R, N = 3, 9, 20, 4, 12
+    x, a, b, y = draw(T, D), draw(L, R, D, seed=1), draw(L, N, R, seed=2), draw(T, N, seed=3)
+    adapter, scaling = torch.tensor([2, -1, 0, 0, 1, -1, 2, 1, 0], dtype=torch.int32), torch.tensor([0.5, 2.0, 3.0])
+    s = lora_shrink(x, a, adapter)
+    ours = lora_expand(y, s, b, adapter, scaling)
+    for t, l in enumerate(adapter.tolist()):
+        wanted = y[t] if l < 0 else y[t] + scaling[l] * (b[l] @ (a[l] @ x[t]))
+        torch.testing.assert_close(ours[t], wanted)
+    assert torch.equal(ours[adapter < 0], y[adapter < 0]) and not bool(s[adapter < 0].any())
+
+
+def test_lora_of_experts_is_one_index() -> None:
+    L, E, T, D, R = 2, 3, 8, 16, 4
+    x, a = draw(T, D), draw(L, E, R, D, seed=1)
+    adapter, expert = torch.tensor([0, 1, -1, 1, 0, 0, -1, 1]), torch.tensor([2, 0, 1, 2, 1, 0, 2, 1])
+    index = torch.where(adapter < 0, -1, adapter * E + expert)
+    s = lora_shrink(x, a.flatten(0, 1), index)
+    for t in range(T):
+        wanted = torch.zeros(R) if adapter[t] < 0 else a[adapter[t], expert[t]] @ x[t]
+        torch.testing.assert_close(s[t], wanted)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x = draw(2, 40)
+    with pytest.raises(ValueError, match="approximate is 'fast', wanted 'tanh' or 'none'"):
+        gelu_mul(x, "fast")
+    with pytest.raises(ValueError, match="x has 40 columns, wanted a multiple of 32"):
+        quantize_mxfp4(x)
+    with pytest.raises(ValueError, match="x has 40 columns, wanted at least the weights' 30 \\+ 20"):
+        dual_rms_norm(x, torch.ones(30), torch.ones(20), 1e-6)
+    with pytest.raises(ValueError, match="got weights of 8 and 8, 40 columns"):
+        qk_norm_rope(x, torch.ones(8), torch.ones(8), x[:, :8], x[:, :8], 4, 2, 1e-6)
+    with pytest.raises(ValueError, match=r"row_T is torch\.bool, wanted int32 or int64"):
+        silu_mul_quant(x, torch.int8, 0, None, torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="float16 is not one of"):
+        rms_norm_quant(x, torch.ones(40), 1e-6, torch.float16)

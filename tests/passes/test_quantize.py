@@ -1,0 +1,110 @@
+"""Quantized linear layers: every promise kept, the result near the plain model's, each near miss explained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from step_inputs import Steps
+
+from seamwise import LLM, ModelRunner, StepInput
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.pipeline import PipelineConfig, rewrite
+from seamwise.passes import FUSE_RMS_NORM_QUANT, SCHEMES, Report
+from seamwise.passes.quantize_linear import QUANTIZE_LINEAR
+from seamwise.passes.quantize_weights import quantize_weights
+from seamwise.runtime.config import ModelConfig
+from seamwise.runtime.loading import capture_model, compile_model
+from seamwise.runtime.runner_config import RunnerConfig
+
+FUSED = {"fuse_rms_norm_quant": 1, "fuse_add_rms_norm_quant": 3, "fuse_silu_mul_quant": 2, "fuse_attention_quant": 2}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        intermediate_size=512, tie_word_embeddings=False, max_position_embeddings=512,
+    )  # fmt: skip
+    directory = tmp_path_factory.mktemp("quantized")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def options(path: Path, entry: str, quantization: str | None, **pipeline: Any) -> tuple[ModelConfig, RunnerConfig]:
+    config = ModelConfig.from_directory(path)
+    chosen = PipelineConfig(quantization=quantization, **pipeline)
+    return config, RunnerConfig.for_model(
+        config, dtype="bfloat16", entry=entry, device="cpu", pipeline=chosen, pack_dir=None
+    )
+
+
+@pytest.mark.parametrize("entry", ["own", "transformers"])
+@pytest.mark.parametrize("quantization", SCHEMES)
+def test_every_layer_is_quantized_and_every_quantize_is_fused(model_dir: Path, entry: str, quantization: str) -> None:
+    program, _ = compile_model(*options(model_dir, entry, quantization, validate=True), Ledger())
+    reports = {r.name: r for r in program.reports}
+    assert reports["quantize_weights"].matched == reports["quantize_weights"].expected == 14
+    assert reports["quantize_linear"].matched == reports["quantize_linear"].expected == 8
+    weight_only = SCHEMES[quantization].format == "int4"
+    assert {n: reports[n].matched for n in FUSED} == {n: 0 if weight_only else count for n, count in FUSED.items()}
+    left = [n for n in program.providers if n.split(":")[0] == "quantize"]
+    assert not left, "a quantize is left alone"
+    for report in program.reports:
+        assert report.certificate is not None
+        assert report.certificate["lossy"] == (report.name in ("quantize_weights", "quantize_linear"))
+        assert report.certificate["lossy"] or report.certificate["max_error"] < 1e-9
+    (miss,) = reports["quantize_weights"].misses
+    assert miss.module == "lm_head" and "the head" in miss.reason
+
+
+@pytest.mark.parametrize(("quantization", "error"), [("fp8", 0.1), ("fp8_block", 0.1), ("int8", 0.05), ("w4a16", 0.4)])
+def test_logits_stay_near_the_plain_models(model_dir: Path, quantization: str, error: float) -> None:
+    """The whole runner: quantized weights are recipes, evaluated at load. Errors are of the largest logit."""
+    steps = Steps([[5, 77, 301, 18, 44, 9], [7, 8]], block_size=16)
+    batch = StepInput(**steps.next({0: 6, 1: 2}))
+
+    def logits(**chosen: Any) -> torch.Tensor:
+        runner = ModelRunner.load(model_dir, dtype="bfloat16", device="cpu", pack_dir=None, **chosen)
+        runner.allocate_kv(steps.num_blocks)
+        return runner.step(batch).logits.float()
+
+    plain, quantized = logits(), logits(quantization=quantization)
+    apart = float((plain - quantized).abs().max() / plain.abs().max())
+    assert 1e-3 < apart < error, apart
+
+
+def test_an_extra_user_of_the_normed_rows_is_named(model_dir: Path) -> None:
+    config, chosen = options(model_dir, "own", "fp8", disabled=tuple(FUSED))
+    model = capture_model(config, chosen, Ledger())
+    rewrite(model.captured, model.structure, chosen.pipeline, Ledger())
+    graph = model.captured.graph
+    quant = next(n for n in graph.nodes if "quantize.default" in str(n.target))
+    with graph.inserting_after(quant):
+        extra = graph.call_function(torch.ops.aten.neg.default, (quant.args[0],))
+    extra.meta = dict(quant.args[0].meta)
+    output = next(iter(graph.find_nodes(op="output")))
+    output.args = ((*output.args[0], extra),)
+    report = FUSE_RMS_NORM_QUANT.apply(model.captured.module, model.structure)
+    assert report.matched == 0 and "has an extra user neg" in report.misses[0].reason
+
+
+def test_joined_weights_must_be_stored_alike(model_dir: Path) -> None:
+    """Two forms in one joined weight, and blocks that do not meet, keep the dequantized weight and say why."""
+    config, chosen = options(model_dir, "own", None, disabled=("pack_linear",))
+    model = capture_model(config, chosen, Ledger())
+    quantize_weights(replace(SCHEMES["fp8"], rows=48)).apply(model.captured.module, model.structure)
+    report = Report(name="quantize_linear")
+    QUANTIZE_LINEAR.rewrite(model.captured.module, report)
+    assert report.matched == 0 and "blocks of (48, 0) have no kernel" in report.misses[0].reason
+
+
+def test_unknown_schemes_are_refused(model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="quantization='fp9'; wanted None or one of fp8, fp8_block, int8, w4a16"):
+        LLM(model_dir, quantization="fp9", device="cpu")
