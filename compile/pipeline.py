@@ -27,6 +27,7 @@ from .verify import verify
 # An order constraint is a comment on its line.
 RAISE = (
     passes.RAISE_RMS_NORM,
+    passes.RAISE_LAYER_NORM,
     passes.RAISE_ROPE,
     passes.RAISE_SWIGLU,
     passes.RAISE_GATHER,
@@ -35,6 +36,10 @@ FUSE = (
     passes.FUSE_ADD_RMS_NORM,  # after raise_rms_norm: it reads the named op
     passes.FUSE_GATE_UP,  # after raise_swiglu, whose cat it removes; before fuse_qkv, which joins all other siblings
     passes.FUSE_QKV,
+    passes.CANCEL_VIEWS,
+    passes.CSE,  # before the fusions that ask whether two branches read the same tables
+    passes.FUSE_QK_NORM_ROPE,  # after fuse_qkv, whose joint projection it reads
+    passes.FUSE_ROPE_KV_WRITE,  # after fuse_qk_norm_rope, which takes the keys' rope where there are norms
 )
 FUSE_QUANT = (
     passes.QUANTIZE_LINEAR,  # after the joins, which see plain linears; before the fusions of the quantize it inserts

@@ -20,12 +20,13 @@ def structure_of(model: nn.Module) -> Structure:
     A block is a module with `self_attn` and `mlp`. Norms read the residual sum, but for those inside an attention
     (of queries and keys), those after attention and MLP, and the model's first, which reads the embedding.
     """
-    norms = attentions = rotations = gated = pairs = no_sum = 0
+    norms = attentions = rotations = gated = pairs = no_sum = qk_norms = layer_norms = 0
     reads_embedding = False
     for _, module in model.named_modules():
         children = dict(module.named_children())
         own_norms = {name for name, child in children.items() if "RMSNorm" in type(child).__name__}
         norms += len(own_norms)
+        layer_norms += isinstance(module, nn.LayerNorm) and module.weight is not None
         if {"self_attn", "mlp"} <= children.keys():
             reads_embedding |= "input_layernorm" in own_norms
             after = _AFTER if "post_feedforward_layernorm" in children else _AFTER - {"post_attention_layernorm"}
@@ -35,6 +36,7 @@ def structure_of(model: nn.Module) -> Structure:
             attentions += apart
             rotations += 2 * _turns_halves(module)
             no_sum += len(own_norms)
+            qk_norms += {"q_norm", "k_norm"} <= own_norms and _of_heads(module)
         pair = {"gate_proj", "up_proj"} <= children.keys()
         gated += pair or "gate_up_proj" in children
         pairs += pair
@@ -45,8 +47,17 @@ def structure_of(model: nn.Module) -> Structure:
         gated_mlps=gated,
         gate_up_pairs=pairs,
         attentions=attentions,
+        qk_norms=qk_norms,
+        layer_norms=layer_norms,
         linears=sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] != "lm_head" for n, m in model.named_modules()),
     )
+
+
+def _of_heads(attention: nn.Module) -> bool:
+    """Return whether queries are normed head by head, not as whole rows (OLMo 2)."""
+    projection = getattr(attention, "q_proj", None)
+    width = getattr(attention.q_norm.weight, "shape", (0,))[0]
+    return not isinstance(projection, nn.Linear) or width < projection.out_features
 
 
 def _turns_halves(attention: nn.Module) -> bool:

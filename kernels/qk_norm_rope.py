@@ -143,3 +143,18 @@ def qk_norm_rope_triton(
             num_heads, num_kv_heads, width, cos_TR.shape[1], eps, **chosen,
         )  # fmt: skip
     return q, k
+
+
+@qk_norm_rope.provider("composed", devices=("cpu",))
+def qk_norm_rope_composed(
+    qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
+    num_kv_heads: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The ops by their own kernels."""
+    D = q_weight_D.shape[0]
+    q_TN, k_TN = qkv_TN[:, : num_heads * D], qkv_TN[:, num_heads * D : (num_heads + num_kv_heads) * D]
+    q_THD, k_TKD = (
+        rms_norm(part.reshape(-1, D), weight, eps).view(-1, heads, D)
+        for part, weight, heads in ((q_TN, q_weight_D, num_heads), (k_TN, k_weight_D, num_kv_heads))
+    )
+    return rope(q_THD, cos_TR, sin_TR), rope(k_TKD, cos_TR, sin_TR)

@@ -102,3 +102,12 @@ def rope_kv_write_triton(
             cos_TR.stride(0), sin_TR.stride(0), *k_cache.stride()[:2], *v_cache.stride()[:2], k_cache.shape[2], width,
             cos_TR.shape[1], INTERLEAVED=interleaved, **config(width),
         )  # fmt: skip
+
+
+@rope_kv_write.provider("composed", devices=("cpu",))
+def rope_kv_write_composed(
+    k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
+    slot_mapping_T: Tensor, interleaved: bool = False,
+) -> None:  # fmt: skip
+    """The two ops by their own kernels."""
+    kv_append(rope(k_TKD, cos_TR, sin_TR, interleaved), v_TKD, k_cache, v_cache, slot_mapping_T)

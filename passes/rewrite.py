@@ -25,6 +25,8 @@ class Structure:
     gated_mlps      MLPs whose activation is gated
     gate_up_pairs   those of them with separate gate and up projections
     attentions      attentions with separate query, key and value projections
+    qk_norms        attentions that norm queries and keys head by head
+    layer_norms     LayerNorm modules
     linears         linear layers but the head
     quantized_linears      those whose weights are quantized, and whether their inputs are too
     """
@@ -35,6 +37,8 @@ class Structure:
     gated_mlps: int = 0
     gate_up_pairs: int = 0
     attentions: int = 0
+    qk_norms: int = 0
+    layer_norms: int = 0
     linears: int = 0
     quantized_linears: int = 0
     quantized_activations: bool = False
