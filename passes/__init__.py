@@ -8,6 +8,8 @@ from .canonicalize import canonicalize
 from .cse import CSE
 from .fuse_add_rms_norm import FUSE_ADD_RMS_NORM
 from .fuse_add_rms_norm_quant import FUSE_ADD_RMS_NORM_QUANT
+from .fuse_allreduce_rms_norm import FUSE_ALLREDUCE_RMS_NORM
+from .fuse_allreduce_rms_norm_quant import FUSE_ALLREDUCE_RMS_NORM_QUANT
 from .fuse_attention_quant import FUSE_ATTENTION_QUANT
 from .fuse_gate_up import FUSE_GATE_UP
 from .fuse_qk_norm_rope import FUSE_QK_NORM_ROPE
@@ -17,20 +19,24 @@ from .fuse_rope_kv_write import FUSE_ROPE_KV_WRITE
 from .fuse_silu_mul_quant import FUSE_SILU_MUL_QUANT
 from .matcher import Match, Miss, Pattern
 from .pack_linear import PACK_LINEAR
-from .quantize_linear import QUANTIZE_LINEAR
-from .quantize_weights import SCHEMES, quantize_weights
+from .quantize_linear import QUANTIZE_LINEAR, promised
+from .quantize_weights import SCHEMES, Scheme, quantize_weights
 from .raise_gather import RAISE_GATHER
 from .raise_layer_norm import RAISE_LAYER_NORM
 from .raise_rms_norm import RAISE_RMS_NORM
 from .raise_rope import RAISE_ROPE
 from .raise_swiglu import RAISE_SWIGLU
 from .rewrite import Pass, Report, Structure, pattern_pass
+from .shard import Parallel, shard
+from .stored_weights import Held, StoredWeight, stored_weights
 
 __all__ = [
     "CANCEL_VIEWS",
     "CSE",
     "FUSE_ADD_RMS_NORM",
     "FUSE_ADD_RMS_NORM_QUANT",
+    "FUSE_ALLREDUCE_RMS_NORM",
+    "FUSE_ALLREDUCE_RMS_NORM_QUANT",
     "FUSE_ATTENTION_QUANT",
     "FUSE_GATE_UP",
     "FUSE_QKV",
@@ -46,13 +52,20 @@ __all__ = [
     "RAISE_ROPE",
     "RAISE_SWIGLU",
     "SCHEMES",
+    "Held",
     "Match",
     "Miss",
+    "Parallel",
     "Pass",
     "Pattern",
     "Report",
+    "Scheme",
+    "StoredWeight",
     "Structure",
     "canonicalize",
     "pattern_pass",
+    "promised",
     "quantize_weights",
+    "shard",
+    "stored_weights",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .functionalize import functionalize
 from .graph import aten, infer, is_op, sweep, value
 
 _NOTHING = (aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default)
@@ -22,7 +23,7 @@ _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default,
 
 def canonicalize(module: GraphModule) -> int:
     """Rewrite `module` in place to the canonical spelling; return how many nodes changed."""
-    graph, changed = module.graph, 0
+    graph, changed = module.graph, functionalize(module)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -42,6 +43,8 @@ def _simplify(graph: Graph, node: Node) -> Node | None:
     target = node.target
     if target in _SAME or _is_noop(node):
         return node.args[0]  # type: ignore[return-value]
+    if target == aten.cat.default and len(parts := _parts(node)) == 1:
+        return parts[0]
     if is_op(node, operator.getitem) and is_op(
         node.args[0], aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
     ):
@@ -50,6 +53,8 @@ def _simplify(graph: Graph, node: Node) -> Node | None:
         return _new(graph, node, aten.to.dtype, (node.args[0], value(node).dtype)) if target != aten.to.dtype else None
     if target in _RESHAPES and (shape := _shape(node)) is not None and (target, node.args[1]) != (_RESHAPE, shape):
         return _new(graph, node, _RESHAPE, (node.args[0], shape))
+    if target == aten.cat.default and (whole := _only_part(node)) is not None:
+        return whole
     if target == aten.square.default:
         return _new(graph, node, aten.pow.Tensor_Scalar, (node.args[0], 2))
     if target == aten.slice.Tensor:
@@ -72,8 +77,22 @@ def _is_noop(node: Node) -> bool:
     return same and all(_equal(x, y) for x, y in zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True))
 
 
+def _parts(node: Node) -> list[Node]:
+    """Return what a cat joins but for the empty: a rotated head and the rest of it, of which there may be none."""
+    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    assert isinstance(parts, (list, tuple)) and isinstance(dim, int)
+    return [p for p in parts if not _equal(value(p).shape[dim], 0)]  # type: ignore[arg-type]
+
+
 def _equal(a: Any, b: Any) -> bool:
     return bool(torch.fx.experimental.symbolic_shapes.statically_known_true(a == b))
+
+
+def _only_part(node: Node) -> Node | None:
+    """Return the one part of a cat whose other parts are empty (Phi-3's unrotated columns, where all are rotated)."""
+    dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    parts = [p for p in node.args[0] if not _equal(value(p).shape[dim], 0)]  # type: ignore[union-attr]
+    return parts[0] if len(parts) == 1 else None  # type: ignore[return-value]
 
 
 def _new(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> Node:

@@ -40,7 +40,7 @@ def fuse(module: GraphModule, report: Report) -> None:
         elif branch is not None and (query := waiting.pop(branch.joint, None)) is None:
             waiting[branch.joint] = branch
         elif branch is not None and query is not None:
-            if (reason := _why_not(query, branch)) is not None:
+            if (reason := _why_not(query, branch) or _read_before(query, branch, module)) is not None:
                 report.misses.append(Miss(place(node), node.name, reason))
             else:
                 _replace(module, query, branch)
@@ -77,13 +77,22 @@ def _why_not(q: _Branch, k: _Branch) -> str | None:
         return f"queries are normed with eps {q.norm.args[2]}, keys with {k.norm.args[2]}"
     for part in (q, k):
         heads = value(part.rotated)
+        if value(part.norm).shape[-1] != heads.shape[-1]:
+            return f"{part.norm.name} norms rows of {value(part.norm).shape[-1]}, wanted heads of {heads.shape[-1]}"
         if heads.dim() != 3 or (part.last - part.first) != heads.shape[1] * heads.shape[2]:
             return f"heads {tuple(heads.shape)} are not the columns {part.first}:{part.last} in order"
     return None
 
 
+def _read_before(q: _Branch, k: _Branch, module: GraphModule) -> str | None:
+    """Return which reader of q stands before k's rope, where both are made, or None."""
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
+    early = [u.name for u in q.rotated.users if order[u] < order[k.rotated]]
+    return f"{early[0]} reads the queries before the keys are made" if early else None
+
+
 def _replace(module: GraphModule, q: _Branch, k: _Branch) -> None:
-    with inserting(module.graph, q.rotated, like=q.rotated) as proxy:
+    with inserting(module.graph, k.rotated, like=k.rotated) as proxy:
         joint = proxy(q.joint)
         rows = joint if value(q.joint).dim() == 2 else aten.select.int(joint, 0, 0)
         weights = proxy(q.norm.args[1]), proxy(k.norm.args[1])  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ def fuse_qkv(module: GraphModule, report: Report) -> None:
     """Join every group of two or more sibling linears; a sibling that cannot join is a miss."""
     siblings: defaultdict[tuple[Node, str], list[Node]] = defaultdict(list)
     for node in module.graph.nodes:
-        if is_op(node, aten.linear.default):
+        # What fuse_gate_up joined stays as it is: it would meet the router of its mixture of experts here.
+        if is_op(node, aten.linear.default) and not is_op(node.args[1], aten.cat.default):
             siblings[node.args[0], place(node).rpartition(".")[0]].append(node)
     for (_, parent), group in siblings.items():
         if len(group) < 2:
@@ -61,4 +62,4 @@ def _join(module: GraphModule, group: list[Node]) -> None:
         module.graph.erase_node(node)
 
 
-FUSE_QKV = Pass(name="fuse_qkv", rewrite=fuse_qkv, expect=lambda s: s.attentions)
+FUSE_QKV = Pass(name="fuse_qkv", rewrite=fuse_qkv, expect=lambda s: s.attentions + s.latent_attentions)

@@ -3,7 +3,8 @@ transformers' models do.
 
 before: y = x * cos + cat(-x[..., D/2:], x[..., :D/2]) * sin
 after:  y = rope(x, cos, sin)
-Also where cos and sin are float32 and the sum is rounded to x's dtype (OLMo 2), which is what `rope` does with them.
+Also where only the first columns turn (Phi-3), and where cos and sin are float32 and the sum is rounded to x's dtype
+(OLMo 2), which is what `rope` does with them.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def heads_first_wide(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor
     return heads_first(x_BHTD, cos_BTD, sin_BTD).to(x_BHTD.dtype)
 
 
+def heads_first_partial(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+    turned, rest = x_BHTD[..., : 2 * _HALF], x_BHTD[..., 2 * _HALF :]
+    return torch.cat((heads_first(turned, cos_BTR, sin_BTR), rest), dim=-1)
+
+
 def replace_tokens_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rope(x, cos, sin)
 
@@ -48,7 +54,7 @@ def replace_heads_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return aten.unsqueeze.default(aten.transpose.int(rotated, -3, -2), 0)
 
 
-def _fits(rank: int, batched: bool) -> Callable[[Match], str | None]:
+def _fits(rank: int, batched: bool, partial: bool = False) -> Callable[[Match], str | None]:
     def applies(match: Match) -> str | None:
         x, cos, sin = (n.meta["val"] for n in match.inputs)
         half = match.sizes.get(_HALF)
@@ -58,8 +64,10 @@ def _fits(rank: int, batched: bool) -> Callable[[Match], str | None]:
             )
         if batched and not (x.shape[0] == 1 and cos.shape[0] == 1):
             return f"batch is {x.shape[0]}, wanted 1 (tokens of all requests are concatenated)"
-        if half is None or x.shape[-1] != 2 * half or cos.shape[-1] != x.shape[-1]:
-            return f"halves are cut at {half}, wanted {x.shape[-1]} / 2 (rotation of the whole head)"
+        turned = match.sizes.get(2 * _HALF) if partial else x.shape[-1]
+        if half is None or turned != 2 * half or cos.shape[-1] != turned:
+            what = "the first columns" if partial else "the whole head"
+            return f"halves are cut at {half}, wanted {turned} / 2 (rotation of {what})"
         return None
 
     return applies
@@ -68,9 +76,12 @@ def _fits(rank: int, batched: bool) -> Callable[[Match], str | None]:
 def _patterns(dtype: torch.dtype) -> list[Pattern]:
     D = 2 * _HALF
     tokens, heads = [(3, 2, D), (3, D), (3, D)], [(1, 2, 3, D), (1, 3, D), (1, 3, D)]
+    part = [(1, 2, 3, D + HOLE + 31), (1, 3, D), (1, 3, D)]
     wide = [dtype, torch.float32, torch.float32]
     return [
         Pattern.trace(tokens_first, replace_tokens_first, tokens, dtype, applies=_fits(3, False)),
+        # before heads_first, which is a part of it
+        Pattern.trace(heads_first_partial, replace_heads_first, part, dtype, applies=_fits(4, True, partial=True)),
         Pattern.trace(heads_first, replace_heads_first, heads, dtype, applies=_fits(4, True)),
         Pattern.trace(heads_first_wide, replace_heads_first, heads, wide, applies=_fits(4, True)),
     ]

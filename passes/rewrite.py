@@ -22,26 +22,33 @@ class Structure:
     norms     calls of RMSNorm modules
     residual_norms  those of them that read a residual sum
     rotations tensors rotated by RoPE (queries and keys of each attention)
+    partial_ropes   attentions that rotate the first columns of their heads only
     gated_mlps      MLPs whose activation is gated
     gate_up_pairs   those of them with separate gate and up projections
     attentions      attentions with separate query, key and value projections
+    latent_attentions  attentions whose keys and values come from a latent: two projections read their input
     qk_norms        attentions that norm queries and keys head by head
     layer_norms     LayerNorm modules
     linears         linear layers but the head
-    quantized_linears      those whose weights are quantized, and whether their inputs are too
+    quantized_linears      those that read quantized weights, joined ones counted once, and whether all inputs are
+                           quantized too
+    all_reduces     sums over the ranks that share the model
     """
 
     norms: int = 0
     residual_norms: int = 0
     rotations: int = 0
+    partial_ropes: int = 0
     gated_mlps: int = 0
     gate_up_pairs: int = 0
     attentions: int = 0
+    latent_attentions: int = 0
     qk_norms: int = 0
     layer_norms: int = 0
     linears: int = 0
     quantized_linears: int = 0
     quantized_activations: bool = False
+    all_reduces: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +95,7 @@ def pattern_pass(
     key: Callable[[Node], bool],
     expect: Callable[[Structure], int] | None = None,
 ) -> Pass:
-    """Make a pass from patterns, tried in order at every node that looks like their first output.
+    """Make a pass from patterns, tried one after the other at every node that looks like their first output.
 
     patterns  gives the traced patterns for a model of that dtype
     key       marks a candidate: each node that still answers to it after the pass is a miss and is explained
@@ -97,8 +104,8 @@ def pattern_pass(
     def rewrite(module: GraphModule, report: Report) -> None:
         traced = list(patterns(model_dtype(module)))
         refused: dict[Node, Miss] = {}
-        for node in list(module.graph.nodes):
-            for pattern in traced:
+        for pattern in traced:
+            for node in list(module.graph.nodes):
                 if not is_op(node, pattern.outputs[0].target):
                     continue
                 match = pattern.match(node)
@@ -110,8 +117,7 @@ def pattern_pass(
                     continue
                 _replace(module, match, pattern.replacement)
                 report.matched += 1
-                break
-        sweep(module)
+            sweep(module)
         for node in module.graph.nodes:
             if key(node):
                 report.misses.append(refused.get(node) or _furthest(traced, node))
@@ -120,8 +126,9 @@ def pattern_pass(
 
 
 def model_dtype(module: GraphModule) -> torch.dtype:
-    """Return the floating dtype that most weights of the graph have."""
-    weights = [value(n).dtype for n in module.graph.find_nodes(op="placeholder") if n.meta.get("weight")]
+    """Return the floating dtype that most weights of the graph have, but of those stored quantized."""
+    placeholders = module.graph.find_nodes(op="placeholder")
+    weights = [value(n).dtype for n in placeholders if n.meta.get("weight") and not n.meta.get("stored")]
     return Counter(d for d in weights if d.is_floating_point).most_common(1)[0][0]
 
 
@@ -142,7 +149,7 @@ def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any])
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     first = min(match.outputs, key=order.__getitem__)
     for node in match.inputs:
-        _lift(node, first, order)
+        lift(node, first, order)
     with inserting(module.graph, first, like=match.outputs[0]) as proxy:
         results = replacement(*map(proxy, match.inputs), **match.scalars)
         results = results if isinstance(results, (list, tuple)) else [results]
@@ -152,9 +159,9 @@ def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any])
         module.graph.erase_node(old) if not old.users else None
 
 
-def _lift(node: Node, first: Node, order: dict[Node, int]) -> None:
+def lift(node: Node, first: Node, order: dict[Node, int]) -> None:
     """Move a weight-only node, and what it is computed from, ahead of `first` where it stands after it."""
     if order[node] > order[first]:
         for source in node.all_input_nodes:
-            _lift(source, first, order)
+            lift(source, first, order)
         first.prepend(node)

@@ -1,0 +1,66 @@
+"""Give the ops that write their argument a result of their own, where nothing else looks at that memory.
+
+before: x = topk(...)[0]; x.div_(s); use(x)               y = new_empty(...); y[..., :8].copy_(a); use(y)
+after:  x = topk(...)[0]; z = div(x, s); use(z)           y = new_empty(...); z = slice_scatter(y, a, ...); use(z)
+transformers' routers and expanded latents write so. What other memory could see is left, and `verify` refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .graph import VIEWS, aten, infer, is_op, writes
+
+
+def functionalize(module: GraphModule) -> int:
+    """Rewrite every such op of ATen in place; return how many."""
+    changed = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and writes(node) and getattr(node.target, "namespace", "") == "aten":
+            changed += _rewrite(module.graph, node)
+    return changed
+
+
+def _rewrite(graph: Graph, node: Node) -> bool:
+    target, written = node.target, node.args[0]
+    assert isinstance(target, torch._ops.OpOverload) and isinstance(written, Node)
+    functional = getattr(getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_")), target._overloadname)
+    is_slice = is_op(written, aten.slice.Tensor)
+    base = written.args[0] if is_slice else written
+    assert isinstance(base, Node)
+    later = _after(node)
+    views = {u for u in base.users if u.target in VIEWS and u is not written and u not in later}
+    if any(later & {*view.users} for view in views) or base.op != "call_function" or base.target in VIEWS:
+        return False
+    new = _insert(graph, node, functional, node.args, node.kwargs)
+    node.replace_all_uses_with(new)
+    _replace_later(written, new, later)
+    if is_slice:
+        _replace_later(base, _insert(graph, node, aten.slice_scatter.default, (base, new, *written.args[1:]), {}), later)
+    graph.erase_node(node)
+    return True
+
+
+def _after(node: Node) -> set[Node]:
+    later, current = set(), node.next
+    while current.op != "root":
+        later.add(current)
+        current = current.next
+    return later
+
+
+def _replace_later(old: Node, new: Node, later: set[Node]) -> None:
+    for user in list(old.users):
+        if user in later:
+            user.replace_input_with(old, new)
+
+
+def _insert(graph: Graph, before: Node, target: Any, args: Any, kwargs: Any) -> Node:
+    with graph.inserting_before(before):
+        new = graph.call_function(target, args, kwargs)
+    new.meta["nn_module_stack"] = before.meta.get("nn_module_stack")
+    infer(new)
+    return new
