@@ -65,3 +65,25 @@ def test_bench_throughput_writes_json(
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["results"][0]["decode_tokens_per_s"] > 0 and report["machine"]["torch"]
     assert "single" in capsys.readouterr().out
+
+
+def test_explain_as_a_page(tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from html.parser import HTMLParser
+
+    page = tmp_path / "explain.html"
+    command = ["explain", "--model", str(tiny_llama_dir), "--device", "cpu", "--no-pack", "--validate"]
+    assert main([*command, "--html", str(page)]) == 0
+    text = page.read_text()
+
+    class Counted(HTMLParser):
+        tags: dict[str, int] = {}  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.tags[tag] = self.tags.get(tag, 0) + 1
+            assert not [v for k, v in attrs if k in ("src", "href")], "the page needs nothing else"
+
+    counted = Counted()
+    counted.feed(text)
+    assert counted.tags["rect"] == 3 + 2  # pieces and seams
+    assert "fuse_add_rms_norm" in text and "add_rms_norm.default" in text and "<span class='add'>" in text
+    assert "matched" in capsys.readouterr().out
