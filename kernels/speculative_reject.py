@@ -254,12 +254,11 @@ def speculative_reject_triton(
     counts_R = torch.empty(requests, dtype=torch.int64, device=device)
     normalizer_N = torch.empty(drafts, dtype=torch.float32, device=device)
     accepted_N = torch.empty(drafts, dtype=torch.int32, device=device)
-    certain = draft_probs_NV is None
-    strides = logits_MV.stride(0), 0 if certain else draft_probs_NV.stride(0)
+    strides = logits_MV.stride(0), 0 if draft_probs_NV is None else draft_probs_NV.stride(0)
     given = (
         draft_ids_N, draft_probs_NV, starts_R1, logits_MV, temperature_R, seeds_R, positions_R, normalizer_N, accepted_N
     )  # fmt: skip
-    chosen = {"CERTAIN": certain, **config(vocab)}
+    chosen = {"CERTAIN": draft_probs_NV is None, **config(vocab)}
     if drafts:
         _accept_kernel[(drafts,)](*given, requests, *strides, vocab, **chosen)
     if requests:

@@ -11,7 +11,7 @@ several pivots: https://flashinfer.ai/2025/03/10/sampling.html.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -41,18 +41,19 @@ def truncate_logits(
     """
     wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     ordered = wide_RV.sort(-1, descending=True)
-    least_R1, _ = _thresholds(wide_RV, temperature_R, top_k_R, top_p_R, min_p_R, *ordered)
+    least_R1, _ = _thresholds(wide_RV, ordered, temperature_R, top_k_R, top_p_R, min_p_R)
     return logits_RV.masked_fill(wide_RV < least_R1, float("-inf"))
 
 
 def _thresholds(
-    wide_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor, sorted_RK: Tensor,
-    index_RK: Tensor | None,
+    wide_RV: Tensor, ordered: tuple[Tensor, Tensor | None], temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor,
+    min_p_R: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return each row's least logit that stays, (R, 1), and whether its K greatest logits told, (R,).
 
-    K is at least each row's top_k. Without the greatest logits' indices, every row's top_p is off.
+    `ordered` are these and their indices, (R, K), K at least each row's top_k; None: every row's top_p is off.
     """
+    sorted_RK, index_RK = ordered
     vocab, depth = wide_RV.shape[1], sorted_RK.shape[1]
     hot_R1, k_R1, p_R1, least_R1 = (t.unsqueeze(-1) for t in (temperature_R, top_k_R, top_p_R, min_p_R.log()))
     hot_R1 = torch.where(hot_R1 > 0, hot_R1, 1.0)
@@ -107,28 +108,30 @@ def make(
 def truncate_logits_partial(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
-    """Sort a few greatest logits; whole rows only where those do not tell."""
+    """Sort a few greatest logits, as many as each kind of row needs; whole rows only where those do not tell."""
     vocab, options = logits_RV.shape[1], (temperature_R, top_k_R, top_p_R, min_p_R)
     limited_R, nucleus_R = (top_k_R > 0) & (top_k_R < vocab), top_p_R < 1
-    rows = (limited_R | nucleus_R | (min_p_R > 0)).nonzero().squeeze(-1)
-    if len(rows) < len(logits_RV):
-        out_RV = logits_RV.clone()
-        if len(rows):
-            out_RV[rows] = truncate_logits_partial(logits_RV[rows], *(o[rows] for o in options))
-        return out_RV
-    if not len(rows):
-        return logits_RV.clone()
+    most = int(torch.where(limited_R, top_k_R, 0).max()) + _SLACK if len(top_k_R) else 0
+    groups = (limited_R, most), (nucleus_R & ~limited_R, _FIRST_LOOK), ((min_p_R > 0) & ~nucleus_R & ~limited_R, 1)
+    for group_R, depth in groups:
+        if len(group_R) and bool(group_R.all()):
+            return _truncate(logits_RV, options, min(depth, vocab))
+    out_RV = logits_RV.clone()
+    for group_R, depth in groups:
+        if len(rows := group_R.nonzero().squeeze(-1)):
+            out_RV[rows] = _truncate(logits_RV[rows], [o[rows] for o in options], min(depth, vocab))
+    return out_RV
+
+
+def _truncate(logits_RV: Tensor, options: Sequence[Tensor], depth: int) -> Tensor:
     wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    if not bool((limited_R | nucleus_R).any()):
-        least_R1, _ = _thresholds(wide_RV, *options, wide_RV.amax(-1, keepdim=True), None)
-        return logits_RV.masked_fill(wide_RV < least_R1, float("-inf"))
-    look_R = torch.where(limited_R, top_k_R + _SLACK, torch.where(nucleus_R, _FIRST_LOOK, 1))
-    depth = min(int(look_R.max()), vocab)
-    sorted_RK, index_RK = wide_RV.topk(depth, dim=-1)
-    least_R1, told_R = _thresholds(wide_RV, *options, sorted_RK, index_RK if bool(nucleus_R.any()) else None)
-    if depth < vocab and len(rows := (~told_R).nonzero().squeeze(-1)):
-        ordered = wide_RV[rows].sort(-1, descending=True)
-        least_R1[rows], _ = _thresholds(wide_RV[rows], *(o[rows] for o in options), *ordered)
+    sorted_RK, index_RK = wide_RV.topk(depth, dim=-1) if depth > 1 else (wide_RV.amax(-1, keepdim=True), None)
+    _, _, top_p_R, _ = options
+    ordered = sorted_RK, index_RK if bool((top_p_R < 1).any()) else None
+    least_R1, told_R = _thresholds(wide_RV, ordered, *options)
+    if depth < wide_RV.shape[1] and len(rows := (~told_R).nonzero().squeeze(-1)):
+        whole = wide_RV[rows].sort(-1, descending=True)
+        least_R1[rows], _ = _thresholds(wide_RV[rows], whole, *(o[rows] for o in options))
     return logits_RV.masked_fill(wide_RV < least_R1, float("-inf"))
 
 

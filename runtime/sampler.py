@@ -1,23 +1,24 @@
-"""From logits to tokens: bias, penalties, temperature, truncation, a stateless draw; and log probabilities.
+"""From logits to tokens: each request's options as the arguments of the sampling contracts, and their results back.
 
 Every row is treated by itself, with operations whose result does not depend on the other rows, so a seeded request
 samples the same tokens whatever it is batched with.
-Source: the order is vLLM's, https://docs.vllm.ai/en/latest/api/vllm/v1/sample/sampler; the draw is the Gumbel-max
-trick, Maddison et al. 2014, https://arxiv.org/abs/1411.0030.
+Source: the order is vLLM's, https://docs.vllm.ai/en/latest/api/vllm/v1/sample/sampler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .noise import draw_key, gumbel_noise
+from seamwise.kernels import gumbel_sample, logprobs, penalize, truncate_logits
+
 from .outputs import Logprob
 from .request import Sequence
-from .truncate import truncate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,83 +35,87 @@ def sample(logits_LV: Tensor, sequences: Series[Sequence]) -> Sampled:
     Log probabilities are of the raw logits. The rest in order: min_tokens, bias; repetition, frequency and presence
     penalty; temperature; min_p; top_k; top_p; draw.
     """
-    if all(s.plain for s in sequences):
-        return Sampled(tokens=argmax(logits_LV), logprobs=[None] * len(sequences))
-    edited = [r for r, s in enumerate(sequences) if _edits(s)]
-    adjusted_LV = logits_LV.float()
-    if edited and adjusted_LV is logits_LV:
-        adjusted_LV = logits_LV.clone()
-    for r in edited:
-        _edit_row(adjusted_LV[r], sequences[r])
-    drawn = [r for r, s in enumerate(sequences) if not s.params.greedy]
-    tokens = argmax(adjusted_LV) if len(drawn) < len(sequences) else [0] * len(sequences)
-    if drawn:
-        rows_LV = adjusted_LV if len(drawn) == len(sequences) else adjusted_LV[drawn]
-        for r, token in zip(drawn, _draw(rows_LV, [sequences[r] for r in drawn]), strict=True):
-            tokens[r] = token
-    return Sampled(tokens=tokens, logprobs=_logprobs(logits_LV, tokens, [s.params.logprobs for s in sequences]))
-
-
-def argmax(logits_LV: Tensor) -> list[int]:
-    """Return each row's greatest column, the first of equals."""
-    if logits_LV.device.type == "cpu":
-        # numpy's is vectorized: 0.17 ms against torch's 2.8 ms for 32 x 49,152 in bf16, 0.10 against 0.74 in fp32.
-        return logits_LV.float().numpy().argmax(-1).tolist()
-    return logits_LV.argmax(-1).tolist()
-
-
-def _edits(s: Sequence) -> bool:
-    return s.params.has_penalties or bool(s.params.logit_bias) or s.num_tokens - s.num_prompt < s.params.min_tokens
-
-
-def _edit_row(logits_V: Tensor, sequence: Sequence) -> None:
-    """Apply min_tokens, bias and penalties to one row in place."""
-    p, device = sequence.params, logits_V.device
-    if sequence.num_tokens - sequence.num_prompt < p.min_tokens:
-        logits_V[[*sequence.stop_ids, *p.stop_tokens]] = float("-inf")
-    for token, bias in p.biases.items():
-        logits_V[token] += bias
-    # An id that occurs twice is read before it is written, and written the same value twice.
-    if p.repetition_penalty != 1:
-        known = torch.from_numpy(sequence.tokens[: sequence.num_tokens]).to(device)
-        seen = logits_V[known]
-        logits_V[known] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
-    output = torch.from_numpy(sequence.tokens[sequence.num_prompt : sequence.num_tokens]).to(device)
-    if p.frequency_penalty:
-        logits_V.index_add_(0, output, torch.full_like(output, -p.frequency_penalty, dtype=logits_V.dtype))
-    if p.presence_penalty:
-        logits_V[output] = logits_V[output] - p.presence_penalty
-
-
-def _draw(logits_LV: Tensor, sequences: Series[Sequence]) -> list[int]:
-    """Draw one token a row from the truncated distribution at each row's temperature."""
     params, device = [s.params for s in sequences], logits_LV.device
-    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=torch.float32)
-    kept_LV = truncate(
-        logits_LV / temperature.unsqueeze(-1),
-        top_k=[p.top_k for p in params],
-        top_p=[p.top_p for p in params],
-        min_p=[p.min_p for p in params],
+    if all(s.plain for s in sequences):
+        unused_L = torch.zeros(len(sequences), dtype=torch.int64, device=device)
+        return Sampled(
+            tokens=gumbel_sample(logits_LV, unused_L.float(), unused_L, unused_L).tolist(),
+            logprobs=[None] * len(params),
+        )
+    edited = any(s.params.has_penalties or s.params.logit_bias or _too_short(s) for s in sequences)
+    adjusted_LV = _penalize(logits_LV, sequences) if edited else logits_LV
+    temperature_L = _column([0.0 if p.greedy else p.temperature for p in params], torch.float32, device)
+    if any(not p.greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p) for p in params):
+        # A greedy row's token stays what it is: nothing is cut off there.
+        top_k_L = _column([0 if p.greedy else min(p.top_k, logits_LV.shape[1]) for p in params], torch.int64, device)
+        top_p_L = _column([1.0 if p.greedy else p.top_p for p in params], torch.float32, device)
+        min_p_L = _column([0.0 if p.greedy else p.min_p for p in params], torch.float32, device)
+        adjusted_LV = truncate_logits(adjusted_LV, temperature_L, top_k_L, top_p_L, min_p_L)
+    seeds_L = _column([_signed64(s.seed) for s in sequences], torch.int64, device)
+    positions_L = _column([s.num_tokens for s in sequences], torch.int64, device)
+    tokens_L = gumbel_sample(adjusted_LV, temperature_L, seeds_L, positions_L)
+    return Sampled(tokens=tokens_L.tolist(), logprobs=_logprobs(logits_LV, tokens_L, [p.logprobs for p in params]))
+
+
+def _penalize(logits_LV: Tensor, sequences: Series[Sequence]) -> Tensor:
+    last = np.empty(logits_LV.shape[1], np.int64)
+    edits = [_edits(s, last) for s in sequences]
+    ids, counts, biases = (torch.from_numpy(np.concatenate(part)) for part in zip(*edits, strict=True))
+    starts = torch.tensor([0, *(len(row) for row, _, _ in edits)]).cumsum(0)
+    params = (s.params for s in sequences)
+    penalties = torch.tensor([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params])
+    return penalize(
+        logits_LV, *(t.to(logits_LV.device) for t in (ids, counts, biases, starts, penalties.float())), None
     )
-    noise_LV = gumbel_noise([draw_key(s.seed, s.num_tokens) for s in sequences], logits_LV.shape[1], device)
-    return argmax(noise_LV.add_(kept_LV))
 
 
-def _logprobs(logits_LV: Tensor, tokens: Series[int], wanted: Series[int | None]) -> list[dict[int, Logprob] | None]:
+def _edits(s: Sequence, last: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return token ids to edit, each once; how often the output has them, -1: the sequence has not; and biases.
+
+    `last` is scratch with a place for each token of the vocabulary: where a token occurs last, which takes a fifth of
+    the time of sorting them.
+    """
+    biases = dict(s.params.biases)
+    if _too_short(s):
+        biases |= dict.fromkeys((*s.stop_ids, *s.params.stop_tokens), float("-inf"))
+    seen = s.tokens[: s.num_tokens] if s.params.has_penalties else s.tokens[:0]
+    ids = np.concatenate([np.fromiter(biases, np.int64, len(biases)), seen])
+    place = np.arange(len(ids))
+    last[ids] = place
+    at = last[ids]
+    once = (at == place).nonzero()[0]
+    counts = np.bincount(at[len(biases) + s.num_prompt :], minlength=len(ids))
+    counts[: len(biases)] = -1  # what is seen occurs last behind the biases
+    added = np.zeros(len(ids), np.float32)
+    added[at[: len(biases)]] = list(biases.values())
+    return ids[once], counts[once], added[once]
+
+
+def _too_short(s: Sequence) -> bool:
+    return s.num_tokens - s.num_prompt < s.params.min_tokens
+
+
+def _column(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _signed64(seed: int) -> int:
+    """Return the int64 with the same low 64 bits."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _logprobs(logits_LV: Tensor, tokens_L: Tensor, wanted: Series[int | None]) -> list[dict[int, Logprob] | None]:
     """Return for each row that wants them its token's and its most likely tokens' log probabilities, with ranks."""
-    found: list[dict[int, Logprob] | None] = [None] * len(tokens)
+    found: list[dict[int, Logprob] | None] = [None] * len(wanted)
     rows = [r for r, count in enumerate(wanted) if count is not None]
     if not rows:
         return found
-    logprobs_LV = logits_LV[rows].float().log_softmax(-1)
-    chosen = torch.tensor([tokens[r] for r in rows], device=logits_LV.device).unsqueeze(-1)
-    own_L1 = logprobs_LV.gather(1, chosen)
-    ranks = (1 + (logprobs_LV > own_L1).sum(-1)).tolist()
-    deepest = min(max(count or 0 for count in wanted), logits_LV.shape[1])
-    values, indices = (t.tolist() for t in logprobs_LV.topk(deepest, dim=-1))
-    for i, (r, own) in enumerate(zip(rows, own_L1.squeeze(-1).tolist(), strict=True)):
-        row = {tokens[r]: Logprob(own, ranks[i])}
-        for rank, (token, value) in enumerate(zip(indices[i][: wanted[r]], values[i], strict=False), start=1):
-            row.setdefault(token, Logprob(value, rank))
+    deepest = min(max(wanted[r] or 0 for r in rows), logits_LV.shape[1])
+    chosen = tokens_L[rows]
+    results = (chosen, *logprobs(logits_LV[rows], chosen, deepest))
+    for r, token, own, own_rank, values, ids in zip(rows, *(t.tolist() for t in results), strict=True):
+        row = {token: Logprob(own, own_rank)}
+        for rank, (one, value) in enumerate(zip(ids[: wanted[r]], values, strict=False), start=1):
+            row.setdefault(one, Logprob(value, rank))
         found[r] = row
     return found

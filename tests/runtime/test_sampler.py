@@ -1,8 +1,6 @@
-"""The sampler against plain definitions: truncation in float64, exact probabilities, and independence of the batch."""
+"""The sampler against plain definitions: probabilities, penalties by their sentences, independence of the batch."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -11,10 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamwise import SamplingParams
-from seamwise.runtime.noise import draw_key, gumbel_noise
 from seamwise.runtime.request import Sequence
 from seamwise.runtime.sampler import sample
-from seamwise.runtime.truncate import truncate
 
 
 def sequence(
@@ -28,39 +24,6 @@ def sequence(
     )  # fmt: skip
 
 
-def kept_by_definition(logits: list[float], top_k: int, top_p: float, min_p: float) -> set[int]:
-    """min_p, then top_k, then the smallest most likely set of probability top_p, each by its sentence."""
-    kept = {i for i, x in enumerate(logits) if x >= max(logits) + (math.log(min_p) if min_p else -math.inf)}
-    order = sorted(kept, key=lambda i: -logits[i])
-    if 0 < top_k < len(order):
-        order = [i for i in order if logits[i] >= logits[order[top_k - 1]]]
-    weights = [math.exp(logits[i] - max(logits)) for i in order]
-    total, reached, chosen = sum(weights), 0.0, []
-    for i, weight in zip(order, weights, strict=True):
-        if reached >= top_p * total and top_p < 1:
-            break
-        chosen.append(i)
-        reached += weight
-    return set(chosen)
-
-
-@settings(max_examples=150)
-@given(
-    st.lists(st.integers(-40, 40), min_size=2, max_size=30, unique=True), st.integers(-1, 12),
-    st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.99, 1.0]), st.sampled_from([0.0, 0.01, 0.2, 0.7]), st.integers(0, 99),
-)  # fmt: skip
-def test_truncation_is_its_definition(values: list[int], top_k: int, top_p: float, min_p: float, seed: int) -> None:
-    logits = [v / 7 for v in values]
-    other = torch.randn(len(values), generator=torch.Generator().manual_seed(seed))
-    rows = torch.stack([torch.tensor(logits), other])
-    kept = truncate(rows, top_k=[top_k, 0], top_p=[top_p, 1.0], min_p=[min_p, 0.0])
-    got = set(torch.nonzero(kept[0] > -math.inf).flatten().tolist())
-    wanted = kept_by_definition(torch.tensor(logits).double().tolist(), top_k, top_p, min_p)
-    edge = got ^ wanted  # float32 may put a probability sum on the other side of top_p, by one token
-    assert len(edge) <= 1 and (not edge or top_p < 1)
-    assert torch.equal(kept[1], other)
-
-
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
     exact = (logits / 0.7).softmax(0)
@@ -70,12 +33,6 @@ def test_draws_follow_the_probabilities() -> None:
     seen = torch.bincount(torch.tensor(tokens), minlength=5)
     chi_square = float(((seen - exact * count) ** 2 / (exact * count)).sum())
     assert chi_square < 18.5  # 99.9 % of chi-square with 4 degrees of freedom
-
-
-def test_noise_is_gumbel_and_rows_are_independent() -> None:
-    noise = gumbel_noise([draw_key(s, 3) for s in range(64)], 4096, torch.device("cpu")).double()
-    assert abs(float(noise.mean()) - 0.5772) < 0.01 and abs(float(noise.var()) - math.pi**2 / 6) < 0.03
-    assert float(torch.corrcoef(noise[:2])[0, 1].abs()) < 0.06
 
 
 @settings(max_examples=40)
@@ -111,19 +68,31 @@ def test_logprobs_are_of_the_raw_logits(dtype: torch.dtype) -> None:
         assert entry.rank == 1 + int((logits[0] > logits[0, token]).sum())
 
 
-def test_penalties_are_their_definition() -> None:
-    logits = torch.tensor([[2.0, -1.0, 3.0, 0.5, 1.0]])
+@settings(max_examples=100)
+@given(
+    st.integers(0, 2**31), st.lists(st.integers(0, 7), min_size=1, max_size=6), st.lists(st.integers(0, 7), max_size=6),
+    st.dictionaries(st.integers(0, 7), st.floats(-2, 2, width=16), max_size=4), st.sampled_from([0.5, 1.0, 2.0]),
+    st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.3, -0.3]),
+)  # fmt: skip
+def test_penalties_are_their_definition(
+    seed: int, prompt: list[int], output: list[int], biases: dict[int, float], repetition: float, presence: float,
+    frequency: float,
+) -> None:  # fmt: skip
+    logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(seed))
     params = SamplingParams(
-        temperature=0, presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=2.0, logprobs=0
-    )
-    s = sequence(params, prompt=[0, 1], output=[2, 2, 4])
-    expected = logits[0].tolist()
-    for token in {0, 1, 2, 4}:
-        expected[token] = expected[token] / 2 if expected[token] > 0 else expected[token] * 2
-    for token, count in ((2, 2), (4, 1)):
-        expected[token] -= 0.3 * count + 0.4
+        temperature=0, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition,
+        logit_bias=biases,
+    )  # fmt: skip
+    expected = logits[0].double().tolist()
+    for token in range(8):
+        expected[token] += biases.get(token, 0.0)
+        if token in (*prompt, *output):
+            expected[token] = expected[token] / repetition if expected[token] > 0 else expected[token] * repetition
+        expected[token] -= frequency * output.count(token) + presence * (token in output)
     before = logits.clone()
-    assert sample(logits, [s]).tokens == [int(np.argmax(expected))]
+    chosen, other = sample(logits, [sequence(params, prompt=prompt, output=output), sequence(SamplingParams())]).tokens
+    assert expected[chosen] >= max(expected) - 1e-6
+    assert other == sample(logits[1:], [sequence(SamplingParams())]).tokens[0]
     assert torch.equal(logits, before)
 
 

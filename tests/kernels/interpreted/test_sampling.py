@@ -67,6 +67,14 @@ def test_thresholds_among_equals_zeros_and_infinities(dtype: torch.dtype) -> Non
         assert torch.equal(kept, truncate_logits.run("torch", *args))
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.7, 1), (0.75, 2)])
+def test_top_p_is_of_what_top_k_leaves(top_p: float, kept: int) -> None:
+    logits = torch.tensor([[1.0, 0.0, -3.0, -4.0, -5.0]], device=DEVICE)  # 0.731 and 0.269 of the first two
+    one = torch.ones(1, device=DEVICE)
+    args = (logits, one, torch.tensor([2], device=DEVICE), top_p * one, 0 * one)
+    assert int((truncate_logits.run("triton", *args) > float("-inf")).sum()) == kept
+
+
 def test_a_row_with_nothing_allowed_gives_token_0() -> None:
     logits = torch.full((2, 40), float("-inf"), device=DEVICE)
     ids = torch.arange(2, device=DEVICE)
@@ -82,8 +90,16 @@ def test_speculation_of_a_close_a_certain_and_an_equal_draft(seed: int) -> None:
     draft = torch.arange(len(ids), device=DEVICE)
     request = torch.searchsorted(starts, draft, right=True) - 1
     equal = (logits[draft + request] / hot[request].clamp(min=0.1).unsqueeze(-1)).softmax(-1)
-    for q in (probs, None, equal):
+    for q in (probs, None, equal, 4 * equal):  # the last rejects where nothing is left of p - q
         check(speculative_reject, "triton", (ids, q, starts, logits, hot, *rest))
+
+
+def test_greedy_speculation_takes_the_first_of_equals() -> None:
+    logits, starts = torch.zeros(3, 4500, device=DEVICE), torch.tensor([0, 2], device=DEVICE)
+    zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    ids = torch.tensor([0, 4096], device=DEVICE)  # one program holds both in one place
+    tokens, counts = speculative_reject.run("triton", ids, None, starts, logits, zero.float(), zero, zero)
+    assert tokens.tolist() == [0, 0, -1] and counts.tolist() == [2]
 
 
 def _refused(contract: Any, args: tuple[Any, ...], why: str) -> None:
