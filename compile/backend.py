@@ -61,7 +61,7 @@ def seamwise(
         raise ValueError(f"backend seamwise: options={options}, mode={mode!r}; wanted {{'inner': one of {INNER}}}")
     rewritten, remark = _rewritten(module, inputs)
     _last.append(remark)
-    compiled: Callable[..., Any] = torch._dynamo.lookup_backend(inner)(rewritten, inputs)
+    compiled: Callable[..., Any] = torch._dynamo.lookup_backend(inner)(rewritten, list(inputs))
     return compiled
 
 

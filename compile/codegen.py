@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from seamwise.kernels import tape
 from seamwise.kernels.contract import CONTRACTS, contract_of
 from seamwise.passes.graph import value
 
@@ -56,7 +57,7 @@ class Source:
         last = _last_uses(steps, outputs)
         for i, item in enumerate(steps):
             if isinstance(item, Seam):
-                lines.append(self._call(item.node, {}))
+                lines.append(self._call(item.node, {n: f"w[{i}]" for n, i in index.items()}))
             else:
                 arguments = ", ".join(f"w[{index[n]}]" if n in index else n for n in item.inputs)
                 lines.append(f"{', '.join(item.outputs)}, = run[{number}]({arguments})")
@@ -82,9 +83,9 @@ class Source:
 
     def _call(self, node: Node, rename: dict[str, str]) -> str:
         if node.target is operator.getitem:
-            return f"{node.name} = {self._argument(node.args[0])}[{self._argument(node.args[1])}]"
-        arguments = [self._argument(a) for a in node.args]
-        arguments += [f"{k}={self._argument(v)}" for k, v in node.kwargs.items()]
+            return f"{node.name} = {self._argument(node.args[0], {})}[{self._argument(node.args[1], {})}]"
+        arguments = [self._argument(a, rename) for a in node.args]
+        arguments += [f"{k}={self._argument(v, rename)}" for k, v in node.kwargs.items()]
         call = f"{self._target(node)}({', '.join(arguments)})"
         return f"{node.name} = {call}" if value(node) is not None else call
 
@@ -101,11 +102,11 @@ class Source:
             self.prologue[name] = f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"  # type: ignore[union-attr]
         return name
 
-    def _argument(self, a: Any) -> str:
+    def _argument(self, a: Any, rename: dict[str, str]) -> str:
         if isinstance(a, Node):
-            return a.name
+            return rename.get(a.name, a.name)
         if isinstance(a, (list, tuple)):
-            return f"[{', '.join(map(self._argument, a))}]"
+            return f"[{', '.join(self._argument(x, rename) for x in a)}]"
         if isinstance(a, torch.device):
             return f"torch.device({str(a)!r})"
         if a is None or isinstance(a, (bool, int, str, torch.dtype, torch.layout, torch.memory_format)):
@@ -131,7 +132,11 @@ def load(text: str) -> dict[str, Any]:
 
 
 def _provider(contract: str, name: str) -> Any:
-    return next(p.call for p in CONTRACTS[contract].providers if p.name == name)
+    record = CONTRACTS[contract]
+    found = next(p.call for p in record.providers if p.name == name)
+    if name == "cpp" or not record.reads_values:
+        return found
+    return lambda *args: tape.call(found, *args, seam=contract if record.seam else "")
 
 
 def piece_source(module: GraphModule) -> str:

@@ -50,11 +50,19 @@ def parameters_of(recipe: Recipe) -> set[str]:
     return {name for argument in _flat(recipe["args"]) for name in parameters_of(argument)}
 
 
-def evaluate(recipe: Recipe, parameter: Callable[[str], Tensor]) -> Tensor:
-    """Compute a derived tensor; `parameter(name)` gives the checkpoint's tensors."""
+def evaluate(
+    recipe: Recipe, parameter: Callable[[str], Tensor], part: Callable[[str, int, int, int], Tensor] | None = None
+) -> Tensor:
+    """Compute a derived tensor; `parameter(name)` gives the checkpoint's tensors.
+
+    `part(name, dim, start, end)` gives a range of one, so that no more of it is read where a rank has a part.
+    """
     if "weight" in recipe:
         return parameter(recipe["weight"])
-    args = [_evaluate(a, parameter) for a in recipe["args"]]
+    if part is not None and recipe["op"] == "aten.slice.Tensor" and "weight" in recipe["args"][0]:
+        source, dim, start, end = recipe["args"]
+        return part(source["weight"], dim, start, end)
+    args = [_evaluate(a, parameter, part) for a in recipe["args"]]
     result = resolve_op(recipe["op"])(*args)
     assert isinstance(result, Tensor)
     return result
@@ -66,10 +74,10 @@ def resolve_op(name: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), op), overload)
 
 
-def _evaluate(argument: Any, parameter: Callable[[str], Tensor]) -> Any:
+def _evaluate(argument: Any, *given: Any) -> Any:
     if isinstance(argument, dict):
-        return getattr(torch, argument["dtype"]) if "dtype" in argument else evaluate(argument, parameter)
-    return [_evaluate(a, parameter) for a in argument] if isinstance(argument, list) else argument
+        return getattr(torch, argument["dtype"]) if "dtype" in argument else evaluate(argument, *given)
+    return [_evaluate(a, *given) for a in argument] if isinstance(argument, list) else argument
 
 
 def _flat(argument: Any) -> list[Recipe]:

@@ -20,6 +20,7 @@ def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
                 "misses": [{"module": m.module, "node": m.node, "reason": m.reason} for m in r.misses],
                 "elapsed_ms": round(r.elapsed_ms, 1),
                 "certificate": r.certificate,
+                "diff": r.diff,
             }
             for r in program.reports
         ],

@@ -39,6 +39,7 @@ def loose_ops(module: GraphModule) -> list[Node]:
         and isinstance(n.target, torch._ops.OpOverload)
         and contract_of(n.target) is None
         and n.target not in _FREE
+        and n.target.namespace != "_c10d_functional"
     ]
 
 

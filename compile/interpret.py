@@ -75,9 +75,10 @@ _PLAIN = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _retyped(argument: Any) -> Any:
-    """Return an argument structure with each plain floating dtype replaced by float64; quantized types stay."""
+    """Return an argument structure with each plain floating dtype as wide as can be; quantized types stay."""
     if isinstance(argument, torch.dtype):
-        return torch.float64 if argument in _PLAIN else argument
+        wide = torch.complex128 if argument == torch.complex64 else argument
+        return torch.float64 if argument in _PLAIN else wide
     if isinstance(argument, (list, tuple)):
         return type(argument)(map(_retyped, argument)) if type(argument) in (list, tuple) else argument
     return {k: _retyped(v) for k, v in argument.items()} if isinstance(argument, dict) else argument

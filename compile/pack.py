@@ -128,9 +128,9 @@ def explain_key(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
         left, right = a.get(part, "absent"), b.get(part, "absent")
         if left == right:
             continue
-        settings = [json.loads(x) if part.startswith("config.") and x != "absent" else None for x in (left, right)]
-        if all(isinstance(s, dict) for s in settings):
-            first, second = settings
+        config = part.startswith("config.") and "absent" not in (left, right)
+        first, second = (json.loads(left), json.loads(right)) if config else (None, None)
+        if isinstance(first, dict) and isinstance(second, dict):
             names = sorted(k for k in {*first, *second} if first.get(k, "absent") != second.get(k, "absent"))
             lines += [f"{part}.{k}: {first.get(k, 'absent')} | {second.get(k, 'absent')}" for k in names]
         else:

@@ -14,12 +14,14 @@ from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured
 from .codegen import Source
+from .collectives import collectives_of, communicates, count_all_reduces, local_inputs, weight_bytes
 from .derive import Recipe, hoist
 from .inductor import compile_piece, loose_ops
 from .ledger import Ledger
 from .lower import choose_providers
 from .plugins import discovered, placed_into
 from .program import Program
+from .shard_plan import styles_of
 from .split import Piece, Seam, split
 from .validate import Validator
 from .verify import verify
@@ -30,10 +32,12 @@ RAISE = (
     passes.RAISE_LAYER_NORM,
     passes.RAISE_ROPE,
     passes.RAISE_SWIGLU,
+    passes.RAISE_MOE,
     passes.RAISE_GATHER,
 )
 FUSE = (
     passes.FUSE_ADD_RMS_NORM,  # after raise_rms_norm: it reads the named op
+    passes.FUSE_ALLREDUCE_RMS_NORM,  # after fuse_add_rms_norm, whose sum it reads
     passes.FUSE_GATE_UP,  # after raise_swiglu, whose cat it removes; before fuse_qkv, which joins all other siblings
     passes.FUSE_QKV,
     passes.CANCEL_VIEWS,
@@ -43,8 +47,10 @@ FUSE = (
 )
 FUSE_QUANT = (
     passes.QUANTIZE_LINEAR,  # after the joins, which see plain linears; before the fusions of the quantize it inserts
+    passes.QUANTIZE_EXPERTS,
     passes.FUSE_RMS_NORM_QUANT,
     passes.FUSE_ADD_RMS_NORM_QUANT,
+    passes.FUSE_ALLREDUCE_RMS_NORM_QUANT,
     passes.FUSE_SILU_MUL_QUANT,
     passes.FUSE_ATTENTION_QUANT,
 )
@@ -72,6 +78,8 @@ class PipelineConfig:
     allow_missed  names of passes that may match fewer places than promised
     quantization  how the weights of linear layers are quantized at load: None or one of passes.SCHEMES
     providers     contract name -> the provider that must serve it
+    parallel      how ranks share the model; None: one rank has it all
+    diffs         keep the first place that each pass changed, as a diff
     validate      check after every pass, in float64 on drawn inputs, that the graph computes what it did
     """
 
@@ -80,7 +88,9 @@ class PipelineConfig:
     allow_missed: tuple[str, ...] = ()
     providers: dict[str, str] = field(default_factory=dict)
     validate: bool = False
+    diffs: bool = False
     quantization: str | None = None
+    parallel: passes.Parallel | None = None
 
     def __post_init__(self) -> None:
         known = {p.name for group in ordered_passes() for p in group}
@@ -109,11 +119,18 @@ def rewrite(
         verify(captured.module, "capture")
     if config.quantization:
         activations = passes.SCHEMES[config.quantization].format != "int4"
-        structure = replace(structure, quantized_linears=structure.linears, quantized_activations=activations)
+        joins = 2 * structure.attentions + structure.latent_attentions + structure.gate_up_pairs
+        count = structure.linears - joins
+        structure = replace(structure, quantized_linears=count, quantized_activations=activations)
     groups = ordered_passes(config.quantization)
     for stage, group in zip(("raise", "quantize", "fuse", "lower"), groups, strict=True):
         with ledger.stage(stage):
             reports += _run(group, captured, structure, config, validator)
+        if stage == "raise" and config.parallel is not None:  # before weights are quantized: each rank its own part
+            with ledger.stage("shard"):
+                entry = passes.shard(config.parallel, styles_of(captured, config.parallel))
+                reports += _run([entry], captured, structure, config, validator)
+                structure = replace(structure, all_reduces=count_all_reduces(captured.module))
     return reports
 
 
@@ -142,6 +159,8 @@ def compile_graph(
     with ledger.stage("compile"):
         _compile(program, steps, config)
     program.reports, program.providers = reports, dict(sorted(chosen.items()))
+    program.collectives, program.weight_bytes = collectives_of(module), weight_bytes(module)
+    program.local_inputs = local_inputs(module)
     return program
 
 
@@ -152,7 +171,7 @@ def _run(
     for entry in group:
         if entry.name in config.disabled:
             continue
-        report = entry.apply(captured.module, structure)
+        report = entry.apply(captured.module, structure, diff=config.diffs)
         verify(captured.module, entry.name)
         if report.expected is not None and report.matched < report.expected and entry.name not in config.allow_missed:
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
@@ -161,6 +180,8 @@ def _run(
                 f" Misses:\n  {shown}\nMend the model or the pattern, or pass allow_missed=[{entry.name!r}]."
             )
         if validator is not None:
+            if entry.name == "shard":
+                validator.share()
             validator.check(report, lossy=entry.lossy)
         reports.append(report)
     return reports
@@ -174,7 +195,10 @@ def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig
         loose = len(loose_ops(item.module))
         program.loose_ops[name] = loose
         wanted = {"auto": loose * repeats[name] >= MIN_LOOSE_CALLS, "always": loose > 0, "never": False}
-        if wanted[config.inductor]:
+        if wanted[config.inductor] and communicates(item.module):
+            if config.inductor == "always":
+                raise ValueError(f"inductor='always': {name} has collectives, which no package holds; use 'auto'")
+        elif wanted[config.inductor]:
             folder = Path(tempfile.mkdtemp(prefix="seamwise-"))
             program.packages[name] = compile_piece(item.module, folder / f"{name}.pt2")
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from seamwise.kernels.tape import Pool, Tape, recording
+from seamwise.kernels.contract import contract_of
+from seamwise.kernels.tape import Pool, Tape, call, recording
 
 
 class RecordingRefused(RuntimeError):
@@ -97,20 +98,32 @@ class _OntoTape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (record := contract_of(func)) is not None and record.choose((*args, *kwargs.values())).name != "cpp":
+            return call(lambda *given: func(*given, **kwargs), *args, seam=record.name if record.seam else "")
         result = func(*args, **kwargs)
-        if func.namespace == "seamwise" or _is_view(result, args):
+        if record is not None or func is torch.ops.aten.sym_size.int:  # sizes are the recording's own
             return result
-        if not isinstance(result, Tensor):
+        if func._schema.is_mutable:  # its result is its argument, as a view's is
+            self.tape.append_call(lambda: func(*args, **kwargs))
+            return result
+        if _is_view(result, args):
+            return result
+        results = [result] if isinstance(result, Tensor) else result
+        if not (isinstance(results, (list, tuple)) and all(isinstance(r, Tensor) for r in results)):
             if not any(isinstance(a, Tensor) for a in tree_leaves((args, kwargs))):
                 return result  # of no tensor (aten.promote_types): it cannot change
             raise RecordingRefused(
-                f"{func} gives {type(result).__name__}, not one tensor: its value now would be replayed for ever"
+                f"{func} gives {type(result).__name__}, not a tensor: its value now would be replayed for ever"
             )
         if func in _ALLOCATIONS:
             return result
 
         def again() -> None:
-            result.copy_(func(*args, **kwargs))
+            new = func(*args, **kwargs)
+            if func.namespace == "_c10d_functional":  # it returns before the other ranks have answered
+                new = torch.ops._c10d_functional.wait_tensor(new)
+            for kept, now in zip(results, [new] if isinstance(new, Tensor) else new, strict=True):
+                kept.copy_(now)
 
         self.tape.append_call(again)
         return result
@@ -130,8 +143,6 @@ class _NoSeams(TorchDispatchMode):
         self.full = full
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from seamwise.kernels.contract import contract_of
-
         record = contract_of(func)
         if record is not None and record.seam and not self.full:
             raise RecordingRefused(f"{record.name}: a seam was captured inside a piece; seams run between pieces")

@@ -20,7 +20,7 @@ def structure_of(model: nn.Module) -> Structure:
     A block is a module with `self_attn` and `mlp`. Norms read the residual sum, but for those inside an attention
     (of queries and keys), those after attention and MLP, and the model's first, which reads the embedding.
     """
-    norms = attentions = rotations = gated = pairs = no_sum = qk_norms = layer_norms = 0
+    norms = attentions = latents = rotations = gated = pairs = no_sum = qk_norms = layer_norms = 0
     reads_embedding = False
     for _, module in model.named_modules():
         children = dict(module.named_children())
@@ -37,6 +37,10 @@ def structure_of(model: nn.Module) -> Structure:
             rotations += 2 * _turns_halves(module)
             no_sum += len(own_norms)
             qk_norms += {"q_norm", "k_norm"} <= own_norms and _of_heads(module)
+        if "kv_a_proj_with_mqa" in children:
+            queries = children.get("q_a_proj", children.get("q_proj"))
+            latents += (queries.bias is None) == (children["kv_a_proj_with_mqa"].bias is None)
+            no_sum += len(own_norms)
         pair = {"gate_proj", "up_proj"} <= children.keys()
         gated += pair or "gate_up_proj" in children
         pairs += pair
@@ -47,6 +51,7 @@ def structure_of(model: nn.Module) -> Structure:
         gated_mlps=gated,
         gate_up_pairs=pairs,
         attentions=attentions,
+        latent_attentions=latents,
         qk_norms=qk_norms,
         layer_norms=layer_norms,
         linears=sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] != "lm_head" for n, m in model.named_modules()),
@@ -64,8 +69,12 @@ def _turns_halves(attention: nn.Module) -> bool:
     """Return whether an attention rotates halves against each other: not in every layer, nor in every model.
 
     SmolLM3 has layers without; Cohere, GLM and others of transformers turn neighbouring columns, by their own
-    `rotate_half`.
+    `rotate_half`; transformers' gpt-oss has none, and other arithmetic.
     """
-    turn = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    halves = turn is None or turn(torch.arange(4)).tolist() == [-2, -3, 0, 1]
+    defined_in = type(attention).__module__
+    turn = getattr(sys.modules[defined_in], "rotate_half", None)
+    if turn is None:
+        halves = not defined_in.startswith("transformers.")
+    else:
+        halves = turn(torch.arange(4)).tolist() == [-2, -3, 0, 1]
     return bool(getattr(attention, "use_rope", True)) and halves

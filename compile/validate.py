@@ -20,6 +20,7 @@ from seamwise.passes import Report
 from seamwise.passes.graph import value
 
 from .capture import Captured
+from .collectives import local_inputs
 from .interpret import interpret
 
 TOLERANCE = 1e-9  # relative; float64 sums in another order differ by about 1e-13
@@ -44,6 +45,18 @@ class Validator:
 
     def __post_init__(self) -> None:
         self._before = self._results()
+
+    def share(self) -> None:
+        """Give this rank its part of the inputs, and of the results to compare with, as the pass `shard` marked them."""
+        local = local_inputs(self.captured.module)
+
+        def cut(name: str, x: Tensor) -> Tensor:
+            dim, start, end = local.get(name, (0, 0, x.shape[0]))
+            return x.narrow(dim, start, end - start)
+
+        floats = [n for n, x in zip(self.captured.inputs, next(iter(self.cases.values())), strict=True) if x.is_floating_point()]
+        self.cases = {case: [*map(cut, self.captured.inputs, inputs)] for case, inputs in self.cases.items()}
+        self._before = {case: [was[0], *map(cut, floats, was[1:])] for case, was in self._before.items()}
 
     def check(self, report: Report, *, lossy: bool = False) -> None:
         """Put a certificate on the report. Raises InvalidRewrite naming the pass, the result, the case, the error.
@@ -90,5 +103,10 @@ class Validator:
         if name in self.buffers:
             return self.buffers[name]
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if not fake.dtype.is_floating_point:  # of a quantized weight: any bits are values
+            size = (*fake.shape, fake.dtype.itemsize)
+            return torch.randint(-127, 128, size, generator=generator, dtype=torch.int8).view(fake.dtype).squeeze(-1)
         drawn = torch.randn(tuple(fake.shape), generator=generator, dtype=torch.float32)
+        if fake.dtype.itemsize == 1:
+            return drawn.to(fake.dtype)
         return 1 + 0.1 * drawn if fake.dim() < 2 else drawn * fake.shape[-1] ** -0.5

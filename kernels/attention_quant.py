@@ -15,7 +15,16 @@ from torch import Tensor
 from .attention import attention
 from .attention_triton import FEATURES, attention_triton, kernel_builds, launch, num_splits, refuses
 from .contract import Build, Cost, contract
-from .quantize import LIMITS, empty_quantized, quantize, quantize_rows, quantize_triton, quantized_cost, scheme
+from .quantize import (
+    LIMITS,
+    empty_quantized,
+    quantize,
+    quantize_rows,
+    quantize_triton,
+    quantized_cost,
+    refuses_scheme,
+    scheme,
+)
 
 
 def _fake(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -59,8 +68,8 @@ def cost(q_THD: Tensor, *args: Any) -> Cost:
 
 @attention_quant.inputs(
     examples=[
-        {**sizes, **rows} for sizes, rows in zip(
-            attention.examples, ({"static": True}, {"heads": 1}, {"int8": True}, {"heads": 2}), strict=True
+        {**sizes, name: choice} for sizes, (name, choice) in zip(
+            attention.examples, (("static", True), ("heads", 1), ("int8", True), ("heads", 2)), strict=True
         )
     ],
     shapes={
@@ -92,7 +101,7 @@ def _refuses(q_THD: Tensor, *args: Any) -> str | None:
     width = q_THD.shape[2]
     if dtype != torch.float8_e4m3fn or (group != width if out_scale is None else group != 0):
         return f"wanted float8_e4m3fn with one scale, or groups of a head's {width} columns, got {dtype}, group {group}"
-    return refuses(q_THD, *args[:12])
+    return refuses_scheme(dtype, group, out_scale) or refuses(q_THD, *args[:12])
 
 
 @attention_quant.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)

@@ -51,17 +51,17 @@ def _attention_kernel(
             high = middle
     request = low
     first = tl.load(start_ptr + request)
-    count = tl.load(start_ptr + request + 1) - first
-    done = (tile - (first // QUERIES + request)) * QUERIES
-    if done < count:
+    stop = tl.load(start_ptr + request + 1)
+    begun = first + (tile - (first // QUERIES + request)) * QUERIES
+    if begun < stop:
         length = tl.load(length_ptr + request)
         row = tl.arange(0, QUERIES * PACK)  # [ROWS]
-        query, member = done + row // PACK, row % PACK
-        valid = (query < count) & (member < GROUP)
-        position = length - count + query
+        token, member = begun + row // PACK, row % PACK
+        valid = (token < stop) & (member < GROUP)
+        position = length - stop + token
         column = tl.arange(0, WIDTH)  # [WIDTH]
         head = kv_head * GROUP + member
-        q_at = (first + query).to(tl.int64)[:, None] * q_token + head[:, None] * q_head + column[None, :]
+        q_at = token.to(tl.int64)[:, None] * q_token + head[:, None] * q_head + column[None, :]
         q = tl.load(q_ptr + q_at, mask=valid[:, None] & (column < D)[None, :], other=0.0)  # [ROWS, WIDTH]
         best = tl.full([QUERIES * PACK], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES * PACK], tl.float32)
@@ -77,14 +77,14 @@ def _attention_kernel(
             slope = tl.load(slope_ptr + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
         start, end = 0, length  # of the keys that the tile's queries see
         if CAUSAL:
-            end = tl.minimum(length, length - count + done + QUERIES)
+            end = tl.minimum(length, length - stop + begun + QUERIES)
         if WINDOW > 0:
-            seen_from = tl.maximum(length - count + done - WINDOW + 1, 0)
+            seen_from = tl.maximum(length - stop + begun - WINDOW + 1, 0)
             start = seen_from // KEYS * KEYS
         if lse_ptr is not None:  # key_ranges in attention.py
             base = 0
             if WINDOW > 0:
-                base = tl.maximum(length - count - WINDOW + 1, 0) // UNIT * UNIT
+                base = tl.maximum(length - stop + first - WINDOW + 1, 0) // UNIT * UNIT
             share = tl.cdiv(length - base, UNIT * tl.num_programs(2)) * UNIT
             start = tl.maximum(start, base + split * share)
             end = tl.minimum(end, base + (split + 1) * share)
@@ -120,9 +120,11 @@ def _attention_kernel(
         result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
         if v_scale_ptr is not None:
             result *= tl.load(v_scale_ptr + kv_head * v_scale_step)
-        out_row = (first + query).to(tl.int64) * H + head
+        out_row = token.to(tl.int64) * H + head
         if lse_ptr is not None:
-            out_row += split * tl.cast(tokens, tl.int64) * H
+            before = split * tl.cast(tokens, tl.int64) * H
+            lse_ptr += before
+            out_ptr += before * D
             tl.store(lse_ptr + out_row, (best + tl.log2(total)) * 0.6931471805599453, mask=valid)
         else:
             result = result.to(q.dtype)
@@ -168,7 +170,7 @@ def kernel_builds(
     least = 89 if any("fp8" in t for t in types.values()) else 80
     for width in (64, 128, 256):
         for group, tokens, requests in shapes:
-            if (dtype, width) != ("fp32", 256):  # refused
+            if dtype != "fp32" or width <= (64 if "k_ptr" in types else 128):  # wider ones are refused
                 chosen = {
                     **config(group, tokens, requests, width, itemsize), "GROUP": group, "PRECISION": precision,
                     "CAUSAL": True, "UNIT": SPLIT_UNIT, "WINDOW": 0, "SOFTCAP": 0.0, **constants,
@@ -199,9 +201,9 @@ def refuses(
         return f"q must be contiguous in D and its {q_THD.shape[1]} heads a multiple of {k_cache.shape[1]} KV heads"
     if k_cache.stride()[2:] != (k_cache.shape[3], 1) or v_cache.stride()[2:] != (v_cache.shape[3], 1):
         return "the caches must be contiguous in P and D"
-    widest = 128 if q_THD.dtype == torch.float32 else 256  # wider ones spill registers
+    widest = (64 if k_cache.dtype != q_THD.dtype else 128) if q_THD.dtype == torch.float32 else 256  # wider ones spill
     if q_THD.shape[2] > widest or q_THD.dtype.itemsize > 4:
-        return f"heads are {q_THD.shape[2]} wide, wanted at most {widest} for {q_THD.dtype}"
+        return f"heads are {q_THD.shape[2]} wide, wanted at most {widest} for {q_THD.dtype} over {k_cache.dtype}"
     if window < 0 or softcap < 0:
         return f"window and softcap must not be negative, got {window}, {softcap}"
     per_head, per_kv_head = ((q_THD.shape[1],),), ((1,), (k_cache.shape[1],))

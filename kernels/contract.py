@@ -73,6 +73,7 @@ class Contract:
     seam     True for an op that runs eagerly between compiled pieces (attention, its KV write)
     mutates  names of the arguments the op writes (only a seam may have any)
     opaque   True for an op that a compiler gains nothing from looking into (a GEMM over a packed layout)
+    reads_values  True where the meaning looks at values, so that its calls are recorded as a whole
     """
 
     name: str
@@ -80,6 +81,7 @@ class Contract:
     seam: bool
     mutates: tuple[str, ...]
     opaque: bool
+    reads_values: bool = False
     op: Any = None
     providers: list[Provider] = field(default_factory=list)
     _cost: Callable[..., Cost] | None = None
@@ -232,7 +234,9 @@ def contract(
             raise ValueError(f"{name}: only a seam may write its arguments, got mutates={mutates}; return new tensors")
         schema = torch.library.infer_schema(meaning, mutates_args=mutates)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        record = Contract(name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque)
+        record = Contract(
+            name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque, reads_values=fake is not None
+        )
         record.providers.append(Provider(name="torch", call=meaning))
         _LIBRARY.impl(name, lambda *args: record.choose(args).call(*args), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake or meaning, lib=_LIBRARY)

@@ -31,9 +31,7 @@ def kv_copy_blocks(
 
 
 @kv_copy_blocks.costs
-def cost(
-    k_from: Tensor, v_from: Tensor, k_cache: Tensor, v_cache: Tensor, source_N: Tensor, target_N: Tensor
-) -> Cost:
+def cost(k_from: Tensor, v_from: Tensor, k_cache: Tensor, v_cache: Tensor, source_N: Tensor, target_N: Tensor) -> Cost:
     return Cost(bytes=4 * len(source_N) * k_from[0].nbytes + source_N.nbytes + target_N.nbytes, flops=0)
 
 

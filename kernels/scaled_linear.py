@@ -38,7 +38,7 @@ def scaled_linear(
     """
     N, K = w_NK.shape
     check(x_TK, x_scale_TG, w_NK, w_scale, bias_N)
-    wide = torch.promote_types(x_scale_TG.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(x_scale_TG.dtype, w_scale.dtype), torch.float32)
     x_scale_TK = x_scale_TG.repeat_interleave(BLOCK, 1)[:, :K] if x_scale_TG.shape[1] > 1 else x_scale_TG
     w_scale_NK = expand_blocks(w_scale, (N, K), BLOCK, BLOCK) if scales_blocks(w_scale, N, K) else w_scale
     out_TN = (x_TK.to(wide) * x_scale_TK) @ (w_NK.to(wide) * w_scale_NK).T

@@ -173,17 +173,28 @@ def launch(kernel: Kernel, *args: int | float) -> int:
     return status
 
 
-def call(function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -> tuple[Tensor, ...]:
-    """Call compiled code that neither `launch` nor torch's dispatcher sees; recorded as a whole when a tape records."""
-    with _disable_current_modes():
-        results = function(*args)
-    if _recording.tape is not None:
+def call(function: Callable[..., Any], *args: Any, seam: str = "") -> Any:
+    """Call what is recorded as a whole when a tape records: code that neither `launch` nor torch's dispatcher sees, or
+    whose calls depend on values. Returns what it returns: a tensor, a tuple of them, or None. `seam` names a seam."""
+    tape = _recording.tape
+    if tape is None:
+        return function(*args)
+    if seam and not tape.full:
+        raise RuntimeError(f"{seam}: a seam was recorded inside a piece; seams run eagerly between pieces")
+    _recording.tape = None
+    try:
+        with _disable_current_modes():
+            results = function(*args)
+    finally:
+        _recording.tape = tape
+    kept = (results,) if isinstance(results, Tensor) else results or ()
 
-        def again() -> None:
-            for kept, new in zip(results, function(*args), strict=True):
-                kept.copy_(new)
+    def again() -> None:
+        new = function(*args)
+        for old, now in zip(kept, (new,) if isinstance(new, Tensor) else new or (), strict=True):
+            old.copy_(now)
 
-        _recording.tape.append_call(again)
+    tape.append_call(again)
     return results
 
 

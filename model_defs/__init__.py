@@ -12,22 +12,31 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .deepseek import deepseek_v2, deepseek_v3
 from .gemma2 import gemma2
 from .gemma3 import gemma3
+from .gpt_oss import gpt_oss
 from .llama import llama
 from .mistral import mistral
+from .mixtral import mixtral
 from .phi3 import phi3
 from .qwen2 import qwen2
 from .qwen3 import qwen3
+from .qwen3_moe import qwen3_moe
 
 DEFINITIONS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "DeepseekV2ForCausalLM": deepseek_v2,
+    "DeepseekV3ForCausalLM": deepseek_v3,
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
+    "GptOssForCausalLM": gpt_oss,
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
+    "MixtralForCausalLM": mixtral,
     "Phi3ForCausalLM": phi3,
     "Qwen2ForCausalLM": qwen2,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
 }
 
 

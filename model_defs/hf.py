@@ -1,4 +1,4 @@
-"""Any transformers decoder, through its own class: its attention is replaced by the contracts, nothing else.
+"""Any transformers decoder, through its own class: attention and experts are replaced by the contracts, nothing else.
 
 Source: AttentionInterface, https://huggingface.co/docs/transformers/attention_interface.
 """
@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from seamwise.kernels import attention, kv_append
 
+from . import hf_experts
+
 _IMPLEMENTATION = "seamwise"
 _SERVED = ("full_attention", "sliding_attention")  # kinds of layers
 # Keyword arguments that attention functions are given and that leave causal attention as it is. Any other one that is
-# set (s_aux, position_bias, …) would change the result: it is refused, not ignored.
+# set (position_bias, …) would change the result: it is refused, not ignored.
 _HARMLESS = {
     "position_ids", "position_embeddings", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits",
@@ -51,10 +54,12 @@ class HuggingFaceDecoder(nn.Module):
         from transformers import AttentionInterface
 
         AttentionInterface.register(_IMPLEMENTATION, _attend)
+        hf_experts.register()
         # No mask function is registered under this name: transformers then builds no mask.
         model_class = _class_of(architecture)
         config = _config_of(model_class, raw)
         config._attn_implementation = _IMPLEMENTATION
+        config._experts_implementation = hf_experts.IMPLEMENTATION
         with _parameters_on_meta():
             model = model_class(config).eval()
         for module in model.modules():
@@ -65,6 +70,7 @@ class HuggingFaceDecoder(nn.Module):
         assert {n for n, _ in model.named_parameters()} == {n for n, _ in self.named_parameters()}
         self.architecture = architecture
         self.slides = _sliding_layers(config)
+        self.tp_plan = {**model.tp_plan}
         self._call: Callable[..., Any] = model.__call__  # a bound method: no child of this module
         self.eval()
 
@@ -89,9 +95,10 @@ class HuggingFaceDecoder(nn.Module):
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, seamwise_step: _Step | None = None, **others: Any,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    seamwise_step: _Step | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention function for transformers: query (1, H, T, E), key and value (1, K, T, E) -> (1, T, H, E)."""
+    """Attention function for transformers: query (1, H, T, E), key (1, K, T, E), value (1, K, T, V) -> (1, T, H, V)."""
     name = type(module).__name__
     if seamwise_step is None:
         raise ValueError(f"{name}: attn_implementation={_IMPLEMENTATION!r} needs a step; call it through seamwise")
@@ -109,6 +116,9 @@ def _attend(
         wanted = "a sliding window" if seamwise_step.slides[layer] else "none"
         raise ValueError(f"{name}: layer {layer} has sliding_window={sliding_window}, its configuration wants {wanted}")
     k_cache, v_cache = seamwise_step.kv_caches[layer]
+    width = value.shape[3]
+    if width < key.shape[3]:  # the caches are alike; expanded latents have narrower values
+        value = F.pad(value, (0, key.shape[3] - width))
     for what, x, cache in (("key", key, k_cache), ("value", value, v_cache)):
         if (x.shape[1], x.shape[3]) != (cache.shape[1], cache.shape[3]):
             raise ValueError(
@@ -119,8 +129,8 @@ def _attend(
     q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
     kv_append(k_TKE, v_TKE, k_cache, v_cache, seamwise_step.slot_mapping)
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    spans, limits = seamwise_step.spans, (sliding_window or 0, softcap or 0.0)
-    return attention(q_THE, k_cache, v_cache, *spans, scale, *limits).unsqueeze(0), None
+    spans, limits = seamwise_step.spans, (sliding_window or 0, softcap or 0.0, s_aux)
+    return attention(q_THE, k_cache, v_cache, *spans, scale, *limits)[..., :width].unsqueeze(0), None
 
 
 def _sliding_layers(config: Any) -> list[bool]:
@@ -166,7 +176,10 @@ def _config_of(model_class: Any, raw: Mapping[str, Any]) -> Any:
     name, wanted = model_class.__name__, model_class.config_class.model_type
     if raw.get("model_type", wanted) != wanted:
         raise ValueError(f"{name}: model_type is {raw['model_type']!r}, wanted {wanted!r}")
-    config = model_class.config_class.from_dict(dict(raw))
+    if (raw.get("quantization_config") or {}).get("quant_method") == "mxfp4":
+        raise ValueError(f"{name}: only Seamwise's own definition reads experts in MXFP4; use entry='own'")
+    # The module stays plain: how weights are stored is no part of its equations.
+    config = model_class.config_class.from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
     unserved = {
         "is_encoder_decoder": config.is_encoder_decoder,
         "layer_types": [t for t in getattr(config, "layer_types", None) or () if t not in _SERVED],

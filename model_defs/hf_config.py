@@ -18,6 +18,7 @@ _OLDER_NAMES = {
     "num_attention_heads": ("n_head",),
     "max_position_embeddings": ("n_positions",),
     "dtype": ("torch_dtype",),
+    "num_experts": ("num_local_experts", "n_routed_experts"),
 }
 
 

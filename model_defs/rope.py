@@ -52,6 +52,14 @@ def long_table(raw: Mapping[str, Any], max_model_len: int) -> bool | None:
     return _is_long(rope) if rope.raw["rope_type"] in ("longrope", "su") else None
 
 
+def softmax_scale(read: Reader) -> float:
+    """Return what YaRN multiplies the scores of DeepSeek's attention by: longer contexts want sharper ones."""
+    rope = _parameters(read)
+    if rope.raw["rope_type"] in (None, "default") or not rope.raw.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(rope.positive("factor"), rope.positive("mscale_all_dim")) ** 2
+
+
 def _parameters(read: Reader) -> Reader:
     found = {**read.part("rope_scaling"), **read.part("rope_parameters")}
     for name in ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "max_model_len"):

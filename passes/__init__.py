@@ -19,10 +19,12 @@ from .fuse_rope_kv_write import FUSE_ROPE_KV_WRITE
 from .fuse_silu_mul_quant import FUSE_SILU_MUL_QUANT
 from .matcher import Match, Miss, Pattern
 from .pack_linear import PACK_LINEAR
+from .quantize_experts import QUANTIZE_EXPERTS
 from .quantize_linear import QUANTIZE_LINEAR, promised
 from .quantize_weights import SCHEMES, Scheme, quantize_weights
 from .raise_gather import RAISE_GATHER
 from .raise_layer_norm import RAISE_LAYER_NORM
+from .raise_moe import RAISE_MOE
 from .raise_rms_norm import RAISE_RMS_NORM
 from .raise_rope import RAISE_ROPE
 from .raise_swiglu import RAISE_SWIGLU
@@ -45,9 +47,11 @@ __all__ = [
     "FUSE_ROPE_KV_WRITE",
     "FUSE_SILU_MUL_QUANT",
     "PACK_LINEAR",
+    "QUANTIZE_EXPERTS",
     "QUANTIZE_LINEAR",
     "RAISE_GATHER",
     "RAISE_LAYER_NORM",
+    "RAISE_MOE",
     "RAISE_RMS_NORM",
     "RAISE_ROPE",
     "RAISE_SWIGLU",

@@ -28,7 +28,7 @@ def cancel(module: GraphModule, report: Report) -> None:
 def _undoes(node: Node, inner: Node) -> bool:
     if is_op(node, aten.transpose.int) and is_op(inner, aten.transpose.int):
         rank = value(node).dim()
-        return {int(a) % rank for a in node.args[1:]} == {int(a) % rank for a in inner.args[1:]}  # type: ignore[arg-type]
+        return _dims(node, rank) == _dims(inner, rank)
     if is_op(inner, aten.unsqueeze.default) and _first(inner, inner):
         taken = is_op(node, aten.select.int) and node.args[2] == 0
         return (taken or is_op(node, aten.squeeze.dim)) and _first(node, inner)
@@ -40,9 +40,13 @@ def _undoes(node: Node, inner: Node) -> bool:
     return value(source).shape[0] == 1 and _first(inner, source) and _first(node, node)
 
 
+def _dims(node: Node, rank: int) -> set[int]:
+    return {int(a) % rank for a in node.args[1:]}
+
+
 def _first(node: Node, counted_on: Node) -> bool:
     """Return whether a view's dimension is the first of the other node's."""
-    return int(node.args[1]) % value(counted_on).dim() == 0  # type: ignore[call-overload]
+    return int(node.args[1]) % value(counted_on).dim() == 0
 
 
 CANCEL_VIEWS = Pass(name="cancel_views", rewrite=cancel)

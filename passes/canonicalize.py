@@ -43,8 +43,6 @@ def _simplify(graph: Graph, node: Node) -> Node | None:
     target = node.target
     if target in _SAME or _is_noop(node):
         return node.args[0]  # type: ignore[return-value]
-    if target == aten.cat.default and len(parts := _parts(node)) == 1:
-        return parts[0]
     if is_op(node, operator.getitem) and is_op(
         node.args[0], aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
     ):
@@ -75,13 +73,6 @@ def _is_noop(node: Node) -> bool:
     a, b = value(source), value(node)
     same = a.dtype == b.dtype and a.device == b.device and a.dim() == b.dim()
     return same and all(_equal(x, y) for x, y in zip((*a.shape, *a.stride()), (*b.shape, *b.stride()), strict=True))
-
-
-def _parts(node: Node) -> list[Node]:
-    """Return what a cat joins but for the empty: a rotated head and the rest of it, of which there may be none."""
-    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    assert isinstance(parts, (list, tuple)) and isinstance(dim, int)
-    return [p for p in parts if not _equal(value(p).shape[dim], 0)]  # type: ignore[arg-type]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .graph import VIEWS, aten, infer, is_op, writes
+from .graph import aten, infer, is_getitem, is_op, writes
 
 
 def functionalize(module: GraphModule) -> int:
@@ -27,25 +27,39 @@ def functionalize(module: GraphModule) -> int:
 def _rewrite(graph: Graph, node: Node) -> bool:
     target, written = node.target, node.args[0]
     assert isinstance(target, torch._ops.OpOverload) and isinstance(written, Node)
-    functional = getattr(getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_")), target._overloadname)
+    name = target._schema.name.removeprefix("aten::").removesuffix("_")
+    functional = getattr(getattr(aten, name), target._overloadname)
     is_slice = is_op(written, aten.slice.Tensor)
     base = written.args[0] if is_slice else written
     assert isinstance(base, Node)
-    later = _after(node)
-    views = {u for u in base.users if u.target in VIEWS and u is not written and u not in later}
-    if any(later & {*view.users} for view in views) or base.op != "call_function" or base.target in VIEWS:
+    later = _from(node)
+    if base.op != "call_function" or _shares_memory(base) or _is_seen(base, written, later):
         return False
     new = _insert(graph, node, functional, node.args, node.kwargs)
     node.replace_all_uses_with(new)
     _replace_later(written, new, later)
     if is_slice:
-        _replace_later(base, _insert(graph, node, aten.slice_scatter.default, (base, new, *written.args[1:]), {}), later)
+        whole = _insert(graph, node, aten.slice_scatter.default, (base, new, *written.args[1:]), {})
+        _replace_later(base, whole, later)
     graph.erase_node(node)
     return True
 
 
-def _after(node: Node) -> set[Node]:
-    later, current = set(), node.next
+def _shares_memory(node: Node) -> bool:
+    """Return whether a node's result may lie in its argument's memory, by its op's schema."""
+    source = node.args[0] if is_getitem(node) else node
+    schema = getattr(source.target, "_schema", None)  # type: ignore[union-attr]
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+
+
+def _is_seen(base: Node, written: Node, later: set[Node]) -> bool:
+    """Return whether a view made before the write, other than what is written, is read after it."""
+    views = [u for u in base.users if u not in later and _shares_memory(u)]
+    return any((v is not written and later & {*v.users}) or _is_seen(v, written, later) for v in views)
+
+
+def _from(node: Node) -> set[Node]:
+    later, current = set(), node
     while current.op != "root":
         later.add(current)
         current = current.next

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
@@ -54,14 +55,14 @@ def _branch(node: Node) -> _Branch | str | None:
         return None
     assert isinstance(norm, Node)
     cut = _behind(norm.args[0], stop=aten.slice.Tensor)
-    if not is_op(cut, aten.slice.Tensor) or cut.args[1] not in (-1, value(cut).dim() - 1):  # type: ignore[union-attr]
+    if not is_op(cut, aten.slice.Tensor) or cut.args[1] not in (-1, value(cut).dim() - 1):
         return "its heads are not columns of a joint projection"
     assert isinstance(cut, Node)
     joint, _, first, last = cut.args[:4]
     return _Branch(node, norm, joint, first, last)  # type: ignore[arg-type]
 
 
-def _behind(node: object, stop: object = None) -> object:
+def _behind(node: Any, stop: object = None) -> Any:
     """Return what a chain of views looks at; `stop` is a view to stop at."""
     while isinstance(node, Node) and node.target in VIEWS and node.target is not stop:
         node = node.args[0]

@@ -26,7 +26,7 @@ from .stored_weights import StoredWeight
 
 BLOCK = 128
 _ALONE = ("o_proj", "down_proj", "qkv_proj", "gate_up_proj")
-_ACTIVATIONS = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+ACTIVATIONS = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def quantize_linears(module: GraphModule, report: Report) -> None:
@@ -103,7 +103,7 @@ def _rewrite(module: GraphModule, node: Node, parts: list[Node], quantized: dict
         static = _joined_input_scale(module, parts)
         with inserting(module.graph, node, like=node) as proxy:
             given = None if static is None else proxy(static)
-            both = quantize(proxy(x), _ACTIVATIONS[format], BLOCK if columns else 0, given)  # type: ignore[arg-type,index]
+            both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0, given)  # type: ignore[arg-type,index]
             quantized[key] = both.node
     with inserting(module.graph, node, like=node) as proxy:
 

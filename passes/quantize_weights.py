@@ -61,10 +61,12 @@ def quantize_weights(scheme: Scheme) -> Pass:
 
 
 def _why_not(node: Node) -> str | None:
+    weight = node.args[1]
+    assert isinstance(weight, Node)
     if place(node).rpartition(".")[2] in ("lm_head", ""):
         return "it is the head, which keeps its weight"
-    if not is_weight(node.args[1]):
+    if not is_weight(weight):
         return "its weight is computed in the step"
-    if any(is_op(n, dequantize_weight.op) for n in node.args[1].all_input_nodes):
+    if any(is_op(n, dequantize_weight.op) for n in weight.all_input_nodes):
         return "its weight is quantized already"
     return None

@@ -23,8 +23,8 @@ def raise_layer_norm(module: GraphModule, report: Report) -> None:
             report.misses.append(Miss(place(node), node.name, reason))
             continue
         with inserting(module.graph, node, like=node) as proxy:
-            given = None if bias is None else proxy(bias)  # type: ignore[arg-type]
-            y = layer_norm(proxy(x), proxy(weight), given, eps)  # type: ignore[arg-type]
+            given = None if bias is None else proxy(bias)
+            y = layer_norm(proxy(x), proxy(weight), given, eps)
         replace(node, y.node)
         module.graph.erase_node(node)
         report.matched += 1

@@ -44,6 +44,11 @@ def heads_first_partial(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Ten
     return torch.cat((heads_first(turned, cos_BTR, sin_BTR), rest), dim=-1)
 
 
+def tokens_first_partial(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    turned, rest = x_THD[..., : 2 * _HALF], x_THD[..., 2 * _HALF :]
+    return torch.cat((tokens_first(turned, cos_TR, sin_TR), rest), dim=-1)
+
+
 def replace_tokens_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rope(x, cos, sin)
 
@@ -76,12 +81,14 @@ def _fits(rank: int, batched: bool, partial: bool = False) -> Callable[[Match], 
 def _patterns(dtype: torch.dtype) -> list[Pattern]:
     D = 2 * _HALF
     tokens, heads = [(3, 2, D), (3, D), (3, D)], [(1, 2, 3, D), (1, 3, D), (1, 3, D)]
-    part = [(1, 2, 3, D + HOLE + 31), (1, 3, D), (1, 3, D)]
+    tokens_part, heads_part = [(3, 2, D + HOLE + 31), *tokens[1:]], [(1, 2, 3, D + HOLE + 31), *heads[1:]]
     wide = [dtype, torch.float32, torch.float32]
+    tokens_some, heads_some = _fits(3, False, partial=True), _fits(4, True, partial=True)
     return [
+        # Rotations of a part come first: the rest of their pattern is rotation of the whole.
+        Pattern.trace(tokens_first_partial, replace_tokens_first, tokens_part, dtype, applies=tokens_some),
+        Pattern.trace(heads_first_partial, replace_heads_first, heads_part, dtype, applies=heads_some),
         Pattern.trace(tokens_first, replace_tokens_first, tokens, dtype, applies=_fits(3, False)),
-        # before heads_first, which is a part of it
-        Pattern.trace(heads_first_partial, replace_heads_first, part, dtype, applies=_fits(4, True, partial=True)),
         Pattern.trace(heads_first, replace_heads_first, heads, dtype, applies=_fits(4, True)),
         Pattern.trace(heads_first_wide, replace_heads_first, heads, wide, applies=_fits(4, True)),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +24,6 @@ class Structure:
     norms     calls of RMSNorm modules
     residual_norms  those of them that read a residual sum
     rotations tensors rotated by RoPE (queries and keys of each attention)
-    partial_ropes   attentions that rotate the first columns of their heads only
     gated_mlps      MLPs whose activation is gated
     gate_up_pairs   those of them with separate gate and up projections
     attentions      attentions with separate query, key and value projections
@@ -38,7 +39,6 @@ class Structure:
     norms: int = 0
     residual_norms: int = 0
     rotations: int = 0
-    partial_ropes: int = 0
     gated_mlps: int = 0
     gate_up_pairs: int = 0
     attentions: int = 0
@@ -55,6 +55,7 @@ class Structure:
 class Report:
     """One pass's remark: how often it matched, what was promised, each miss with its reason, its time.
 
+    diff         the first place that changed, as lines of a unified diff; empty unless asked for
     certificate  how it was validated: cases, lossy, max_error; None where it was not
     """
 
@@ -64,6 +65,7 @@ class Report:
     misses: list[Miss] = field(default_factory=list)
     elapsed_ms: float = 0.0
     certificate: dict[str, Any] | None = None
+    diff: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +80,24 @@ class Pass:
     expect: Callable[[Structure], int] | None = None
     lossy: bool = False
 
-    def apply(self, module: GraphModule, structure: Structure) -> Report:
-        """Run the pass over the graph and report."""
+    def apply(self, module: GraphModule, structure: Structure, *, diff: bool = False) -> Report:
+        """Run the pass over the graph and report, with the first change as a diff when asked for."""
+        before = _lines(module) if diff else []
         started = time.perf_counter()
         report = Report(name=self.name, expected=self.expect(structure) if self.expect else None)
         self.rewrite(module, report)
         sweep(module)
         report.elapsed_ms = 1e3 * (time.perf_counter() - started)
+        if diff and report.matched:
+            hunks = difflib.unified_diff(before, _lines(module), n=1, lineterm="")
+            report.diff = [line for i, line in enumerate(itertools.islice(hunks, 2, 60)) if i == 0 or line[:1] in "+- "]
         return report
+
+
+def _lines(module: GraphModule) -> list[str]:
+    """Return the graph's calls, one a line, without module paths."""
+    calls = [n for n in module.graph.nodes if n.op == "call_function"]
+    return [f"{n.name} = {getattr(n.target, '__name__', n.target)}{n.args}" for n in calls]
 
 
 def pattern_pass(

@@ -34,7 +34,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeight:
-    """How a checkpoint holds a weight (N, K): in a scheme, as these tensors.
+    """How a checkpoint holds a weight (N, K), or experts' stacked ones (E, N, K): in a scheme, as these tensors.
 
     scale        one for each block of the scheme, or (1,) for the whole
     zero         int8 of the scale's shape; for int4 int32 (⌈N/8⌉, …), packed along N
@@ -83,18 +83,23 @@ def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[st
     )
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with inserting(graph, first, like=node) as proxy:
-        scale, zero = (proxy(placeholders[r]) if r in placeholders else None for r in ("scale", "zero"))
-        assert scale is not None
-        (N, K), scheme = like.shape, held.scheme
+        weight, scale, zero = (proxy(placeholders[r]) if r in placeholders else None for r in _DEQUANTIZED)
+        (*experts, N, K), scheme = like.shape, held.scheme
         if scheme.format == "int4" and zero is not None:
             zero = _unpacked(zero, N)
         if len(held.scale.shape) == 1:
             scale, zero = (None if t is None else aten.reshape.default(t, [1, 1]) for t in (scale, zero))
+        if experts:  # as one weight: their blocks do not cross from one to the next
+            weight, scale = (aten.flatten.using_ints(t, 0, 1) for t in (weight, scale))
         form = (scheme.format, scheme.rows, scheme.columns)
-        plain = dequantize_weight(proxy(placeholders["stored"]), scale, zero, *form, K, like.dtype)
+        plain = dequantize_weight(weight, scale, zero, *form, K, like.dtype)  # type: ignore[arg-type]
+        plain = aten.reshape.default(plain, like.shape) if experts else plain
     node.replace_all_uses_with(plain.node)
     del names[node.name]
     graph.erase_node(node)
+
+
+_DEQUANTIZED = ("stored", "scale", "zero")
 
 
 def _unpacked(zero: Proxy, rows: int) -> Proxy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from seamwise.compile.pipeline import PipelineConfig, rewrite
 from .checkpoint import open_source
 from .config import ModelConfig
 from .drawn_steps import CASES, draw_steps
+from .kv_cache import KVCacheSpec
 from .loading import capture_model
 from .runner_config import RunnerConfig
 
@@ -51,8 +53,10 @@ def build_run(path: Path, config: ModelConfig, described: Mapping[str, Any], cas
     if "all" not in described["without"]:
         rewrite(model.captured, model.structure, pipeline, Ledger())
     choose_providers(model.captured.module)
-    source = open_source(path, model.shapes, model.tied, dtype=options.dtype, device="cpu")
-    step = draw_steps(config, block_size=options.block_size, dtype=torch.float32)[case]
+    source = open_source(
+        path, model.shapes, model.tied, dtype=options.dtype, device="cpu", kept_dtypes=model.kept_dtypes
+    )
+    step = draw_steps(config, replace(KVCacheSpec.of(config, options), dtype=torch.float32))[case]
     cast = [x.to(options.dtype) if x.is_floating_point() else x for x in step]
     inputs = dict(zip(model.captured.inputs, cast, strict=True))
 

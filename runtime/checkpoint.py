@@ -13,22 +13,29 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .checkpoint_experts import stack_experts
 from .checkpoint_files import StoredTensor
 from .checkpoint_formats import check_load_format, find_tensors
 
 # What old checkpoints store though the model computes it: Llama's, saved by transformers before 4.31.
-_COMPUTED_SUFFIXES = (".rotary_emb.inv_freq",)
+# What packed ones repeat: a layer's shape.
+_COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".weight_shape")
+_FLOATS = {None, torch.float64, torch.float32, torch.float16, torch.bfloat16}  # None: of any of these
+
+
+Part = tuple[int, int, int]  # dimension, start, end
 
 
 class Source(Protocol):
-    """Where weights come from: tensors by name, each read once when it is asked for."""
+    """Where weights come from: tensors by name, whole or a part of one, read when they are asked for."""
 
-    def read(self, name: str, *, dtype: torch.dtype, device: str) -> Tensor: ...
+    def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor: ...
 
 
 def open_source(
     path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None, *,
     dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
+    kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "", ranks: int = 1,
 ) -> Source:  # fmt: skip
     """Open what gives a model with these parameters its weights; reads headers only.
 
@@ -37,53 +44,75 @@ def open_source(
     tied         other names of a parameter -> its name; a checkpoint may hold either or both
     load_format  one of LOAD_FORMATS; "auto": the first format of FORMATS that the directory holds; "dummy": seeded
                  random weights
+    kept_dtypes  those of tensors that are not read in `dtype`; None: any floating one, read as it is stored
+    within       the model is a part of the checkpoint: the tensors whose names begin so, and go on as parameters' do
+
+    ranks        each of as many reads its part
 
     Raises ValueError when the checkpoint does not fit the model, or the model does not fit the machine.
     """
     check_load_format(load_format)
-    needed, memory = sum(math.prod(s) for s in parameters.values()) * dtype.itemsize, _memory_bytes(device)
+    kept = dict(kept_dtypes or {})
+    needed = sum(math.prod(shape) * (kept.get(name) or dtype).itemsize for name, shape in parameters.items()) // ranks
+    memory = _memory_bytes(device)
     if needed > memory:
         raise ValueError(
             f"{path}: the model has {needed / 1e9:.1f} GB of weights in {dtype}, {device} has {memory / 1e9:.1f} GB of"
             " memory; use a smaller model or dtype"
         )
     if load_format == "dummy":
-        return DummyCheckpoint(parameters, seed)
-    return Checkpoint.open(path, parameters, tied, load_format)
+        return DummyCheckpoint(parameters, seed, kept)
+    return Checkpoint.open(path, parameters, tied, load_format, kept, within)
 
 
 def load_weights(
-    module: nn.Module, path: Path, *, dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0
-) -> None:
+    module: nn.Module, path: Path, *, dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
+    within: str = "",
+) -> None:  # fmt: skip
     """Give every parameter of a module built on the meta device its value, and move its buffers to the device.
 
-    Peak memory is the model and one tensor. Raises ValueError as open_source does; the module is then as it was.
+    `within` is as in open_source. Peak memory is the model and one tensor. Raises ValueError as open_source does; the
+    module is then as it was.
     """
     shapes, tied = parameter_shapes(module)
-    source = open_source(path, shapes, tied, dtype=dtype, device=device, load_format=load_format, seed=seed)
+    buffers = kept_dtypes(module)
+    source = open_source(
+        path, shapes, tied, dtype=dtype, device=device, load_format=load_format, seed=seed, kept_dtypes=buffers,
+        within=within,
+    )  # fmt: skip
     loaded = {}
     for name in show_progress(shapes, "loading weights"):
-        loaded[name] = nn.Parameter(source.read(name, dtype=dtype, device=device), requires_grad=False)
+        read = source.read(name, dtype=dtype, device=device)
+        loaded[name] = read if name in buffers else nn.Parameter(read, requires_grad=False)
     for name in (*shapes, *tied):
         parent, _, leaf = name.rpartition(".")
-        module.get_submodule(parent).register_parameter(leaf, loaded[tied.get(name, name)])
+        setattr(module.get_submodule(parent), leaf, loaded[tied.get(name, name)])
     for owner in module.modules():
         for leaf, buffer in list(owner.named_buffers(recurse=False)):
             setattr(owner, leaf, buffer.to(device))
 
 
 def parameter_shapes(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return name -> shape of each parameter, and the other names of tied ones -> their name."""
+    """Return name -> shape of what a checkpoint holds, and the other names of tied parameters -> their name.
+
+    That is every parameter, and every buffer that is persistent: the others are computed.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        kept = first.setdefault(id(parameter), name)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        kept = first.setdefault(id(tensor), name)
         if kept == name:
-            shapes[name] = tuple(parameter.shape)
+            shapes[name] = tuple(tensor.shape)
         else:
             tied[name] = kept
     return shapes, tied
+
+
+def kept_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    """Return name -> dtype of what keeps its own whatever the model's is: buffers that a checkpoint holds."""
+    stored = module.state_dict(keep_vars=True)
+    return {name: buffer.dtype for name, buffer in module.named_buffers() if name in stored}
 
 
 def show_progress(items: Iterable[str], label: str) -> Iterable[str]:
@@ -98,16 +127,21 @@ def show_progress(items: Iterable[str], label: str) -> Iterable[str]:
 class Checkpoint:
     """Tensors by name. `open` raises one ValueError that lists every missing, extra and mis-shaped tensor."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, StoredTensor], kept_dtypes: Mapping[str, torch.dtype | None]) -> None:
+        self._tensors, self._kept_dtypes = tensors, kept_dtypes
 
     @classmethod
     def open(
         cls, path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None,
-        load_format: str = "auto",
+        load_format: str = "auto", kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "",
     ) -> Checkpoint:  # fmt: skip
         """Open a checkpoint for a model with these parameters, as open_source describes."""
         found, problems, chosen = find_tensors(path, load_format)
+        kept = dict(kept_dtypes or {})
+        found, unfit = stack_experts(
+            {name.removeprefix(within): tensor for name, tensor in found.items() if name.startswith(within)}, parameters
+        )
+        problems += unfit
         for alias, name in (tied or {}).items():
             if alias in found:
                 found.setdefault(name, found.pop(alias))
@@ -117,10 +151,15 @@ class Checkpoint:
                 problems.append(f"missing {name}, shape {tuple(shape)}")
             elif found[name].shape != tuple(shape):
                 problems.append(f"shape of {name} is {found[name].shape}, wanted {tuple(shape)}")
-            elif found[name].dtype is None:
-                wanted = ", ".join(str(d).removeprefix("torch.") for d in chosen.dtypes)
-                problems.append(f"dtype of {name} is {found[name].stored_dtype}, wanted one of {wanted}")
+            elif not _fits(found[name].dtype, kept.get(name)):
+                wanted = "one of " + ", ".join(str(d).removeprefix("torch.") for d in chosen.dtypes)
+                if (exact := kept.get(name)) not in _FLOATS:
+                    wanted = str(exact).removeprefix("torch.")
+                problems.append(f"dtype of {name} is {found[name].stored_dtype}, wanted {wanted}")
+        # Modules that predict further tokens (DeepSeek-V3) stand behind the last layer; a model may do without.
+        left_out = tuple(n.removesuffix("eh_proj.weight") for n in found if n.endswith(".eh_proj.weight"))
         extra = [n for n in found if n not in parameters and not n.endswith(_COMPUTED_SUFFIXES)]
+        extra = [n for n in extra if not (left_out and n.startswith(left_out))]
         problems += [f"extra {name}" for name in extra]
         if problems:
             shown = "\n  ".join(problems[:20]) + ("\n  …" if len(problems) > 20 else "")
@@ -128,27 +167,48 @@ class Checkpoint:
                 f"{path}: the checkpoint does not fit the model that its configuration describes"
                 f" ({len(problems)} problems):\n  {shown}"
             )
-        return cls({name: found[name] for name in parameters})
+        return cls({name: found[name] for name in parameters}, kept)
 
-    def read(self, name: str, *, dtype: torch.dtype, device: str) -> Tensor:
-        """Read one tensor into memory of its own, converted. Raises ValueError when the file is damaged or changed."""
-        return self._tensors[name].load().to(device=device, dtype=dtype)
+    def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
+        """Read a tensor, or a part of it, into memory of its own, converted. Raises ValueError when the file is damaged or changed."""
+        stored = self._tensors[name]
+        read = stored.load() if part is None else stored.load_part(*part)
+        return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
 
 
 class DummyCheckpoint:
-    """Seeded random weights, the same for a name whatever else is read: norms are ones, the rest small normal."""
+    """Seeded random weights, the same for a name whatever else is read: norms are ones, the rest small normal.
 
-    def __init__(self, parameters: Mapping[str, Sequence[int]], seed: int) -> None:
-        self._parameters = parameters
+    Bytes are drawn so that they are small numbers as floats of 4 bits and as exponents alike (MXFP4).
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Sequence[int]], seed: int, kept_dtypes: Mapping[str, torch.dtype | None]
+    ) -> None:
+        self._parameters, self._kept_dtypes = parameters, kept_dtypes
         self._seed = seed
 
-    def read(self, name: str, *, dtype: torch.dtype, device: str) -> Tensor:
-        shape = tuple(self._parameters[name])
+    def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
+        if part is not None:
+            dim, start, end = part
+            return self.read(name, dtype=dtype, device=device).narrow(dim, start, end - start).clone()
+        shape, dtype = tuple(self._parameters[name]), self._kept_dtypes.get(name) or dtype
         if len(shape) == 1 and name.endswith("weight"):
             return torch.ones(shape, dtype=dtype, device=device)
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{name}".encode()).digest()[:7], "little")
         generator = torch.Generator(device).manual_seed(seed)
-        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+        if dtype == torch.uint8:
+            return torch.randint(112, 120, shape, generator=generator, dtype=dtype, device=device)
+        if not dtype.is_floating_point:
+            draw = torch.randint(-127, 128, (*shape, dtype.itemsize), generator=generator, device=device)
+            return draw.to(torch.int8).view(dtype).squeeze(-1)
+        wide = torch.float32 if dtype.itemsize == 1 else dtype
+        return torch.empty(shape, dtype=wide, device=device).normal_(0.0, 0.02, generator=generator).to(dtype)
+
+
+def _fits(stored: torch.dtype | None, kept: torch.dtype | None) -> bool:
+    """Return whether a tensor may be read: any float as any float; what is quantized as nothing else."""
+    return stored is not None and (stored == kept or {stored, kept} <= _FLOATS)
 
 
 def _memory_bytes(device: str) -> int:

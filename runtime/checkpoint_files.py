@@ -25,12 +25,21 @@ class StoredTensor:
     stored_dtype  as its format spells it
     dtype         it is read as; None where Seamwise does not read it
     load          returns it on the CPU, contiguous; ValueError when the file is damaged or has changed
+    read_part     the same for a range (dimension from the first, start, end); None where the format has no such way
     """
 
     shape: tuple[int, ...]
     stored_dtype: str
     dtype: torch.dtype | None
     load: Callable[[], Tensor]
+    read_part: Callable[[int, int, int], Tensor] | None = None
+
+    def load_part(self, dim: int, start: int, end: int) -> Tensor:
+        """Return the range start : end of a dimension, reading no more where the format allows."""
+        dim %= len(self.shape)
+        if self.read_part is None:
+            return self.load().narrow(dim, start, end - start).clone()
+        return self.read_part(dim, start, end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +53,22 @@ class FileSlice:
 
     def read(self) -> Tensor:
         """Return the bytes, uint8 (num_bytes,). Raises ValueError when the file has changed."""
-        raw = torch.empty(self.num_bytes, dtype=torch.uint8)
-        view, done = raw.numpy().data, 0
+        return self.read_rows(1, 0, self.num_bytes)
+
+    def read_rows(self, rows: int, start: int, end: int) -> Tensor:
+        """Return bytes start : end of each of as many equal rows, uint8 (rows · (end - start),)."""
+        width = end - start
+        raw = torch.empty(rows * width, dtype=torch.uint8)
+        view = raw.numpy().data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            while done < self.num_bytes and (got := file.readinto(view[done:])):  # at most 2 GiB a read on Linux
-                done += got
-            if done < self.num_bytes or identity_of(file.fileno()) != self.identity:
+            for row in range(rows):
+                file.seek(self.start + row * (self.num_bytes // rows) + start)
+                done, last = row * width, (row + 1) * width
+                while done < last and (got := file.readinto(view[done:last])):  # at most 2 GiB a read on Linux
+                    done += got
+                if done < last:
+                    raise changed(self.path)
+            if identity_of(file.fileno()) != self.identity:
                 raise changed(self.path)
         return raw
 

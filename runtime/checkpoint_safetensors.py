@@ -15,6 +15,9 @@ import torch
 from .checkpoint_files import FileSlice, Identity, StoredTensor, identity_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READ = {
+    **DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -53,19 +56,25 @@ def _slice(path: Path, identity: Identity, name: str, entry: Any, start: int) ->
     if not (isinstance(dtype, str) and _naturals(shape) and _naturals(offsets) and len(offsets) == 2):
         raise ValueError(f"the entry of {name} is {entry!r:.200}, wanted dtype, shape and data_offsets")
     num_bytes = offsets[1] - offsets[0]
-    if num_bytes < 0 or (dtype in DTYPES and num_bytes != math.prod(shape) * DTYPES[dtype].itemsize):
+    if num_bytes < 0 or (dtype in _READ and num_bytes != math.prod(shape) * _READ[dtype].itemsize):
         raise ValueError(f"{name} of dtype {dtype} and shape {tuple(shape)} has {num_bytes} bytes")
     return FileSlice(path=path, identity=identity, start=start + offsets[0], num_bytes=num_bytes)
 
 
 def _stored(entry: dict[str, Any], where: FileSlice) -> StoredTensor:
-    dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+    dtype, shape = _READ.get(entry["dtype"]), tuple(entry["shape"])
 
     def load() -> torch.Tensor:
         assert dtype is not None
         return where.read().view(dtype).view(shape)
 
-    return StoredTensor(shape=shape, stored_dtype=entry["dtype"], dtype=dtype, load=load)
+    def read_part(dim: int, start: int, end: int) -> torch.Tensor:
+        assert dtype is not None
+        step = math.prod(shape[dim + 1 :]) * dtype.itemsize
+        read = where.read_rows(math.prod(shape[:dim]), start * step, end * step)
+        return read.view(dtype).view(*shape[:dim], end - start, *shape[dim + 1 :])
+
+    return StoredTensor(shape=shape, stored_dtype=entry["dtype"], dtype=dtype, load=load, read_part=read_part)
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:

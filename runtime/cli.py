@@ -153,9 +153,11 @@ def explain(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--source", action="store_true", help="print the generated program instead")
     parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
+    parser.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
     options = parser.parse_args(arguments)
 
     from seamwise.compile.explain import as_json, as_text
+    from seamwise.compile.explain_html import as_html
     from seamwise.compile.pipeline import PipelineConfig
 
     from .config import ModelConfig
@@ -166,8 +168,10 @@ def explain(arguments: list[str]) -> int:
 
     with shown_ledger("compile") as ledger:
         config = ModelConfig.from_directory(resolve_model(options.model))
-        chosen = PipelineConfig(validate=options.validate)
+        chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
         program, _ = load_program(config, RunnerConfig.for_model(config, pipeline=chosen, **_loading(options)), ledger)
+    if options.html:
+        options.html.write_text(as_html(program, ledger.seconds, f"{config.architecture}, {options.model}"))
     if options.source:
         print(program.source)
     elif options.json:

@@ -12,6 +12,7 @@ import torch
 from seamwise.model_defs.hf_config import Reader
 
 from .gguf_config import find_gguf, read_gguf_config
+from .quantized_checkpoint import Quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
@@ -21,6 +22,8 @@ _MOST_PARAMETERS = 1 << 40  # no published model comes near
 class ModelConfig:
     """What the runtime must know of a model; `raw` is config.json as read, or what it would hold.
 
+    num_kv_heads, head_dim  of the cached keys and values; with multi-head latent attention, of what latents expand to
+    latent_dim  width of a token's latent and its rotary key, 0 without multi-head latent attention
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
     bos_id   the id that begins a text, where the model has one
@@ -34,6 +37,7 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    latent_dim: int
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
     bos_id: int | None
@@ -58,19 +62,21 @@ class ModelConfig:
             raise ValueError(
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
-        if raw.get("quantization_config") is not None:
-            raise ValueError(f"{path}: has a quantization_config; wanted a checkpoint in float32, bfloat16 or float16")
+        Quantization.read(raw, str(path))
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
+        latent = raw.get("kv_lora_rank") is not None
+        rotary = read.size("qk_rope_head_dim") if latent else 0
         config = cls(
             architecture=names[0],
             hidden_size=hidden,
             num_layers=read.size("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=read.size("num_key_value_heads", heads),
-            head_dim=read.size("head_dim", hidden // heads),
+            num_kv_heads=heads if latent else read.size("num_key_value_heads", heads),
+            head_dim=read.size("qk_nope_head_dim") + rotary if latent else read.size("head_dim", hidden // heads),
             vocab_size=read.size("vocab_size"),
             max_position_embeddings=read.size("max_position_embeddings"),
+            latent_dim=read.size("kv_lora_rank") + rotary if latent else 0,
             dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
             eos_ids=_token_ids("eos_token_id", generation, raw, directory),
             bos_id=next(iter(_token_ids("bos_token_id", generation, raw, directory)), None),

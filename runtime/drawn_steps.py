@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .kv_cache import KVCacheSpec
 from .step import STEP_ARGUMENTS
 
 # Requests of each case, as (tokens already in the cache, tokens of this step).
@@ -18,17 +19,17 @@ CASES: Mapping[str, Sequence[tuple[int, int]]] = {
 }
 
 
-def draw_steps(config: ModelConfig, *, block_size: int, dtype: torch.dtype, seed: int = 0) -> dict[str, list[Tensor]]:
+def draw_steps(config: ModelConfig, spec: KVCacheSpec, seed: int = 0) -> dict[str, list[Tensor]]:
     """Return the flattened step inputs of each case, on the CPU, with caches of random numbers."""
     return {
-        case: _flat(config, requests, block_size, dtype, torch.Generator().manual_seed(seed))
-        for case, requests in CASES.items()
+        case: _flat(config, requests, spec, torch.Generator().manual_seed(seed)) for case, requests in CASES.items()
     }
 
 
 def _flat(
-    config: ModelConfig, requests: Sequence[tuple[int, int]], size: int, dtype: torch.dtype, generator: torch.Generator
+    config: ModelConfig, requests: Sequence[tuple[int, int]], spec: KVCacheSpec, generator: torch.Generator
 ) -> list[Tensor]:
+    size = spec.block_size
     lengths = [known + new for known, new in requests]
     owned = [-(-n // size) for n in lengths]
     blocks = (torch.randperm(sum(owned), generator=generator) + 1).split(owned)
@@ -41,11 +42,11 @@ def _flat(
         slots.append(blocks[r][position // size] * size + position % size)
     starts = torch.tensor([0, *(new for _, new in requests)]).cumsum(0)
     tokens = int(starts[-1])
-    shape = (sum(owned) + 1, config.num_kv_heads, size, config.head_dim)
+    shapes = [(sum(owned) + 1, *shape) for layer in spec.layers for shape in layer]
     values: dict[str, list[Tensor]] = {
         "token_ids": [torch.randint(config.vocab_size, (tokens,), generator=generator)],
         "positions": [torch.cat(positions)],
-        "kv_caches": [torch.randn(shape, generator=generator).to(dtype) for _ in range(2 * config.num_layers)],
+        "kv_caches": [torch.randn(shape, generator=generator).to(spec.dtype) for shape in shapes],
         "slot_mapping": [torch.cat(slots)],
         "block_table": [table],
         "seq_lens": [torch.tensor(lengths, dtype=torch.int32)],

@@ -1,32 +1,57 @@
-"""The paged KV cache's memory: one key and one value tensor a layer, planned in bytes before it is allocated."""
+"""The paged KV cache's memory: each layer's tensors, planned in bytes before they are allocated."""
 
 from __future__ import annotations
 
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from seamwise.compile.program import Program
+
+from .config import ModelConfig
+from .runner_config import RunnerConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheSpec:
-    """The shape of one layer's cache; block 0 is the null block, which padding points at."""
+    """What a block of block_size tokens holds; block 0 is the null block, which padding points at.
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    layers  of each layer, the shapes of its tensors in one block: (K, P, D) for keys and again for values, or (P, E)
+            where one row holds a token's latent and rotary key (MLA)
+    """
+
+    layers: tuple[tuple[tuple[int, ...], ...], ...]
     block_size: int
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, config: ModelConfig, options: RunnerConfig) -> KVCacheSpec:
+        """Return what a model built with these options caches: our definitions latents, transformers' classes heads."""
+        layer: tuple[tuple[int, ...], ...] = ((config.num_kv_heads, options.block_size, config.head_dim),) * 2
+        if config.latent_dim and options.entry == "own":
+            layer = ((options.block_size, config.latent_dim),)
+        return cls(layers=(layer,) * config.num_layers, block_size=options.block_size, dtype=options.dtype)
+
+    def local(self, program: Program) -> KVCacheSpec:
+        """Return what this rank caches: some of the heads, where ranks share a model."""
+        names = (name for name in program.inputs if name.startswith("kv_caches"))
+
+        def cut(shape: tuple[int, ...]) -> tuple[int, ...]:
+            dim, start, end = program.local_inputs.get(next(names), (1, 0, shape[0]))
+            return (*shape[: dim - 1], end - start, *shape[dim:])
+
+        return replace(self, layers=tuple(tuple(cut(shape) for shape in layer) for layer in self.layers))
+
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.bytes_per_block // self.block_size
 
     @property
     def bytes_per_block(self) -> int:
-        return self.bytes_per_token * self.block_size
+        return sum(math.prod(shape) for layer in self.layers for shape in layer) * self.dtype.itemsize
 
     def blocks_within(self, budget_bytes: int) -> int:
         """Return how many blocks fit in a budget. Raises ValueError when not even one besides the null block does."""
@@ -38,17 +63,16 @@ class KVCacheSpec:
             )
         return blocks
 
-    def allocate(self, num_blocks: int, device: str) -> list[tuple[Tensor, Tensor]]:
-        """Allocate zeroed caches, each (num_blocks, num_kv_heads, block_size, head_dim).
+    def allocate(self, num_blocks: int, device: str) -> list[list[Tensor]]:
+        """Allocate each layer's zeroed tensors: (num_blocks, *shape of its block).
 
         On a CPU the memory is mapped, not touched: pages that no request reaches are never backed.
         """
-        shape = (num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
 
-        def make() -> Tensor:
+        def make(shape: tuple[int, ...]) -> Tensor:
             if torch.device(device).type != "cpu":
-                return torch.zeros(shape, dtype=self.dtype, device=device)
-            pages = mmap.mmap(-1, math.prod(shape) * self.dtype.itemsize)
-            return torch.frombuffer(pages, dtype=self.dtype).view(shape)
+                return torch.zeros(num_blocks, *shape, dtype=self.dtype, device=device)
+            pages = mmap.mmap(-1, num_blocks * math.prod(shape) * self.dtype.itemsize)
+            return torch.frombuffer(pages, dtype=self.dtype).view(num_blocks, *shape)
 
-        return [(make(), make()) for _ in range(self.num_layers)]
+        return [[make(shape) for shape in layer] for layer in self.layers]

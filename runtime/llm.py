@@ -34,7 +34,10 @@ class LLM:
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization, pipeline,
-               pack_dir, offline
+               pack_dir, offline, tensor_parallel_size
+
+    With tensor_parallel_size above 1 this is one of as many processes (`torchrun --nproc-per-node N`). Each makes the
+    same calls with the same arguments, and gets the same outputs.
     """
 
     def __init__(
@@ -52,6 +55,10 @@ class LLM:
             directory, dtype=dtype, device=device, max_model_len=max_model_len, seed=seed, **options
         )
         blocks = num_gpu_blocks_override or _num_blocks(runner, limits, gpu_memory_utilization, kv_cache_memory_bytes)
+        if runner.options.tensor_parallel_size > 1:
+            from .distributed import smallest
+
+            blocks = smallest(blocks, runner.options.device)
         longest = -(-runner.options.max_model_len // runner.block_size) + 1
         if blocks < longest:
             raise ValueError(
@@ -184,6 +191,6 @@ def _num_blocks(runner: ModelRunner, limits: SchedulerConfig, utilization: float
     else:
         import os
 
-        budget_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        budget_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * runner.options.tensor_parallel_size)
     needed = limits.max_num_seqs * -(-runner.options.max_model_len // runner.block_size) + 1
     return min(needed, spec.blocks_within(budget_bytes))

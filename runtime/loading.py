@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +13,32 @@ from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
 
-from .checkpoint import open_source, parameter_shapes, show_progress
+from .checkpoint import kept_dtypes, open_source, parameter_shapes, show_progress
 from .config import ModelConfig
 from .drawn_steps import draw_steps
+from .kv_cache import KVCacheSpec
+from .quantized_checkpoint import Quantization
 from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS
 
 if TYPE_CHECKING:
     from seamwise.compile.capture import Captured
-    from seamwise.passes import Structure
+    from seamwise.passes import Report, StoredWeight, Structure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedModel:
-    """A traced model: its graph, what its structure promises, its buffers, its parameters' shapes and tied names."""
+    """A traced model: its graph, what its structure promises, its computed buffers; of what a checkpoint holds, shapes,
+    tied names, and the dtypes that are not the model's; what was done to read weights that are stored quantized; its plan for ranks to share it."""
 
     captured: Captured
     structure: Structure
     buffers: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     tied: dict[str, str]
+    kept_dtypes: dict[str, torch.dtype | None]
+    reports: list[Report]
+    plan: dict[str, str] | None
 
 
 def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> CapturedModel:
@@ -46,7 +52,8 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         from seamwise.model_defs import build_model
     with ledger.stage("build model"):
         model = build_model(config.architecture, config.raw, entry=options.entry, max_model_len=options.max_model_len)
-        buffers = {name: b for name, b in model.named_buffers() if b.device.type != "meta"}
+        shapes, tied = parameter_shapes(model)
+        buffers = {name: b for name, b in model.named_buffers() if name not in shapes}
         structure = structure_of(model)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         with fake:
@@ -54,9 +61,33 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     with ledger.stage("capture"):
         with fake:
             arguments = _example_arguments(config, options)
-        captured = capture(model, arguments, _dims(config))
-    shapes, tied = parameter_shapes(model)
-    return CapturedModel(captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied)
+        captured = capture(model, arguments, _dims(config, options))
+    made = CapturedModel(
+        captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
+        kept_dtypes={**kept_dtypes(model)}, reports=[],
+        plan=getattr(model, "tp_plan", None),
+    )  # fmt: skip
+    quantization = Quantization.read(config.raw, config.architecture)
+    return made if quantization is None else _stored_quantized(made, quantization.stored_weights(model))
+
+
+def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> CapturedModel:
+    """Let a model read weights as its checkpoint stores them."""
+    from seamwise import passes
+
+    report = passes.stored_weights(stored, model.captured.weights).apply(model.captured.module, model.structure)
+    held = [tensor for weight in stored.values() for tensor in weight.tensors.values()]
+    count, s = passes.promised(stored), model.structure
+    every = count == s.linears - 2 * s.attentions - s.latent_attentions - s.gate_up_pairs
+    dense = not any(len(shape) == 3 for shape in model.shapes.values())  # a router reads what experts do, as it is
+    inputs = every and dense and all(weight.quantizes_input for weight in stored.values())
+    return replace(
+        model,
+        structure=replace(s, quantized_linears=count, quantized_activations=inputs),
+        shapes={n: shape for n, shape in model.shapes.items() if n not in stored} | {t.name: t.shape for t in held},
+        kept_dtypes=model.kept_dtypes | {t.name: t.dtype for t in held},
+        reports=[report],
+    )
 
 
 def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
@@ -65,13 +96,20 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     from seamwise.compile.validate import Validator
 
     model = capture_model(config, options, ledger)
-    validator = None
-    if options.pipeline.validate:
+    pipeline, validator = options.pipeline, None
+    if pipeline.parallel is not None:
+        if model.reports:
+            raise ValueError("tensor_parallel_size: a checkpoint that is stored quantized cannot be shared out yet; use 1")
+        if pipeline.parallel.plan is None:
+            pipeline = replace(pipeline, parallel=replace(pipeline.parallel, plan=model.plan))
+    if pipeline.validate:
         with ledger.stage("validate"):
-            cases = draw_steps(config, block_size=options.block_size, dtype=options.dtype)
+            cases = draw_steps(config, KVCacheSpec.of(config, options))
             validator = Validator(model.captured, cases, model.buffers)
-    program = compile_graph(model.captured, model.structure, options.pipeline, ledger, validator)
+    program = compile_graph(model.captured, model.structure, pipeline, ledger, validator)
     program.parameters, program.tied = {name: list(shape) for name, shape in model.shapes.items()}, model.tied
+    program.kept_dtypes = {n: d and str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()}
+    program.reports = [*model.reports, *program.reports]
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
     return program, {name: b for name, b in model.buffers.items() if name in needed}
 
@@ -81,7 +119,8 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
     shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
-        seed=options.seed,
+        seed=options.seed, kept_dtypes={n: d and getattr(torch, d) for n, d in program.kept_dtypes.items()},
+        ranks=options.tensor_parallel_size,
     )  # fmt: skip
 
     def parameter(name: str) -> Tensor:
@@ -89,9 +128,14 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
             return buffers[name].to(options.device)
         return source.read(name, dtype=options.dtype, device=options.device)
 
+    def part(name: str, *where: int) -> Tensor:
+        if name in buffers:
+            return buffers[name].narrow(where[0], where[1], where[2] - where[1]).to(options.device)
+        return source.read(name, dtype=options.dtype, device=options.device, part=where)
+
     with torch.inference_mode():
         names = show_progress(program.recipes, "loading weights")
-        return [evaluate(program.recipes[name], parameter) for name in names]
+        return [evaluate(program.recipes[name], parameter, part) for name in names]
 
 
 def _make_fake(model: nn.Module, options: RunnerConfig) -> None:
@@ -109,7 +153,7 @@ def _make_fake(model: nn.Module, options: RunnerConfig) -> None:
 
 def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, object]:
     tokens, requests, blocks = 7, 3, 5
-    cache = (blocks, config.num_kv_heads, options.block_size, config.head_dim)
+    spec = KVCacheSpec.of(config, options)
 
     def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=options.device)
@@ -117,7 +161,7 @@ def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, 
     values: dict[str, object] = {
         "token_ids": make((tokens,), torch.int64),
         "positions": make((tokens,), torch.int64),
-        "kv_caches": [[make(cache, options.dtype), make(cache, options.dtype)] for _ in range(config.num_layers)],
+        "kv_caches": [[make((blocks, *shape), spec.dtype) for shape in layer] for layer in spec.layers],
         "slot_mapping": make((tokens,), torch.int64),
         "block_table": make((requests, 4), torch.int32),
         "seq_lens": make((requests,), torch.int32),
@@ -127,11 +171,12 @@ def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, 
     return {name: values[name] for name in STEP_ARGUMENTS}
 
 
-def _dims(config: ModelConfig) -> dict[str, Any]:
+def _dims(config: ModelConfig, options: RunnerConfig) -> dict[str, Any]:
+    layers = KVCacheSpec.of(config, options).layers
     return {
         "token_ids": ("T",),
         "positions": ("T",),
-        "kv_caches": [[("N", None, None, None)] * 2 for _ in range(config.num_layers)],
+        "kv_caches": [[("N", *[None] * len(shape)) for shape in layer] for layer in layers],
         "slot_mapping": ("T",),
         "block_table": ("R", "B"),
         "seq_lens": ("R",),

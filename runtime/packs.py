@@ -53,6 +53,8 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
 
 def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
     """Return what a model's pack depends on."""
+    from seamwise.model_defs.rope import long_table
+
     return pack.key_parts(
         {
             "model": config.raw,
@@ -60,6 +62,7 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
             "device": torch.device(options.device).type,
             "entry": options.entry,
             "block_size": options.block_size,
+            "long_table": long_table(config.raw, options.max_model_len),
             "pipeline": asdict(options.pipeline),
         }
     )
@@ -77,7 +80,8 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     if torch.device(settings.device).type == "cpu":
         compile_ahead()  # the pack's kernels, so that a start from it compiles nothing
     program, buffers = compile_model(config, settings, ledger)
-    chosen = {"dtype": str(settings.dtype).removeprefix("torch."), "device": settings.device, "entry": settings.entry}
+    chosen: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch."), "device": settings.device}
+    chosen["entry"] = settings.entry
     chosen |= {"block_size": settings.block_size, "pipeline": asdict(settings.pipeline)}
     load_with = {"checkpoint": str(model.resolve()), "options": chosen}
     with ledger.stage("write pack"):

@@ -41,14 +41,8 @@ class ModelRunner:
         self.options = options
         self.executable = executable
         self.startup_s = ledger.seconds
-        self.kv_spec = KVCacheSpec(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=options.block_size,
-            dtype=options.dtype,
-        )
-        self.kv_caches: list[tuple[Tensor, Tensor]] = []
+        self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
+        self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
         self._recorder = recorder_for(torch.device(options.device))
         self._recordings: dict[int, Recording] = {}
@@ -100,7 +94,7 @@ class ModelRunner:
         if num_blocks < 2:
             raise ValueError(f"allocate_kv: got num_blocks={num_blocks}, wanted at least 2 (block 0 holds padding)")
         self.kv_caches = self.kv_spec.allocate(num_blocks, self.options.device)
-        self._caches_flat = [cache for pair in self.kv_caches for cache in pair]
+        self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
         self._recordings.clear()
 
     @torch.inference_mode()

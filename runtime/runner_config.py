@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ class RunnerConfig:
         check_load_format(self.load_format)
         if self.pack_dir is None and (self.offline or self.pack_name):
             raise ValueError("offline and pack_name need a pack_dir, got pack_dir=None")
+        if self.pipeline.parallel is not None and self.pack_name:
+            raise ValueError("pack_name: every rank has a pack of its own, found by its key; leave the name out")
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return 1 if self.pipeline.parallel is None else self.pipeline.parallel.size
 
     @classmethod
     def for_model(
@@ -66,11 +73,17 @@ class RunnerConfig:
         entry: str = "auto",
         max_model_len: int | None = None,
         quantization: str | None = None,
+        tensor_parallel_size: int = 1,
+        tensor_parallel_plan: Mapping[str, str] | None = None,
+        enable_expert_parallel: bool = False,
         **options: Any,
     ) -> RunnerConfig:
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
 
         quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load
+        tensor_parallel_size  ranks of the default process group, each with its part of the model
+        tensor_parallel_plan  pattern of a parameter's path -> transformers' style; default: the model's own
+        enable_expert_parallel  ranks have whole experts, not a part of each
         """
         from seamwise.model_defs import has_definition
 
@@ -100,9 +113,23 @@ class RunnerConfig:
             raise ValueError(
                 f"max_model_len={max_model_len}: wanted 1 to {limit} (the model's max_position_embeddings)"
             )
+        pipeline = options.get("pipeline", PipelineConfig())
         if quantization is not None:
-            pipeline = options.get("pipeline", PipelineConfig())
-            options["pipeline"] = replace(pipeline, quantization=quantization)
+            options["pipeline"] = pipeline = replace(pipeline, quantization=quantization)
+        if pipeline.quantization and config.raw.get("quantization_config"):
+            raise ValueError(
+                f"quantization={pipeline.quantization!r}: the checkpoint is quantized already, by its config.json's"
+                " quantization_config; leave the option out"
+            )
+        if tensor_parallel_size != 1:
+            from .distributed import join_group
+
+            parallel, device = join_group(
+                tensor_parallel_size, device, experts=enable_expert_parallel, plan=tensor_parallel_plan
+            )
+            options["pipeline"] = replace(pipeline, parallel=parallel)
+        elif tensor_parallel_plan is not None or enable_expert_parallel:
+            raise ValueError("tensor_parallel_plan and enable_expert_parallel need a tensor_parallel_size above 1")
         try:
             return cls(dtype=dtype, device=device, entry=entry, max_model_len=max_model_len, **options)
         except TypeError as error:

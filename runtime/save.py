@@ -15,8 +15,9 @@ _SHARD_BYTES = 5_000_000_000
 
 
 def save_weights(module: nn.Module, directory: Path, *, max_shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write every parameter of a module, tied ones once; load_weights gives them back bit for bit."""
-    save_tensors({n: module.get_parameter(n) for n in parameter_shapes(module)[0]}, directory, max_shard_bytes)
+    """Write every parameter and persistent buffer of a module, tied ones once; load_weights gives them back bit for bit."""
+    tensors = module.state_dict(keep_vars=True)
+    save_tensors({n: tensors[n] for n in parameter_shapes(module)[0]}, directory, max_shard_bytes)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = _SHARD_BYTES) -> None:

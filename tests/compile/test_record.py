@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seamwise.compile.record import CPURecorder, RecordingRefused
-from seamwise.kernels import attention, kv_append, rms_norm, silu_mul
+from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul, tape
 from seamwise.kernels.tape import Pool, Tape, recording
 
 
@@ -37,6 +37,35 @@ def test_replay_gives_what_running_gives_for_new_contents(dtype: torch.dtype) ->
         assert torch.equal(recording_.replay(x, weight, 2.0), chain(x, weight, 2.0))
 
 
+def test_what_writes_in_place_or_gives_several_tensors_is_replayed() -> None:
+    def rank(x: Tensor) -> Tensor:
+        values, indices = x.sort(-1)
+        return torch.zeros_like(x).scatter_(-1, indices[:, :3], 1.0).mul_(x) + values
+
+    x = torch.randn(5, 16)
+    recorded = CPURecorder().record(rank, x)
+    for _ in range(3):
+        x.copy_(torch.randn(5, 16))
+        assert torch.equal(recorded.replay(x), rank(x))
+
+
+def test_a_call_that_depends_on_values_is_replayed_as_a_whole() -> None:
+    experts, x, weight = torch.tensor([[0], [1]], dtype=torch.int32), torch.randn(2, 8), torch.randn(2, 4, 8)
+
+    def apply(experts: Tensor, x: Tensor) -> Tensor:
+        order, starts = moe_align(experts, 2)
+        return tape.call(grouped_linear.meaning, x, weight, order, starts, 1) + 1.0
+
+    recorded = CPURecorder().record(apply, experts, x)
+    experts.copy_(torch.tensor([[1], [1]]))
+    assert torch.equal(recorded.replay(experts, x), apply(experts, x))
+
+
+def test_a_seam_that_is_recorded_as_a_whole_is_refused_in_a_piece() -> None:
+    with pytest.raises(RuntimeError, match="mla_append: a seam was recorded inside a piece"):
+        CPURecorder().record(lambda x: tape.call(torch.neg, x, seam="mla_append"), torch.ones(2))
+
+
 def test_nothing_outside_the_buffers_is_read() -> None:
     x, weight = torch.randn(5, 16), torch.rand(16)
     recorder = CPURecorder()
@@ -51,7 +80,7 @@ def test_an_address_that_moved_is_refused() -> None:
     moved = torch.randn(5, 16)
     with pytest.raises(RecordingRefused, match=r"argument 0.*has moved from address"):
         recorded.replay(moved, weight, 2.0)
-    recorded._run()  # what it prevents: the old buffer's result under the new one's name
+    recorded.graph.replay()  # what it prevents: the old buffer's result under the new one's name
     assert not torch.equal(recorded.results, chain(moved, weight, 2.0))
 
 
@@ -60,7 +89,7 @@ def test_a_scalar_that_is_not_in_the_key_is_refused() -> None:
     recorded = CPURecorder().record(chain, x, weight, 2.0)
     with pytest.raises(RecordingRefused, match=r"argument 2 is 3\.0, recorded was 2\.0"):
         recorded.replay(x, weight, 3.0)
-    recorded._run()
+    recorded.graph.replay()
     assert not torch.equal(recorded.results, chain(x, weight, 3.0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seamwise.kernels import (
-    attention, attention_cascade, attention_partial, attention_quant, kv_append, kv_copy_blocks, merge_states, quantize,
+    attention,
+    attention_cascade,
+    attention_partial,
+    attention_quant,
+    kv_append,
+    kv_copy_blocks,
+    merge_states,
+    quantize,
 )  # fmt: skip
 from seamwise.kernels.attention import key_ranges
 
@@ -85,7 +93,7 @@ def test_key_ranges_cut_what_is_seen(length: int, count: int, window: int, split
     seen = max(0, length - count - window + 1) if window else 0
     assert len(ranges) <= splits and (ranges[0][0], ranges[-1][1]) == (seen, length)
     assert all(begin < end for begin, end in ranges)
-    assert all(a[1] == b[0] and b[0] % 64 == 0 for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] == b[0] and b[0] % 64 == 0 for a, b in pairwise(ranges))
 
 
 @pytest.mark.parametrize("cuts", [[30], [1, 2, 59], list(range(1, 60))])

@@ -15,23 +15,22 @@ from torch import nn
 from seamwise.model_defs import build_model
 from seamwise.model_defs.hf import _attend, _parameters_on_meta
 
-# Each is plain causal attention around something of its own: norms, biases, scales on embeddings or logits, positions.
+# Architectures that Seamwise does not define: each has something of its own around causal attention.
 DECODERS: dict[str, dict[str, Any]] = {
     "CohereForCausalLM": {"logit_scale": 0.25, "tie_word_embeddings": True},
     "GPT2LMHeadModel": {
-        "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48, "num_key_value_heads": 4,
+        "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48, "num_key_value_heads": 4,
         "resid_pdrop": 0.1, "attn_pdrop": 0.1,
     },
     "GemmaForCausalLM": {"head_dim": 8},
     "GlmForCausalLM": {"head_dim": 8},
+    "Cohere2ForCausalLM": {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2},
+    "Glm4ForCausalLM": {"head_dim": 8},
     "GraniteForCausalLM": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0},
-    "MistralForCausalLM": {"sliding_window": None},
     "Olmo2ForCausalLM": {},
-    "Phi3ForCausalLM": {},
-    "Qwen2ForCausalLM": {"use_sliding_window": False},
-    "Qwen3ForCausalLM": {"head_dim": 16},
-    "SmolLM3ForCausalLM": {},
-    "Starcoder2ForCausalLM": {"sliding_window": None},
+    "Olmo3ForCausalLM": {"sliding_window": 5, "num_hidden_layers": 4},
+    "SmolLM3ForCausalLM": {"num_hidden_layers": 4},
+    "Starcoder2ForCausalLM": {"sliding_window": 5},
 }  # fmt: skip
 
 
@@ -47,12 +46,10 @@ def test_chunked_mix_gives_transformers_logits(architecture: str, tmp_path: Path
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "sliding window": ("MistralForCausalLM", {"sliding_window": 8}, "sliding_window=8 is not served"),
-    "alternating window": ("Gemma2ForCausalLM", {"head_dim": 8}, "layer_types has .*sliding_attention"),
-    "soft cap": (
-        "Gemma2ForCausalLM", {"head_dim": 8, "layer_types": ["full_attention"] * 2}, "softcap=50.0 is not served",
+    "chunks": ("Qwen3ForCausalLM", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has .*chunk"),
+    "a window in the mask alone": (
+        "PhimoeForCausalLM", {"sliding_window": 8}, "layer 0 has sliding_window=None, its configuration wants a",
     ),
-    "sinks": ("GptOssForCausalLM", {"layer_types": ["full_attention"] * 2, "head_dim": 8}, "s_aux=.* is not served"),
     "alibi": ("BloomForCausalLM", {}, "does not use transformers' attention interface"),
     "recurrent": ("MambaForCausalLM", {}, "does not use transformers' attention interface"),
     "encoder": ("BertForMaskedLM", {}, "has no such causal language model"),
@@ -61,6 +58,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rope by length": (
         "LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         "rope_type is 'dynamic'",
+    ),
+    "rope by length, by layer": (
+        "Gemma3ForCausalLM",
+        {"sliding_window_pattern": 2, "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
+        "rope_type is .*'dynamic'",
     ),
     "another model's configuration": ("LlamaForCausalLM", {"model_type": "qwen2"}, "model_type is 'qwen2'"),
 }  # fmt: skip
@@ -73,7 +75,7 @@ def test_what_is_not_plain_causal_attention_is_refused(case: str) -> None:
         model = build_model(architecture, SIZES | changes, entry="transformers")
         model.to_empty(device="cpu")
         steps = Steps([[1, 2, 3]])
-        run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 8, torch.float32))
+        run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 16, torch.float32))
 
 
 def test_a_layer_whose_attention_went_elsewhere_is_reported(tmp_path: Path) -> None:
@@ -83,15 +85,24 @@ def test_a_layer_whose_attention_went_elsewhere_is_reported(tmp_path: Path) -> N
     attention.forward = lambda hidden_states, **_: (hidden_states, None)
     steps = Steps([[1, 2, 3]])
     with pytest.raises(ValueError, match=r"attention of layers \[0\] came .* each of its 2 layers once"):
-        run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 8, torch.float32))
+        run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 16, torch.float32))
 
 
 def test_a_cache_of_another_shape_is_reported(tmp_path: Path) -> None:
     save_tiny(tmp_path, "LlamaForCausalLM")
     model, _ = load_tiny(tmp_path, "transformers")
     steps = Steps([[1, 2, 3]])
-    with pytest.raises(ValueError, match="layer 0's key has 2 heads of width 8, the KV cache 4 of 8"):
-        run_schedule(model, steps, [{0: 3}], steps.caches(2, 4, 8, torch.float32))
+    with pytest.raises(ValueError, match="layer 0's key has 2 heads of width 16, the KV cache 4 of 16"):
+        run_schedule(model, steps, [{0: 3}], steps.caches(2, 4, 16, torch.float32))
+
+
+def test_a_window_where_the_configuration_has_none_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "Qwen3ForCausalLM", head_dim=16)
+    model, _ = load_tiny(tmp_path, "transformers")
+    model.get_submodule("model.layers.1.self_attn").sliding_window = 4  # type: ignore[assignment]
+    steps = Steps([[1, 2, 3]])
+    with pytest.raises(ValueError, match="layer 1 has sliding_window=4, its configuration wants none"):
+        run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 16, torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from seamwise.runtime.checkpoint import load_weights
 from seamwise.runtime.config import ModelConfig
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -24,21 +24,26 @@ def save_tiny(directory: Path, architecture: str, *, seed: int = 0, **changes: A
 
     model_class = getattr(transformers, architecture)
     config = model_class.config_class(**(SIZES | changes))
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"  # which run in float64 too
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.2 * noise)
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else parameter + 0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict():  # what corrects routers' scores
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(directory)
     return model
 
 
-def load_tiny(directory: Path, entry: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, ModelConfig]:
+def load_tiny(
+    directory: Path, entry: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[nn.Module, ModelConfig]:
     """Load a directory as the eager module of one entry."""
     config = ModelConfig.from_directory(directory)
-    model = build_model(config.architecture, config.raw, entry=entry)
+    model = build_model(config.architecture, config.raw, entry=entry, **options)
     load_weights(model, directory, dtype=dtype, device="cpu")
     return model, config
 

@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from laws import check
 
 from seamwise.kernels import (
-    attention, attention_cascade, attention_partial, attention_quant, attention_triton, merge_states,
+    attention,
+    attention_cascade,
+    attention_partial,
+    attention_quant,
+    attention_triton,
+    merge_states,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,9 +36,7 @@ def near(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 @given(requests, heads, features, st.sampled_from(DTYPES), st.sampled_from([4, 16]), seeds)
 def test_attention(requests: Any, heads: Any, features: Any, dtype: torch.dtype, block: int, seed: int) -> None:
     kv_dtype = torch.float8_e4m3fn if features["scaled"] else dtype
-    args = batch(
-        requests, **heads, **features, dtype=dtype, kv_dtype=kv_dtype, block=block, device=DEVICE, seed=seed
-    )
+    args = batch(requests, **heads, **features, dtype=dtype, kv_dtype=kv_dtype, block=block, device=DEVICE, seed=seed)
     (out,) = check(attention, "triton", args)
     near(out, by_flex(args), dtype)
     assert bool((out[-2:] == 0).all()), "rows that no request owns"
@@ -63,7 +66,9 @@ def test_split_keys_are_merged_to_the_whole(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cascade_leaves_rows_that_no_request_owns_zero(dtype: torch.dtype) -> None:
-    q, k_cache, v_cache, table, *rest = batch([(12, 2), (13, 5), (30, 1), (0, 0)], sinks=True, dtype=dtype, device=DEVICE)
+    q, k_cache, v_cache, table, *rest = batch(
+        [(12, 2), (13, 5), (30, 1), (0, 0)], sinks=True, dtype=dtype, device=DEVICE
+    )
     table[:, :3] = table[0, :3]
     scale, _, softcap, sinks_H, *_ = rest[2:]
     args = (q, k_cache, v_cache, table[0, :3], table[:, 3:].contiguous(), *rest[:2], scale, softcap, sinks_H)
@@ -89,9 +94,12 @@ def test_quantized_rows_stand_for_attention(context: int, dtype: torch.dtype, st
 
 def test_what_the_kernel_cannot_serve_is_refused_with_its_reason() -> None:
     args = batch([(3, 2)], dtype=torch.float32, device=DEVICE)
-    for features, reason in (((-1,), "must not be negative"), ((0, 0.0, torch.ones(3, device=DEVICE)), "sinks must be")):
+    for limits, reason in (
+        ((-1,), "must not be negative"),
+        ((0, 0.0, torch.ones(3, device=DEVICE)), "sinks must be"),
+    ):
         with pytest.raises(ValueError, match=reason):
-            attention.run("triton", *args[:7], *features)
+            attention.run("triton", *args[:7], *limits)
     with pytest.raises(ValueError, match="share q's dtype or be float8"):
         attention.run("triton", args[0].half(), *args[1:])
     for dtype, group in ((torch.int8, 16), (torch.float8_e4m3fn, 0), (torch.float8_e4m3fn, 32)):

@@ -1,0 +1,50 @@
+"""What ranks say to each other in a step, read from the lowered graph: counts and bytes, for `seamwise explain`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from seamwise.kernels import allreduce_rms_norm, allreduce_rms_norm_quant
+from seamwise.passes.graph import is_op, value
+
+_OPS = torch.ops._c10d_functional
+_FUSED = (allreduce_rms_norm.op, allreduce_rms_norm_quant.op)
+_PLAIN = (_OPS.all_reduce.default, _OPS.all_gather_into_tensor.default)
+
+
+def count_all_reduces(module: GraphModule) -> int:
+    """Return how many sums over ranks a graph has."""
+    return sum(is_op(n, _OPS.all_reduce.default) for n in module.graph.nodes)
+
+
+def communicates(module: GraphModule) -> bool:
+    """Return whether a piece waits for other ranks."""
+    return bool(collectives_of(module))
+
+
+def collectives_of(module: GraphModule) -> list[dict[str, Any]]:
+    """Return op, calls a step, and bytes that a rank gives for each row: of a token, or of a row of logits."""
+    found = Counter((str(n.target).rpartition(".")[0], _row_bytes(n)) for n in module.graph.nodes if is_op(n, *_FUSED, *_PLAIN))
+    return [{"op": op, "calls": calls, "row_bytes": size} for (op, size), calls in found.items()]
+
+
+def weight_bytes(module: GraphModule) -> int:
+    """Return the bytes of the weights that a step reads on this rank."""
+    weights = [value(n) for n in module.graph.find_nodes(op="placeholder") if n.meta.get("weight")]
+    return sum(math.prod(w.shape) * w.dtype.itemsize for w in weights)
+
+
+def local_inputs(module: GraphModule) -> dict[str, tuple[int, int, int]]:
+    """Return name -> (dimension, start, end) of each input of which this rank has a part."""
+    return {n.name: n.meta["local"] for n in module.graph.find_nodes(op="placeholder") if "local" in n.meta}
+
+
+def _row_bytes(node: Node) -> int:
+    given: Tensor = value(node.args[0])  # type: ignore[arg-type]
+    return math.prod(n for n in given.shape if isinstance(n, int)) * given.dtype.itemsize

@@ -1,0 +1,70 @@
+"""The process group that ranks share a model over: every rank runs the same program on the same requests.
+
+`torchrun --nproc-per-node 2 script.py` starts the ranks; gloo carries them on CPUs, NCCL on GPUs. Source:
+https://docs.pytorch.org/docs/stable/distributed.html, https://docs.pytorch.org/docs/stable/elastic/run.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from seamwise.passes.shard import Parallel
+
+
+def join_group(
+    size: int, device: str, *, experts: bool = False, plan: Mapping[str, str] | None = None
+) -> tuple[Parallel, str]:
+    """Return this process's part among `size` ranks, and its device: "cuda" becomes a GPU of its own.
+
+    The default process group is made where torchrun started this process and nothing made it yet. Raises ValueError
+    where there is none, where it has another size, or where its backend does not serve the device.
+    """
+    if not isinstance(size, int) or size < 2:
+        raise ValueError(f"tensor_parallel_size={size!r}: wanted a whole number of at least 1")
+    kind = torch.device(device).type
+    if not dist.is_initialized():
+        if not dist.is_torchelastic_launched():
+            raise ValueError(
+                f"tensor_parallel_size={size} needs {size} processes; start them with `torchrun --nproc-per-node {size}"
+                " …`, or call torch.distributed.init_process_group in each first"
+            )
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    rank, found, backend = dist.get_rank(), dist.get_world_size(), str(dist.get_backend())
+    if found != size:
+        raise ValueError(f"tensor_parallel_size={size}: the process group has {found} ranks; wanted as many")
+    if backend == "nccl" and kind != "cuda":
+        raise ValueError(f"device={device!r}: the process group's backend is nccl; wanted one for CPUs, like gloo")
+    if device == "cuda":
+        device = f"cuda:{rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
+    group = dist.group.WORLD
+    assert group is not None
+    return Parallel(size=size, rank=rank, group=str(group.group_name), experts=experts, plan=plan), device
+
+
+@contextmanager
+def fake_group(size: int) -> Iterator[None]:
+    """Stand in for rank 0 of `size` ranks, in one process: graphs are traced, nothing is sent.
+
+    Raises ValueError where a process group exists.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ValueError("a fake process group cannot stand beside a real one; run this outside torchrun")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def smallest(value: int, device: str) -> int:
+    """Return the smallest of all ranks' values."""
+    agreed = torch.tensor(value, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return int(agreed)

@@ -1,0 +1,273 @@
+"""Checkpoints published quantized: dequantized bit for bit, and served within the budget of the model that they mean."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantized_checkpoints import LAYOUTS, UNSERVED, Layout, pack, save_quantized
+from safetensors.torch import load_file, save_file
+from step_inputs import Steps
+from tiny_models import assert_within_budget
+
+from seamwise import ModelRunner, StepInput
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.pipeline import PipelineConfig
+from seamwise.kernels import dequantize_weight
+from seamwise.model_defs import build_model
+from seamwise.runtime.config import ModelConfig
+from seamwise.runtime.loading import compile_model, load_step_weights
+from seamwise.runtime.quantized_checkpoint import Quantization
+from seamwise.runtime.runner_config import RunnerConfig
+
+REQUESTS = [[5, 77, 3, 18, 44, 9, 60, 61, 62], [7, 8, 90]]
+PLAIN = ("quantize_linear", "fuse_qkv", "fuse_gate_up", "pack_linear")
+
+
+def dequantized(directory: Path, dtype: torch.dtype, entry: str = "own") -> dict[str, torch.Tensor]:
+    """Return the weights that a model reads where no pass rewrites its layers, by their place in the model."""
+    config = ModelConfig.from_directory(directory)
+    options = RunnerConfig.for_model(
+        config, dtype=dtype, entry=entry, device="cpu", pack_dir=None, pipeline=PipelineConfig(
+            disabled=PLAIN, allow_missed=("fuse_add_rms_norm_quant",)
+        ),
+    )  # fmt: skip
+    program, buffers = compile_model(config, options, Ledger())
+    weights = load_step_weights(directory, options, program, buffers)
+    found = {}
+    for recipe, weight in zip(program.recipes.values(), weights, strict=True):
+        if "dequantize_weight" in recipe.get("op", ""):
+            stored = recipe["args"][0]["weight"]
+            found[stored.removesuffix("_packed")] = weight
+    return found
+
+
+def logits(runner: ModelRunner) -> list[torch.Tensor]:
+    """Run prefill in chunks of two requests, mixed with decode steps."""
+    steps = Steps(REQUESTS, block_size=runner.block_size)
+    runner.allocate_kv(steps.num_blocks)
+    rows: list[list[torch.Tensor]] = [[] for _ in REQUESTS]
+    for step in ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 1, 1: 1}):
+        given = runner.step(StepInput(**steps.next(step))).logits.clone()
+        for request, part in zip(step, given.split(list(step.values())), strict=True):
+            rows[request].append(part)
+    return [torch.cat(parts) for parts in rows]
+
+
+def load(directory: Path, dtype: torch.dtype, **options: Any) -> ModelRunner:
+    return ModelRunner.load(directory, dtype=dtype, device="cpu", **{"pack_dir": None, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*LAYOUTS, *UNSERVED])
+def test_dequantized_weights_are_the_formats(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    means = save_quantized(tmp_path, (LAYOUTS | UNSERVED)[name], dtype)
+    found = dequantized(tmp_path, dtype)
+    assert len(found) == 14
+    for parameter, weight in found.items():
+        wanted = means.get_parameter(parameter)
+        assert weight.dtype == dtype and torch.equal(weight, wanted), parameter
+
+
+@pytest.mark.parametrize("entry", ["own", "transformers"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layer_reads_the_stored_weights(name: str, entry: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    means = save_quantized(tmp_path, layout, torch.bfloat16)
+    runner = load(tmp_path, torch.bfloat16, entry=entry)
+    reports = {r.name: r for r in runner.program.reports}
+    assert reports["stored_weights"].matched == reports["stored_weights"].expected == 14
+    assert reports["quantize_linear"].matched == reports["quantize_linear"].expected == 8
+    if layout.inputs:
+        assert reports["fuse_add_rms_norm_quant"].matched == reports["fuse_add_rms_norm_quant"].expected == 3
+    assert not any("dequantize_weight" in str(recipe) for recipe in runner.program.recipes.values())
+    assert_within_budget(logits(runner), means, REQUESTS)
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_a_form_without_kernel_keeps_the_dequantized_weight_and_says_why(name: str, tmp_path: Path) -> None:
+    means = save_quantized(tmp_path, UNSERVED[name], torch.float32)
+    runner = load(tmp_path, torch.float32)
+    (report,) = [r for r in runner.program.reports if r.name == "quantize_linear"]
+    assert report.matched == report.expected == 0
+    assert len(report.misses) == 8 and all("have no kernel" in miss.reason for miss in report.misses)
+    for module in means.modules():
+        module._forward_pre_hooks.clear()  # a layer that keeps its dequantized weight keeps its input too
+    assert_within_budget(logits(runner), means, REQUESTS)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "FP8", "W4A16_ASYM"])
+def test_every_rewrite_over_stored_weights_is_valid(name: str, tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS[name], torch.bfloat16)
+    program = load(tmp_path, torch.bfloat16, pipeline=PipelineConfig(validate=True)).program
+    certificates = {r.name: r.certificate for r in program.reports if r.certificate is not None}
+    assert "fuse_silu_mul_quant" in certificates
+    assert all(c["max_error"] < 1e-9 for n, c in certificates.items() if n != "quantize_linear")
+
+
+def test_block_weights_are_transformers(tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    save_quantized(tmp_path, LAYOUTS["fp8 blocks"], torch.bfloat16)
+    held = load_file(tmp_path / "model.safetensors")
+    for parameter, weight in dequantized(tmp_path, torch.bfloat16, entry="transformers").items():
+        theirs = Fp8Dequantize(None).convert(
+            {"weight": held[parameter], "weight_scale_inv": held[f"{parameter}_scale_inv"]}
+        )["weight"]
+        assert torch.equal(weight, theirs.to(torch.bfloat16)), parameter
+
+
+def test_packed_weights_are_compressed_tensors() -> None:
+    """Golden words of pack_to_int32 and their dequantization, compressed-tensors 0.20.0."""
+    values = torch.tensor([[-8, -7, -1, 0, 1, 6, 7, 3, 5, -2]], dtype=torch.int8)
+    packed = torch.tensor([[-1075214576, 109]], dtype=torch.int32)
+    zero = torch.tensor([[-3]], dtype=torch.int8)
+    scale = torch.tensor([[0.0371]], dtype=torch.bfloat16)
+    plain = dequantize_weight(packed, scale, zero, "int4", 1, 0, 10, torch.bfloat16)
+    assert torch.equal(pack(values), packed)
+    wanted = [-5, -4, 2, 3, 4, 9, 10, 6, 8, 1]
+    assert plain.tolist() == [[n * 0.037109375 for n in wanted]]
+
+
+def test_joined_layers_quantize_their_input_with_the_largest_scale(tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["FP8"], torch.bfloat16)
+    held = load_file(tmp_path / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{n}_proj.input_scale": float(i) for i, n in enumerate("kqv", 1)}
+    save_file(held | {n: torch.full((1,), s).bfloat16() for n, s in scales.items()}, tmp_path / "model.safetensors")
+    runner = load(tmp_path, torch.bfloat16)
+    named = [w for r, w in zip(runner.program.recipes.values(), runner.executable.weights) if "amax" in r.get("op", "")]
+    assert [float(w) for w in named if float(w) in (1, 2, 3)] == [3.0]
+
+
+def test_layers_that_are_left_out_stay_as_they_are(tmp_path: Path) -> None:
+    """The second layer's MLP by a pattern, the first one's value projection by name: its joined layer says why."""
+    layout = replace(LAYOUTS["FP8_DYNAMIC"], ignore=("lm_head", "re:.*layers.1.mlp.*", "model.layers.0.self_attn.v_proj"))
+    means = save_quantized(tmp_path, layout, torch.bfloat16)
+    runner = load(tmp_path, torch.bfloat16)
+    reports = {r.name: r for r in runner.program.reports}
+    assert reports["stored_weights"].matched == 10
+    assert reports["quantize_linear"].matched == reports["quantize_linear"].expected == 5
+    (miss,) = reports["quantize_linear"].misses
+    assert "joins quantized weights with" in miss.reason and "v_proj" in miss.reason
+    for name in ("q_proj", "k_proj"):
+        means.model.layers[0].self_attn.get_submodule(name)._forward_pre_hooks.clear()
+    assert_within_budget(logits(runner), means, REQUESTS)
+
+
+def test_missing_extra_and_misshapen_tensors_are_one_error(tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["W4A16_ASYM"], torch.bfloat16)
+    held, at = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp."
+    held.pop(f"{at}up_proj.weight_zero_point")
+    held[f"{at}gate_proj.weight_scale"] = held[f"{at}gate_proj.weight_scale"][:, :2].contiguous()
+    held[f"{at}down_proj.weight_g_idx"] = torch.zeros(384, dtype=torch.int32)
+    held[f"{at}down_proj.weight_packed"] = held[f"{at}down_proj.weight_packed"].float()
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="4 problems") as error:
+        load(tmp_path, torch.bfloat16)
+    for problem in (
+        f"missing {at}up_proj.weight_zero_point, shape (48, 4)", f"shape of {at}gate_proj.weight_scale is (384, 2)",
+        f"extra {at}down_proj.weight_g_idx", f"dtype of {at}down_proj.weight_packed is F32, wanted int32",
+    ):  # fmt: skip
+        assert problem in str(error.value)
+
+
+def test_a_plain_checkpoint_is_not_read_as_a_quantized_one(tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["FP8_DYNAMIC"], torch.bfloat16)
+    held = load_file(tmp_path / "model.safetensors")
+    save_file({n: t.to(torch.bfloat16) for n, t in held.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="weight is BF16, wanted float8_e4m3fn"):
+        load(tmp_path, torch.bfloat16)
+
+
+def test_a_pack_starts_offline_and_its_key_knows_the_quantization(tmp_path: Path, pack_dir: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["W8A8 int8 static"], torch.bfloat16)
+    cold = load(tmp_path, torch.bfloat16, pack_dir=pack_dir)
+    warm = load(tmp_path, torch.bfloat16, pack_dir=pack_dir, offline=True)
+    assert all(map(torch.equal, logits(cold), logits(warm)))
+    edited = json.loads((tmp_path / "config.json").read_text())
+    edited["quantization_config"]["ignore"].append("model.layers.0.mlp.up_proj")
+    (tmp_path / "config.json").write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match="has no pack"):
+        load(tmp_path, torch.bfloat16, pack_dir=pack_dir, offline=True)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "W4A16_ASYM", "W8A8 int8 static"])
+def test_dummy_weights_have_the_stored_forms(name: str, tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS[name], torch.bfloat16)
+    (tmp_path / "model.safetensors").unlink()
+    assert all(part.isfinite().all() for part in logits(load(tmp_path, torch.bfloat16, load_format="dummy")))
+
+
+def test_quantizing_twice_is_refused(tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["FP8_DYNAMIC"], torch.bfloat16)
+    with pytest.raises(ValueError, match="quantization='int8': the checkpoint is quantized already"):
+        load(tmp_path, torch.bfloat16, quantization="int8")
+
+
+BLOCKS, INT8 = LAYOUTS["fp8 blocks"].config(), LAYOUTS["W8A8 int8"].config()
+BAD: list[tuple[dict[str, Any], str]] = [
+    (BLOCKS | {"quant_method": "awq"}, "quant_method is 'awq', wanted 'fp8' or 'compressed-tensors' or 'mxfp4'"),
+    (BLOCKS | {"activation_scheme": "static"}, "activation_scheme is 'static', wanted 'dynamic'"),
+    (BLOCKS | {"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0', wanted 'float'"),
+    (BLOCKS | {"weight_block_size": None}, "weight_block_size is None, wanted the rows and columns of a block"),
+    (BLOCKS | {"modules_to_convert": ["embed"]}, "modules_to_convert would be ignored; wanted only activation_scheme"),
+    (BLOCKS | {"modules_to_not_convert": ["("]}, "'(' is not a pattern of modules"),
+    (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is {'num_bits': 8}, which is not served"),
+    (INT8 | {"sparsity_config": {"format": "sparse-24"}}, "sparsity_config is {'format': 'sparse-24'}"),
+    (INT8 | {"config_groups": {}}, "config_groups is empty"),
+    (INT8 | {"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized', wanted 'int-quantized'"),
+]  # fmt: skip
+BAD_GROUPS: list[tuple[dict[str, Any], str]] = [
+    ({"targets": ["Conv2d"]}, "target 'Conv2d' names no linear layer of CausalLM"),
+    ({"targets": "Linear"}, "'Linear' is not a list of names"),
+    ({"output_activations": {"num_bits": 8}}, "output_activations is not served"),
+    ({"weights": {"num_bits": 3}}, "3 bits of type 'int'; wanted 8 bits of either, or 4 of 'int'"),
+    ({"weights": {"num_bits": 4, "strategy": "channel"}}, "int4 in format 'int-quantized' is not served"),
+    ({"weights": {"type": "float", "symmetric": False}}, "symmetric is false, wanted true for float weights"),
+    ({"weights": {"strategy": "channel", "actorder": "group"}}, "actorder 'group'; wanted stored weights in the order"),
+    ({"weights": {"rounding": "up"}}, "rounding would be ignored"),
+    ({"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "tensor"}}, "not served (strategy)"),
+    ({"input_activations": {"num_bits": 8, "strategy": "tensor", "symmetric": False}}, "not served (symmetric)"),
+    ({"input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor"}}, "not served (num_bits and type)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "message"), BAD)
+def test_what_is_not_served_is_named(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["W8A8 int8"], torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": given}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(tmp_path, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_GROUPS)
+def test_what_a_group_has_that_is_not_served_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    group = INT8["config_groups"]["group_0"] | change
+    test_what_is_not_served_is_named(INT8 | {"config_groups": {"group_0": group}}, message, tmp_path)
+
+
+def test_the_most_specific_target_holds(tmp_path: Path) -> None:
+    layout, by_class = LAYOUTS["FP8_DYNAMIC"], LAYOUTS["FP8_DYNAMIC"].config()
+    group = by_class["config_groups"]["group_0"]
+    weights = group["weights"] | {"strategy": "tensor"}
+    name = "model.layers.0.mlp.down_proj"
+    groups = {
+        "a": group, "b": group | {"targets": ["re:.*down_proj"], "weights": weights}, "c": group | {"targets": [name]},
+    }  # fmt: skip
+    model = build_model("LlamaForCausalLM", tiny_llama(tmp_path, layout), entry="own")
+    read = Quantization.read({"quantization_config": by_class | {"config_groups": groups}}, "config.json")
+    assert read is not None
+    rows = {n: w.scheme.rows for n, w in read.stored_weights(model).items()}
+    assert [n for n, r in rows.items() if r == 0] == ["model.layers.1.mlp.down_proj.weight"] and len(rows) == 14
+
+
+def tiny_llama(directory: Path, layout: Layout) -> dict[str, Any]:
+    save_quantized(directory, layout, torch.float32)
+    raw: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return raw

@@ -1,0 +1,137 @@
+"""Ranks that share a model give what one rank gives: by gloo between processes, op by op in float64, text by text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from families import draw_tokens
+from step_inputs import Steps
+from tiny_models import assert_within_budget, save_tiny
+
+from seamwise import LLM, ModelRunner, SamplingParams
+from seamwise.compile.pipeline import PipelineConfig
+from seamwise.runtime.step import StepInput
+
+# Two KV heads are fewer than four ranks, and 97 words divide among no ranks.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "phi3": ("Phi3ForCausalLM", {"sliding_window": 9}),
+    "gemma2": ("Gemma2ForCausalLM", {"head_dim": 32, "query_pre_attn_scalar": 6, "sliding_window": 4}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("GraniteForCausalLM", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
+}
+SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 1})  # the last two are recorded
+
+
+def logits(runner: ModelRunner, requests: list[list[int]]) -> list[torch.Tensor]:
+    """Return each request's logits over a chunked mix and decode steps."""
+    steps = Steps(requests, block_size=runner.block_size)
+    runner.allocate_kv(steps.num_blocks)
+    rows: list[list[torch.Tensor]] = [[] for _ in requests]
+    for step in (*SCHEDULE[:3], SCHEDULE[3]):
+        got = runner.step(StepInput(**steps.next(step))).logits.clone()
+        for request, part in zip(step, got.split(list(step.values())), strict=True):
+            rows[request].append(part)
+    return [torch.cat(parts) for parts in rows]
+
+
+def same_everywhere(x: torch.Tensor) -> bool:
+    others = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, x)
+    return all(torch.equal(x, other) for other in others)
+
+
+def check_logits(directory: Path, name: str, entry: str, ranks: int, **options: Any) -> ModelRunner:
+    """Hold a rank's logits to transformers' within the budget of float32, and to the other ranks' in bits."""
+    import transformers
+
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    theirs = getattr(transformers, MODELS[name][0]).from_pretrained(directory, **eager)
+    requests = draw_tokens(4, 19, 3, 33)
+    load = {"dtype": "float32", "device": "cpu", "pack_dir": None, "entry": entry}
+    runner = ModelRunner.load(directory, tensor_parallel_size=ranks, **load, **options)
+    ours = logits(runner, requests)
+    assert_within_budget(ours, theirs, requests)
+    assert same_everywhere(torch.cat(ours)), f"{name}: ranks differ"
+    return runner
+
+
+def check_layout(runner: ModelRunner, ranks: int) -> None:
+    """Two sums a layer and one of the embedding, each in its norm; a part of the weights and the heads."""
+    counts = {r.name: (r.matched, r.expected) for r in runner.program.reports}
+    assert counts["shard"] == (16, 16) and counts["fuse_allreduce_rms_norm"] == (5, 5)
+    assert [c["calls"] for c in runner.program.collectives] == [5, 1]
+    assert runner.kv_spec.layers[0][0][0] == max(2 // ranks, 1)
+
+
+def check_text(directory: Path, ranks: int) -> None:
+    """Every rank's engine gives the same tokens: greedy, and drawn with seeds."""
+    prompts = [{"prompt_token_ids": tokens} for tokens in draw_tokens(7, 5, 17, 2)]
+    llm = LLM(directory, device="cpu", dtype="float32", max_model_len=64, tensor_parallel_size=ranks, pack_dir=None)
+    params = [SamplingParams(temperature=t, max_tokens=12, detokenize=False, ignore_eos=True) for t in (0.0, 1.0, 0.7)]
+    tokens = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    gathered: list[Any] = [None] * ranks
+    dist.all_gather_object(gathered, (tokens, llm.engine.runner.num_blocks))
+    assert all(other == gathered[0] for other in gathered) and len(tokens[0]) == 12
+
+
+def check_packs(directory: Path, ranks: int, packs: Path) -> None:
+    """A second start takes this rank's pack."""
+    requests = draw_tokens(4, 19, 3, 33)
+    options = {"dtype": "float32", "device": "cpu", "pack_dir": packs, "tensor_parallel_size": ranks}
+    first = logits(ModelRunner.load(directory, **options), requests)
+    dist.barrier()
+    again = logits(ModelRunner.load(directory, offline=True, **options), requests)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with pytest.raises(ValueError, match="no pack"):
+        ModelRunner.load(directory, **(options | {"tensor_parallel_size": 1, "offline": True}))
+
+
+def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None:
+    torch.set_num_threads(1)
+    root = Path(home)
+    dist.init_process_group("gloo", init_method=f"file://{root / f'group-{os.getppid()}'}", rank=rank, world_size=ranks)
+    try:
+        for name, entry in names:
+            validate = PipelineConfig(validate=entry == "own" and ranks == 2)
+            runner = check_logits(root / name, name, entry, ranks, pipeline=validate)
+            if validate.validate:
+                found = {r.name: r.certificate for r in runner.program.reports}
+                assert found["shard"] and found["shard"]["max_error"] < 1e-9
+            if name == "llama":
+                check_layout(runner, ranks)
+        if ranks == 2:
+            check_logits(root / "mixtral", "mixtral", "own", ranks, enable_expert_parallel=True)
+            check_text(root / "llama", ranks)
+            check_packs(root / "llama", ranks, root / "packs")
+            with pytest.raises(ValueError, match="tensor_parallel_size=3: the process group has 2 ranks"):
+                ModelRunner.load(root / "llama", device="cpu", tensor_parallel_size=3)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_equal_one(ranks: int, tmp_path: Path) -> None:
+    for name, (architecture, changes) in MODELS.items():
+        save_tiny(tmp_path / name, architecture, **changes)
+    names = [(name, "own") for name in MODELS if name != "granite"] if ranks == 2 else [("llama", "own"), ("phi3", "own")]
+    names += [("granite", "transformers"), ("llama", "transformers")] if ranks == 2 else [("llama", "transformers")]
+    torch.multiprocessing.spawn(work, (ranks, str(tmp_path), names), nprocs=ranks)
+
+
+def test_without_a_process_group_the_message_says_how_to_start(tiny_llama_dir: Path) -> None:
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        ModelRunner.load(tiny_llama_dir, device="cpu", tensor_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor_parallel_size=0"):
+        ModelRunner.load(tiny_llama_dir, device="cpu", tensor_parallel_size=0)
+    with pytest.raises(ValueError, match="need a tensor_parallel_size above 1"):
+        ModelRunner.load(tiny_llama_dir, device="cpu", enable_expert_parallel=True)
