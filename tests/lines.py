@@ -1,31 +1,48 @@
-"""Print the lines of source and tests by folder; fail when the source outgrows what a person can hold in the head."""
+"""Print the lines of source and tests by folder; fail when the source outgrows what a person can hold in the head.
+
+Counted is code: without blank lines, comments and docstrings, as tinygrad's sz.py counts. All lines stand beside it.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
+import tokenize
 from pathlib import Path
 
-LIMIT = 15_000
+LIMIT = 18_000  # the aim is 15,000: what is added has to be paid for by what gets simpler
 SOURCE = ("kernels", "passes", "compile", "model_defs", "runtime", "bench", "seamwise")
 SUFFIXES = (".py", ".cpp", ".h")
+_LAYOUT = (
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+)  # fmt: skip
 
 
-def count(folder: Path) -> tuple[int, int, str]:
-    """Return lines, files, and the longest file of a folder."""
-    files = [p for p in folder.rglob("*") if p.suffix in SUFFIXES and "__pycache__" not in p.parts]
-    sizes = {p: len(p.read_text().splitlines()) for p in files}
-    longest = max(sizes, key=sizes.__getitem__, default=None)
-    return sum(sizes.values()), len(files), f"{longest.name} {sizes[longest]}" if longest else "-"
+def code_lines(path: Path) -> int:
+    """Return how many lines of a file hold code."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return sum(bool(line.strip()) and not line.strip().startswith("//") for line in text.splitlines())
+    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    held: set[int] = set()
+    for before, token, after in zip([None, *tokens], tokens, [*tokens[1:], None], strict=False):
+        alone = (before is None or before.type in _LAYOUT) and after is not None and after.type == tokenize.NEWLINE
+        if token.type not in _LAYOUT and not (token.type == tokenize.STRING and alone):
+            held.update(range(token.start[0], token.end[0] + 1))
+    return len(held)
 
 
 def main() -> int:
     root = Path(__file__).parent.parent
     total = 0
-    print(f"{'folder':12} {'lines':>6} {'files':>6}  longest")
+    print(f"{'folder':12} {'code':>6} {'lines':>6} {'files':>6}  longest, in code")
     for name in (*SOURCE, "tests"):
-        lines, files, longest = count(root / name)
-        total += lines if name != "tests" else 0
-        print(f"{name:12} {lines:6} {files:6}  {longest}")
+        files = [p for p in (root / name).rglob("*") if p.suffix in SUFFIXES and "__pycache__" not in p.parts]
+        sizes = {p: code_lines(p) for p in files}
+        longest = max(sizes, key=sizes.__getitem__)
+        lines = sum(len(p.read_text().splitlines()) for p in files)
+        print(f"{name:12} {sum(sizes.values()):6} {lines:6} {len(files):6}  {longest.name} {sizes[longest]}")
+        total += sum(sizes.values()) if name != "tests" else 0
     print(f"{'source':12} {total:6}         limit {LIMIT}")
     return int(total > LIMIT)
 
