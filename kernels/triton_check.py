@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,15 @@ class Usage:
     shared_bytes: int
 
 
-def usages(contract: Contract, capability: int) -> Iterator[Usage]:
-    """Compile a contract's Triton kernels, in bfloat16 and float32, at every configuration its file names."""
-    for dtype in _POINTERS:
-        for build in contract.triton_builds(dtype):
-            if capability >= build.min_capability:
-                yield _compile(contract.name, build, dtype, capability)
+def builds_of(contract: Contract, capability: int) -> list[tuple[str, Build]]:
+    """Return (dtype, build) for every configuration a contract's file names that a GPU of this capability can run."""
+    return [(d, b) for d in _POINTERS for b in contract.triton_builds(d) if capability >= b.min_capability]
+
+
+def usages(contract: Contract, capability: int, builds: Iterable[tuple[str, Build]]) -> Iterator[Usage]:
+    """Compile some of a contract's Triton kernels and tell what each takes."""
+    for dtype, build in builds:
+        yield _compile(contract.name, build, dtype, capability)
 
 
 def _compile(name: str, build: Build, dtype: str, capability: int) -> Usage:

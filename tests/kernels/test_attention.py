@@ -133,7 +133,7 @@ def test_cascade_is_attention_over_prefix_and_suffix(shared: int) -> None:
 def test_quantized_rows_are_those_of_quantize(static: bool) -> None:
     args = batch([(12, 2), (3, 5)], dtype=torch.bfloat16)
     scale, group = (torch.full((1,), 0.01), 0) if static else (None, 16)
-    got = attention_quant(*args, torch.float8_e4m3fn, group, scale)
+    got = attention_quant.meaning(*args, torch.float8_e4m3fn, group, scale)
     rows = attention.meaning(*args).flatten(1)
     for ours, theirs in zip(got, quantize.meaning(rows, torch.float8_e4m3fn, group, scale), strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
