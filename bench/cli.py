@@ -6,7 +6,10 @@ import importlib
 
 BENCHES = {
     "throughput": "the fixed workloads end to end, alone or beside peers",
+    "startup": "start-up by stage against the model's depth",
     "step": "where a decode step's time goes",
+    "gpu": "every stage of the GPU proof, within the minutes given",
+    "report": "the page bench/results/README.md from the files of bench gpu",
     "kernels": "microbenchmarks of every contract",
 }
 
