@@ -57,7 +57,7 @@ def transformers(job: dict[str, Any]) -> Generate:
 def vllm(job: dict[str, Any]) -> Generate:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: its fastest form here
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64, seed=0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import allreduce_rms_norm, allreduce_rms_norm_quant
-from seamwise.passes.graph import is_op, value
+from seamwise.passes.graph import is_op, place, value
 
 _OPS = torch.ops._c10d_functional
 _FUSED = (allreduce_rms_norm.op, allreduce_rms_norm_quant.op)
@@ -19,8 +19,9 @@ _PLAIN = (_OPS.all_reduce.default, _OPS.all_gather_into_tensor.default)
 
 
 def count_all_reduces(module: GraphModule) -> int:
-    """Return how many sums over ranks a graph has."""
-    return sum(is_op(n, _OPS.all_reduce.default) for n in module.graph.nodes)
+    """Return how many sums over ranks attention and MLPs end in: all but the embedding's."""
+    sums = module.graph.find_nodes(op="call_function", target=_OPS.all_reduce.default)
+    return sum("embed" not in place(n) for n in sums)
 
 
 def communicates(module: GraphModule) -> bool:
@@ -30,7 +31,9 @@ def communicates(module: GraphModule) -> bool:
 
 def collectives_of(module: GraphModule) -> list[dict[str, Any]]:
     """Return op, calls a step, and bytes that a rank gives for each row: of a token, or of a row of logits."""
-    found = Counter((str(n.target).rpartition(".")[0], _row_bytes(n)) for n in module.graph.nodes if is_op(n, *_FUSED, *_PLAIN))
+    found = Counter(
+        (str(n.target).rpartition(".")[0], _row_bytes(n)) for n in module.graph.nodes if is_op(n, *_FUSED, *_PLAIN)
+    )
     return [{"op": op, "calls": calls, "row_bytes": size} for (op, size), calls in found.items()]
 
 
@@ -40,6 +43,13 @@ def weight_bytes(module: GraphModule) -> int:
     return sum(math.prod(w.shape) * w.dtype.itemsize for w in weights)
 
 
+def kv_bytes(module: GraphModule) -> int:
+    """Return the bytes that this rank caches for each token."""
+    caches = [value(n) for n in module.graph.find_nodes(op="placeholder") if n.name.startswith("kv_caches")]
+    # A block is (heads, tokens, width), or (tokens, width) of latents.
+    return sum(math.prod(c.shape[1:]) // c.shape[-2] * c.dtype.itemsize for c in caches)
+
+
 def local_inputs(module: GraphModule) -> dict[str, tuple[int, int, int]]:
     """Return name -> (dimension, start, end) of each input of which this rank has a part."""
     return {n.name: n.meta["local"] for n in module.graph.find_nodes(op="placeholder") if "local" in n.meta}
@@ -47,4 +57,4 @@ def local_inputs(module: GraphModule) -> dict[str, tuple[int, int, int]]:
 
 def _row_bytes(node: Node) -> int:
     given: Tensor = value(node.args[0])  # type: ignore[arg-type]
-    return math.prod(n for n in given.shape if isinstance(n, int)) * given.dtype.itemsize
+    return int(given.shape[-1]) * given.dtype.itemsize

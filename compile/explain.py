@@ -31,6 +31,9 @@ def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
         },
         "seams": program.num_seams,
         "providers": program.providers,
+        "collectives": program.collectives,
+        "weight_bytes": program.weight_bytes,
+        "kv_bytes_per_token": program.kv_bytes,
         "derived_weights": sum("op" in recipe for recipe in program.recipes.values()),
         "startup_s": dict(startup_s),
     }
@@ -52,6 +55,10 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
         lines.append(f"    {name} runs {count} times a step, {program.loose_ops[name]} loose ops, {how}")
     derived = sum("op" in recipe for recipe in program.recipes.values())
     lines.append(f"weights: {len(program.recipes)}, of them derived: {derived}")
+    lines.append(
+        f"memory of a rank: {program.weight_bytes / 1e6:.1f} MB of weights, {program.kv_bytes} B a cached token"
+    )
+    lines += [f"    {c['op']:36} {c['calls']:4} calls a step, {c['row_bytes']} B a row" for c in program.collectives]
     lines.append("providers:")
     lines += [f"    {name:28} {count:4} calls a step" for name, count in program.providers.items()]
     lines.append("start-up:")

@@ -14,7 +14,7 @@ from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured
 from .codegen import Source
-from .collectives import collectives_of, communicates, count_all_reduces, local_inputs, weight_bytes
+from .collectives import collectives_of, communicates, count_all_reduces, kv_bytes, local_inputs, weight_bytes
 from .derive import Recipe, hoist
 from .inductor import compile_piece, loose_ops
 from .ledger import Ledger
@@ -160,7 +160,7 @@ def compile_graph(
         _compile(program, steps, config)
     program.reports, program.providers = reports, dict(sorted(chosen.items()))
     program.collectives, program.weight_bytes = collectives_of(module), weight_bytes(module)
-    program.local_inputs = local_inputs(module)
+    program.local_inputs, program.kv_bytes = local_inputs(module), kv_bytes(module)
     return program
 
 

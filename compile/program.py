@@ -25,7 +25,8 @@ class Program:
     recipes    name of each weight the step reads -> how it follows from the checkpoint's parameters, in call order
     inputs     names of the step's inputs, in call order
     loose_ops  how many ops of each distinct piece have no kernel of ours; packages: those that Inductor compiled
-    collectives   op, calls a step and bytes a row, of what ranks say to each other; weight_bytes: of this rank
+    collectives   op, calls a step and bytes a row, of what ranks say to each other; weight_bytes, kv_bytes: of
+                  this rank's weights, and of the cache for a token
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
                is not in the model's dtype, None: as it is stored
@@ -46,6 +47,7 @@ class Program:
     packages: dict[str, Path] = field(default_factory=dict)
     collectives: list[dict[str, Any]] = field(default_factory=list)
     weight_bytes: int = 0
+    kv_bytes: int = 0
     local_inputs: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property

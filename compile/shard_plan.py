@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from seamwise.passes.shard import EXPERTS, STYLES, WHOLE, Parallel
+from seamwise.passes.sharder import EXPERTS, STYLES, WHOLE, Parallel
 
 from .capture import Captured
 
@@ -49,5 +49,3 @@ def styles_of(captured: Captured, parallel: Parallel) -> dict[str, str]:
     if not styles:
         raise ValueError(f"tensor_parallel_plan: none of {', '.join(plan)} is a weight of this model")
     return styles
-
-

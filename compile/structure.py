@@ -38,7 +38,7 @@ def structure_of(model: nn.Module) -> Structure:
             no_sum += len(own_norms)
             qk_norms += {"q_norm", "k_norm"} <= own_norms and _of_heads(module)
         if "kv_a_proj_with_mqa" in children:
-            queries = children.get("q_a_proj", children.get("q_proj"))
+            queries = children["q_a_proj" if "q_a_proj" in children else "q_proj"]
             latents += (queries.bias is None) == (children["kv_a_proj_with_mqa"].bias is None)
             no_sum += len(own_norms)
         pair = {"gate_proj", "up_proj"} <= children.keys()

@@ -54,7 +54,11 @@ class Validator:
             dim, start, end = local.get(name, (0, 0, x.shape[0]))
             return x.narrow(dim, start, end - start)
 
-        floats = [n for n, x in zip(self.captured.inputs, next(iter(self.cases.values())), strict=True) if x.is_floating_point()]
+        floats = [
+            n
+            for n, x in zip(self.captured.inputs, next(iter(self.cases.values())), strict=True)
+            if x.is_floating_point()
+        ]
         self.cases = {case: [*map(cut, self.captured.inputs, inputs)] for case, inputs in self.cases.items()}
         self._before = {case: [was[0], *map(cut, floats, was[1:])] for case, was in self._before.items()}
 

@@ -41,7 +41,7 @@ class FurtherToken(Block):
         self.shared_head = SharedHead(c)
         self.table = RopeTable(Rope.from_hf(read, read.size("qk_rope_head_dim")))
 
-    def forward(
+    def forward(  # type: ignore[override]  # a step of its own
         self, next_ids_T: Tensor, positions_T: Tensor, hidden_TD: Tensor, cache: Cache, where: Where, logit_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return logits (L, V) of the token after next at the wanted rows, and the hidden states (T, D) after the norm.

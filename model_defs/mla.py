@@ -52,6 +52,8 @@ class Latent:
 class Expansion(nn.Module):
     """W_UK and W_UV, one below the other for each head: from a latent to the head's key and value."""
 
+    published_class = "Linear"  # by which a quantization_config names it
+
     def __init__(self, c: Latent) -> None:
         super().__init__()
         self.c = c

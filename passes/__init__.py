@@ -29,7 +29,8 @@ from .raise_rms_norm import RAISE_RMS_NORM
 from .raise_rope import RAISE_ROPE
 from .raise_swiglu import RAISE_SWIGLU
 from .rewrite import Pass, Report, Structure, pattern_pass
-from .shard import Parallel, shard
+from .shard import shard
+from .sharder import Parallel
 from .stored_weights import Held, StoredWeight, stored_weights
 
 __all__ = [

@@ -77,11 +77,20 @@ def is_op(node: Any, *targets: Any) -> bool:
 
 def is_weight(node: Any) -> bool:
     """Return whether a node depends on weights alone: a weight placeholder, or computed from such."""
-    if not isinstance(node, Node):
-        return False
-    if node.op == "placeholder":
-        return bool(node.meta.get("weight"))
-    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_weight, node.all_input_nodes))
+    pending, seen = [node], set()
+    while pending:
+        found = pending.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        if not isinstance(found, Node) or (found.op == "placeholder" and not found.meta.get("weight")):
+            return False
+        if found.op != "placeholder":
+            if found.op != "call_function" or not found.all_input_nodes:
+                return False
+            # Placeholders first: the next attention names the step's inputs, the residual leads through every layer.
+            pending += sorted(found.all_input_nodes, key=lambda n: n.op == "placeholder")
+    return True
 
 
 def sweep(module: GraphModule) -> None:

@@ -33,7 +33,7 @@ class Structure:
     linears         linear layers but the head
     quantized_linears      those that read quantized weights, joined ones counted once, and whether all inputs are
                            quantized too
-    all_reduces     sums over the ranks that share the model
+    all_reduces     sums over the ranks that share the model, which attention and MLPs end in
     """
 
     norms: int = 0

@@ -12,46 +12,16 @@ Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053; Xu et al. 2021 (G
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from seamwise.kernels import attention, gather_rows, grouped_linear, kv_append, moe_align, moe_sum
 
-from .graph import aten, infer, is_op, is_weight, value
-from .placement import GATED, OWNED, PARTIAL, Cut, Placement, Unplaceable, follow, is_tensor, keeps_partial, sections_of
+from .graph import aten, infer, is_op, value
+from .placement import OWNED, PARTIAL, Cut, Placement, Unplaceable, sections_of
 from .rewrite import Pass, Report
-
-_COLLECTIVES = torch.ops._c10d_functional
-GATHERED = ("colwise_gather_output", "colwise_rep")
-COLUMNS = ("colwise", "packed_colwise", *GATHERED)
-ROWS = ("rowwise", "rowwise_split_input")
-EXPERTS, VOCABULARY = "grouped_gemm", "embedding_rowwise"
-WHOLE = ("replicate", "replicated_with_grad_allreduce")
-STYLES = (*WHOLE, *COLUMNS, *ROWS, EXPERTS, VOCABULARY)  # transformers' names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parallel:
-    """How ranks share a model.
-
-    size, rank, group  of the process group, which is known by its name
-    experts  whole experts on each rank, rather than a part of every expert
-    plan     pattern of a module's or parameter's path -> style, one of STYLES; None: the model's own
-    """
-
-    size: int
-    rank: int
-    group: str
-    experts: bool = False
-    plan: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ValueError(f"rank={self.rank} of size={self.size}: wanted 0 to {self.size - 1}")
+from .sharder import COLUMNS, EXPERTS, GATHERED, ROWS, VOCABULARY, Parallel, Sharder
 
 
 def shard(parallel: Parallel, styles: Mapping[str, str]) -> Pass:
@@ -61,154 +31,20 @@ def shard(parallel: Parallel, styles: Mapping[str, str]) -> Pass:
     """
 
     def rewrite(module: GraphModule, report: Report) -> None:
-        report.matched = len(_Sharder(module, parallel, styles).run())
+        report.matched = len(Sharder(module, parallel, styles, _RULES).run())
 
     return Pass(name="shard", rewrite=rewrite, expect=lambda s: len(styles))
 
 
-@dataclass(slots=True)
-class _Sharder:
-    module: GraphModule
-    parallel: Parallel
-    styles: Mapping[str, str]
-    placements: dict[Node, Placement] = field(default_factory=dict)
-    shapes: dict[Node, tuple[Any, ...]] = field(default_factory=dict)
-    shared: set[str] = field(default_factory=set)
-    _parts: dict[tuple[Any, ...], Node] = field(default_factory=dict)
-    _sums: dict[Node, Node] = field(default_factory=dict)
-
-    def run(self) -> set[str]:
-        """Rewrite every op in order; return the placeholders of the weights that were shared out."""
-        nodes = list(self.module.graph.nodes)
-        self.shapes = {n: tuple(value(n).shape) for n in nodes if is_tensor(n)}
-        for node in nodes:
-            if node.op == "output":
-                node.args = map_arg(node.args, self.whole)
-            elif node.op == "call_function" and not is_weight(node):
-                self.placements[node] = self.place(node)
-        return self.shared
-
-    def place(self, node: Node) -> Placement:
-        for source in node.all_input_nodes:
-            if source in self._sums:  # once a sum is made, all who come read it: the residual is whole
-                node.replace_input_with(source, self._sums[source])
-        if not keeps_partial(node, self.placed):
-            for source in node.all_input_nodes:
-                if self.placed(source) == PARTIAL:
-                    node.replace_input_with(source, self.whole(source))
-        if (rule := _RULES.get(node.target)) is not None:
-            return rule(self, node)
-        placed = {n: p for n in node.all_input_nodes if (p := self.placed(n)) is not None}
-        if not placed:
-            return None
-        if OWNED in placed.values():
-            if not is_op(node, *GATED):
-                raise Unplaceable(node, f"{node.target} is no op on rows of experts")
-            result: Placement = OWNED
-        elif PARTIAL in placed.values():
-            result = PARTIAL
-        else:
-            result = follow(node, {n: p for n, p in placed.items() if isinstance(p, Cut)}, self.shapes)
-        infer(node)
-        return result
-
-    def placed(self, node: Any) -> Placement:
-        return self.placements.get(node) if isinstance(node, Node) else None
-
-    def whole(self, node: Node) -> Node:
-        """Return the sum over the ranks of a summand, once for all who need it; any other node as it is."""
-        found = self.placed(node)
-        if isinstance(found, Cut) or found == OWNED:
-            raise Unplaceable(node, "is the model's result, and a rank has a part of it; plan 'colwise_gather_output'")
-        if found is None:
-            return node
-        if node not in self._sums:
-            group = self.parallel.group
-            partial = self.add(node, _COLLECTIVES.all_reduce.default, node, "sum", group)
-            self._sums[node] = self.add(partial, _COLLECTIVES.wait_tensor.default, partial)
-        return self._sums[node]
-
-    def add(self, after: Node, target: Any, *args: Any) -> Node:
-        """Insert a call behind a node, with its place in the model."""
-        with self.module.graph.inserting_after(after):
-            return self._call(after, target, args)
-
-    def before(self, node: Node, target: Any, *args: Any) -> Node:
-        """Insert a call before a node, with its place in the model."""
-        with self.module.graph.inserting_before(node):
-            return self._call(node, target, args)
-
-    def _call(self, like: Node, target: Any, args: tuple[Any, ...]) -> Node:
-        new = self.module.graph.call_function(target, args)
-        new.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
-        infer(new)
-        return new
-
-    def part(self, node: Node, weight: Any, cut: Cut, padded: int = 0) -> Node:
-        """Return this rank's part of a weight that `node` reads; filled up with zeros to `padded` rows."""
-        if not is_weight(weight):
-            raise Unplaceable(node, f"{weight} is computed in the step; only weights can be shared out")
-        if (weight, cut) not in self._parts:
-            # Ahead of every call, where a pass that joins weights finds all of them.
-            first = next(n for n in self.module.graph.nodes if n.op == "call_function" and not is_weight(n))
-            at, dim = first if weight.op == "placeholder" else node, cut.dim
-            size = value(weight).shape[dim]
-            bounds = [(min(a, size), min(b, size)) for a, b in cut.bounds(self.parallel.rank, self.parallel.size)]
-            found = [self.before(at, aten.slice.Tensor, weight, dim, a, b) for a, b in bounds]
-            new = self.before(at, aten.cat.default, found, dim) if len(found) > 1 else found[0]
-            missing = padded - value(new).shape[dim] if padded else 0
-            if missing:
-                sides = [0, 0] * (-dim - 1)
-                new = self.before(at, aten.constant_pad_nd.default, new, [*sides, 0, missing])
-            self._parts[weight, cut] = new
-        return self._parts[weight, cut]
-
-    def style(self, weight: Any) -> str | None:
-        found = self.styles.get(weight.name) if isinstance(weight, Node) else None
-        if found is not None:
-            self.shared.add(weight.name)
-        return found
-
-    def even(self, node: Node, dim: int, n: int) -> Cut:
-        if n % self.parallel.size:
-            raise Unplaceable(node, f"{n} do not divide among {self.parallel.size} ranks")
-        return Cut(dim, ((n, self.parallel.size),))
-
-    def own_bias(self, node: Node, bias: Any) -> Any:
-        """Return a bias that is added once: zero on all ranks but the first."""
-        return bias and self.before(node, aten.mul.Tensor, bias, 0.0 if self.parallel.rank else 1.0)
-
-    def rows_of(self, node: Node, x: Node, weight: Node) -> tuple[Node, Node]:
-        """Return x and the weight's columns that fit it, where a rank has a part of the sum over them."""
-        cut = self.placed(x)
-        if cut is None:
-            cut = self.even(node, -1, self.shapes[x][-1])
-            (start, end), *_ = cut.bounds(self.parallel.rank, self.parallel.size)
-            x = self.before(node, aten.slice.Tensor, x, -1, start, end)
-        if not isinstance(cut, Cut) or cut.dim != -1 or any(parts != self.parallel.size for _, parts in cut.sections):
-            raise Unplaceable(node, f"its input is placed {cut}; wanted columns, a part on each rank")
-        return x, self.part(node, weight, cut)
-
-    def gathered(self, node: Node, width: int) -> Node:
-        """Return the ranks' columns of a result side by side, `width` of them."""
-        sizes = [n if isinstance(n, int) else -1 for n in self.shapes[node]]
-        share, ranks = value(node).shape[-1], self.parallel.size
-        rows = self.add(node, aten.reshape.default, node, [-1, share])
-        parts = self.add(rows, _COLLECTIVES.all_gather_into_tensor.default, rows, ranks, self.parallel.group)
-        parts = self.add(parts, _COLLECTIVES.wait_tensor.default, parts)
-        parts = self.add(parts, aten.reshape.default, parts, [ranks, -1, share])
-        parts = self.add(parts, aten.permute.default, parts, [1, 0, 2])
-        parts = self.add(parts, aten.reshape.default, parts, [*sizes[:-1], ranks * share])
-        return self.add(parts, aten.slice.Tensor, parts, -1, 0, width) if ranks * share > width else parts
-
-
-def _linear(s: _Sharder, node: Node) -> Placement:
+def _linear(s: Sharder, node: Node) -> Placement:
     x, weight, *rest = node.args
     assert isinstance(x, Node) and isinstance(weight, Node)
     bias, style, cut = rest[0] if rest else None, s.style(weight), s.placed(x)
     if style is None:
         if isinstance(cut, Cut) and cut.dim == -1:
-            raise Unplaceable(node, "a rank has a part of its input's columns, and the plan has no style for its weight")
+            raise Unplaceable(
+                node, "a rank has a part of its input's columns, and the plan has no style for its weight"
+            )
         if cut is not None:
             infer(node)
         return cut
@@ -236,7 +72,7 @@ def _linear(s: _Sharder, node: Node) -> Placement:
     return None
 
 
-def _grouped_linear(s: _Sharder, node: Node) -> Placement:
+def _grouped_linear(s: Sharder, node: Node) -> Placement:
     x, weight, order, starts, top_k, *rest = node.args
     assert isinstance(x, Node) and isinstance(weight, Node)
     bias, style = rest[0] if rest else None, s.style(weight)
@@ -261,7 +97,7 @@ def _grouped_linear(s: _Sharder, node: Node) -> Placement:
     return result
 
 
-def _moe_align(s: _Sharder, node: Node) -> Placement:
+def _moe_align(s: Sharder, node: Node) -> Placement:
     """Number the experts from the rank's first: those of other ranks are then no experts."""
     readers = [user for item in node.users for user in item.users if is_op(user, grouped_linear.op)]
     if any(isinstance(r.args[1], Node) and s.styles.get(r.args[1].name) == EXPERTS for r in readers):
@@ -273,7 +109,7 @@ def _moe_align(s: _Sharder, node: Node) -> Placement:
     return None
 
 
-def _moe_sum(s: _Sharder, node: Node) -> Placement:
+def _moe_sum(s: Sharder, node: Node) -> Placement:
     y, _, *shared = node.args
     if s.placed(y) not in (PARTIAL, OWNED):
         return None
@@ -283,7 +119,7 @@ def _moe_sum(s: _Sharder, node: Node) -> Placement:
     return PARTIAL
 
 
-def _gather_rows(s: _Sharder, node: Node) -> Placement:
+def _gather_rows(s: Sharder, node: Node) -> Placement:
     """Look tokens up in a part of the vocabulary: those of other ranks give zero."""
     table, ids = node.args
     assert isinstance(table, Node) and isinstance(ids, Node)
@@ -307,7 +143,7 @@ def _gather_rows(s: _Sharder, node: Node) -> Placement:
     return None
 
 
-def _kv_append(s: _Sharder, node: Node) -> Placement:
+def _kv_append(s: Sharder, node: Node) -> Placement:
     """Let a rank cache the heads that it has."""
     k, v, *caches = node.args[:4]
     if (cut := s.placed(k)) != s.placed(v):
@@ -327,7 +163,7 @@ def _kv_append(s: _Sharder, node: Node) -> Placement:
     return None
 
 
-def _attention(s: _Sharder, node: Node) -> Placement:
+def _attention(s: Sharder, node: Node) -> Placement:
     cut, cache = s.placed(node.args[0]), s.placed(node.args[1])
     if cut is None and cache is None:
         return None
@@ -337,14 +173,12 @@ def _attention(s: _Sharder, node: Node) -> Placement:
     if parts != s.parallel.size:
         raise Unplaceable(node, f"{heads} heads do not divide among {s.parallel.size} ranks; use fewer")
     by_head = {i for i in (9, 10) if i < len(node.args) and node.args[i] is not None}  # sinks, slopes
-    node.args = tuple(
-        s.part(node, a, Cut(-1, cut.sections)) if i in by_head else a for i, a in enumerate(node.args)
-    )
+    node.args = tuple(s.part(node, a, Cut(-1, cut.sections)) if i in by_head else a for i, a in enumerate(node.args))
     infer(node)
     return cut
 
 
-_RULES: dict[Any, Callable[[_Sharder, Node], Placement]] = {
+_RULES: dict[Any, Callable[[Sharder, Node], Placement]] = {
     aten.linear.default: _linear,
     grouped_linear.op: _grouped_linear,
     moe_align.op: _moe_align,

@@ -2,7 +2,7 @@
 
 stacked          model.layers.0.mlp.experts.gate_up_proj (E, 2·I, D) and .down_proj (E, D, I)
 one by one       model.layers.0.mlp.experts.7.gate_proj.weight (I, D), .up_proj.weight, .down_proj.weight (D, I)
-quantized        of 7.gate_proj.weight_scale and 7.up_proj.weight_scale … gate_up_proj_scale; likewise _scale_inv, _packed
+quantized        7.gate_proj.weight_scale and 7.up_proj.weight_scale are gate_up_proj_scale; so are _scale_inv, _packed
 Mixtral's names  model.layers.0.block_sparse_moe.experts.7.w1.weight, .w3.weight, .w2.weight; .block_sparse_moe.gate
 """
 

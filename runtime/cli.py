@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,18 @@ def explain(arguments: list[str]) -> int:
     parser.add_argument("--source", action="store_true", help="print the generated program instead")
     parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
     parser.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
+    parser.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
+    parser.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
     options = parser.parse_args(arguments)
+    if options.validate and options.tp > 1:
+        raise ValueError("--validate runs the graph, and --tp has no other ranks to run it with; leave one out")
 
     from seamwise.compile.explain import as_json, as_text
     from seamwise.compile.explain_html import as_html
     from seamwise.compile.pipeline import PipelineConfig
 
     from .config import ModelConfig
+    from .distributed import fake_group
     from .llm import resolve_model
     from .packs import load_program
     from .progress import shown_ledger
@@ -169,7 +175,10 @@ def explain(arguments: list[str]) -> int:
     with shown_ledger("compile") as ledger:
         config = ModelConfig.from_directory(resolve_model(options.model))
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
-        program, _ = load_program(config, RunnerConfig.for_model(config, pipeline=chosen, **_loading(options)), ledger)
+        ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep}
+        with fake_group(options.tp) if options.tp > 1 else nullcontext():
+            settings = RunnerConfig.for_model(config, pipeline=chosen, **ranks, **_loading(options))
+            program, _ = load_program(config, settings, ledger)
     if options.html:
         options.html.write_text(as_html(program, ledger.seconds, f"{config.architecture}, {options.model}"))
     if options.source:

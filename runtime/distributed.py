@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from seamwise.passes.shard import Parallel
+from seamwise.passes import Parallel
 
 
 def join_group(

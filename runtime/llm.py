@@ -191,6 +191,8 @@ def _num_blocks(runner: ModelRunner, limits: SchedulerConfig, utilization: float
     else:
         import os
 
-        budget_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * runner.options.tensor_parallel_size)
+        budget_bytes = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * runner.options.tensor_parallel_size)
+        )
     needed = limits.max_num_seqs * -(-runner.options.max_model_len // runner.block_size) + 1
     return min(needed, spec.blocks_within(budget_bytes))

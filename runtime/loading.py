@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedModel:
     """A traced model: its graph, what its structure promises, its computed buffers; of what a checkpoint holds, shapes,
-    tied names, and the dtypes that are not the model's; what was done to read weights that are stored quantized; its plan for ranks to share it."""
+    tied names, and the dtypes that are not the model's; what was done to read weights that are stored quantized; its
+    own plan for ranks to share it."""
 
     captured: Captured
     structure: Structure
@@ -99,7 +100,9 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     pipeline, validator = options.pipeline, None
     if pipeline.parallel is not None:
         if model.reports:
-            raise ValueError("tensor_parallel_size: a checkpoint that is stored quantized cannot be shared out yet; use 1")
+            raise ValueError(
+                "tensor_parallel_size: a checkpoint that is stored quantized cannot be shared out yet; use 1"
+            )
         if pipeline.parallel.plan is None:
             pipeline = replace(pipeline, parallel=replace(pipeline.parallel, plan=model.plan))
     if pipeline.validate:

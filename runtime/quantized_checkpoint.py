@@ -85,11 +85,12 @@ class Quantization:
         stored: dict[str, StoredWeight] = {}
         tied, met = _shared(model), set()
         for name, module in model.named_modules():
-            classes = {c.__name__ for c in type(module).__mro__}
-            if isinstance(module, nn.Linear) and id(module.weight) not in tied:
+            classes = {c.__name__ for c in type(module).__mro__} | {getattr(module, "published_class", "Module")}
+            weight = getattr(module, "weight", None)
+            if "Linear" in classes and isinstance(weight, nn.Parameter) and id(weight) not in tied:
                 rule, targets = self._rule_of(name, classes)
                 met |= targets
-                stored |= {f"{name}.weight": _stored(name, module.weight.shape, rule)} if rule else {}
+                stored |= {f"{name}.weight": _stored(name, weight.shape, rule)} if rule else {}
             for leaf, parts in _EXPERT_PARTS.items():
                 weight = getattr(module, leaf, None)
                 if isinstance(weight, nn.Parameter) and weight.dim() == 3:

@@ -15,7 +15,7 @@ _SHARD_BYTES = 5_000_000_000
 
 
 def save_weights(module: nn.Module, directory: Path, *, max_shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write every parameter and persistent buffer of a module, tied ones once; load_weights gives them back bit for bit."""
+    """Write what a checkpoint of a module holds, tied parameters once; load_weights gives it back bit for bit."""
     tensors = module.state_dict(keep_vars=True)
     save_tensors({n: tensors[n] for n in parameter_shapes(module)[0]}, directory, max_shard_bytes)
 

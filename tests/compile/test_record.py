@@ -61,6 +61,14 @@ def test_a_call_that_depends_on_values_is_replayed_as_a_whole() -> None:
     assert torch.equal(recorded.replay(experts, x), apply(experts, x))
 
 
+def test_kernels_within_a_whole_are_recorded_once() -> None:
+    x, weight = torch.randn(5, 16), torch.rand(16)
+    tape_ = Tape(Pool(), full=True)
+    with recording(tape_):
+        tape.call(lambda x: rms_norm.run("cpp", x, weight, 1e-5), x)
+    assert tape_.num_kernels == 0 and [name for name, _, _ in tape_.profile()] == ["torch"]
+
+
 def test_a_seam_that_is_recorded_as_a_whole_is_refused_in_a_piece() -> None:
     with pytest.raises(RuntimeError, match="mla_append: a seam was recorded inside a piece"):
         CPURecorder().record(lambda x: tape.call(torch.neg, x, seam="mla_append"), torch.ones(2))

@@ -203,3 +203,9 @@ def test_gpt_oss_reads_its_experts_in_mxfp4(tmp_path: Path) -> None:
     assert all(torch.isfinite(part).all() for part in run_compiled(dummy, requests))
     with pytest.raises(ValueError, match="only Seamwise's own definition reads experts in MXFP4"):
         ModelRunner.load(tmp_path, device="cpu", pack_dir=None, entry="transformers")
+
+
+def test_gpt_oss_slides_in_every_other_layer_from_the_first() -> None:
+    raw = SIZES | MOE["gpt_oss"][1] | {"num_hidden_layers": 3}
+    model = build_model("GptOssForCausalLM", raw, entry="own")
+    assert [model.get_submodule(f"model.layers.{i}.self_attn").window for i in range(3)] == [5, 0, 5]

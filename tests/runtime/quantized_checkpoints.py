@@ -80,15 +80,20 @@ LAYOUTS = {
 }
 UNSERVED = {  # no kernel reads them: layers keep dequantized weights
     "W8A16 groups": Layout(kind="int8", columns=64),
+    "W8A16 float8": Layout(kind="float8"),
+    "W8A8 small blocks": Layout(kind="float8", rows=64, columns=64, inputs="dynamic", method="fp8"),
     "W8A8 asymmetric": Layout(kind="int8", inputs="dynamic", asymmetric=True),
 }
 
 
-def save_quantized(directory: Path, layout: Layout, dtype: torch.dtype, **changes: Any) -> Any:
-    """Save a tiny Llama in a layout and return the model that it means, in `dtype`, which scales have too."""
-    model = save_tiny(directory, "LlamaForCausalLM", **(SIZES | changes)).to(dtype)
+def save_quantized(
+    directory: Path, layout: Layout, dtype: torch.dtype, architecture: str = "LlamaForCausalLM", **changes: Any
+) -> Any:
+    """Save a tiny model in a layout and return the model that it means, in `dtype`, which scales have too."""
+    model = save_tiny(directory, architecture, **(SIZES | changes)).to(dtype)
     tensors = {n: t.to(dtype) for n, t in load_file(directory / "model.safetensors").items()}
     means = copy.deepcopy(model)
+    means.config._experts_implementation = "batched_mm"  # which has one gate for all, and runs in float64 too
     largest = _largest_inputs(model) if layout.inputs == "static" else {}
     for name, module in means.named_modules():
         ignored = any(re.fullmatch(one.removeprefix("re:"), name) for one in ("lm_head", *layout.ignore))
@@ -102,11 +107,35 @@ def save_quantized(directory: Path, layout: Layout, dtype: torch.dtype, **change
         module.weight.data = plain
         if layout.inputs:
             module.register_forward_pre_hook(_there_and_back(layout, static))
+    tensors = _quantize_experts(means, tensors, layout)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
     config |= {"quantization_config": layout.config(), "dtype": str(dtype).removeprefix("torch.")}
     (directory / "config.json").write_text(json.dumps(config))
     return means
+
+
+def _quantize_experts(means: Any, tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors with experts quantized one by one; `means` gets what they mean, stacked."""
+    kept = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if match is None:
+            kept[name] = tensor
+            continue
+        held, plain = quantized(tensor, layout)
+        kept |= {f"{name.removesuffix('.weight')}.{suffix}": t.contiguous() for suffix, t in held.items()}
+        experts, expert = means.get_submodule(match[1]), int(match[2])
+        stacked = experts.down_proj if match[3] == "down" else experts.gate_up_proj
+        half = len(plain) * (match[3] == "up")
+        stacked.data[expert, half : half + len(plain)] = plain
+    for name, experts in means.named_modules():
+        if layout.inputs and name.endswith(".experts"):
+            hook = _there_and_back(layout, None)
+            experts.register_forward_pre_hook(lambda module, inputs, hook=hook: (*hook(module, inputs), *inputs[1:]))
+            gate = type(experts)._apply_gate
+            experts._apply_gate = lambda x, gate=gate, module=experts, hook=hook: hook(module, (gate(module, x),))[0]
+    return kept
 
 
 def quantized(weight: Tensor, layout: Layout) -> tuple[dict[str, Tensor], Tensor]:
@@ -171,10 +200,11 @@ def _there_and_back(layout: Layout, static: Tensor | None) -> Any:
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        groups = x.unflatten(-1, (-1, layout.columns)) if layout.rows > 1 else x.unsqueeze(-2)
+        width = layout.columns if layout.rows > 1 else x.shape[-1]
+        groups = nn.functional.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
         scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / limit if static is None else static.to(x.dtype)
         ratio = (groups / scale).clamp(-limit, limit)
         there = ratio.round() if layout.kind == "int8" else ratio.to(torch.float8_e4m3fn).to(x.dtype)
-        return ((there * scale).flatten(-2).to(inputs[0].dtype),)
+        return ((there * scale).flatten(-2)[..., : x.shape[-1]].to(inputs[0].dtype),)
 
     return hook

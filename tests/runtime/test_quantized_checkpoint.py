@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,34 +18,41 @@ from tiny_models import assert_within_budget
 
 from seamwise import ModelRunner, StepInput
 from seamwise.compile.ledger import Ledger
-from seamwise.compile.pipeline import PipelineConfig
+from seamwise.compile.pipeline import PipelineConfig, ordered_passes
 from seamwise.kernels import dequantize_weight
 from seamwise.model_defs import build_model
+from seamwise.runtime.bisect import bisect
 from seamwise.runtime.config import ModelConfig
 from seamwise.runtime.loading import compile_model, load_step_weights
 from seamwise.runtime.quantized_checkpoint import Quantization
 from seamwise.runtime.runner_config import RunnerConfig
 
 REQUESTS = [[5, 77, 3, 18, 44, 9, 60, 61, 62], [7, 8, 90]]
-PLAIN = ("quantize_linear", "fuse_qkv", "fuse_gate_up", "pack_linear")
+NO_PASSES = tuple(one.name for group in ordered_passes() for one in group)
 
 
 def dequantized(directory: Path, dtype: torch.dtype, entry: str = "own") -> dict[str, torch.Tensor]:
     """Return the weights that a model reads where no pass rewrites its layers, by their place in the model."""
     config = ModelConfig.from_directory(directory)
     options = RunnerConfig.for_model(
-        config, dtype=dtype, entry=entry, device="cpu", pack_dir=None, pipeline=PipelineConfig(
-            disabled=PLAIN, allow_missed=("fuse_add_rms_norm_quant",)
-        ),
+        config, dtype=dtype, entry=entry, device="cpu", pack_dir=None,
+        pipeline=PipelineConfig(disabled=NO_PASSES, inductor="never"),
     )  # fmt: skip
     program, buffers = compile_model(config, options, Ledger())
+    program.recipes = {n: r for recipe in program.recipes.values() for n, r in dequantizations(recipe)}
     weights = load_step_weights(directory, options, program, buffers)
-    found = {}
-    for recipe, weight in zip(program.recipes.values(), weights, strict=True):
-        if "dequantize_weight" in recipe.get("op", ""):
-            stored = recipe["args"][0]["weight"]
-            found[stored.removesuffix("_packed")] = weight
-    return found
+    return dict(zip(program.recipes, weights, strict=True))
+
+
+def dequantizations(recipe: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parameter and the recipe of each dequantized weight within a recipe; experts' are flat."""
+    if isinstance(recipe, dict) and "dequantize_weight" in recipe.get("op", ""):
+        stored = recipe["args"][0]
+        stored = stored if "weight" in stored else stored["args"][0]
+        yield stored["weight"].removesuffix("_packed"), recipe
+    elif isinstance(recipe, (dict, list)):
+        for inner in recipe.get("args", ()) if isinstance(recipe, dict) else recipe:
+            yield from dequantizations(inner)
 
 
 def logits(runner: ModelRunner) -> list[torch.Tensor]:
@@ -89,6 +97,53 @@ def test_every_layer_reads_the_stored_weights(name: str, entry: str, tmp_path: P
     assert_within_budget(logits(runner), means, REQUESTS)
 
 
+MOE = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [0],
+    "norm_topk_prob": True,
+}  # fmt: skip
+DEEPSEEK = {
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 128,
+    "kv_lora_rank": 128, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 48, "head_dim": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ["own", "transformers"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "W8A8 int8", "W4A16"])
+def test_experts_read_the_stored_weights(name: str, entry: str, tmp_path: Path) -> None:
+    means = save_quantized(tmp_path, LAYOUTS[name], torch.float32, "Qwen3MoeForCausalLM", **MOE)
+    runner = load(tmp_path, torch.float32, entry=entry)
+    reports = {r.name: r for r in runner.program.reports}
+    assert reports["stored_weights"].matched == 13
+    served, missed = reports["quantize_experts"].matched, reports["quantize_experts"].misses
+    assert (served, len(missed)) == ((0, 2) if name == "W4A16" else (2, 0))
+    assert all("int4 weights of experts have no kernel" in miss.reason for miss in missed)
+    found = dequantized(tmp_path, torch.float32, entry)
+    for parameter in ("gate_up_proj", "down_proj"):
+        parameter = f"model.layers.1.mlp.experts.{parameter}"
+        assert torch.equal(found[parameter], means.get_parameter(parameter).flatten(0, 1))
+    assert_within_budget(logits(runner), means, REQUESTS)
+
+
+@pytest.mark.parametrize("entry", ["own", "transformers"])
+def test_deepseeks_blocks_are_read(entry: str, tmp_path: Path) -> None:
+    means = save_quantized(tmp_path, LAYOUTS["fp8 blocks"], torch.float32, "DeepseekV3ForCausalLM", **DEEPSEEK)
+    found = dequantized(tmp_path, torch.float32, entry)
+    assert len(found) == 2 * 5 + 3 + 3 + 2
+    for parameter, weight in found.items():
+        assert torch.equal(weight, means.get_parameter(parameter).view(weight.shape)), parameter
+    for layer in means.model.layers:  # absorbed by our definition, of four dimensions in transformers': not rewritten
+        layer.self_attn.kv_b_proj._forward_pre_hooks.clear()
+    assert_within_budget(logits(load(tmp_path, torch.float32, entry=entry)), means, REQUESTS)
+
+
+def test_experts_stored_in_two_ways_are_refused(tmp_path: Path) -> None:
+    layout = replace(LAYOUTS["W8A8 int8"], ignore=("lm_head", "re:.*experts.2.*"))
+    save_quantized(tmp_path, layout, torch.float32, "Qwen3MoeForCausalLM", **MOE)
+    with pytest.raises(ValueError, match="experts of model.layers.1.mlp.experts are not all stored alike"):
+        load(tmp_path, torch.float32)
+
+
 @pytest.mark.parametrize("name", UNSERVED)
 def test_a_form_without_kernel_keeps_the_dequantized_weight_and_says_why(name: str, tmp_path: Path) -> None:
     means = save_quantized(tmp_path, UNSERVED[name], torch.float32)
@@ -120,6 +175,14 @@ def test_block_weights_are_transformers(tmp_path: Path) -> None:
             {"weight": held[parameter], "weight_scale_inv": held[f"{parameter}_scale_inv"]}
         )["weight"]
         assert torch.equal(weight, theirs.to(torch.bfloat16)), parameter
+
+
+@pytest.mark.parametrize("name", ["W8A8 int8", "W4A16_ASYM"])
+def test_weights_are_rounded_as_their_scales_are_stored(name: str, tmp_path: Path) -> None:
+    """What compressed-tensors decompresses has the scales' dtype, whatever the model runs in."""
+    means = save_quantized(tmp_path, LAYOUTS[name], torch.bfloat16)
+    for parameter, weight in dequantized(tmp_path, torch.float32).items():
+        assert torch.equal(weight, means.get_parameter(parameter).float()), parameter
 
 
 def test_packed_weights_are_compressed_tensors() -> None:
@@ -265,6 +328,34 @@ def test_the_most_specific_target_holds(tmp_path: Path) -> None:
     assert read is not None
     rows = {n: w.scheme.rows for n, w in read.stored_weights(model).items()}
     assert [n for n, r in rows.items() if r == 0] == ["model.layers.1.mlp.down_proj.weight"] and len(rows) == 14
+
+
+@pytest.mark.parametrize(
+    ("listed", "kept"),
+    [
+        (None, 14),
+        (["lm_head", "model.layers.1.mlp"], 11),  # a module's children
+        (["lm_head", "o_proj"], 12),  # the end of a name
+        (["lm_head", "model.layers.1.self_attn.q", r"model.layers.\d.mlp.up_proj"], 12),  # no part of a name; a pattern
+        (["embed_tokens"], 15),  # the head is quantized where a list does not have it
+    ],
+)
+def test_a_list_of_modules_is_read_as_transformers_does(listed: Any, kept: int, tmp_path: Path) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    layout = LAYOUTS["fp8 blocks"]
+    model = build_model("LlamaForCausalLM", tiny_llama(tmp_path, layout), entry="own")
+    read = Quantization.read({"quantization_config": layout.config() | {"modules_to_not_convert": listed}}, "config.json")
+    assert read is not None
+    found = {name.removesuffix(".weight") for name in read.stored_weights(model)}
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert found == {name for name in linears if should_convert_module(name, listed or ["lm_head"])} and len(found) == kept
+
+
+def test_bisect_reads_stored_weights(tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["W4A16_ASYM"], torch.float32)
+    a, b = "entry=own", "entry=transformers,run=meaning,without=all"
+    assert bisect(tmp_path, a, b, case="decode of 3 requests", tolerance=1e-4).first is None
 
 
 def tiny_llama(directory: Path, layout: Layout) -> dict[str, Any]:

@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": ("GraniteForCausalLM", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
 }
-SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 1})  # the last two are recorded
+SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1})  # the last one is replayed
 
 
 def logits(runner: ModelRunner, requests: list[list[int]]) -> list[torch.Tensor]:
@@ -36,7 +36,7 @@ def logits(runner: ModelRunner, requests: list[list[int]]) -> list[torch.Tensor]
     steps = Steps(requests, block_size=runner.block_size)
     runner.allocate_kv(steps.num_blocks)
     rows: list[list[torch.Tensor]] = [[] for _ in requests]
-    for step in (*SCHEDULE[:3], SCHEDULE[3]):
+    for step in SCHEDULE:
         got = runner.step(StepInput(**steps.next(step))).logits.clone()
         for request, part in zip(step, got.split(list(step.values())), strict=True):
             rows[request].append(part)
@@ -55,7 +55,7 @@ def check_logits(directory: Path, name: str, entry: str, ranks: int, **options: 
 
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     theirs = getattr(transformers, MODELS[name][0]).from_pretrained(directory, **eager)
-    requests = draw_tokens(4, 19, 3, 33)
+    requests = draw_tokens(4, 19, 2, 33)
     load = {"dtype": "float32", "device": "cpu", "pack_dir": None, "entry": entry}
     runner = ModelRunner.load(directory, tensor_parallel_size=ranks, **load, **options)
     ours = logits(runner, requests)
@@ -67,25 +67,28 @@ def check_logits(directory: Path, name: str, entry: str, ranks: int, **options: 
 def check_layout(runner: ModelRunner, ranks: int) -> None:
     """Two sums a layer and one of the embedding, each in its norm; a part of the weights and the heads."""
     counts = {r.name: (r.matched, r.expected) for r in runner.program.reports}
-    assert counts["shard"] == (16, 16) and counts["fuse_allreduce_rms_norm"] == (5, 5)
+    assert counts["shard"] == (16, 16) and counts["fuse_allreduce_rms_norm"] == (5, 4)
     assert [c["calls"] for c in runner.program.collectives] == [5, 1]
     assert runner.kv_spec.layers[0][0][0] == max(2 // ranks, 1)
 
 
 def check_text(directory: Path, ranks: int) -> None:
-    """Every rank's engine gives the same tokens: greedy, and drawn with seeds."""
+    """Every rank's engine gives the tokens of one rank alone, greedy and drawn; most steps are replayed recordings."""
     prompts = [{"prompt_token_ids": tokens} for tokens in draw_tokens(7, 5, 17, 2)]
-    llm = LLM(directory, device="cpu", dtype="float32", max_model_len=64, tensor_parallel_size=ranks, pack_dir=None)
     params = [SamplingParams(temperature=t, max_tokens=12, detokenize=False, ignore_eos=True) for t in (0.0, 1.0, 0.7)]
-    tokens = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    found = []
+    for size in (ranks, 1):
+        llm = LLM(directory, device="cpu", dtype="float32", max_model_len=64, tensor_parallel_size=size, pack_dir=None)
+        found.append([o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)])
+    assert found[0] == found[1] and len(found[0][0]) == 12
     gathered: list[Any] = [None] * ranks
-    dist.all_gather_object(gathered, (tokens, llm.engine.runner.num_blocks))
-    assert all(other == gathered[0] for other in gathered) and len(tokens[0]) == 12
+    dist.all_gather_object(gathered, found[0])
+    assert all(other == gathered[0] for other in gathered)
 
 
 def check_packs(directory: Path, ranks: int, packs: Path) -> None:
     """A second start takes this rank's pack."""
-    requests = draw_tokens(4, 19, 3, 33)
+    requests = draw_tokens(4, 19, 2, 33)
     options = {"dtype": "float32", "device": "cpu", "pack_dir": packs, "tensor_parallel_size": ranks}
     first = logits(ModelRunner.load(directory, **options), requests)
     dist.barrier()
@@ -123,8 +126,10 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
 def test_ranks_equal_one(ranks: int, tmp_path: Path) -> None:
     for name, (architecture, changes) in MODELS.items():
         save_tiny(tmp_path / name, architecture, **changes)
-    names = [(name, "own") for name in MODELS if name != "granite"] if ranks == 2 else [("llama", "own"), ("phi3", "own")]
-    names += [("granite", "transformers"), ("llama", "transformers")] if ranks == 2 else [("llama", "transformers")]
+    names = [("llama", "own"), ("phi3", "own"), ("llama", "transformers")]
+    if ranks == 2:
+        names += [(name, "own") for name in MODELS if name not in ("llama", "phi3", "granite")]
+        names += [("granite", "transformers")]
     torch.multiprocessing.spawn(work, (ranks, str(tmp_path), names), nprocs=ranks)
 
 
