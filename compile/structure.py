@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from seamwise.passes import Structure
+from seamwise.passes import KEPT, Structure
 
 # Norms of what attention or MLP gives, before it is added to the residual (Gemma, OLMo 2, GLM 4). Where a block has no
 # post_feedforward_layernorm, its post_attention_layernorm is the MLP's norm, of the residual sum.
@@ -20,7 +20,7 @@ def structure_of(model: nn.Module) -> Structure:
     A block is a module with `self_attn` and `mlp`. Norms read the residual sum, but for those inside an attention
     (of queries and keys), those after attention and MLP, and the model's first, which reads the embedding.
     """
-    norms = attentions = latents = rotations = gated = pairs = no_sum = qk_norms = layer_norms = 0
+    norms = attentions = latents = rotations = gated = pairs = no_sum = qk_norms = layer_norms = sparse = 0
     reads_embedding = False
     for _, module in model.named_modules():
         children = dict(module.named_children())
@@ -41,6 +41,7 @@ def structure_of(model: nn.Module) -> Structure:
             queries = children["q_a_proj" if "q_a_proj" in children else "q_proj"]
             latents += (queries.bias is None) == (children["kv_a_proj_with_mqa"].bias is None)
             no_sum += len(own_norms)
+        sparse += "experts" in children and not children.keys().isdisjoint(("gate", "router"))
         pair = {"gate_proj", "up_proj"} <= children.keys()
         gated += pair or "gate_up_proj" in children
         pairs += pair
@@ -54,7 +55,8 @@ def structure_of(model: nn.Module) -> Structure:
         latent_attentions=latents,
         qk_norms=qk_norms,
         layer_norms=layer_norms,
-        linears=sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] != "lm_head" for n, m in model.named_modules()),
+        sparse_mlps=sparse,
+        linears=sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] not in KEPT for n, m in model.named_modules()),
     )
 
 

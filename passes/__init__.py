@@ -21,7 +21,7 @@ from .matcher import Match, Miss, Pattern
 from .pack_linear import PACK_LINEAR
 from .quantize_experts import QUANTIZE_EXPERTS
 from .quantize_linear import QUANTIZE_LINEAR, promised
-from .quantize_weights import SCHEMES, Scheme, quantize_weights
+from .quantize_weights import KEPT, SCHEMES, Scheme, quantize_weights
 from .raise_gather import RAISE_GATHER
 from .raise_layer_norm import RAISE_LAYER_NORM
 from .raise_moe import RAISE_MOE
@@ -47,6 +47,7 @@ __all__ = [
     "FUSE_RMS_NORM_QUANT",
     "FUSE_ROPE_KV_WRITE",
     "FUSE_SILU_MUL_QUANT",
+    "KEPT",
     "PACK_LINEAR",
     "QUANTIZE_EXPERTS",
     "QUANTIZE_LINEAR",

@@ -8,6 +8,8 @@ after:  x
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
 from .graph import aten, is_op, replace, value
@@ -41,12 +43,14 @@ def _undoes(node: Node, inner: Node) -> bool:
 
 
 def _dims(node: Node, rank: int) -> set[int]:
-    return {int(a) % rank for a in node.args[1:]}
+    dims: tuple[Any, ...] = node.args[1:]
+    return {a % rank for a in dims}
 
 
 def _first(node: Node, counted_on: Node) -> bool:
     """Return whether a view's dimension is the first of the other node's."""
-    return int(node.args[1]) % value(counted_on).dim() == 0
+    dim: Any = node.args[1]
+    return bool(dim % value(counted_on).dim() == 0)
 
 
 CANCEL_VIEWS = Pass(name="cancel_views", rewrite=cancel)

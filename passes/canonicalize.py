@@ -82,8 +82,8 @@ def _equal(a: Any, b: Any) -> bool:
 def _only_part(node: Node) -> Node | None:
     """Return the one part of a cat whose other parts are empty (Phi-3's unrotated columns, where all are rotated)."""
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    parts = [p for p in node.args[0] if not _equal(value(p).shape[dim], 0)]  # type: ignore[union-attr]
-    return parts[0] if len(parts) == 1 else None  # type: ignore[return-value]
+    parts = [p for p in list(node.all_input_nodes) if not _equal(value(p).shape[dim], 0)]
+    return parts[0] if len(parts) == 1 else None
 
 
 def _new(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> Node:

@@ -14,6 +14,8 @@ FUSE_ADD_RMS_NORM_QUANT = quant_pass(
     add_rms_norm_quant,
     result=0,
     others=((1, 2),),
-    # The last feeds the head; among ranks, fuse_allreduce_rms_norm has joined these norms with sums.
-    expect=lambda s: max(s.residual_norms - 1, 0) if s.quantized_activations and not s.all_reduces else 0,
+    # The last feeds the head, that of sparse MLPs the router too; among ranks, fuse_allreduce_rms_norm has the norms.
+    expect=lambda s: (
+        max(s.residual_norms - 1 - s.sparse_mlps, 0) if s.quantized_activations and not s.all_reduces else 0
+    ),
 )

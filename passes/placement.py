@@ -196,7 +196,7 @@ def _units(node: Node, dim: int, unit: int) -> list[tuple[int, int]]:
     rank = value(node).dim()
     if any(is_op(u, *GATED) for u in users):
         return [(size // 2, 1)] * 2
-    if all(is_op(u, aten.slice.Tensor) and u.args[1] % rank - rank == dim for u in users):  # type: ignore[operator]
+    if all(is_op(u, aten.slice.Tensor) and u.args[1] % rank - rank == dim for u in users):
         taken = {u.args[2]: u for u in users}
         ends = [u.args[3] for u in taken.values()]
         if sorted(taken)[1:] == sorted(ends)[:-1] and 0 in taken:  # type: ignore[type-var]

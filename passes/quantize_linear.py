@@ -75,7 +75,8 @@ def _why_not(parts: list[Node]) -> str | None:
     if len(inputs) > 1:
         return "it joins weights whose inputs are quantized in different ways"
     heights = [value(p).shape[0] for p in parts]
-    _, rows, _ = form = next(iter(forms))
+    form: Any = next(iter(forms))
+    rows = form[1]
     if rows > 1 and any(n % rows for n in heights[:-1]):
         return f"it joins weights of {heights} rows, whose blocks of {rows} do not meet"
     return why_unserved(form, parts[0].args[2] is not None, _quantizes_input(parts[0]))

@@ -3,7 +3,7 @@
 before: y = linear(x, w, bias)
 after:  s = weight_scale(w); y = linear(x, dequantize_weight(quantize_weight(w, s), s), bias)
 Nothing is saved yet: `quantize_linear` gives the layer a kernel that reads the quantized weight, or says why not. The
-head keeps its weight, as in vLLM: it takes the rounding worst and is read once a step.
+head and routers keep their weights, as in vLLM: they take the rounding worst and are a small part.
 Source: https://docs.vllm.ai/en/latest/features/quantization/fp8.html.
 """
 
@@ -37,8 +37,12 @@ SCHEMES = {
 }
 
 
+# Name of a module, the last part of its path -> what it is.
+KEPT = {"": "the head", "lm_head": "the head", "gate": "a router", "router": "a router"}
+
+
 def quantize_weights(scheme: Scheme) -> Pass:
-    """Return the pass that quantizes every linear layer's weight but the head's."""
+    """Return the pass that quantizes every linear layer's weight but the head's and routers'."""
 
     def rewrite(module: GraphModule, report: Report) -> None:
         for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
@@ -63,8 +67,9 @@ def quantize_weights(scheme: Scheme) -> Pass:
 def _why_not(node: Node) -> str | None:
     weight = node.args[1]
     assert isinstance(weight, Node)
-    if place(node).rpartition(".")[2] in ("lm_head", ""):
-        return "it is the head, which keeps its weight"
+    name = place(node).rpartition(".")[2]
+    if name in KEPT:
+        return f"it is {KEPT[name]}, which keeps its weight"
     if not is_weight(weight):
         return "its weight is computed in the step"
     if any(is_op(n, dequantize_weight.op) for n in weight.all_input_nodes):

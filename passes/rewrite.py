@@ -30,7 +30,8 @@ class Structure:
     latent_attentions  attentions whose keys and values come from a latent: two projections read their input
     qk_norms        attentions that norm queries and keys head by head
     layer_norms     LayerNorm modules
-    linears         linear layers but the head
+    sparse_mlps     MLPs of experts behind a router
+    linears         linear layers but the head and routers
     quantized_linears      those that read quantized weights, joined ones counted once, and whether all inputs are
                            quantized too
     all_reduces     sums over the ranks that share the model, which attention and MLPs end in
@@ -45,6 +46,7 @@ class Structure:
     latent_attentions: int = 0
     qk_norms: int = 0
     layer_norms: int = 0
+    sparse_mlps: int = 0
     linears: int = 0
     quantized_linears: int = 0
     quantized_activations: bool = False
@@ -138,9 +140,8 @@ def pattern_pass(
 
 
 def model_dtype(module: GraphModule) -> torch.dtype:
-    """Return the floating dtype that most weights of the graph have, but of those stored quantized."""
-    placeholders = module.graph.find_nodes(op="placeholder")
-    weights = [value(n).dtype for n in placeholders if n.meta.get("weight") and not n.meta.get("stored")]
+    """Return the floating dtype that most weights of the graph have."""
+    weights = [value(n).dtype for n in module.graph.find_nodes(op="placeholder") if n.meta.get("weight")]
     return Counter(d for d in weights if d.is_floating_point).most_common(1)[0][0]
 
 

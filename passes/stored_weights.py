@@ -75,7 +75,7 @@ def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[st
         for role, tensor in held.tensors.items():
             made = graph.placeholder(f"{node.name}_{role}")
             fake = torch.empty(tensor.shape, dtype=tensor.dtype or like.dtype, device=like.device)
-            made.meta.update(val=fake, weight=True, stored=True)
+            made.meta.update(val=fake, weight=True)
             placeholders[role], names[made.name] = made, tensor.name
     # `quantize_linear` reads from the stored weight how the layer's input is quantized: no op says it until then.
     placeholders["stored"].meta.update(
@@ -92,7 +92,7 @@ def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[st
         if experts:  # as one weight: their blocks do not cross from one to the next
             weight, scale = (aten.flatten.using_ints(t, 0, 1) for t in (weight, scale))
         form = (scheme.format, scheme.rows, scheme.columns)
-        plain = dequantize_weight(weight, scale, zero, *form, K, like.dtype)  # type: ignore[arg-type]
+        plain = dequantize_weight(weight, scale, zero, *form, K, like.dtype)
         plain = aten.reshape.default(plain, like.shape) if experts else plain
     node.replace_all_uses_with(plain.node)
     del names[node.name]

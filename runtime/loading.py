@@ -111,7 +111,9 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             validator = Validator(model.captured, cases, model.buffers)
     program = compile_graph(model.captured, model.structure, pipeline, ledger, validator)
     program.parameters, program.tied = {name: list(shape) for name, shape in model.shapes.items()}, model.tied
-    program.kept_dtypes = {n: d and str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()}
+    program.kept_dtypes = {
+        n: None if d is None else str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()
+    }
     program.reports = [*model.reports, *program.reports]
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
     return program, {name: b for name, b in model.buffers.items() if name in needed}
@@ -122,7 +124,7 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
     shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
-        seed=options.seed, kept_dtypes={n: d and getattr(torch, d) for n, d in program.kept_dtypes.items()},
+        seed=options.seed, kept_dtypes={n: None if d is None else getattr(torch, d) for n, d in program.kept_dtypes.items()},
         ranks=options.tensor_parallel_size,
     )  # fmt: skip
 
@@ -131,10 +133,10 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
             return buffers[name].to(options.device)
         return source.read(name, dtype=options.dtype, device=options.device)
 
-    def part(name: str, *where: int) -> Tensor:
+    def part(name: str, dim: int, start: int, end: int) -> Tensor:
         if name in buffers:
-            return buffers[name].narrow(where[0], where[1], where[2] - where[1]).to(options.device)
-        return source.read(name, dtype=options.dtype, device=options.device, part=where)
+            return buffers[name].narrow(dim, start, end - start).to(options.device)
+        return source.read(name, dtype=options.dtype, device=options.device, part=(dim, start, end))
 
     with torch.inference_mode():
         names = show_progress(program.recipes, "loading weights")

@@ -130,7 +130,9 @@ def _shared(model: nn.Module) -> set[int]:
 def _stored(module: str, shape: torch.Size, rule: Rule) -> StoredWeight:
     N, K = shape
     rows, columns = rule.scheme.rows, rule.scheme.columns
-    scales = (-(-N // rows) if rows else 1, -(-K // columns) if columns else 1) if rows or columns else (1,)
+    scales: tuple[int, ...] = (
+        (-(-N // rows) if rows else 1, -(-K // columns) if columns else 1) if rows or columns else (1,)
+    )
     packed = rule.scheme.format == "int4"
     weight = Held(f"{module}.weight", (N, K), None if packed else _DTYPES[rule.scheme.format])
     zero = None

@@ -47,6 +47,8 @@ class StepInput:
             ("logit_rows", torch.int64, tuple(self.logit_rows.shape[:1])),
         ):
             tensor = getattr(self, name)
+            if not tensor.is_contiguous():
+                raise ValueError(f"StepInput.{name} has strides {tensor.stride()}, wanted contiguous ones")
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"StepInput.{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted {dtype} {shape}"

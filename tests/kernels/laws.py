@@ -103,7 +103,7 @@ def check_rows(contract: Contract, provider: str, args: tuple[Any, ...], whole: 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(whole[0].device)
     row = int(order[0])
     for index in (slice(row, row + 1), order):
-        if provider == "torch" or (reason := refusal(contract, provider, at(index))) is not None:
+        if provider == "torch" or refusal(contract, provider, at(index)) is not None:
             continue
         for part, full in zip(call(contract, provider, at(index)), whole, strict=True):
             assert torch.equal(_bits(part), _bits(full[index])), f"{index}: differs from the whole"

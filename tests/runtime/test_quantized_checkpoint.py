@@ -202,14 +202,21 @@ def test_joined_layers_quantize_their_input_with_the_largest_scale(tmp_path: Pat
     held = load_file(tmp_path / "model.safetensors")
     scales = {f"model.layers.0.self_attn.{n}_proj.input_scale": float(i) for i, n in enumerate("kqv", 1)}
     save_file(held | {n: torch.full((1,), s).bfloat16() for n, s in scales.items()}, tmp_path / "model.safetensors")
-    runner = load(tmp_path, torch.bfloat16)
-    named = [w for r, w in zip(runner.program.recipes.values(), runner.executable.weights) if "amax" in r.get("op", "")]
-    assert [float(w) for w in named if float(w) in (1, 2, 3)] == [3.0]
+
+    def read(**options: Any) -> list[float]:
+        weights = load(tmp_path, torch.bfloat16, **options).executable.weights
+        return sorted(float(w) for w in weights if w.shape == (1,) and float(w) in (1, 2, 3))
+
+    assert read() == [3]
+    apart = PipelineConfig(disabled=("fuse_qkv",), allow_missed=("fuse_add_rms_norm_quant",))
+    assert read(pipeline=apart) == [1, 2, 3]
 
 
 def test_layers_that_are_left_out_stay_as_they_are(tmp_path: Path) -> None:
     """The second layer's MLP by a pattern, the first one's value projection by name: its joined layer says why."""
-    layout = replace(LAYOUTS["FP8_DYNAMIC"], ignore=("lm_head", "re:.*layers.1.mlp.*", "model.layers.0.self_attn.v_proj"))
+    layout = replace(
+        LAYOUTS["FP8_DYNAMIC"], ignore=("lm_head", "re:.*layers.1.mlp.*", "model.layers.0.self_attn.v_proj")
+    )
     means = save_quantized(tmp_path, layout, torch.bfloat16)
     runner = load(tmp_path, torch.bfloat16)
     reports = {r.name: r for r in runner.program.reports}
@@ -345,11 +352,15 @@ def test_a_list_of_modules_is_read_as_transformers_does(listed: Any, kept: int, 
 
     layout = LAYOUTS["fp8 blocks"]
     model = build_model("LlamaForCausalLM", tiny_llama(tmp_path, layout), entry="own")
-    read = Quantization.read({"quantization_config": layout.config() | {"modules_to_not_convert": listed}}, "config.json")
+    read = Quantization.read(
+        {"quantization_config": layout.config() | {"modules_to_not_convert": listed}}, "config.json"
+    )
     assert read is not None
     found = {name.removesuffix(".weight") for name in read.stored_weights(model)}
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert found == {name for name in linears if should_convert_module(name, listed or ["lm_head"])} and len(found) == kept
+    assert (
+        found == {name for name in linears if should_convert_module(name, listed or ["lm_head"])} and len(found) == kept
+    )
 
 
 def test_bisect_reads_stored_weights(tmp_path: Path) -> None:
