@@ -41,7 +41,7 @@ def _layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: floa
 def _rms_norm_flashinfer(x_TD: Tensor, weight_D: Tensor, eps: float) -> Call:
     if not x_TD.is_cuda or importlib.util.find_spec("flashinfer") is None:
         return None
-    import flashinfer
+    import flashinfer  # type: ignore[import-not-found]
 
     return lambda: flashinfer.norm.rmsnorm(x_TD, weight_D, eps)
 

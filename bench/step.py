@@ -54,7 +54,8 @@ def profile(runner: Any, requests: int, context: int) -> dict[str, Any]:
     tape = runner.recording(requests).graph
     with torch.inference_mode():
         rounds = [tape.profile() for _ in range(REPEATS)]
-    medians_us = [1e6 * statistics.median(seconds) for seconds in zip(*([c[2] for c in r] for r in rounds), strict=True)]
+    by_call = zip(*([seconds for *_, seconds in done] for done in rounds), strict=True)
+    medians_us = [1e6 * statistics.median(seconds) for seconds in by_call]
     calls = [(name, args, us) for (name, args, _), us in zip(rounds[0], medians_us, strict=True)]
     gemms = [(args, us) for name, args, us in calls if name == "seamwise_linear"]
     attention_us = sum(us for name, _, us in calls if "attention" in name)

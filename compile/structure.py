@@ -63,7 +63,7 @@ def structure_of(model: nn.Module) -> Structure:
 def _of_heads(attention: nn.Module) -> bool:
     """Return whether queries are normed head by head, not as whole rows (OLMo 2)."""
     projection = getattr(attention, "q_proj", None)
-    width = getattr(attention.q_norm.weight, "shape", (0,))[0]
+    width = dict(attention.named_parameters())["q_norm.weight"].shape[0]
     return not isinstance(projection, nn.Linear) or width < projection.out_features
 
 

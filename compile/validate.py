@@ -47,7 +47,7 @@ class Validator:
         self._before = self._results()
 
     def share(self) -> None:
-        """Give this rank its part of the inputs, and of the results to compare with, as the pass `shard` marked them."""
+        """Give this rank its part of the inputs, and of the results to compare with, as `shard` marked them."""
         local = local_inputs(self.captured.module)
 
         def cut(name: str, x: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def _equal(a: Any, b: Any) -> bool:
 def _only_part(node: Node) -> Node | None:
     """Return the one part of a cat whose other parts are empty (Phi-3's unrotated columns, where all are rotated)."""
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    parts = [p for p in list(node.all_input_nodes) if not _equal(value(p).shape[dim], 0)]
+    given: Any = node.args[0]  # not all_input_nodes, which names a part given twice once
+    parts = [p for p in given if not _equal(value(p).shape[dim], 0)]
     return parts[0] if len(parts) == 1 else None
 
 

@@ -151,7 +151,8 @@ def _moved(node: Node, cut: Cut, rank: int) -> Cut:
     order = list(range(rank))
     first: Any = node.args[1]
     if is_op(node, aten.transpose.int):
-        a, b = first % rank, node.args[2] % rank  # type: ignore[operator]
+        second: Any = node.args[2]
+        a, b = first % rank, second % rank
         order[a], order[b] = order[b], order[a]
     elif is_op(node, aten.permute.default):
         order = [d % rank for d in first]
@@ -166,7 +167,8 @@ def _cat(node: Node, cuts: dict[Node, Cut], shapes: dict[Node, Shape]) -> Cut:
     tensors, dim = node.args
     parts = [cuts.get(t) for t in tensors]  # type: ignore[arg-type, union-attr]
     dims = {p and p.dim for p in parts}
-    joined = dim % len(shapes[node]) - len(shapes[node])  # type: ignore[operator]
+    rank = len(shapes[node])
+    joined = int(dim) % rank - rank  # type: ignore[arg-type]
     if None in dims or len(dims) > 1 or (joined not in dims and len({*parts}) > 1):
         raise Unplaceable(node, f"joins tensors that are cut differently: {[p and p.sections for p in parts]}")
     first = parts[0]

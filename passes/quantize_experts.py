@@ -28,14 +28,14 @@ def quantize_experts(module: GraphModule, report: Report) -> None:
         if plain is None:
             continue
         stored, scale = (flat.args[0] for flat in plain.args[:2])  # type: ignore[union-attr]
-        format, rows, columns = form = plain.args[3:6]
+        format, _, columns = form = plain.args[3:6]
         reason = why_unserved(form, plain.args[2] is not None, bool(stored.meta["quantizes_input"]))  # type: ignore[arg-type,union-attr]
         if reason is not None or format == "int4":
             report.misses.append(Miss(place(node), node.name, reason or "int4 weights of experts have no kernel"))
             continue
         x, _, order, starts, top_k, *bias = node.args
         with inserting(module.graph, node, like=node) as proxy:
-            both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0)  # type: ignore[arg-type,index]
+            both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0)  # type: ignore[index]
             q, s = (operator.getitem(both, i) for i in range(2))
             given = [proxy(b) if isinstance(b, Node) else b for b in bias]
             y = grouped_scaled_linear(

@@ -106,7 +106,8 @@ def _rope(header: GgufHeader, own: dict[str, Any], raw: dict[str, Any]) -> dict[
         )
     stored = KINDS["F32"].values(tensor.where.read())
     llama3 = {
-        "rope_type": "llama3", "factor": float(f"{float(stored.max()):.5g}"), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3", "factor": float(f"{float(stored.max()):.5g}"), "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
     plain, scaled = (Rope.from_hf(Reader(r, str(header.path)), E) for r in (raw, {**raw, "rope_parameters": llama3}))

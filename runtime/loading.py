@@ -124,7 +124,7 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
     shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
-        seed=options.seed, kept_dtypes={n: None if d is None else getattr(torch, d) for n, d in program.kept_dtypes.items()},
+        seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
         ranks=options.tensor_parallel_size,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 fp8                 weight float8_e4m3fn and weight_scale_inv, blocks of weight_block_size (DeepSeek-V3, Qwen3-FP8)
 compressed-tensors  int8 or float8_e4m3fn: weight, weight_scale, and input_scale where inputs have a fixed one;
-                    4 bits: weight_packed int32, weight_scale; with asymmetric weights weight_zero_point (llm-compressor)
+                    4 bits: weight_packed int32, weight_scale; asymmetric: weight_zero_point (llm-compressor)
 mxfp4               gpt-oss's experts, which its definition reads as they are
 
 Every option is in effect or refused. A tensor weight_shape is not read: it repeats what config.json says.
@@ -149,7 +149,7 @@ def _stored(module: str, shape: torch.Size, rule: Rule) -> StoredWeight:
 
 
 def _stored_experts(name: str, shape: torch.Size, parts: int, rule: Rule) -> StoredWeight:
-    """Return how a stacked weight (E, N, K) of `parts` projections each is held. Raises ValueError where it cannot be."""
+    """Return how a stacked weight (E, N, K) of `parts` projections each is held. Raises ValueError where it cannot."""
     E, N, K = shape
     rows, columns = rule.scheme.rows, rule.scheme.columns
     if rule.has_zero or rule.has_input_scale or not rows or N // parts % rows:

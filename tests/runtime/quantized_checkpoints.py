@@ -48,7 +48,7 @@ class Layout:
         strategy = "block" if blocks else "group" if self.columns else "channel" if self.rows else "tensor"
         number = {"num_bits": 4 if self.kind == "int4" else 8, "type": "float" if self.kind == "float8" else "int"}
         weights = number | {
-            "symmetric": not self.asymmetric, "strategy": strategy, "group_size": self.columns or None, "dynamic": False,
+            "symmetric": not self.asymmetric, "strategy": strategy, "dynamic": False,
             "block_structure": [self.rows, self.columns] if blocks else None, "actorder": None, "observer": "minmax",
         }  # fmt: skip
         weights["group_size"] = self.columns if strategy == "group" else None

@@ -1,4 +1,4 @@
-"""Checkpoints published quantized: dequantized bit for bit, and served within the budget of the model that they mean."""
+"""Checkpoints published quantized: dequantized bit for bit, and served within the budget of the model they mean."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_deepseeks_blocks_are_read(entry: str, tmp_path: Path) -> None:
 def test_experts_stored_in_two_ways_are_refused(tmp_path: Path) -> None:
     layout = replace(LAYOUTS["W8A8 int8"], ignore=("lm_head", "re:.*experts.2.*"))
     save_quantized(tmp_path, layout, torch.float32, "Qwen3MoeForCausalLM", **MOE)
-    with pytest.raises(ValueError, match="experts of model.layers.1.mlp.experts are not all stored alike"):
+    with pytest.raises(ValueError, match=r"experts of model\.layers\.1\.mlp\.experts are not all"):
         load(tmp_path, torch.float32)
 
 
