@@ -170,7 +170,7 @@ class Checkpoint:
         return cls({name: found[name] for name in parameters}, kept)
 
     def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
-        """Read a tensor, or a part of it, into its own memory, converted. Raises ValueError when the file is damaged."""
+        """Read a tensor, or a part of it, into new memory, converted. Raises ValueError when the file is damaged."""
         stored = self._tensors[name]
         read = stored.load() if part is None else stored.load_part(*part)
         return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
