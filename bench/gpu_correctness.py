@@ -176,7 +176,7 @@ def run(runner: ModelRunner, tokens_RL: Tensor, *, greedy: bool = False) -> Iter
     now_RT, first = tokens_RL[:, :PROMPT], 0
     for step in itertools.count():
         length = now_RT.shape[1]
-        positions_RT = torch.arange(first, first + length).expand(requests, length)
+        positions_RT = torch.arange(first, first + length).repeat(requests, 1)
         slots_RT = table_RB.gather(1, positions_RT // BLOCK) * BLOCK + positions_RT % BLOCK
         starts_S = torch.arange(0, requests * length + 1, length, dtype=torch.int32)
         logits_RV = runner.step(

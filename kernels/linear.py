@@ -54,7 +54,8 @@ def cost(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None 
 
 
 @pack_linear.inputs(
-    examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}), shapes={"smollm2-135m": {"N": 3072, "K": 576}},
+    examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}),
+    shapes={"smollm2-135m": {"N": 3072, "K": 576}},
     sizes={"N": (1, 80), "K": (1, 80)},
 )
 def make_weight(N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:

@@ -29,11 +29,7 @@ def qk_norm_rope(
     Everything rounds as the ops composed. Moves 2·T·(H + K)·D + 2·T·R elements. Raises ValueError when columns lack.
     """
     H, K, D = num_heads, num_kv_heads, q_weight_D.shape[0]
-    if qkv_TN.shape[-1] < (H + K) * D or k_weight_D.shape[0] != D:
-        raise ValueError(
-            f"qk_norm_rope: {H} + {K} heads want weights of D elements and (H + K) · D columns, got weights of {D} and "
-            f"{k_weight_D.shape[0]}, {qkv_TN.shape[-1]} columns"
-        )
+    _check(qkv_TN, D, k_weight_D.shape[0], H, K)
     q_THD, k_TKD = (
         qkv_TN[..., a * D : b * D].unflatten(-1, (b - a, D)) for a, b in ((0, H), (H, H + K))
     )  # fmt: skip
@@ -41,6 +37,14 @@ def qk_norm_rope(
         rope.meaning(rms_norm.meaning(q_THD, q_weight_D, eps), cos_TR, sin_TR),
         rope.meaning(rms_norm.meaning(k_TKD, k_weight_D, eps), cos_TR, sin_TR),
     )
+
+
+def _check(qkv_TN: Tensor, D: int, other: int, H: int, K: int) -> None:
+    if qkv_TN.shape[-1] < (H + K) * D or other != D:
+        raise ValueError(
+            f"qk_norm_rope: {H} + {K} heads want weights of D elements and (H + K) · D columns, got weights of {D} and "
+            f"{other}, {qkv_TN.shape[-1]} columns"
+        )
 
 
 @qk_norm_rope.costs
@@ -152,6 +156,7 @@ def qk_norm_rope_composed(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The ops by their own kernels."""
     D = q_weight_D.shape[0]
+    _check(qkv_TN, D, k_weight_D.shape[0], num_heads, num_kv_heads)
     q_TN, k_TN = qkv_TN[:, : num_heads * D], qkv_TN[:, num_heads * D : (num_heads + num_kv_heads) * D]
     q_THD, k_TKD = (
         rms_norm(part.reshape(-1, D), weight, eps).view(-1, heads, D)

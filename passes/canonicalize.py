@@ -83,7 +83,8 @@ def _only_part(node: Node) -> Node | None:
     """Return the one part of a cat whose other parts are empty (Phi-3's unrotated columns, where all are rotated)."""
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     given: Any = node.args[0]  # not all_input_nodes, which names a part given twice once
-    parts = [p for p in given if not _equal(value(p).shape[dim], 0)]
+    # cat allows a part of shape (0,) beside parts of any rank.
+    parts = [p for p in given if not _equal(value(p).shape[dim if value(p).dim() > 1 else 0], 0)]
     return parts[0] if len(parts) == 1 else None
 
 

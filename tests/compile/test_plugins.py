@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from seamwise.compile.pipeline import FUSE, LOWER, RAISE, ordered_passes
+from seamwise.compile.pipeline import FUSE, FUSE_QUANT, LOWER, RAISE, ordered_passes
 from seamwise.compile.plugins import Placed, placed_into
 from seamwise.passes import FUSE_QKV, Pass
 
@@ -55,7 +55,7 @@ def test_an_installed_package_adds_its_pass(tiny_llama_dir: Path, tmp_path: Path
 def test_before_and_after_a_named_pass() -> None:
     (fused,) = placed_into([FUSE], [Placed(entry=NOTHING, before="fuse_qkv")])
     assert fused.index(NOTHING) == fused.index(FUSE_QKV) - 1
-    assert [tuple(g) for g in ordered_passes()] == [RAISE, FUSE, LOWER]
+    assert [tuple(g) for g in ordered_passes()] == [RAISE, (), (*FUSE, *FUSE_QUANT), LOWER]
 
 
 def test_a_place_that_does_not_exist_is_named() -> None:

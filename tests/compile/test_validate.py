@@ -69,9 +69,7 @@ def test_bisect_names_the_op_that_a_wrong_rewrite_broke(tiny_llama_dir: Path, mo
     assert bisect(tiny_llama_dir, "", "entry=transformers,run=reference", case=case, tolerance=1e-4).first is None
 
 
-def test_bisect_shows_where_bfloat16_begins_to_differ(
-    tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bisect_shows_where_bfloat16_begins_to_differ(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bisect", "--model", str(tiny_llama_dir), "--b"]
     assert main([*command, "dtype=bfloat16"]) == 1
     printed = capsys.readouterr().out

@@ -110,11 +110,11 @@ def test_dual_rms_norm_norms_the_latents_of_deepseek() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_is_unfused(scheme: tuple[torch.dtype, int, Tensor | None], dtype: torch.dtype) -> None:
     x, residual, weight = (draw(4, 96, dtype=dtype, seed=s) for s in range(3))
-    normed, total = add_rms_norm.meaning(x, residual, weight[0], 1e-6)
+    normed, total = add_rms_norm(x, residual, weight[0], 1e-6)
     pairs = [
-        (rms_norm_quant(x, weight[0], 1e-6, *scheme), quantize(rms_norm.meaning(x, weight[0], 1e-6), *scheme)),
+        (rms_norm_quant(x, weight[0], 1e-6, *scheme), quantize(rms_norm(x, weight[0], 1e-6), *scheme)),
         (add_rms_norm_quant(x, residual, weight[0], 1e-6, *scheme), (*quantize(normed, *scheme), total)),
-        (silu_mul_quant(x, *scheme), quantize(silu_mul.meaning(x), *scheme)),
+        (silu_mul_quant(x, *scheme), quantize(silu_mul(x), *scheme)),
     ]
     for fused, unfused in pairs:
         for a, b in zip(fused, unfused, strict=True):

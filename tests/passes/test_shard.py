@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from blocks import apply, captured
 from families import FAMILIES
 from tiny_models import save_tiny
+from torch import Tensor, nn
 
+from seamwise import passes
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
@@ -122,6 +126,35 @@ def test_a_norm_over_all_heads_is_refused_unless_they_are_gathered(tmp_path: Pat
         compiled(tmp_path, 2, entry="transformers", plan=plan)
     program = compiled(tmp_path, 2, entry="transformers")  # its own plan gathers them
     assert calls(program)["all_gather_into_tensor"] == 1 and not program.local_inputs
+
+
+class SumNorm(nn.Module):
+    """A sum over ranks, of which a norm reads the sum with a residual; `kept`, something else reads it too."""
+
+    def __init__(self, *, kept: bool = False, residual: bool = True) -> None:
+        super().__init__()
+        self.weight, self.kept, self.residual = nn.Parameter(torch.rand(16) + 0.5), kept, residual
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        ops = torch.ops._c10d_functional
+        total = ops.wait_tensor(ops.all_reduce(x, "sum", "ranks"))
+        both = total + residual if self.residual else total
+        normed = F.rms_norm(both, (16,), self.weight, 1e-5)
+        return (normed, both, total * 2 if self.kept else residual * 2)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_sum_that_something_else_reads_is_kept(residual: bool) -> None:
+    x, rows = torch.randn(5, 16), torch.randn(5, 16)
+    reports = []
+    for kept in (False, True):
+        graph = captured(SumNorm(kept=kept, residual=residual), x, rows)
+        for entry in (passes.RAISE_RMS_NORM, passes.FUSE_ADD_RMS_NORM):
+            apply(entry, graph)
+        reports += [apply(passes.FUSE_ALLREDUCE_RMS_NORM, graph), apply(passes.FUSE_ALLREDUCE_RMS_NORM, graph)]
+    # The op gives the sum without a residual; with one, only the sum of both.
+    assert [r.matched for r in reports] == [1, 0, 0 if residual else 1, 0]
+    assert not reports[0].misses and ("has an extra user" in str(reports[2].misses)) == residual
 
 
 def test_quantized_weights_are_scaled_in_parts(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def test_explain_as_json(demo_model: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["explain", "--model", str(demo_model), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["pieces"]["total"] == 31 and report["pieces"]["distinct"] <= 4 and report["seams"] == 30
-    promised = [p for p in report["passes"] if p["expected"] is not None]
-    assert len(promised) == 6 and all(p["matched"] == p["expected"] for p in promised)
+    promised = [p for p in report["passes"] if p["expected"]]
+    assert len(promised) == 7 and all(p["matched"] == p["expected"] for p in promised)
 
 
 @pytest.mark.parametrize(
