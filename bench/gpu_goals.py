@@ -112,22 +112,21 @@ def beside_transformers(rows: Rows) -> Verdict:
     return _all(ratios, dict.fromkeys(ratios, 1.3), "times transformers' output tokens a second")
 
 
-def host_time(rows: Rows) -> Verdict:
+def host_time(rows: Rows, mode: str = "graph", limit_us: float = 150.0) -> Verdict:
     """Host time of a recorded step: under 150 us."""
     found = {
         key: row["host_us"] for key, row in rows.items()
-        if key.startswith("steps/") and "/graph/" in key and row["status"] == "ok"
+        if key.startswith("steps/") and f"/{mode}/" in key and row["status"] == "ok"
     }  # fmt: skip
     if not found:
-        need(rows, "steps/llama-3-8b/bf16/graph/1")
+        need(rows, f"steps/llama-3-8b/bf16/{mode}/1")
     key, most = max(found.items(), key=lambda item: item[1])
-    return most < 150, f"at most {most:.0f} us, in {key}"
+    return most < limit_us, f"at most {most:.0f} us, in {key}"
 
 
 def piecewise_host_time(rows: Rows) -> Verdict:
     """Host time of a piecewise step of 32 layers: under 400 us."""
-    row = need(rows, "steps/llama-3-8b/bf16/piecewise")
-    return row["host_us"] < 400, f"{row['host_us']:.0f} us"
+    return host_time(rows, "piecewise", 400.0)
 
 
 def capture(rows: Rows) -> Verdict:

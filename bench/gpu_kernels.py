@@ -35,6 +35,10 @@ TUNED: dict[str, list[dict[str, Any]]] = {
     ],
     "w4a16_linear": [{"N": n, "K": k, "group": 128} for n, k in LLAMA],
     "mxfp4_linear": [{"N": 5760, "K": 2880}, {"N": 2880, "K": 2880}],
+    "grouped_linear": [
+        {"top_k": 8, "E": 128, "N": 1536, "K": 2048}, {"top_k": 1, "E": 128, "N": 2048, "K": 768},
+    ],
+    "grouped_scaled_linear": [{"top_k": 2, "E": 8, "N": 28672, "K": 4096, "rows": 1}],
 }  # fmt: skip
 
 
@@ -47,7 +51,7 @@ def rows(context: Context) -> Iterator[Row]:
     for name, contract in sorted(CONTRACTS.items()):
         if contract._key is None:
             continue
-        for sizes in [_without_rows(contract.examples[0])] if context.tiny else TUNED[name]:
+        for sizes in [_without_rows(contract)] if context.tiny else TUNED[name]:
             key = f"kernels/tuned/{name}/{' '.join(f'{k}={v}' for k, v in sizes.items())}"
             ladder = LADDER[:2] if context.tiny else LADDER
             find = partial(measure_winners, contract, sizes, ladder, context.device)
@@ -64,8 +68,13 @@ def shapes_of(contract: Contract, tiny: bool) -> Mapping[str, Mapping[str, Any]]
     return {"tiny": contract.examples[0]} if tiny else contract.shapes
 
 
-def _without_rows(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in sizes.items() if k != "T"}
+def rows_name(contract: Contract) -> str:
+    """Return the size that counts the rows of a linear layer: R where each has several slots."""
+    return "R" if "R" in contract.examples[0] else "T"
+
+
+def _without_rows(contract: Contract) -> dict[str, Any]:
+    return {k: v for k, v in contract.examples[0].items() if k != rows_name(contract)}
 
 
 def measure(contract: Contract, sizes: Mapping[str, Any], device: str) -> Row:
@@ -114,7 +123,7 @@ def measure_winners(contract: Contract, sizes: Mapping[str, Any], ladder: Sequen
     assert contract._key is not None
     winners, times_us = [], {}
     for rows in ladder:
-        args = contract.make_inputs({**sizes, "T": rows}, dtype=torch.bfloat16, device=device)
+        args = contract.make_inputs({**sizes, rows_name(contract): rows}, dtype=torch.bfloat16, device=device)
         times = {n: t[0] for n, t in provider_times(contract, args, device).items()}
         _, *shape = contract._key(*args)
         winners.append([rows, *shape, min(times, key=times.__getitem__)])

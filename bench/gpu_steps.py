@@ -1,6 +1,7 @@
 """Stage 4 of `seamwise bench gpu`: decode steps of Llama-3-8B shapes: device and host time, capture, each pass's worth.
 
 graph     the recorded step, replayed
+piecewise  recorded between its seams, which are called
 compiled  the same program, its kernels launched one by one
 eager     every pass off: the model's own ops, one by one
 """
@@ -20,10 +21,9 @@ import torch
 
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig, ordered_passes
-from seamwise.kernels.tape import Pool, Tape
+from seamwise.kernels.tape import Tape
 from seamwise.runtime.runner import ModelRunner
 
-from .gpu_correctness import no_piecewise
 from .gpu_models import model_directory
 from .gpu_rows import Absent, Context, Lazy, Row
 from .gpu_runs import free_memory
@@ -45,13 +45,12 @@ def rows(context: Context) -> Iterator[Row]:
         head = f"steps/{MODEL}/{scheme}"
         build = partial(load, context, shapes["context"], quantization=quantization)
         runner = Lazy(partial(build, max(shapes["batches"])), _LOAD_S)
-        for mode, estimate_s in (("graph", 4), ("compiled", 6)):
+        for mode, estimate_s in (("graph", 4), ("piecewise", 5), ("compiled", 6)):
             for batch in shapes["batches"]:
                 measure = partial(measure_step, runner, mode, batch, shapes)
                 yield from context.take(f"{head}/{mode}/{batch}", estimate_s + runner.pending_s, measure)
         capture = partial(measure_capture, runner, shapes["sizes"])
         yield from context.take(f"{head}/capture", 15 + runner.pending_s, capture)
-        yield from context.take(f"{head}/piecewise", 1, no_piecewise)
         for batch in shapes["batches"]:
             parts = partial(breakdown, runner, batch, shapes["context"])
             yield from context.take(f"{head}/breakdown/{batch}", 6 + runner.pending_s, parts, extra=True)
@@ -102,8 +101,8 @@ def measure_step(lazy: Lazy[ModelRunner], mode: str, requests: int, shapes: dict
     host_us       until `step` returns, the device idle before: what the host can never take less than
     """
     runner = lazy()
-    if mode == "compiled":
-        options = replace(runner.options, enforce_eager=True)
+    if mode != "graph":
+        options = replace(runner.options, cudagraph_mode="none" if mode == "compiled" else mode)
         plain = ModelRunner(runner.config, options, runner.executable, Ledger())
         plain.kv_caches, plain._caches_flat = runner.kv_caches, runner._caches_flat
         runner, built = plain, runner
@@ -153,8 +152,7 @@ def measure_capture(lazy: Lazy[ModelRunner], sizes: Sequence[int]) -> Row:
         fresh.step(decode_batch(fresh, size, 1))
     wait(device)
     seconds = time.perf_counter() - began
-    pool = fresh._recorder.pool
-    held = pool.num_bytes if isinstance(pool, Pool) else before - free_bytes(device)
+    held = fresh.recording_stats.num_bytes if device == "cpu" else before - free_bytes(device)
     return {"capture_s": seconds, "capture_bytes": held, "sizes": len(sizes), "layers": runner.config.num_layers}
 
 

@@ -2,13 +2,18 @@
 
 Bandwidth and FLOP/s follow from the contract's cost; "of roof" is the least time that this run's measured copy
 bandwidth and matrix product allow, over the time taken.
+
+`--check-eager` instead holds on a CPU that no op is slower than eager torch, its meaning, on the same inputs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +58,62 @@ def measure(
     return row
 
 
+CPU_MOST = {"queries": 64, "context": 1024, "N": 4096, "K": 4096}
+
+
+def cpu_sizes(contract: Contract) -> Iterator[dict[str, Any]]:
+    """Yield a contract's shapes with 1 and with 32 rows, cut to what a CPU does in a fraction of a second."""
+    for sizes in contract.shapes.values():
+        for rows in (1, 32):
+            most = {"T": rows, "R": rows, **CPU_MOST}
+            yield {k: min(v, most[k]) if k in most else v for k, v in sizes.items()}
+
+
+def paired_ratio(
+    ours: Callable[[], Any], theirs: Callable[[], Any], *, granted_us: float, seconds: float = 0.2
+) -> float:
+    """Return the median of their time over ours less `granted_us`, of 15 pairs of calls or more in turning order."""
+    ratios: list[float] = []
+    began = time.perf_counter()
+    while len(ratios) < 18 or time.perf_counter() - began < seconds:
+        taken = {}
+        for call in (ours, theirs) if len(ratios) % 2 else (theirs, ours):
+            start = time.perf_counter()
+            call()
+            taken[call] = time.perf_counter() - start
+        ratios.append(taken[theirs] / max(taken[ours] - granted_us * 1e-6, 1e-7))
+    return statistics.median(ratios[3:])
+
+
+def check_eager(names: list[str], least: float = 0.95) -> int:
+    """Print each op's ratio to eager torch on a CPU in bfloat16 and float32; return 1 when one is twice below `least`.
+
+    Where the meaning itself is what is chosen, nothing is to be measured. A microsecond a call is granted to Python's
+    part of a launch, which a tape replays without.
+    """
+    slower = []
+    for name in names:
+        for sizes in cpu_sizes(CONTRACTS[name]) if _serves_cpu(CONTRACTS[name]) else ():
+            for dtype in (torch.bfloat16, torch.float32):
+                args = CONTRACTS[name].make_inputs(sizes, dtype=dtype, device="cpu")
+                provider, meaning = CONTRACTS[name].choose(args), CONTRACTS[name].meaning
+                calls = functools.partial(provider.call, *args), functools.partial(meaning, *args)
+                ratio = 1.0 if provider.call is meaning else paired_ratio(*calls, granted_us=1.0)
+                ratio = ratio if ratio >= least else max(ratio, paired_ratio(*calls, granted_us=1.0))
+                shape = " ".join(f"{k}={v}" for k, v in sizes.items())
+                line = f"{ratio:7.2f} x eager  {name:22} {provider.name:15} {str(dtype)[6:]:8} {shape}"
+                print(line, flush=True)
+                slower += [line] if ratio < least else []
+    print("\n".join(["slower than eager torch:", *slower] if slower else ["no op is slower than eager torch"]))
+    return int(bool(slower))
+
+
+def _serves_cpu(contract: Contract) -> bool:
+    """Return whether a provider other than the meaning may serve a CPU."""
+    own = [p for p in contract.providers if p.call is not contract.meaning and p.name != "measured"]
+    return any(p.devices is None or "cpu" in p.devices for p in own)
+
+
 def print_row(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """Print one measured shape as a line."""
     shape = " ".join(f"{k}={v}" for k, v in sizes.items())
@@ -80,6 +141,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes seconds a shape)")
+    parser.add_argument("--check-eager", action="store_true", help="fail where an op is slower than eager on a CPU")
     parser.add_argument("--json", type=Path, help="write every row, with the machine and the commit")
     parser.add_argument("--plot", type=Path, help="write a roofline picture (PNG)")
     options = parser.parse_args(arguments)
@@ -89,6 +151,8 @@ def main(arguments: list[str]) -> int:
     if options.list:
         print_list(names)
         return 0
+    if options.check_eager:
+        return check_eager(names)
     ceilings = measure_ceilings(options.device)
     print(f"ceilings: copy {ceilings.copy_gb_per_s:.1f} GB/s (read + write), matmul {ceilings.matmul_tflop_per_s}")
     rows = []

@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     from seamwise import ModelRunner
-    from seamwise.runtime.llm import resolve_model
+    from seamwise.runtime.hub import resolve_model
 
     sizes = [int(n) for n in options.batch.split(",")]
     runner = ModelRunner.load(

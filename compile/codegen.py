@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,9 +135,9 @@ def load(text: str) -> dict[str, Any]:
 def _provider(contract: str, name: str) -> Any:
     record = CONTRACTS[contract]
     found = next(p.call for p in record.providers if p.name == name)
-    if name == "cpp" or not record.reads_values:
+    if not record.seam and (name == "cpp" or not record.reads_values):
         return found
-    return lambda *args: tape.call(found, *args, seam=contract if record.seam else "")
+    return partial(tape.call, found, seam=contract if record.seam else "", launches=name == "cpp")
 
 
 def piece_source(module: GraphModule) -> str:

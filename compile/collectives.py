@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from seamwise.kernels import allreduce_rms_norm, allreduce_rms_norm_quant
+from seamwise.kernels import (
+    allreduce_rms_norm,
+    allreduce_rms_norm_quant,
+    norm_between_linears,
+    reduce_scatter_rms_norm,
+)
 from seamwise.passes.graph import is_op, place, value
 
 _OPS = torch.ops._c10d_functional
-_FUSED = (allreduce_rms_norm.op, allreduce_rms_norm_quant.op)
+_FUSED = (allreduce_rms_norm.op, allreduce_rms_norm_quant.op, reduce_scatter_rms_norm.op, norm_between_linears.op)
 _PLAIN = (_OPS.all_reduce.default, _OPS.all_gather_into_tensor.default)
 
 
@@ -56,5 +61,5 @@ def local_inputs(module: GraphModule) -> dict[str, tuple[int, int, int]]:
 
 
 def _row_bytes(node: Node) -> int:
-    given: Tensor = value(node.args[0])  # type: ignore[arg-type]
+    given: Tensor = value(node)[1] if is_op(node, norm_between_linears.op) else value(node.args[0])  # type: ignore[arg-type]
     return int(given.shape[-1]) * given.dtype.itemsize

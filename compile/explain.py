@@ -28,6 +28,7 @@ def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
             "total": len(program.calls),
             "distinct": program.num_distinct,
             "calls": dict(Counter(program.calls)),
+            "costs": program.piece_costs,
         },
         "seams": program.num_seams,
         "providers": program.providers,
@@ -53,6 +54,7 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     for name, count in Counter(program.calls).items():
         how = "compiled by Inductor" if name in program.packages else "kernels called by generated code"
         lines.append(f"    {name} runs {count} times a step, {program.loose_ops[name]} loose ops, {how}")
+        lines += [f"        {_cost(c)}" for c in program.piece_costs.get(name, ())]
     derived = sum("op" in recipe for recipe in program.recipes.values())
     lines.append(f"weights: {len(program.recipes)}, of them derived: {derived}")
     lines.append(
@@ -64,3 +66,7 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     lines.append("start-up:")
     lines += [f"    {stage:20} {seconds:7.2f} s" for stage, seconds in startup_s.items()]
     return "\n".join(lines)
+
+
+def _cost(cost: Mapping[str, int]) -> str:
+    return f"{cost['tokens']:4} tokens: at least {cost['bytes'] / 1e6:.2f} MB, {cost['flops'] / 1e9:.3f} GFLOP"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .explain import as_json
@@ -22,8 +22,11 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px } sum
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#9c755f", "#edc948", "#76b7b2", "#ff9da7")
 
 
-def as_html(program: Program, startup_s: Mapping[str, float], title: str) -> str:
-    """Return the page: its data is exactly `as_json`'s, and the generated program."""
+def as_html(program: Program, startup_s: Mapping[str, float], title: str, least_us: Callable[[int, int], float]) -> str:
+    """Return the page: its data is exactly `as_json`'s, and the generated program.
+
+    `least_us(bytes, flops)` is the time that the machine's measured ceilings allow: the roofline.
+    """
     report = as_json(program, startup_s)
     calls = Counter(program.calls)
     pieces = [
@@ -39,6 +42,20 @@ def as_html(program: Program, startup_s: Mapping[str, float], title: str) -> str
         _passes(report["passes"]),
         "<h2>Pieces</h2>",
         _table(("piece", "times a step", "loose ops", "run by"), pieces),
+        "<h2>Roofline of each piece</h2>",
+        _table(
+            ("piece", "tokens", "MB", "GFLOP", "least time, µs", "in a step, µs"),
+            (
+                (
+                    name,
+                    c["tokens"],
+                    *(f"{n:.3f}" for n in (c["bytes"] / 1e6, c["flops"] / 1e9)),
+                    *_times(c, count, least_us),
+                )
+                for name, count in calls.items()
+                for c in program.piece_costs[name]
+            ),
+        ),
         "<h2>Kernels</h2>",
         _table(("contract and provider", "calls a step"), report["providers"].items()),
         "<h2>Start-up</h2>",
@@ -48,6 +65,11 @@ def as_html(program: Program, startup_s: Mapping[str, float], title: str) -> str
     ]
     head = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     return head + "\n".join(sections)
+
+
+def _times(cost: Mapping[str, int], calls: int, least_us: Callable[[int, int], float]) -> tuple[str, str]:
+    us = least_us(cost["bytes"], cost["flops"])
+    return f"{us:.1f}", f"{us * calls:.0f}"
 
 
 def _picture(program: Program, distinct: list[str]) -> str:

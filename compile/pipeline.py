@@ -18,11 +18,14 @@ from .collectives import collectives_of, communicates, count_all_reduces, kv_byt
 from .derive import Recipe, hoist
 from .inductor import compile_piece, loose_ops
 from .ledger import Ledger
+from .live_bytes import live_bytes
 from .lower import choose_providers
+from .piece_costs import piece_costs
 from .plugins import discovered, placed_into
 from .program import Program
 from .shard_plan import styles_of
 from .split import Piece, Seam, split
+from .structure import with_quantized_experts
 from .validate import Validator
 from .verify import verify
 
@@ -41,6 +44,8 @@ FUSE = (
     passes.FUSE_GATE_UP,  # after raise_swiglu, whose cat it removes; before fuse_qkv, which joins all other siblings
     passes.FUSE_QKV,
     passes.CANCEL_VIEWS,
+    passes.SEQUENCE_PARALLEL,  # where it is asked for; after cancel_views, which joins the chain of residuals
+    passes.ASYNC_TP,  # where it is asked for; after sequence_parallel, and the joins, which make one layer of several
     passes.CSE,  # before the fusions that ask whether two branches read the same tables
     passes.FUSE_QK_NORM_ROPE,  # after fuse_qkv, whose joint projection it reads
     passes.FUSE_ROPE_KV_WRITE,  # after fuse_qk_norm_rope, which takes the keys' rope where there are norms
@@ -48,6 +53,8 @@ FUSE = (
 FUSE_QUANT = (
     passes.QUANTIZE_LINEAR,  # after the joins, which see plain linears; before the fusions of the quantize it inserts
     passes.QUANTIZE_EXPERTS,
+    passes.FUSE_MOE_ROUTE_QUANT,  # before the fusions with norms, which would say that the router reads the rows too
+    passes.FUSE_MOE_SILU_MUL_QUANT,  # before fuse_silu_mul_quant, which takes what is left
     passes.FUSE_RMS_NORM_QUANT,
     passes.FUSE_ADD_RMS_NORM_QUANT,
     passes.FUSE_ALLREDUCE_RMS_NORM_QUANT,
@@ -161,6 +168,7 @@ def compile_graph(
     program.reports, program.providers = reports, dict(sorted(chosen.items()))
     program.collectives, program.weight_bytes = collectives_of(module), weight_bytes(module)
     program.local_inputs, program.kv_bytes = local_inputs(module), kv_bytes(module)
+    program.token_bytes, program.logit_bytes = live_bytes(module)
     return program
 
 
@@ -168,8 +176,10 @@ def _run(
     group: Sequence[Pass], captured: Captured, structure: Structure, config: PipelineConfig, validator: Validator | None
 ) -> list[Report]:
     reports = []
+    asked = config.parallel and {"sequence_parallel": config.parallel.sequence, "async_tp": config.parallel.overlap}
+    unasked = [name for name in ("sequence_parallel", "async_tp") if not (asked and asked[name])]
     for entry in group:
-        if entry.name in config.disabled:
+        if entry.name in (*config.disabled, *unasked):
             continue
         report = entry.apply(captured.module, structure, diff=config.diffs)
         verify(captured.module, entry.name)
@@ -183,6 +193,8 @@ def _run(
             if entry.name == "shard":
                 validator.share()
             validator.check(report, lossy=entry.lossy)
+        if entry.name == "quantize_experts":
+            structure = with_quantized_experts(structure, captured.module)
         reports.append(report)
     return reports
 
@@ -194,6 +206,7 @@ def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig
     for name, item in distinct.items():
         loose = len(loose_ops(item.module))
         program.loose_ops[name] = loose
+        program.piece_costs[name] = piece_costs(item.module)
         wanted = {"auto": loose * repeats[name] >= MIN_LOOSE_CALLS, "always": loose > 0, "never": False}
         if wanted[config.inductor] and communicates(item.module):
             if config.inductor == "always":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from seamwise.kernels import tape
 from seamwise.passes import Report
 
 from . import codegen
@@ -25,8 +27,10 @@ class Program:
     recipes    name of each weight the step reads -> how it follows from the checkpoint's parameters, in call order
     inputs     names of the step's inputs, in call order
     loose_ops  how many ops of each distinct piece have no kernel of ours; packages: those that Inductor compiled
+    piece_costs   distinct piece -> tokens, bytes and flops of steps of some sizes
     collectives   op, calls a step and bytes a row, of what ranks say to each other; weight_bytes, kv_bytes: of
-                  this rank's weights, and of the cache for a token
+                  this rank's weights, and of the cache for a token; token_bytes, logit_bytes: most alive at once
+                  of a step's values, for each of its tokens and for each row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
                is not in the model's dtype, None: as it is stored
@@ -45,9 +49,12 @@ class Program:
     providers: dict[str, int] = field(default_factory=dict)
     loose_ops: dict[str, int] = field(default_factory=dict)
     packages: dict[str, Path] = field(default_factory=dict)
+    piece_costs: dict[str, list[dict[str, int]]] = field(default_factory=dict)
     collectives: list[dict[str, Any]] = field(default_factory=list)
     weight_bytes: int = 0
     kv_bytes: int = 0
+    token_bytes: int = 0
+    logit_bytes: int = 0
     local_inputs: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
@@ -56,7 +63,7 @@ class Program:
 
 
 class Executable:
-    """A program bound to its weights. `pieces` may be replaced one by one (a recorder wraps them)."""
+    """A program bound to its weights."""
 
     def __init__(self, program: Program, weights: Sequence[Tensor]) -> None:
         functions = codegen.load(program.source)
@@ -71,5 +78,7 @@ class Executable:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run one step on the flattened inputs, in the program's order; return the logits."""
-        (logits,) = self._step(self.pieces, self.weights, *inputs)
+        recording = tape.current()
+        pieces = self.pieces if recording is None else [partial(recording.piece, p) for p in self.pieces]
+        (logits,) = self._step(pieces, self.weights, *inputs)
         return logits

@@ -1,25 +1,28 @@
 """Record a function once on static buffers, replay it cheaply: one protocol, CUDA graphs and the CPU's tape.
 
 The rules are those of CUDA graphs on both devices, because a model that keeps them on a CPU keeps them on a GPU:
-- a tensor argument must be where it was at the recording (an address that moved is refused);
+- a tensor argument must be where it was at the recording (an address that moved is refused), unless only seams read
+  it and it is said to vary;
 - any other argument is part of what was recorded, and a different one is refused;
-- a seam may be recorded only where the caller says that the whole step is (`full`);
-- results live in memory the recorder owns, and are valid until the next replay.
+- a seam is recorded only where the caller says that the whole step is (`full`); else the recording breaks there, the
+  seam is called at each replay, and one inside a compiled piece, where nothing can break, is refused;
+- results live in memory the recorder owns, and are valid until the next replay; a tensor of that memory which is kept
+  otherwise is refused.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import gc
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seamwise.kernels.contract import contract_of
-from seamwise.kernels.tape import Pool, Tape, call, recording
+from seamwise.kernels.tape import Pool, StandIn, Tape, call, recording
 
 
 class RecordingRefused(RuntimeError):
@@ -27,61 +30,140 @@ class RecordingRefused(RuntimeError):
 
 
 class Recording:
-    """A recorded call. `replay(*arguments)` checks the arguments against the rules, runs, and returns the results."""
+    """A recorded call. `replay(*arguments)` checks the arguments against the rules, runs, and returns the results.
 
-    def __init__(self, graph: Tape | torch.cuda.CUDAGraph, arguments: Sequence[Any], results: Any) -> None:
-        self.graph, self.results = graph, results
-        self._seen = [_identity(a) for a in arguments]
+    num_bytes  of the recorder's memory, all its recordings' together, when this one was made
+    """
+
+    def __init__(
+        self, graph: Tape, function: Callable[..., Any], varying: Collection[int], results: Any, num_bytes: int
+    ) -> None:
+        self.graph, self.results, self.num_bytes = graph, results, num_bytes
+        self._function, self._varying = function, frozenset(varying)  # the function holds the weights whose addresses
+        self._seen = self._identities(graph.arguments)  # the graph holds
 
     @torch.inference_mode()
     def replay(self, *arguments: Any) -> Any:
         """Run again on the recorded arguments' new contents. Raises RecordingRefused when an argument differs."""
-        if len(arguments) != len(self._seen):
-            raise RecordingRefused(f"replay: got {len(arguments)} arguments, {len(self._seen)} were recorded")
-        for i, (argument, seen) in enumerate(zip(arguments, self._seen, strict=True)):
-            if (now := _identity(argument)) != seen:
-                raise RecordingRefused(_difference(i, now, seen))
+        now = self._identities(arguments)
+        if len(now) != len(self._seen):
+            raise RecordingRefused(f"replay: got {len(now)} arguments, {len(self._seen)} were recorded")
+        if now != self._seen:
+            i = next(i for i, seen in enumerate(self._seen) if now[i] != seen)
+            raise RecordingRefused(_difference(i, now[i], self._seen[i]))
+        self.graph.arguments = arguments
         self.graph.replay()
         return self.results
 
+    def _identities(self, arguments: Sequence[Any]) -> list[Any]:
+        return [
+            (leaf.dtype, leaf.dim()) if i in self._varying else _identity(leaf)
+            for i, argument in enumerate(arguments)
+            for leaf in (tree_leaves(argument) if isinstance(argument, (list, tuple, dict)) else (argument,))
+        ]
 
-class Recorder(Protocol):
+
+class Recorder:
     """Records calls; all recordings of one recorder share memory, so only the newest results are valid."""
 
-    def record(self, function: Callable[..., Any], *arguments: Any, full: bool = False) -> Recording: ...
+    num_bytes = 0
+
+    def live(self) -> set[int]:
+        """Return the addresses of the recorder's memory that tensors refer to."""
+        raise NotImplementedError
+
+    def record(
+        self, function: Callable[..., Any], *arguments: Any, full: bool = False, varying: Collection[int] = ()
+    ) -> Recording:
+        """Run `function(*arguments)` once and return its recording. The function may be an eager module.
+
+        full     record the seams too, as a uniform decode step allows; else they are called between what is recorded
+        varying  positions of the tensors that only seams read: they may move, and change in size
+        Raises RecordingRefused for what breaks a rule, ValueError for `varying` with `full`.
+        """
+        if full and varying:
+            raise ValueError("record: what varies is read by seams that run at each replay; a full recording has none")
+        given = [StandIn(a, i) if i in varying else a for i, a in enumerate(arguments)]
+        held = self.live()
+        tape, results = self._run(function, arguments, given, full)
+        mine = {r.untyped_storage().data_ptr() for r in tree_leaves(results) if isinstance(r, Tensor)}
+        if self.live() - held - mine:
+            gc.collect()  # a tensor of a frame that failed may wait for it
+        if kept := self.live() - held - mine:
+            raise RecordingRefused(
+                f"a tensor made while recording is still held ({len(kept)} of them, one at {min(kept):#x}): its memory"
+                " is the recorder's, and the next recording or replay writes there; return it, or keep a clone of it"
+            )
+        return Recording(tape, function, varying, tree_map_only(Tensor, tape.borrow, results), self.num_bytes)
+
+    def _run(
+        self, function: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], full: bool
+    ) -> tuple[Tape, Any]:
+        raise NotImplementedError
 
 
-class CPURecorder:
+class CPURecorder(Recorder):
     """Records C++ kernels on a tape, and any other op as a call of torch whose result is copied to a static place."""
 
     def __init__(self) -> None:
         self.pool = Pool()
 
-    def record(self, function: Callable[..., Any], *arguments: Any, full: bool = False) -> Recording:
-        """Run `function(*arguments)` once and return its recording. Raises RecordingRefused for what breaks a rule."""
-        tape = Tape(self.pool, full=full)
+    @property
+    def num_bytes(self) -> int:  # type: ignore[override]
+        return self.pool.num_bytes
+
+    def live(self) -> set[int]:
+        return self.pool.live()
+
+    @torch.inference_mode()
+    def _run(
+        self, function: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], full: bool
+    ) -> tuple[Tape, Any]:
+        tape = Tape(self.pool, full=full, arguments=arguments)
         with recording(tape), _OntoTape(tape):
-            results = function(*arguments)
-        return Recording(tape, arguments, tree_map(_alias, results))
+            return tape, function(*given)
 
 
-class CUDAGraphRecorder:
-    """Records CUDA graphs in one memory pool; capture the largest first, so that smaller ones fit in its memory."""
+class CUDAGraphRecorder(Recorder):
+    """Records CUDA graphs, one between two seams, in one memory pool."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
-    def record(self, function: Callable[..., Any], *arguments: Any, full: bool = False) -> Recording:
-        """Warm up once on a side stream, then capture."""
+    @property
+    def num_bytes(self) -> int:  # type: ignore[override]
+        return sum(segment["total_size"] for segment in self._segments())
+
+    def live(self) -> set[int]:
+        found = set()
+        for segment in self._segments():
+            address = segment["address"]
+            for block in segment["blocks"]:
+                if block["state"] == "active_allocated":
+                    found.add(address)
+                address += block["size"]
+        return found
+
+    def _segments(self) -> list[Any]:
+        return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self.pool)]
+
+    @torch.inference_mode()
+    def _run(
+        self, function: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], full: bool
+    ) -> tuple[Tape, Any]:
+        """Warm up once on a side stream, then capture there; what is captured is replayed at once."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        tape = _Graphs(self.pool, full=full, arguments=arguments)
         with torch.cuda.stream(stream):
             function(*arguments)  # lazy initialization and autotuning must not be captured
+            try:
+                with recording(tape), _IntoGraphs(tape):
+                    results = function(*given)
+            finally:
+                tape.end()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with _NoSeams(full), torch.cuda.graph(graph, pool=self.pool):
-            results = function(*arguments)
-        return Recording(graph, arguments, results)
+        return tape, results
 
 
 def recorder_for(device: torch.device) -> CPURecorder | CUDAGraphRecorder:
@@ -89,8 +171,82 @@ def recorder_for(device: torch.device) -> CPURecorder | CUDAGraphRecorder:
     return CUDAGraphRecorder() if device.type == "cuda" else CPURecorder()
 
 
+class _Graphs(Tape):
+    """A tape of CUDA graphs and of the seams' calls between them. A graph begins where there is something to capture.
+
+    A seam's result is copied into memory that the next graph allocates: from then on the graphs' pool may reuse it.
+    """
+
+    def __init__(self, handle: Any, *, full: bool, arguments: Sequence[Any]) -> None:
+        super().__init__(Pool(), full=full, arguments=arguments)
+        self._handle = handle
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._late: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, kernel: Any, args: Any) -> None:
+        raise RecordingRefused(f"{kernel.symbol}: a kernel of the CPU cannot be captured in a CUDA graph")
+
+    def begin(self) -> None:
+        """Capture what follows, until a seam."""
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # By thread: other runners go on meanwhile.
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            self._graph = graph
+
+    def end(self) -> None:
+        """End the capture under way, if any, and run it: what follows reads its results."""
+        if self._graph is None:
+            return
+        graph, self._graph = self._graph, None
+        graph.capture_end()
+        for kept, now in self._late:
+            kept.copy_(now)
+        self._late.clear()
+        self.append_call(graph.replay)
+        graph.replay()
+
+    def piece(self, function: Callable[..., Any], *args: Any) -> Any:
+        self.begin()
+        return super().piece(function, *args)
+
+    def call(self, function: Callable[..., Any], args: Sequence[Any], *, seam: bool) -> Any:
+        if self.full or not seam:
+            self.begin()
+            return function(*args)
+        self.end()
+        return super().call(function, args, seam=seam)
+
+    def place(self, given: Tensor) -> Tensor:
+        self.begin()
+        kept = torch.empty_like(given)
+        self._late.append((self.borrow(kept), given))
+        return kept
+
+    def borrow(self, given: Tensor) -> Tensor:
+        """Return a tensor over the same memory that does not keep it: as in a graph, its owner must."""
+        if not given.numel():
+            return torch.empty_like(given)
+        storage = given.untyped_storage()
+        base = torch.as_tensor(_Memory(storage.data_ptr(), storage.nbytes()), device=given.device)
+        base = base[: storage.nbytes() // given.itemsize * given.itemsize]
+        return base.view(given.dtype).as_strided(given.shape, given.stride(), given.storage_offset())
+
+
+class _Memory:
+    """Bytes of a CUDA device, as a tensor may be made of them that does not own them.
+
+    Source: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
+    """
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 2,
+        }  # fmt: skip
+
+
 class _OntoTape(TorchDispatchMode):
-    """Puts every ATen op that computes onto the tape; views need none, for memory stays where it is."""
+    """Puts every op that computes onto the tape; views need none, for memory stays where it is. Seams are calls."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
@@ -98,15 +254,33 @@ class _OntoTape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (record := contract_of(func)) is not None and record.choose((*args, *kwargs.values())).name != "cpp":
-            return call(lambda *given: func(*given, **kwargs), *args, seam=record.name if record.seam else "")
+        if (record := contract_of(func)) is not None:
+            given = [*args, *kwargs.values()]
+            known = [self.tape.arguments[a.position] if isinstance(a, StandIn) else a for a in given]
+            provider = record.choose(known).name
+            if record.seam or provider != "cpp":
+                named, count = tuple(kwargs), len(args)
+                return call(
+                    lambda *now: func(*now[:count], **dict(zip(named, now[count:], strict=True))), *given,
+                    seam=record.name if record.seam else "", launches=provider == "cpp",
+                )  # fmt: skip
+            return func(*args, **kwargs)
+        if any(issubclass(t, StandIn) for t in types):
+            return StandIn.__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RecordingRefused(f"{func} reads a tensor's value back: its value now would be replayed for ever")
+        return self.loose(func, args, kwargs)
+
+    def loose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an op that no contract names, and put it onto the tape."""
         result = func(*args, **kwargs)
-        if record is not None or func is torch.ops.aten.sym_size.int:  # sizes are the recording's own
+        writes = func._schema.is_mutable  # its result is its argument, as a view's is
+        if func is torch.ops.aten.sym_size.int or (not writes and _is_view(result, args)):  # sizes are the recording's
             return result
-        if func._schema.is_mutable:  # its result is its argument, as a view's is
-            self.tape.append_call(lambda: func(*args, **kwargs))
-            return result
-        if _is_view(result, args):
+        tape = self.tape
+        held_args, held_kwargs = tree_map_only(Tensor, tape.borrow, (args, kwargs))
+        if writes:
+            tape.append_call(lambda: func(*held_args, **held_kwargs))
             return result
         results = [result] if isinstance(result, Tensor) else result
         if not (isinstance(results, (list, tuple)) and all(isinstance(r, Tensor) for r in results)):
@@ -115,47 +289,37 @@ class _OntoTape(TorchDispatchMode):
             raise RecordingRefused(
                 f"{func} gives {type(result).__name__}, not a tensor: its value now would be replayed for ever"
             )
-        if func in _ALLOCATIONS:
-            return result
+        collective = func.namespace == "_c10d_functional"  # it returns before the other ranks have answered
+        placed = results if collective else [tape.place(r) for r in results]
+        kept = [tape.borrow(p) for p in placed]
 
         def again() -> None:
-            new = func(*args, **kwargs)
-            if func.namespace == "_c10d_functional":  # it returns before the other ranks have answered
+            new = func(*held_args, **held_kwargs)
+            if collective:
                 new = torch.ops._c10d_functional.wait_tensor(new)
-            for kept, now in zip(results, [new] if isinstance(new, Tensor) else new, strict=True):
-                kept.copy_(now)
+            for old, now in zip(kept, [new] if isinstance(new, Tensor) else new, strict=True):
+                old.copy_(now)
 
-        self.tape.append_call(again)
-        return result
+        if func not in _ALLOCATIONS:
+            tape.append_call(again)
+        return placed[0] if isinstance(result, Tensor) else type(result)(placed)
+
+
+class _IntoGraphs(_OntoTape):
+    """Captures every op."""
+
+    tape: _Graphs
+
+    def loose(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if not func.is_view:  # between two seams there may be nothing else
+            self.tape.begin()
+        return func(*args, **kwargs)
 
 
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
     torch.ops.aten.new_empty.default,
 }  # fmt: skip
-
-
-class _NoSeams(TorchDispatchMode):
-    """Refuses a seam's op while a piece is being captured."""
-
-    def __init__(self, full: bool) -> None:
-        super().__init__()
-        self.full = full
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        record = contract_of(func)
-        if record is not None and record.seam and not self.full:
-            raise RecordingRefused(f"{record.name}: a seam was captured inside a piece; seams run between pieces")
-        return func(*args, **(kwargs or {}))
-
-
-def _alias(result: Any) -> Any:
-    """Return a tensor over the same memory that does not count as a user of it: the pool may give it out again."""
-    if not isinstance(result, Tensor) or not result.numel():
-        return result
-    size = result.untyped_storage().nbytes()
-    base = torch.frombuffer((ctypes.c_char * size).from_address(result.untyped_storage().data_ptr()), dtype=torch.uint8)
-    return base.view(result.dtype).as_strided(result.shape, result.stride(), result.storage_offset())
 
 
 def _is_view(result: Any, args: Any) -> bool:

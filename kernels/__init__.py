@@ -24,6 +24,7 @@ if __name__ != "kernels":
     from .kv_copy_blocks import kv_copy_blocks
     from .layer_norm import layer_norm
     from .linear import linear_packed, pack_linear
+    from .linear_int4 import linear_int4, pack_group_values, pack_int4_panels
     from .logprobs import logprobs
     from .lora import lora_expand, lora_shrink
     from .merge_states import merge_states
@@ -35,6 +36,7 @@ if __name__ != "kernels":
     from .moe_route_quant import moe_route_quant
     from .moe_sum import moe_sum
     from .mxfp4_linear import mxfp4_linear
+    from .norm_between_linears import norm_between_linears
     from .penalize import penalize
     from .qk_norm_rope import qk_norm_rope
     from .quantize import quantize
@@ -55,7 +57,8 @@ if __name__ != "kernels":
     from .w4a16_linear import w4a16_linear
 
     # Providers in files of their own register themselves; nothing is compiled before the first call.
-    from . import attention_cpu, attention_triton, linear_cpu, mla_decode_triton, scaled_linear_torch, tokenwise_cpu  # noqa: F401  isort: skip
+    from . import attention_cpu, attention_triton, grouped_linear_torch, linear_cpu  # noqa: F401  isort: skip
+    from . import mla_decode_triton, scaled_linear_torch, tokenwise_cpu  # noqa: F401  isort: skip
 
 __all__ = [
     "add_rms_norm",
@@ -79,6 +82,7 @@ __all__ = [
     "kv_append",
     "kv_copy_blocks",
     "layer_norm",
+    "linear_int4",
     "linear_packed",
     "logprobs",
     "lora_expand",
@@ -92,6 +96,9 @@ __all__ = [
     "moe_route_quant",
     "moe_sum",
     "mxfp4_linear",
+    "norm_between_linears",
+    "pack_group_values",
+    "pack_int4_panels",
     "pack_linear",
     "penalize",
     "qk_norm_rope",

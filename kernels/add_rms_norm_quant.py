@@ -25,6 +25,7 @@ from .quantize import (
     store_quantized,
 )
 from .rms_norm import inverse_rms, weighted
+from .tape import call
 
 
 @contract()
@@ -125,6 +126,6 @@ def add_rms_norm_quant_composed(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The two ops by their own kernels."""
-    normed_TD, total_TD = add_rms_norm(x_TD, residual_TD, weight_D, eps)
-    return *quantize(normed_TD, dtype, group, scale), total_TD
+    """The norm by its own kernel, then quantize's meaning, which has none here."""
+    normed_TD, total_TD = add_rms_norm.direct(x_TD, residual_TD, weight_D, eps)
+    return *call(quantize.meaning, normed_TD, dtype, group, scale), total_TD

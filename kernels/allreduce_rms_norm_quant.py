@@ -142,6 +142,7 @@ def allreduce_rms_norm_quant_collective(
     group: int = 0, scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     sum_TD = summed(x_TD, group_name)
+    rest = weight_D, eps, dtype, group, scale
     if residual_TD is not None:
-        return add_rms_norm_quant(sum_TD, residual_TD, weight_D, eps, dtype, group, scale)
-    return *rms_norm_quant(sum_TD, weight_D, eps, dtype, group, scale), sum_TD
+        return add_rms_norm_quant.direct(sum_TD, residual_TD, *rest)
+    return *rms_norm_quant.direct(sum_TD, *rest), sum_TD

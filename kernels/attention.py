@@ -135,7 +135,7 @@ def cost(
         },
     },
     sizes={
-        "R": (1, 3), "queries": (1, 9), "context": [0, 1, 20, 130, 150, 200], "H": [6, 12], "K": [1, 2, 6],
+        "R": (1, 3), "queries": (1, 9), "context": [0, 1, 20, 130, 150, 200], "H": [2, 12], "K": [1, 2],
         "D": [16, 24, 64], "P": [4, 16], "window": [0, 1, 7, 90], "softcap": [0.0, 0.0, 2.0], "sinks": [False, True],
         "alibi": [False, False, False, True], "fp8": ["", "", "", "tensor", "head"],
     },

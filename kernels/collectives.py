@@ -36,12 +36,12 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
 
 
 def reduce_scatter_rows(x_TD: Tensor, group_name: str) -> Tensor:
-    """Return this rank's share of the rows, in rank order, of the sum of all ranks' x: (T / ranks, D)."""
-    ranks = group_size(group_name)
-    if x_TD.shape[0] % ranks:
-        raise ValueError(f"reduce_scatter_rows: {x_TD.shape[0]} rows do not divide among {ranks} ranks; pad them")
+    """Return this rank's share of the rows, in rank order, of the sum of all ranks' x: (⌈T / ranks⌉, D), zeros last."""
     if not group_name:
         return x_TD.clone()
+    ranks = group_size(group_name)
+    if missing := -x_TD.shape[0] % ranks:
+        x_TD = torch.nn.functional.pad(x_TD, (0, 0, 0, missing))
     return _OPS.wait_tensor(_OPS.reduce_scatter_tensor(x_TD.contiguous(), "sum", ranks, group_name))
 
 

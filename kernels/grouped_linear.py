@@ -73,10 +73,14 @@ def grouped_cost(
     starts_E: Tensor, dtype: torch.dtype,
 ) -> Cost:  # fmt: skip
     """Return the cost of a grouped GEMM that reads `of_rows` whole and of `of_experts` what experts with slots own."""
-    N, K, hit = of_experts[0].shape[1], of_rows[0].shape[1], int((starts_E[1:] > starts_E[:-1]).sum())
+    (E, N), K, slots = of_experts[0].shape[:2], of_rows[0].shape[1], order_S.shape[0]
+    # Sizes without values (a piece's cost): every slot has an expert, and they are as many as can be.
+    hit, sent = (min(E, slots), slots) if starts_E.is_meta else (
+        int((starts_E[1:] > starts_E[:-1]).sum()), int(starts_E[-1])
+    )  # fmt: skip
     read = sum(t.nbytes for t in (*of_rows, order_S, starts_E))
     read += sum(t.nbytes // t.shape[0] for t in of_experts if t is not None) * hit
-    return Cost(bytes=read + order_S.numel() * N * dtype.itemsize, flops=2 * int(starts_E[-1]) * N * K)
+    return Cost(bytes=read + order_S.numel() * N * dtype.itemsize, flops=2 * sent * N * K)
 
 
 # The up and down projections of real models: R rows, top_k slots of each, E experts.
@@ -92,7 +96,7 @@ SHAPES = {
     examples=(
         {"R": 1, "top_k": 2, "E": 16, "N": 33, "K": 40}, {"R": 5, "top_k": 2, "E": 3, "N": 48, "K": 70, "bias": True},
         {"R": 0, "top_k": 2, "E": 4, "N": 16, "K": 16}, {"R": 6, "top_k": 1, "E": 40, "N": 20, "K": 17, "bias": True},
-        {"R": 37, "top_k": 1, "E": 2, "N": 70, "K": 33}, {"R": 40, "top_k": 4, "E": 1, "N": 16, "K": 16},
+        {"R": 37, "top_k": 1, "E": 2, "N": 70, "K": 33}, {"R": 40, "top_k": 4, "E": 3, "N": 16, "K": 24},
     ),
     shapes=SHAPES,
     sizes={"R": (0, 20), "top_k": [1, 2, 5], "E": [1, 3, 32], "N": (1, 80), "K": (1, 150), "bias": [False, True]},

@@ -54,7 +54,7 @@ def grouped_scaled_linear(
     other dtypes or sizes.
     """
     check_groups("grouped_scaled_linear", x_RK, weight_ENK, order_S, starts_E, top_k, bias_EN)
-    _check_scales(x_RK, x_scale_RG, weight_ENK, w_scale)
+    check_scales(x_RK, x_scale_RG, weight_ENK, w_scale)
     return each_expert(
         order_S, starts_E, top_k, x_scale_RG.new_zeros(order_S.shape[0], weight_ENK.shape[1], dtype=dtype),
         lambda e, rows: scaled_linear.meaning(
@@ -64,7 +64,8 @@ def grouped_scaled_linear(
     )  # fmt: skip
 
 
-def _check_scales(x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor) -> None:
+def check_scales(x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor) -> None:
+    """Raise ValueError unless these are the scales of `grouped_scaled_linear`."""
     if w_scale.dim() != 3 or w_scale.shape[0] != weight_ENK.shape[0]:
         wanted = f"those of each of {weight_ENK.shape[0]} experts"
         raise ValueError(f"grouped_scaled_linear: w_scale is {tuple(w_scale.shape)}, wanted {wanted}")
@@ -85,6 +86,7 @@ def cost(
         {"R": 0, "top_k": 2, "E": 4, "N": 16, "K": 16}, {"R": 19, "top_k": 1, "E": 2, "N": 70, "K": 33, "rows": 1},
         {"R": 7, "top_k": 2, "E": 3, "N": 140, "K": 200, "x_group": 128, "rows": 128},
         {"R": 6, "top_k": 1, "E": 4, "N": 20, "K": 130, "format": "int8", "rows": 1, "bias": True},
+        {"R": 9, "top_k": 2, "E": 3, "N": 32, "K": 48, "rows": 1},
     ),
     shapes={
         "deepseek-v3 decode up": {"R": 64, "top_k": 8, "E": 256, "N": 4096, "K": 7168, "x_group": 128, "rows": 128},
@@ -185,7 +187,7 @@ def grouped_scaled_linear_triton(
     top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     check_groups("grouped_scaled_linear", x_RK, weight_ENK, order_S, starts_E, top_k, bias_EN)
-    _check_scales(x_RK, x_scale_RG, weight_ENK, w_scale)
+    check_scales(x_RK, x_scale_RG, weight_ENK, w_scale)
     (E, N, K), slots = weight_ENK.shape, order_S.shape[0]
     out_SN = torch.empty(slots, N, dtype=dtype, device=x_RK.device)
     if slots:

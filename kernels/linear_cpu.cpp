@@ -1,8 +1,10 @@
-// Linear layer over weights packed once: y (M, N) = x (M, K) wᵀ + bias, float32 or bfloat16, float32 sums.
+// Linear layer over weights packed once: y (M, N) = x (M, K) wᵀ + bias, float32 or bfloat16, float32 sums; and, for
+// bfloat16 rows, over int4 weights with scales.
 //
 // Packed weight: panels of 32 output columns; a panel holds, one after the other, the 32-bit words of its columns: one
 // float, or the two bfloat16 of inputs (2i, 2i + 1), exactly what VDPBF16PS multiplies. Columns beyond N and an odd last
-// input are zeros.
+// input are zeros. An int4 word is a byte of four bits of each: inputs (2i, 2i + 1) of columns 0 … 15 in the low halves
+// of its 32 bytes, of columns 16 … 31 in the high ones. A table in a register makes them bfloat16, exactly.
 // Every output is summed in the order of K, whatever M, the threads or the block: batch invariant in bits. So K is
 // never split over threads; panels are narrow instead, and 576 columns make 18 of them.
 //
@@ -23,14 +25,22 @@ struct Linear {
     const void* bias;
     char* y;
     int64_t M, N, K, words, x_stride, y_stride;  // strides in bytes
+    int64_t panel_bytes, terms;                  // terms: words summed apart from the rest
+    const float *scale = nullptr, *offset = nullptr;  // of int4: (panels, groups, 32), offset may be null
+    float* x_sums = nullptr;                          // (M, groups), where there are offsets
+    int64_t groups = 0;
 
-    const char* panel(int64_t p) const { return packed + p * words * 4 * kPanel; }
+    const char* panel(int64_t p) const { return packed + p * panel_bytes; }
 };
 
 struct Singles {  // a word is a float
     using Element = float;
-    static constexpr int kPerWord = 1;
-    static constexpr int64_t kTerms = 64;  // words summed apart from the rest: a quarter of the error of one long sum
+    static constexpr int kPerWord = 1, kWordBytes = 4;
+    static constexpr bool kScaled = false;
+    static void weights(const char* w, Vec* out) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) out[v] = in_register(load(w + v * kLanes * 4));
+    }
     static Vec multiply_add(Vec sum, Vec w, Vec x) { return sum + w * x; }
     static void put(float* y, Vec v, int columns) {
         if (columns == kLanes) store(y, v);
@@ -40,8 +50,9 @@ struct Singles {  // a word is a float
 
 struct Pairs {  // a word is two bfloat16
     using Element = BFloat16;
-    static constexpr int kPerWord = 2;
-    static constexpr int64_t kTerms = INT64_MAX;  // one sum: its error is far below the operands'
+    static constexpr int kPerWord = 2, kWordBytes = 4;
+    static constexpr bool kScaled = false;
+    static void weights(const char* w, Vec* out) { Singles::weights(w, out); }
 #if defined(__AVX512BF16__)
     static Vec multiply_add(Vec sum, Vec w, Vec x) {
         return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
@@ -60,6 +71,32 @@ struct Pairs {  // a word is two bfloat16
         float row[kLanes];
         store(row, v);
         narrow(row, y, columns);
+    }
+#endif
+};
+
+// The bfloat16 of -8 … 7, twice, so that an index needs no mask.
+alignas(64) constexpr uint16_t kInt4[32] = {
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+
+struct Nibbles : Pairs {  // a word is two int4, made bfloat16
+    static constexpr int kWordBytes = 1;
+    static constexpr bool kScaled = true;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    static void weights(const char* w, Vec* out) {
+        const __m512i table = _mm512_load_si512(kInt4), bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)w));
+        out[0] = in_register((Vec)_mm512_permutexvar_epi16(bytes, table));
+        out[1] = in_register((Vec)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
+    }
+#else
+    static void weights(const char* w, Vec* out) {
+        uint16_t wide[2][kPanel];
+        for (int j = 0; j < kPanel; ++j) {
+            wide[0][j] = kInt4[(uint8_t)w[j] & 15];
+            wide[1][j] = kInt4[(uint8_t)w[j] >> 4];
+        }
+        std::memcpy(out, wide, sizeof(wide));
     }
 #endif
 };
@@ -83,16 +120,16 @@ void block(const Linear& c, int64_t m, int64_t panel, const char* ahead) {
     alignas(64) float start[kPanel] = {}, total[R][kPanel];
     if (c.bias) widen((const Element*)c.bias + first_column, start, columns);
     Vec sum[R][kVecs];
-    for (int64_t begin = 0; begin < c.words; begin += Words::kTerms) {
-        const int64_t end = c.words - begin > Words::kTerms ? begin + Words::kTerms : c.words;
+    const bool parts = Words::kScaled || c.terms < c.words;
+    for (int64_t begin = 0, group = 0; begin < c.words; begin += c.terms, ++group) {
+        const int64_t end = c.words - begin > c.terms ? begin + c.terms : c.words;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < kVecs; ++v) sum[r][v] = begin == 0 ? load(start + v * kLanes) : Vec{};
+            for (int v = 0; v < kVecs; ++v) sum[r][v] = begin == 0 && !Words::kScaled ? load(start + v * kLanes) : Vec{};
         const auto add = [&](int64_t i, auto word_at) __attribute__((always_inline)) {
             Vec weight[kVecs];
-#pragma GCC unroll 8
-            for (int v = 0; v < kVecs; ++v) weight[v] = in_register(load(w + (i * kPanel + v * kLanes) * 4));
+            Words::weights(w + i * kPanel * Words::kWordBytes, weight);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const Vec word = word_at(x + r * c.x_stride + 4 * i);
@@ -103,19 +140,29 @@ void block(const Linear& c, int64_t m, int64_t panel, const char* ahead) {
         const int64_t last = end < whole ? end : whole;
         if (ahead)
             for (int64_t i = begin; i < last; ++i) {
-                __builtin_prefetch(ahead + 64 * i, 0, 2);
+                __builtin_prefetch(ahead + 16 * Words::kWordBytes * i, 0, 2);
                 add(i, splat_word<4>);
             }
         else
             for (int64_t i = begin; i < last; ++i) add(i, splat_word<4>);
         if (last < end) add(last, splat_word<2>);
-        if (end == c.words) break;
+        if (!Words::kScaled && end == c.words) break;
+        const int64_t at_group = (panel * c.groups + group) * kPanel;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < kVecs; ++v) {
                 float* at = total[r] + v * kLanes;
-                store(at, begin == 0 ? sum[r][v] : load(at) + sum[r][v]);
+                if constexpr (Words::kScaled) {
+                    Vec scaled = load(begin == 0 ? start + v * kLanes : at) + sum[r][v] * load(c.scale + at_group + v * kLanes);
+                    if (c.offset) {
+                        const float x_sum = c.x_sums[(m + r) * c.groups + group];
+                        scaled += load(c.offset + at_group + v * kLanes) * splat(x_sum);
+                    }
+                    store(at, scaled);
+                } else {
+                    store(at, begin == 0 ? sum[r][v] : load(at) + sum[r][v]);
+                }
             }
     }
 #pragma GCC unroll 8
@@ -123,7 +170,7 @@ void block(const Linear& c, int64_t m, int64_t panel, const char* ahead) {
         Element* y = (Element*)(c.y + (m + r) * c.y_stride) + first_column;
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
-            if (Words::kTerms < c.words) sum[r][v] += load(total[r] + v * kLanes);
+            if (parts) sum[r][v] = (Words::kScaled ? Vec{} : sum[r][v]) + load(total[r] + v * kLanes);
             if (const int left = columns - v * kLanes; left > 0)
                 Words::put(y + v * kLanes, sum[r][v], left < kLanes ? left : kLanes);
         }
@@ -143,7 +190,7 @@ void sweep(const Linear& c, int64_t m0, int64_t m1, int64_t panel, bool more) {
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = m0 + rows * b / blocks, last = m0 + rows * (b + 1) / blocks;
         const bool fetch = more && blocks > 1 && b < 2;
-        const char* ahead = fetch ? c.panel(panel + 1) + b * c.words * 2 * kPanel : nullptr;
+        const char* ahead = fetch ? c.panel(panel + 1) + b * c.panel_bytes / 2 : nullptr;
         block_of<Words, kBlockRows>(int(last - first), c, first, panel, ahead);
     }
 }
@@ -151,7 +198,7 @@ void sweep(const Linear& c, int64_t m0, int64_t m1, int64_t panel, bool more) {
 template <class Words>
 int64_t run(const Linear& c, int64_t num_threads) {
     const int64_t panels = (c.N + kPanel - 1) / kPanel, blocks = (c.M + kBlockRows - 1) / kBlockRows;
-    if (panels * c.words * 4 * kPanel * blocks < kSerialBytes) num_threads = 1;
+    if (panels * c.panel_bytes * blocks < kSerialBytes) num_threads = 1;
     // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
     // Where there are fewer panels than threads, rows are shared out too.
     const int64_t shares = panels < num_threads ? panels : num_threads;
@@ -199,6 +246,28 @@ extern "C" int64_t seamwise_linear(int64_t dtype, const char* x, const char* pac
                                    int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t y_stride,
                                    int64_t num_threads) {
     const int64_t words = dtype == 0 ? K : (K + 1) / 2;
-    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride};
+    const int64_t terms = dtype == 0 ? 64 : INT64_MAX;  // bfloat16: one sum, its error is far below the operands'
+    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, words * 4 * kPanel, terms};
     return dtype == 0 ? run<Singles>(c, num_threads) : run<Pairs>(c, num_threads);
+}
+
+// y = x wᵀ + bias for bfloat16 x and w = int4 · scale + offset, groups of `group` inputs sharing both. x_sums (M, groups)
+// is scratch, used where offset is not null.
+extern "C" int64_t seamwise_linear_int4(const char* x, const char* packed, const float* scale, const float* offset,
+                                        float* x_sums, const void* bias, char* y, int64_t M, int64_t N, int64_t K,
+                                        int64_t group, int64_t x_stride, int64_t y_stride, int64_t num_threads) {
+    const int64_t words = (K + 1) / 2, groups = (K + group - 1) / group;
+    if (offset)
+        for (int64_t i = 0; i < M * groups; ++i) {
+            float sum = 0;
+            const int64_t first = i % groups * group, last = first + group < K ? first + group : K;
+            for (int64_t k = first; k < last; ++k) {
+                float value;
+                widen((const BFloat16*)(x + i / groups * x_stride) + k, &value, 1);
+                sum += value;
+            }
+            x_sums[i] = sum;
+        }
+    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, words * kPanel, group / 2, scale, offset, x_sums, groups};
+    return run<Nibbles>(c, num_threads);
 }

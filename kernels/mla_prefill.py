@@ -121,7 +121,7 @@ def builds(dtype: str) -> Iterator[Build]:
     yield Build(mla_kernel, constants, {**TYPES, "out_ptr": "*fp32"})
 
 
-def absorbs(q_nope_THN: Tensor, q_rope_THR: Tensor, kv_b_HXC: Tensor, requests: int) -> bool:
+def absorbs(q_nope_THN: Tensor, q_rope_THR: Tensor, kv_b_HXC: Tensor, requests: float) -> bool:
     """Return whether the absorbed form takes fewer flops a key, for queries spread evenly over the requests."""
     _, expanded, latent = kv_b_HXC.shape
     absorbed_columns, expanded_columns = 2 * latent + q_rope_THR.shape[2], expanded + q_rope_THR.shape[2]
@@ -145,7 +145,9 @@ def mla_prefill_absorbed(
     seq_lens_R: Tensor, query_starts_S: Tensor, scale: float, cache_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch = (block_table_RB, seq_lens_R, query_starts_S, scale)
-    if not absorbs(q_nope_THN, q_rope_THR, kv_b_HXC, seq_lens_R.shape[0]):
+    # To absorb and project a query costs what expanding a key does: known keys count by what they are more.
+    more = 1 - q_nope_THN.shape[0] / max(int(seq_lens_R.sum()), 1)
+    if not absorbs(q_nope_THN, q_rope_THR, kv_b_HXC, seq_lens_R.shape[0] * more):
         return mla_prefill.meaning(q_nope_THN, q_rope_THR, cache, kv_b_HXC, *batch, cache_scale)
     q_THE = absorb(q_nope_THN, q_rope_THR, kv_b_HXC)
     return project(mla_decode(q_THE, cache, *batch, kv_b_HXC.shape[2], cache_scale), kv_b_HXC, q_nope_THN.shape[2])

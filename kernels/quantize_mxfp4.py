@@ -49,6 +49,7 @@ def cost(x_TD: Tensor) -> Cost:
     shapes={"gpt-oss-120b prefill": {"T": 4096, "D": 2880}, "deepseek-v3 prefill": {"T": 4096, "D": 7168}},
     sizes={"T": (0, 6), "D": [32, 160, 1056]},
     rows=(0,),
+    fp4=(0,),
 )
 def make(T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
@@ -70,11 +71,8 @@ def _nearest(x):
 
 
 @triton.jit
-def _quantize_mxfp4_kernel(x_ptr, out_ptr, scale_ptr, x_stride, D, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK
-    column = start + tl.arange(0, BLOCK)  # [BLOCK]
-    wide = tl.load(x_ptr + row * x_stride + column, mask=column < D, other=0.0).to(tl.float32)
+def store_mxfp4(wide, out_ptr, scale_ptr, D, BLOCK: tl.constexpr):
+    """Quantize a part of a row, float32 [BLOCK]; write D columns of it at out_ptr and their scales at scale_ptr."""
     even, odd = tl.split(tl.reshape(wide, [BLOCK // 32, 16, 2]))  # [BLOCK / 32, 16]
     even_bits, odd_bits = even.to(tl.int32, bitcast=True), odd.to(tl.int32, bitcast=True)
     # As integers, infinities and NaN are the largest magnitudes.
@@ -84,11 +82,21 @@ def _quantize_mxfp4_kernel(x_ptr, out_ptr, scale_ptr, x_stride, D, BLOCK: tl.con
     inverse = ((256 - finite) << 23).to(tl.float32, bitcast=True)[:, None]
     packed = _code(even, even_bits, inverse) | _code(odd, odd_bits, inverse) << 4
     packed = tl.where(field[:, None] == 255, 0, packed)
-    block = start // 32 + tl.arange(0, BLOCK // 32)
+    block = tl.arange(0, BLOCK // 32)
     at = block[:, None] * 16 + tl.arange(0, 16)[None, :]
     scale = tl.where(field == 255, 255, tl.maximum(field - 2, 0))
-    tl.store(out_ptr + row * (D // 2) + at, packed.to(tl.uint8), mask=at < D // 2)
-    tl.store(scale_ptr + row * (D // 32) + block, scale.to(tl.uint8), mask=block < D // 32)
+    tl.store(out_ptr + at, packed.to(tl.uint8), mask=at < D // 2)
+    tl.store(scale_ptr + block, scale.to(tl.uint8), mask=block < D // 32)
+
+
+@triton.jit
+def _quantize_mxfp4_kernel(x_ptr, out_ptr, scale_ptr, x_stride, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    column = start + tl.arange(0, BLOCK)  # [BLOCK]
+    wide = tl.load(x_ptr + row * x_stride + column, mask=column < D, other=0.0).to(tl.float32)
+    out_at, scale_at = out_ptr + row * (D // 2) + start // 2, scale_ptr + row * (D // 32) + start // 32
+    store_mxfp4(wide, out_at, scale_at, D - start, BLOCK)
 
 
 def config(D: int) -> dict[str, int]:

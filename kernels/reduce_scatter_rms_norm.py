@@ -18,7 +18,7 @@ from .rms_norm import rms_norm
 def _empty(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
-    share_SD = x_TD.new_empty((x_TD.shape[0] // group_size(group_name), *x_TD.shape[1:]))
+    share_SD = x_TD.new_empty((-(-x_TD.shape[0] // group_size(group_name)), *x_TD.shape[1:]))
     return x_TD.new_empty(x_TD.shape) if gather else torch.empty_like(share_SD), share_SD
 
 
@@ -26,14 +26,18 @@ def _empty(
 def reduce_scatter_rms_norm(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return (rms_norm(s), s), s being this rank's S = T / ranks rows of the ranks' sum of x, + residual where given.
+    """Return (rms_norm(s), s), s being this rank's S = ⌈T / ranks⌉ rows of the ranks' sum of x, + residual where given.
 
     Results are (S, D) in x's dtype; with `gather` the normed rows are those of all ranks, (T, D). The sum and s are
-    rounded to x's dtype. Moves at least T·D elements between ranks, and as many to gather. Raises ValueError where the
-    rows do not divide among the ranks.
+    rounded to x's dtype; where T does not divide, the last rows are padding. Moves at least T·D elements between ranks,
+    and as many to gather.
     """
     normed_SD, total_SD = normed_sum(reduce_scatter_rows(x_TD, group_name), residual_SD, weight_D, eps)
-    return all_gather_rows(normed_SD, group_name) if gather else normed_SD, total_SD
+    return _gathered(normed_SD, x_TD, group_name) if gather else normed_SD, total_SD
+
+
+def _gathered(normed_SD: Tensor, x_TD: Tensor, group_name: str) -> Tensor:
+    return all_gather_rows(normed_SD, group_name)[: x_TD.shape[0]]
 
 
 @reduce_scatter_rms_norm.costs
@@ -79,7 +83,7 @@ def reduce_scatter_rms_norm_triton(
     with published(x_TD, group_name) as peers_R:
         first_row = group_rank(group_name) * rows
         normed_SD, total_SD = sum_norm(peers_R, x_TD, residual_SD, weight_D, eps, first_row, rows)
-    return all_gather_rows(normed_SD, group_name) if gather else normed_SD, total_SD
+    return _gathered(normed_SD, x_TD, group_name) if gather else normed_SD, total_SD
 
 
 @reduce_scatter_rms_norm.provider("collective")
@@ -91,4 +95,4 @@ def reduce_scatter_rms_norm_collective(
         normed_SD, total_SD = add_rms_norm(sum_SD, residual_SD, weight_D, eps)
     else:
         normed_SD, total_SD = rms_norm(sum_SD, weight_D, eps), sum_SD
-    return all_gather_rows(normed_SD, group_name) if gather else normed_SD, total_SD
+    return _gathered(normed_SD, x_TD, group_name) if gather else normed_SD, total_SD

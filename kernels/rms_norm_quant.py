@@ -24,6 +24,7 @@ from .quantize import (
     store_quantized,
 )
 from .rms_norm import inverse_rms, refuses_norm, rms_norm, weighted
+from .tape import call
 
 
 @contract()
@@ -113,5 +114,5 @@ def rms_norm_quant_triton(
 def rms_norm_quant_composed(
     x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two ops by their own kernels."""
-    return quantize(rms_norm(x_TD, weight_D, eps), dtype, group, scale)
+    """The norm by its own kernel, then quantize's meaning, which has none here."""
+    return call(quantize.meaning, rms_norm.direct(x_TD, weight_D, eps), dtype, group, scale)

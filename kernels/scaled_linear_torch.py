@@ -1,6 +1,7 @@
 """The provider of scaled_linear that torch brings: cuBLASLt or CUTLASS on GPUs, oneDNN on CPUs.
 
-float8 goes to torch._scaled_mm, int8 to torch._int_mm with the scales after it. What is refused is what torch refuses
+float8 goes to torch._scaled_mm on GPUs and to a float32 product on CPUs, int8 to torch._int_mm, with the scales after
+it: on CPUs torch._scaled_mm takes 1.5 times as long. What is refused is what torch refuses
 (aten/src/ATen/native/cuda/ScaledBlas.cpp and Blas.cpp, the same in torch 2.11 to 2.13) and what cuBLASLt asks of block
 scales: https://docs.nvidia.com/cuda/cublas/#element-1d-and-128x128-2d-block-scaling-for-fp8-data-types.
 Its rows are not batch invariant in bits for float8: the library chooses its tiles by T.
@@ -55,8 +56,9 @@ def scaled_linear_torch(
     T, N = x_TK.shape[0], w_NK.shape[0]
     if not T:
         return torch.empty(0, N, dtype=dtype, device=x_TK.device)
-    if x_TK.dtype == torch.int8:
-        out_TN = torch._int_mm(x_TK, w_NK.T).float().mul_(x_scale_TG).mul_(w_scale.T)
+    if x_TK.dtype == torch.int8 or not x_TK.is_cuda:
+        product_TN = torch._int_mm(x_TK, w_NK.T).float() if x_TK.dtype == torch.int8 else x_TK.float() @ w_NK.float().T
+        out_TN = product_TN.mul_(x_scale_TG).mul_(w_scale.T)
         return (out_TN if bias_N is None else out_TN.add_(bias_N)).to(dtype)
     if scales_blocks(w_scale, N, w_NK.shape[1]):
         x_scale = x_scale_TG.T.contiguous().T  # cuBLASLt reads a group's scales of all rows side by side

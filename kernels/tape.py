@@ -3,7 +3,8 @@
 While a tape records, every C++ kernel that runs through `launch` is also written down, with its pointers, and
 `empty` takes memory from the tape's own pool. The pool hands a block out again once no tensor refers to it, and keeps
 it after recording, so a replay writes the same addresses in the same order. What runs outside `launch` is not on the
-tape; the recorder in compile/ refuses it.
+tape; the recorder in compile/ puts it there. A tape of a whole step holds its seams' kernels too; any other stops at a
+seam, calls it, and goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import cpp, versions
 
@@ -74,6 +76,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
+        self._addresses: set[int] = set()
 
     @property
     def num_bytes(self) -> int:
@@ -82,11 +85,36 @@ class Pool:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return uninitialized memory of the smallest block that is free and fits, or of a new one."""
         size = max(64, math.prod(shape) * dtype.itemsize)
-        fitting = [b for b in self._blocks if size <= b.numel() <= 2 * size and versions.storage_users(b) == 1]
-        block = min(fitting, key=Tensor.numel) if fitting else torch.empty(-(-size // 64) * 64, dtype=torch.uint8)
-        if not fitting:
-            self._blocks.append(block)
-        return block[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        with _disable_current_modes():
+            fitting = [b for b in self._blocks if size <= b.numel() <= 2 * size and versions.storage_users(b) == 1]
+            block = min(fitting, key=Tensor.numel) if fitting else torch.empty(-(-size // 64) * 64, dtype=torch.uint8)
+            if not fitting:
+                self._blocks.append(block)
+                self._addresses.add(block.data_ptr())
+            return block[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def place(self, given: Tensor) -> Tensor:
+        """Return a copy in this memory, with the same strides."""
+        if not given.numel():
+            return given
+        extent = 1 + sum((n - 1) * step for n, step in zip(given.shape, given.stride(), strict=True))
+        return self.empty((extent,), given.dtype).as_strided(given.shape, given.stride()).copy_(given)
+
+    def borrow(self, given: Tensor) -> Tensor:
+        """Return a tensor that does not count as a user of its memory, if it is this one: it may be given out again."""
+        if not given.numel():  # of no elements, but it may be a view of some
+            return torch.empty_like(given)
+        storage = given.untyped_storage()
+        if storage.data_ptr() not in self._addresses:
+            return given
+        memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+        memory.pool = self  # type: ignore[attr-defined]  # keeps it
+        base = torch.frombuffer(memory, dtype=torch.uint8)[: storage.nbytes() // given.itemsize * given.itemsize]
+        return base.view(given.dtype).as_strided(given.shape, given.stride(), given.storage_offset())
+
+    def live(self) -> set[int]:
+        """Return the addresses of the blocks that tensors refer to."""
+        return {b.data_ptr() for b in self._blocks if versions.storage_users(b) > 1}
 
     def poison(self) -> None:
         """Fill all memory with the bits of NaN, so that reading what a replay did not write shows."""
@@ -94,22 +122,45 @@ class Pool:
             block.fill_(0xFF)
 
 
+class StandIn(Tensor):
+    """Stands, while a tape records, for an argument that varies in size: only seams may read it, at each replay."""
+
+    position: int
+
+    @staticmethod
+    def __new__(cls, given: Tensor, position: int) -> StandIn:
+        self = Tensor._make_wrapper_subclass(
+            cls, given.shape, dtype=given.dtype, device=given.device, dispatch_sizes_strides_policy="sizes"
+        )
+        self.position = position
+        return self
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        at = next(a.position for a in tree_leaves((args, kwargs)) if isinstance(a, StandIn))
+        raise RuntimeError(f"{func} reads argument {at}, which varies from replay to replay: only seams may read it")
+
+
 class Tape:
     """A recorded sequence of calls. `replay` runs it; addresses are those of the recording.
 
     pool   where the recorded calls' results live
-    full   whether seams may be recorded: then one tape is a whole step
+    full   whether the seams' kernels are recorded: then one tape is a whole step; else seams are called
+    arguments  the call's own, where its stand-ins find what they stand for
     """
 
-    def __init__(self, pool: Pool, *, full: bool) -> None:
-        self.pool, self.full = pool, full
+    def __init__(self, pool: Pool, *, full: bool, arguments: Sequence[Any] = ()) -> None:
+        self.pool, self.full, self.arguments = pool, full, arguments
         self.num_kernels = 0
+        self.in_piece = False
         self._runs: list[list[tuple[Kernel, tuple[int | float, ...]]] | Callable[[], None]] = []
         self._replays: list[Callable[[], None]] | None = None
 
     def append(self, kernel: Kernel, args: tuple[int | float, ...]) -> None:
         if kernel.seam and not self.full:
-            raise RuntimeError(f"{kernel.symbol}: a seam was recorded inside a piece; seams run eagerly between pieces")
+            raise RuntimeError(_inside(kernel.symbol))
         if not self._runs or callable(self._runs[-1]):
             self._runs.append([])
         self._runs[-1].append((kernel, args))  # type: ignore[union-attr]
@@ -118,6 +169,42 @@ class Tape:
     def append_call(self, call: Callable[[], None]) -> None:
         """Record a call of Python, for an op that no C++ kernel serves."""
         self._runs.append(call)
+
+    def piece(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call what must be recorded without a seam in it."""
+        self.in_piece = True
+        try:
+            return function(*args)
+        finally:
+            self.in_piece = False
+
+    def call(self, function: Callable[..., Any], args: Sequence[Any], *, seam: bool) -> Any:
+        """Call a function and record the call as a whole; its results are the tape's own, written at each replay."""
+        given = [tree_map_only(Tensor, lambda a: a if isinstance(a, StandIn) else self.borrow(a), a) for a in args]
+        standing = [(i, a.position) for i, a in enumerate(given) if isinstance(a, StandIn)]
+
+        def now() -> Any:
+            for i, position in standing:
+                given[i] = self.arguments[position]
+            return function(*given)
+
+        placed = tree_map_only(Tensor, self.place, now())
+        kept = [self.borrow(p) for p in _tensors(placed)]
+
+        def again() -> None:
+            for old, new in zip(kept, _tensors(now()), strict=True):
+                old.copy_(new)
+
+        self.append_call(again)
+        return placed
+
+    def place(self, given: Tensor) -> Tensor:
+        """Return a copy of a result where the next call of the tape finds it at every replay."""
+        return self.pool.place(given)
+
+    def borrow(self, given: Tensor) -> Tensor:
+        """Return a tensor over the same memory that does not keep it, where it is the pool's."""
+        return self.pool.borrow(given)
 
     def replay(self) -> None:
         """Run every call. Raises RuntimeError naming the kernel that reports bad input."""
@@ -173,29 +260,39 @@ def launch(kernel: Kernel, *args: int | float) -> int:
     return status
 
 
-def call(function: Callable[..., Any], *args: Any, seam: str = "") -> Any:
+def current() -> Tape | None:
+    """Return the tape that records in this thread, or None."""
+    return _recording.tape
+
+
+def call(function: Callable[..., Any], *args: Any, seam: str = "", launches: bool = False) -> Any:
     """Call what is recorded as a whole when a tape records: code that neither `launch` nor torch's dispatcher sees, or
-    whose calls depend on values. Returns what it returns: a tensor, a tuple of them, or None. `seam` names a seam."""
+    whose calls depend on values. Returns what it returns: a tensor, a tuple of them, or None.
+
+    seam      the name of a seam, which a tape that is not full calls between what it records
+    launches  whether all that the function computes goes through `launch`, so that a full tape need not call it
+    """
     tape = _recording.tape
     if tape is None:
         return function(*args)
-    if seam and not tape.full:
-        raise RuntimeError(f"{seam}: a seam was recorded inside a piece; seams run eagerly between pieces")
+    if seam and tape.in_piece and not tape.full:
+        raise RuntimeError(_inside(seam))
+    if launches and (tape.full or not seam):
+        return function(*args)
     _recording.tape = None
     try:
         with _disable_current_modes():
-            results = function(*args)
+            return tape.call(function, args, seam=bool(seam))
     finally:
         _recording.tape = tape
-    kept = (results,) if isinstance(results, Tensor) else results or ()
 
-    def again() -> None:
-        new = function(*args)
-        for old, now in zip(kept, (new,) if isinstance(new, Tensor) else new or (), strict=True):
-            old.copy_(now)
 
-    tape.append_call(again)
-    return results
+def _inside(seam: str) -> str:
+    return f"{seam}: a seam was recorded inside a piece; seams run eagerly between pieces"
+
+
+def _tensors(results: Any) -> Sequence[Tensor]:
+    return (results,) if isinstance(results, Tensor) else results or ()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -80,14 +80,14 @@ def cost(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Ten
 
 @truncate_logits.inputs(
     examples=(
-        {"R": 1, "V": 8}, {"R": 3, "V": 33, "top_k": 5}, {"R": 0, "V": 16}, {"R": 2, "V": 5000, "top_p": 0.9},
-        {"R": 4, "V": 300, "top_k": 40, "top_p": 0.7, "min_p": 0.01},
+        {"R": 1, "V": 8}, {"R": 2, "V": 33, "top_k": 5}, {"R": 0, "V": 16}, {"R": 1, "V": 9000, "top_p": 0.9},
+        {"R": 3, "V": 300, "top_k": 40, "top_p": 0.7, "min_p": 0.01},
     ),
     shapes={
         "llama-3-8b decode": {"R": 64, "V": 128256, "top_p": 0.95},
         "qwen3-30b-a3b decode": {"R": 256, "V": 151936, "top_k": 20, "top_p": 0.8},
     },
-    sizes={"R": (0, 5), "V": (1, 400), "top_k": [-1, 0, 1, 7, 1000], "top_p": [1.0, 0.31, 0.9], "min_p": [0.0, 0.043]},
+    sizes={"R": (0, 3), "V": (1, 400), "top_k": [-1, 0, 1, 7, 1000], "top_p": [1.0, 0.31, 0.9], "min_p": [0.0, 0.043]},
     rows=(0, 1, 2, 3, 4),
 )  # fmt: skip
 def make(

@@ -3,6 +3,7 @@
 Each pass's file starts with the graph before and after it. The order they run in is compile/pipeline.py.
 """
 
+from .async_tp import ASYNC_TP
 from .cancel_views import CANCEL_VIEWS
 from .canonicalize import canonicalize
 from .cse import CSE
@@ -12,6 +13,8 @@ from .fuse_allreduce_rms_norm import FUSE_ALLREDUCE_RMS_NORM
 from .fuse_allreduce_rms_norm_quant import FUSE_ALLREDUCE_RMS_NORM_QUANT
 from .fuse_attention_quant import FUSE_ATTENTION_QUANT
 from .fuse_gate_up import FUSE_GATE_UP
+from .fuse_moe_route_quant import FUSE_MOE_ROUTE_QUANT
+from .fuse_moe_silu_mul_quant import FUSE_MOE_SILU_MUL_QUANT
 from .fuse_qk_norm_rope import FUSE_QK_NORM_ROPE
 from .fuse_qkv import FUSE_QKV
 from .fuse_rms_norm_quant import FUSE_RMS_NORM_QUANT
@@ -20,6 +23,7 @@ from .fuse_silu_mul_quant import FUSE_SILU_MUL_QUANT
 from .matcher import Match, Miss, Pattern
 from .pack_linear import PACK_LINEAR
 from .quantize_experts import QUANTIZE_EXPERTS
+from .quantize_kv import quantize_kv
 from .quantize_linear import QUANTIZE_LINEAR, promised
 from .quantize_weights import KEPT, SCHEMES, Scheme, quantize_weights
 from .raise_gather import RAISE_GATHER
@@ -29,11 +33,13 @@ from .raise_rms_norm import RAISE_RMS_NORM
 from .raise_rope import RAISE_ROPE
 from .raise_swiglu import RAISE_SWIGLU
 from .rewrite import Pass, Report, Structure, pattern_pass
+from .sequence_parallel import SEQUENCE_PARALLEL
 from .shard import shard
 from .sharder import Parallel
 from .stored_weights import Held, StoredWeight, stored_weights
 
 __all__ = [
+    "ASYNC_TP",
     "CANCEL_VIEWS",
     "CSE",
     "FUSE_ADD_RMS_NORM",
@@ -42,6 +48,8 @@ __all__ = [
     "FUSE_ALLREDUCE_RMS_NORM_QUANT",
     "FUSE_ATTENTION_QUANT",
     "FUSE_GATE_UP",
+    "FUSE_MOE_ROUTE_QUANT",
+    "FUSE_MOE_SILU_MUL_QUANT",
     "FUSE_QKV",
     "FUSE_QK_NORM_ROPE",
     "FUSE_RMS_NORM_QUANT",
@@ -58,6 +66,7 @@ __all__ = [
     "RAISE_ROPE",
     "RAISE_SWIGLU",
     "SCHEMES",
+    "SEQUENCE_PARALLEL",
     "Held",
     "Match",
     "Miss",
@@ -71,6 +80,7 @@ __all__ = [
     "canonicalize",
     "pattern_pass",
     "promised",
+    "quantize_kv",
     "quantize_weights",
     "shard",
     "stored_weights",

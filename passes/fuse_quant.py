@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, Proxy
 
 from seamwise.kernels import attention, quantize
 from seamwise.kernels.contract import Contract, contract_of
@@ -31,23 +31,27 @@ def quant_pass(
     *,
     result: int | None = None,
     others: tuple[tuple[int, int], ...] = (),
+    wanted: Callable[[Node], bool] = lambda source: True,
+    more: Callable[[Node, Callable[[Node], Proxy]], list[Any]] = lambda source, proxy: [],
     expect: Callable[[Structure], int] | None = None,
 ) -> Pass:
     """Return the pass that joins `quantize` to `producer` as `fused`, which takes both ops' arguments in order.
 
     result  which of the producer's results is quantized; None where it has one
     others  (producer's result, fused op's result) of those that stay
+    wanted  which of the producer's nodes
+    more    makes what else the fused op takes, before the producer's node
     """
 
     def rewrite(module: GraphModule, report: Report) -> None:
         for node in list(module.graph.find_nodes(op="call_function", target=quantize.op)):
             source = _producer(node.args[0], producer, result)
-            if source is None:
+            if source is None or not wanted(source):
                 continue
             if (reason := _why_not(node, source)) is not None:
                 report.misses.append(Miss(place(node), node.name, reason))
                 continue
-            _replace(module, node, source, fused, others)
+            _replace(module, node, source, fused, others, more)
             report.matched += 1
 
     return Pass(name=name, rewrite=rewrite, expect=expect)
@@ -81,11 +85,12 @@ def _extra(node: Node, reader: Node) -> str:
 
 
 def _replace(
-    module: GraphModule, node: Node, source: Node, fused: Contract, others: tuple[tuple[int, int], ...]
-) -> None:
+    module: GraphModule, node: Node, source: Node, fused: Contract, others: tuple[tuple[int, int], ...],
+    more: Callable[[Node, Callable[[Node], Proxy]], list[Any]],
+) -> None:  # fmt: skip
     with inserting(module.graph, source, like=source) as proxy:
-        given = [proxy(a) if isinstance(a, Node) else a for a in (*_arguments(source), *_arguments(node)[1:])]
-        both = fused(*given)
+        given = [proxy(a) if isinstance(a, Node) else a for a in (*arguments(source), *arguments(node)[1:])]
+        both = fused(*given, *more(source, proxy))
         results = [operator.getitem(both, i) for i in range(2)]
         if _dim(node) > _rows_dim(source):  # a batch of one was added on the way
             results = [aten.unsqueeze.default(r, 0) for r in results]
@@ -109,7 +114,7 @@ def _rows_dim(source: Node) -> int:
     return len(shape) - (contract_of(source.target) is attention)
 
 
-def _arguments(node: Node) -> list[Any]:
+def arguments(node: Node) -> list[Any]:
     """Return a call's positional arguments, with the defaults of those that are left out."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     return [*node.args, *(a.default_value for a in schema[len(node.args) :])]

@@ -38,5 +38,7 @@ def fuse(module: GraphModule, report: Report) -> None:
 
 
 FUSE_ROPE_KV_WRITE = Pass(
-    name="fuse_rope_kv_write", rewrite=fuse, expect=lambda s: max(s.rotations // 2 - s.qk_norms, 0)
+    name="fuse_rope_kv_write",
+    rewrite=fuse,
+    expect=lambda s: 0 if s.quantized_caches else max(s.rotations // 2 - s.qk_norms, 0),
 )

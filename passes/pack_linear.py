@@ -2,14 +2,26 @@
 
 before: y = linear(x, w, bias)
 after:  y = linear_packed(x, pack_linear(w), N, bias)      pack_linear(w) is a derived tensor: computed at load
-Fires where `linear_packed` has a kernel for the layer's device and dtype; elsewhere torch's GEMM reads w as it is.
+before: y = w4a16_linear(x, q, scale, zero, group, bias)
+after:  y = linear_int4(x, pack_int4_panels(q), scale', -zero · scale', group, N, bias)
+Fires where the packed op has a kernel for the layer's device and dtype; elsewhere the weight is read as it is.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
-from seamwise.kernels import linear_packed, pack_linear
+from seamwise.kernels import (
+    linear_int4,
+    linear_packed,
+    pack_group_values,
+    pack_int4_panels,
+    pack_linear,
+    w4a16_linear,
+)
+from seamwise.kernels.contract import Contract
 
 from .graph import aten, inserting, is_op, is_weight, place, replace, value
 from .matcher import Miss
@@ -19,6 +31,8 @@ from .rewrite import Pass, Report
 def pack(module: GraphModule, report: Report) -> None:
     """Rewrite every linear layer over a weight for which a packed kernel exists; the others are misses."""
     for node in list(module.graph.nodes):
+        if is_op(node, w4a16_linear.op):
+            _pack_int4(module, node, report)
         if not is_op(node, aten.linear.default):
             continue
         if (reason := _why_not(node)) is not None:
@@ -38,16 +52,39 @@ def _why_not(node: Node) -> str | None:
     if not is_weight(weight):
         return "its weight is computed in the step"
     w = value(weight)  # type: ignore[arg-type]
-    packing = pack_linear.choose([w])
-    if packing.name == "torch":
-        return f"no kernel packs {w.dtype} on {w.device.type}: " + str(
-            next((r for p in pack_linear.providers if (r := p.why_not(w.device.type, [w]))), "none is registered")
-        )
+    if reason := _unserved(pack_linear, [w]):
+        return f"no kernel packs {w.dtype} on {w.device.type}: {reason}"
     arguments = [value(x), pack_linear.meaning(w), w.shape[0], *[value(b) for b in bias if b is not None]]  # type: ignore[arg-type]
-    for provider in linear_packed.providers[:-1]:
-        if (reason := provider.why_not(w.device.type, arguments)) is None:
-            return None
-    return f"no kernel takes its input: {reason}"
+    reason = _unserved(linear_packed, arguments)
+    return reason and f"no kernel takes its input: {reason}"
+
+
+def _int4_arguments(shape: tuple[int, int], x: Any, packed: Any, scale: Any, zero: Any, group: int, bias: Any) -> Any:
+    offset = None if zero is None else pack_group_values(aten.neg.default(aten.mul.Tensor(zero, scale)))
+    return x, pack_int4_panels(packed, shape[1]), pack_group_values(scale), offset, group, shape[0], bias
+
+
+def _pack_int4(module: GraphModule, node: Node, report: Report) -> None:
+    given: Any = (*node.args, None)[:6]
+    known: Any = [value(a) if isinstance(a, Node) else a for a in given]
+    shape = (known[1].shape[0], known[0].shape[-1])
+    if reason := _unserved(linear_int4, _int4_arguments(shape, *known)):
+        report.misses.append(Miss(place(node), node.name, reason))
+        return
+    with inserting(module.graph, node, like=node) as proxy:
+        proxied: Any = [proxy(a) if isinstance(a, Node) else a for a in given]
+        y = linear_int4(*_int4_arguments(shape, *proxied))
+    replace(node, y.node)
+    module.graph.erase_node(node)
+    report.matched += 1
+
+
+def _unserved(record: Contract, arguments: Any) -> str | None:
+    """Return why no kernel of an op takes these arguments, or None."""
+    if record.choose(arguments).name != "torch":
+        return None
+    reasons = (p.why_not(arguments[0].device.type, arguments) for p in record.providers[:-1])
+    return next((r for r in reasons if r), "no kernel is registered")
 
 
 PACK_LINEAR = Pass(name="pack_linear", rewrite=pack)

@@ -34,6 +34,9 @@ class Structure:
     linears         linear layers but the head and routers
     quantized_linears      those that read quantized weights, joined ones counted once, and whether all inputs are
                            quantized too
+    routes          routings to experts that are named
+    quantized_experts  sparse MLPs whose experts read quantized rows and weights
+    quantized_caches       whether keys and values are cached in float8
     all_reduces     sums over the ranks that share the model, which attention and MLPs end in
     """
 
@@ -50,6 +53,9 @@ class Structure:
     linears: int = 0
     quantized_linears: int = 0
     quantized_activations: bool = False
+    quantized_caches: bool = False
+    routes: int = 0
+    quantized_experts: int = 0
     all_reduces: int = 0
 
 
@@ -173,7 +179,7 @@ def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any])
 
 
 def lift(node: Node, first: Node, order: dict[Node, int]) -> None:
-    """Move a weight-only node, and what it is computed from, ahead of `first` where it stands after it."""
+    """Move a node that does not read `first`, and what it is computed from, ahead of it where they stand after."""
     if order[node] > order[first]:
         for source in node.all_input_nodes:
             lift(source, first, order)

@@ -29,6 +29,8 @@ class Parallel:
 
     size, rank, group  of the process group, which is known by its name
     experts  whole experts on each rank, rather than a part of every expert
+    sequence  between attention and MLPs, a share of the rows on each rank
+    overlap  these shares travel while GEMMs run; needs sequence
     plan     pattern of a module's or parameter's path -> style, one of STYLES; None: the model's own
     """
 
@@ -36,11 +38,15 @@ class Parallel:
     rank: int
     group: str
     experts: bool = False
+    sequence: bool = False
+    overlap: bool = False
     plan: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank={self.rank} of size={self.size}: wanted 0 to {self.size - 1}")
+        if self.overlap and not self.sequence:
+            raise ValueError("enable_async_tp needs enable_sequence_parallel, whose shares of rows it overlaps")
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from seamwise.compile.bisect import Comparison, Run, as_text, compare
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.lower import choose_providers
 from seamwise.compile.pipeline import PipelineConfig, rewrite
+from seamwise.passes.graph import value
 
 from .checkpoint import open_source
 from .config import ModelConfig
@@ -57,8 +58,8 @@ def build_run(path: Path, config: ModelConfig, described: Mapping[str, Any], cas
         path, model.shapes, model.tied, dtype=options.dtype, device="cpu", kept_dtypes=model.kept_dtypes
     )
     step = draw_steps(config, replace(KVCacheSpec.of(config, options), dtype=torch.float32))[case]
-    cast = [x.to(options.dtype) if x.is_floating_point() else x for x in step]
-    inputs = dict(zip(model.captured.inputs, cast, strict=True))
+    dtypes = {n.name: value(n).dtype for n in model.captured.graph.find_nodes(op="placeholder")}
+    inputs = {name: x.to(dtypes[name]) for name, x in zip(model.captured.inputs, step, strict=True)}
 
     def given(node: Node) -> Tensor:
         if node.name in inputs:
@@ -87,7 +88,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--case", choices=list(CASES), default=list(CASES)[-1], help="the step that is run")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="relative RMS from which ops differ")
     options = parser.parse_args(arguments)
-    from .llm import resolve_model
+    from .hub import resolve_model
 
     result = bisect(resolve_model(options.model), options.a, options.b, case=options.case, tolerance=options.tolerance)
     print(as_text(result))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from .checkpoint_formats import check_load_format, find_tensors
 # What old checkpoints store though the model computes it: Llama's, saved by transformers before 4.31.
 # What packed ones repeat: a layer's shape.
 _COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".weight_shape")
+_OLDER_KV_SCALE = re.compile(r"\.([kv])_proj\.output_scale$")  # compressed-tensors' older names, as vLLM maps them
 _FLOATS = {None, torch.float64, torch.float32, torch.float16, torch.bfloat16}  # None: of any of these
 
 
@@ -139,7 +141,13 @@ class Checkpoint:
         found, problems, chosen = find_tensors(path, load_format)
         kept = dict(kept_dtypes or {})
         found, unfit = stack_experts(
-            {name.removeprefix(within): tensor for name, tensor in found.items() if name.startswith(within)}, parameters
+            {
+                name: tensor
+                for stored, whole in found.items()
+                if stored.startswith(within)
+                for name, tensor in _as_wanted(stored.removeprefix(within), whole, parameters).items()
+            },
+            parameters,
         )
         problems += unfit
         for alias, name in (tied or {}).items():
@@ -177,7 +185,8 @@ class Checkpoint:
 
 
 class DummyCheckpoint:
-    """Seeded random weights, the same for a name whatever else is read: norms are ones, the rest small normal.
+    """Seeded random weights, the same for a name whatever else is read: norms and single scales are ones,
+    the rest small normal.
 
     Bytes are drawn so that they are small numbers as floats of 4 bits and as exponents alike (MXFP4).
     """
@@ -193,7 +202,7 @@ class DummyCheckpoint:
             dim, start, end = part
             return self.read(name, dtype=dtype, device=device).narrow(dim, start, end - start).clone()
         shape, dtype = tuple(self._parameters[name]), self._kept_dtypes.get(name) or dtype
-        if len(shape) == 1 and name.endswith("weight"):
+        if len(shape) == 1 and name.endswith(("weight", "_scale")):
             return torch.ones(shape, dtype=dtype, device=device)
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{name}".encode()).digest()[:7], "little")
         generator = torch.Generator(device).manual_seed(seed)
@@ -204,6 +213,14 @@ class DummyCheckpoint:
             return draw.to(torch.int8).view(dtype).squeeze(-1)
         wide = torch.float32 if dtype.itemsize == 1 else dtype
         return torch.empty(shape, dtype=wide, device=device).normal_(0.0, 0.02, generator=generator).to(dtype)
+
+
+def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Sequence[int]]) -> dict[str, StoredTensor]:
+    """Return a tensor by the name that the model has for it, or what it may be read as where the model wants that."""
+    if (newer := _OLDER_KV_SCALE.sub(r".\1_scale", name)) in parameters:
+        return {newer: tensor}
+    packed = {f"{name}{end}": part for end, part in tensor.packed.items()}
+    return packed if packed.keys() & parameters.keys() else {name: tensor}
 
 
 def _fits(stored: torch.dtype | None, kept: torch.dtype | None) -> bool:

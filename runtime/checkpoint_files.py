@@ -8,8 +8,8 @@ to 8 bytes, and kills the process when somebody saves over the file.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ class StoredTensor:
     dtype         it is read as; None where Seamwise does not read it
     load          returns it on the CPU, contiguous; ValueError when the file is damaged or has changed
     read_part     the same for a range (dimension from the first, start, end); None where the format has no such way
+    packed        the tensors that the same values may be read as where they are quantized, by the end of their names
     """
 
     shape: tuple[int, ...]
@@ -33,6 +34,7 @@ class StoredTensor:
     dtype: torch.dtype | None
     load: Callable[[], Tensor]
     read_part: Callable[[int, int, int], Tensor] | None = None
+    packed: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def load_part(self, dim: int, start: int, end: int) -> Tensor:
         """Return the range start : end of a dimension, reading no more where the format allows."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,17 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--load-format", default="auto", help="auto, safetensors, pt, npz, gguf; dummy: random weights")
-    parser.add_argument("--quantization", help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load")
+    parser.add_argument(
+        "--quantization", help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load; gguf: keep Q4_0 packed"
+    )
+    parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: keys and values in float8")
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {"dtype": options.dtype, "device": options.device, "entry": options.entry}
     chosen |= {"max_model_len": options.max_model_len, "load_format": options.load_format}
-    chosen |= {"quantization": options.quantization}
+    chosen |= {"quantization": options.quantization, "kv_cache_dtype": options.kv_cache_dtype}
     return chosen | ({"pack_dir": None} if options.no_pack else {})
 
 
@@ -157,6 +161,8 @@ def explain(arguments: list[str]) -> int:
     parser.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
     parser.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
     parser.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
+    parser.add_argument("--sp", action="store_true", help="with --tp: each rank norms its share of the rows")
+    parser.add_argument("--async-tp", action="store_true", help="with --sp: rows travel while others are multiplied")
     options = parser.parse_args(arguments)
     if options.validate and options.tp > 1:
         raise ValueError("--validate runs the graph, and --tp has no other ranks to run it with; leave one out")
@@ -167,26 +173,33 @@ def explain(arguments: list[str]) -> int:
 
     from .config import ModelConfig
     from .distributed import fake_group
-    from .llm import resolve_model
+    from .hub import resolve_model
     from .packs import load_program
     from .progress import shown_ledger
+    from .recordings import CapturePlan
     from .runner_config import RunnerConfig
 
     with shown_ledger("compile") as ledger:
         config = ModelConfig.from_directory(resolve_model(options.model))
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
         ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep}
+        ranks |= {"enable_sequence_parallel": options.sp, "enable_async_tp": options.async_tp}
         with fake_group(options.tp) if options.tp > 1 else nullcontext():
             settings = RunnerConfig.for_model(config, pipeline=chosen, **ranks, **_loading(options))
             program, _ = load_program(config, settings, ledger)
     if options.html:
-        options.html.write_text(as_html(program, ledger.seconds, f"{config.architecture}, {options.model}"))
+        import importlib  # as `bench` does: the roofline is the benchmarks'
+
+        measure_ceilings = importlib.import_module("seamwise.bench.timing").measure_ceilings
+        ceilings, dtype = measure_ceilings(settings.device), str(settings.dtype).removeprefix("torch.")
+        title = f"{config.architecture}, {options.model}"
+        options.html.write_text(as_html(program, ledger.seconds, title, partial(ceilings.least_us, dtype=dtype)))
     if options.source:
         print(program.source)
     elif options.json:
         print(json.dumps(as_json(program, ledger.seconds), indent=1))
     else:
-        print(as_text(program, ledger.seconds))
+        print(as_text(program, ledger.seconds), CapturePlan.of(program, settings), sep="\n")
     return 0
 
 
@@ -202,7 +215,7 @@ def compile_pack(arguments: list[str]) -> int:
 
     from seamwise.compile.pipeline import PipelineConfig
 
-    from .llm import resolve_model
+    from .hub import resolve_model
     from .packs import write_pack
     from .progress import shown_ledger
 

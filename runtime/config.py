@@ -12,7 +12,7 @@ import torch
 from seamwise.model_defs.hf_config import Reader
 
 from .gguf_config import find_gguf, read_gguf_config
-from .quantized_checkpoint import Quantization
+from .quantization_config import read_quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
@@ -62,7 +62,7 @@ class ModelConfig:
             raise ValueError(
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
-        Quantization.read(raw, str(path))
+        read_quantization(raw, str(path))
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
         latent = raw.get("kv_lora_rank") is not None

@@ -6,8 +6,9 @@ https://docs.pytorch.org/docs/stable/distributed.html, https://docs.pytorch.org/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,10 @@ import torch.distributed as dist
 from seamwise.passes import Parallel
 
 
-def join_group(
-    size: int, device: str, *, experts: bool = False, plan: Mapping[str, str] | None = None
-) -> tuple[Parallel, str]:
+def join_group(size: int, device: str, **chosen: Any) -> tuple[Parallel, str]:
     """Return this process's part among `size` ranks, and its device: "cuda" becomes a GPU of its own.
+
+    chosen  how they share: other fields of Parallel
 
     The default process group is made where torchrun started this process and nothing made it yet. Raises ValueError
     where there is none, where it has another size, or where its backend does not serve the device.
@@ -43,7 +44,7 @@ def join_group(
         torch.cuda.set_device(device)
     group = dist.group.WORLD
     assert group is not None
-    return Parallel(size=size, rank=rank, group=str(group.group_name), experts=experts, plan=plan), device
+    return Parallel(size=size, rank=rank, group=str(group.group_name), **chosen), device
 
 
 @contextmanager

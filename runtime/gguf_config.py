@@ -16,7 +16,7 @@ from seamwise.model_defs.rope import Rope
 from .checkpoint_formats import FORMATS
 from .gguf import GgufHeader, read_gguf_header
 from .gguf_quants import KINDS
-from .gguf_weights import ROPE_FACTORS
+from .gguf_weights import ROPE_FACTORS, huggingface_name
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _KEYS = {
@@ -66,6 +66,11 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in tensors,
         "dtype": _dtype(header),
+        "gguf_kinds": {
+            name.removesuffix(".weight"): tensor.kind
+            for stored, tensor in tensors.items()
+            if len(tensor.shape) == 2 and (name := huggingface_name(stored)) != "model.embed_tokens.weight"
+        },
         "eos_token_id": sorted({metadata[k] for e in _ENDS if (k := f"tokenizer.ggml.{e}") in metadata}),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     }

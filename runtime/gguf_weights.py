@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: Hugging Face's names, dequantized values, rows in Hugging Face's order.
+"""A GGUF file as a checkpoint: Hugging Face's names, values dequantized or packed, rows in Hugging Face's order.
 
 Source: the names and the order of rows that llama.cpp's converter writes,
 https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py and convert_hf_to_gguf.py.
@@ -7,14 +7,16 @@ https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py and 
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checkpoint_files import StoredTensor
 from .gguf import GgufHeader, GgufTensor, read_gguf_header
-from .gguf_quants import KINDS
+from .gguf_quants import KINDS, unpack_q4_0
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -56,16 +58,30 @@ def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
     if heads is not None and (type(heads) is not int or heads < 1 or tensor.shape[0] % (2 * heads)):
         raise ValueError(f"{header.path}: {name} has {tensor.shape[0]} rows, which {heads!r} heads do not divide")
 
+    def read() -> Tensor:
+        raw = tensor.where.read()
+        if heads is None:
+            return raw
+        return raw.view(heads, -1, 2, len(raw) // tensor.shape[0]).transpose(1, 2).flatten()
+
     def load() -> Tensor:
         assert kind is not None
-        values = kind.values(tensor.where.read()).view(tensor.shape)
-        if heads is None:
-            return values
-        return values.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return kind.values(read()).view(tensor.shape)
 
+    def load_packed(part: int) -> Tensor:
+        return unpack_q4_0(read())[part].view(tensor.shape[0], -1)
+
+    packed = {}
+    if tensor.kind == "Q4_0" and len(tensor.shape) == 2:
+        for part, (end, dtype, values) in enumerate((("_packed", torch.int32, 8), ("_scale", torch.float32, 32))):
+            packed[end] = StoredTensor(
+                shape=(tensor.shape[0], tensor.shape[1] // values), stored_dtype=tensor.kind, dtype=dtype,
+                load=partial(load_packed, part),
+            )  # fmt: skip
     return StoredTensor(
-        shape=tensor.shape, stored_dtype=tensor.kind, dtype=None if kind is None else kind.dtype, load=load
-    )
+        shape=tensor.shape, stored_dtype=tensor.kind, dtype=None if kind is None else kind.dtype, load=load,
+        packed=packed,
+    )  # fmt: skip
 
 
 def _paired_heads(metadata: dict[str, Any], name: str) -> Any:

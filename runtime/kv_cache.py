@@ -33,7 +33,7 @@ class KVCacheSpec:
         layer: tuple[tuple[int, ...], ...] = ((config.num_kv_heads, options.block_size, config.head_dim),) * 2
         if config.latent_dim and options.entry == "own":
             layer = ((options.block_size, config.latent_dim),)
-        return cls(layers=(layer,) * config.num_layers, block_size=options.block_size, dtype=options.dtype)
+        return cls(layers=(layer,) * config.num_layers, block_size=options.block_size, dtype=options.kv_cache_dtype)
 
     def local(self, program: Program) -> KVCacheSpec:
         """Return what this rank caches: some of the heads, where ranks share a model."""

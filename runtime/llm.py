@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .engine import Engine
+from .hub import resolve_model
 from .outputs import RequestOutput
 from .runner import ModelRunner
 from .sampling_params import SamplingParams
@@ -25,7 +26,8 @@ Prompt = str | Mapping[str, Any]
 class LLM:
     """Loads a model and generates for lists of prompts.
 
-    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub)
+    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
+             for one of several GGUF files
     tokenizer  another directory or GGUF file to take the tokenizer from
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device   "auto" (CUDA when there is one), "cpu", "cuda[:n]"
@@ -33,8 +35,8 @@ class LLM:
     max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
-    **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization, pipeline,
-               pack_dir, offline, tensor_parallel_size
+    **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
+               kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
     With tensor_parallel_size above 1 this is one of as many processes (`torchrun --nproc-per-node N`). Each makes the
     same calls with the same arguments, and gets the same outputs.
@@ -66,7 +68,7 @@ class LLM:
                 f"{runner.options.max_model_len} needs {longest}; lower max_model_len or give it more memory"
             )
         runner.allocate_kv(blocks)
-        home = directory if tokenizer is None else resolve_model(tokenizer)
+        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
         self.tokenizer = Tokenizer(home) if has_tokenizer(home) else None
         self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
         self._ids = itertools.count()
@@ -157,21 +159,6 @@ class LLM:
         return [done[request_id] for request_id in ids]
 
 
-def resolve_model(model: str | Path) -> Path:
-    """Return a model's directory or GGUF file, downloading a hub id. Raises ValueError when neither works."""
-    if Path(model).exists():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"model {str(model)!r} is no directory, and the hub did not give it: {error}") from error
-
-
 def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
@@ -187,7 +174,7 @@ def _num_blocks(runner: ModelRunner, limits: SchedulerConfig, utilization: float
         return spec.blocks_within(budget_bytes)
     if torch.device(runner.options.device).type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(runner.options.device)
-        budget_bytes = int(free_bytes - (1 - utilization) * total_bytes)
+        budget_bytes = int(free_bytes - (1 - utilization) * total_bytes) - runner.capture_plan().total_bytes
     else:
         import os
 

@@ -17,7 +17,7 @@ from .checkpoint import kept_dtypes, open_source, parameter_shapes, show_progres
 from .config import ModelConfig
 from .drawn_steps import draw_steps
 from .kv_cache import KVCacheSpec
-from .quantized_checkpoint import Quantization
+from .quantized_checkpoint import stored_weights
 from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS
 
@@ -68,8 +68,11 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         kept_dtypes={**kept_dtypes(model)}, reports=[],
         plan=getattr(model, "tp_plan", None),
     )  # fmt: skip
-    quantization = Quantization.read(config.raw, config.architecture)
-    return made if quantization is None else _stored_quantized(made, quantization.stored_weights(model))
+    if options.stored is not None:
+        made = _stored_quantized(made, stored_weights(options.stored, model))
+    if options.kv_cache_dtype == options.dtype:
+        return made
+    return _quantized_kv(made, options.stored is not None and options.stored.has_kv_scales)
 
 
 def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> CapturedModel:
@@ -91,6 +94,29 @@ def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> 
     )
 
 
+def _quantized_kv(model: CapturedModel, has_scales: bool) -> CapturedModel:
+    """Let a model cache in float8, by scales that its checkpoint has, else ones."""
+    from seamwise import passes
+
+    weights = model.captured.weights
+    before = {*weights.values()}
+    report = passes.quantize_kv(weights).apply(model.captured.module, model.structure)
+    scales = [name for name in weights.values() if name not in before]
+    if has_scales and (other := [name for name in scales if name.endswith(".cache_scale")]):
+        raise ValueError(
+            f"kv_cache_scheme: its scales are of keys and values, this model caches latents ({other[0]}); use"
+            " entry='transformers', which expands them"
+        )
+    return replace(
+        model,
+        structure=replace(model.structure, quantized_caches=True),
+        buffers=model.buffers | ({} if has_scales else {name: torch.ones(1) for name in scales}),
+        shapes=model.shapes | (dict.fromkeys(scales, (1,)) if has_scales else {}),
+        kept_dtypes=model.kept_dtypes | (dict.fromkeys(scales, torch.float32) if has_scales else {}),
+        reports=[*model.reports, report],
+    )
+
+
 def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
     """Capture a model and run the pipeline; return the program and the buffers that its weights read."""
     from seamwise.compile.pipeline import compile_graph
@@ -99,7 +125,7 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     model = capture_model(config, options, ledger)
     pipeline, validator = options.pipeline, None
     if pipeline.parallel is not None:
-        if model.reports:
+        if any(report.name == "stored_weights" for report in model.reports):
             raise ValueError(
                 "tensor_parallel_size: a checkpoint that is stored quantized cannot be shared out yet; use 1"
             )

@@ -59,6 +59,8 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
         {
             "model": config.raw,
             "dtype": options.dtype,
+            "kv_cache_dtype": options.kv_cache_dtype,
+            "stored": options.stored and asdict(options.stored),
             "device": torch.device(options.device).type,
             "entry": options.entry,
             "block_size": options.block_size,
@@ -82,6 +84,7 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     program, buffers = compile_model(config, settings, ledger)
     chosen: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch."), "device": settings.device}
     chosen["entry"] = settings.entry
+    chosen |= {name: options[name] for name in ("quantization", "kv_cache_dtype") if name in options}
     chosen |= {"block_size": settings.block_size, "pipeline": asdict(settings.pipeline)}
     load_with = {"checkpoint": str(model.resolve()), "options": chosen}
     with ledger.stage("write pack"):

@@ -7,6 +7,7 @@ logits = runner.step(StepInput(...)).logits
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from torch import Tensor
 from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
-from seamwise.compile.record import Recording, recorder_for
+from seamwise.compile.record import Recording
 
 from .config import ModelConfig
+from .distributed import smallest
 from .kv_cache import KVCacheSpec
 from .loading import load_step_weights
 from .packs import load_program, open_pack
 from .progress import shown_ledger
+from .recordings import CapturePlan, Recordings, RecordingStats
 from .runner_config import RunnerConfig
-from .static_inputs import StaticInputs
 from .step import STEP_ARGUMENTS, StepInput, StepOutput
 
 
@@ -44,16 +46,9 @@ class ModelRunner:
         self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
-        self._recorder = recorder_for(torch.device(options.device))
-        self._recordings: dict[int, Recording] = {}
-        self._static: StaticInputs | None = None
-        if not options.enforce_eager and options.max_recorded_requests:
-            self._static = StaticInputs(
-                max_tokens=options.max_recorded_requests,
-                max_requests=options.max_recorded_requests,
-                max_blocks=-(-options.max_model_len // options.block_size),
-                device=options.device,
-            )
+        ranks = options.tensor_parallel_size > 1
+        agree = partial(smallest, device=options.device) if ranks else int
+        self._recordings = Recordings(executable.program, options, agree)
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> ModelRunner:
@@ -101,28 +96,28 @@ class ModelRunner:
     def step(self, batch: StepInput) -> StepOutput:
         """Run the model over one ragged batch: write its keys and values to the cache, return the wanted logits.
 
-        A step that decodes one token of each of up to `max_recorded_requests` requests is recorded when its size is
-        first seen, and replayed from then on.
+        A step that cudagraph_mode has recorded is replayed; its recording is made when its size is first seen.
         """
         if not self.kv_caches:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
-        size = batch.seq_lens.shape[0]
-        decodes = batch.token_ids.shape[0] == size == batch.logit_rows.shape[0]
-        if self._static is None or not decodes or not self._static.fits(batch):
-            return StepOutput(logits=self.executable(*self._flat(self._on_device(batch))))
-        arguments = self._flat(self._static.fill(batch))
-        recording = self._recordings.get(size)
-        if recording is None:
-            recording = self._recorder.record(self.executable, *arguments, full=True)
-            self._recordings[size] = recording
-            if torch.device(self.options.device).type == "cpu":  # on CUDA a capture computes nothing
-                return StepOutput(logits=recording.results)
-        return StepOutput(logits=recording.replay(*arguments))
+        logits = self._recordings.run(self.executable, batch, self._flat)
+        if logits is None:
+            logits = self.executable(*self._flat(self._on_device(batch)))
+        return StepOutput(logits=logits)
 
     def recording(self, num_requests: int) -> Recording:
         """Return the recorded decode step of that many requests. Raises KeyError before such a step has run."""
-        return self._recordings[num_requests]
+        return self._recordings["full", num_requests]
+
+    def capture_plan(self) -> CapturePlan:
+        """Return what may be recorded, and the memory it takes. str() of it is for people."""
+        return self._recordings.plan
+
+    @property
+    def recording_stats(self) -> RecordingStats:
+        """How steps ran until now, and what is recorded."""
+        return self._recordings.stats
 
     def _on_device(self, batch: StepInput) -> StepInput:
         if torch.device(self.options.device).type == "cpu":

@@ -14,22 +14,34 @@ from seamwise.compile.pipeline import PipelineConfig
 
 from .checkpoint_formats import check_load_format
 from .config import ModelConfig
+from .quantization_config import Quantization, packed_gguf, read_quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MODES = {
+    "none": (), "piecewise": ("piecewise",), "full_decode_only": ("full",), "full_and_piecewise": ("full", "piecewise"),
+}  # fmt: skip
+_KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerConfig:
     """Options of ModelRunner.load, in effect or refused.
 
-    dtype          of weights, activations and KV cache
+    dtype          of weights and activations
+    kv_cache_dtype  of the KV cache: the same, or float8_e4m3fn
     device         "cpu" or "cuda[:n]"
     entry          "own": Seamwise's definition; "transformers": the checkpoint's own class
     max_model_len  longest request in tokens, prompt and output together
     block_size     tokens in a KV cache block
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
-    max_recorded_requests  largest number of requests whose decode step is recorded (0: none)
+    stored         how the checkpoint holds quantized weights, where the graph reads them so
+    cudagraph_mode  what is recorded (in CUDA graphs; on a CPU, on tapes): "full_decode_only": steps that decode one
+                   token a request; "piecewise": every step, between seams; "full_and_piecewise": each by what it is;
+                   "none". Default: "full_and_piecewise" on CUDA; "full_decode_only" on a CPU
+    max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
+    cudagraph_capture_sizes  numbers of tokens that piecewise recordings are padded to; larger steps run op by op
+    max_recorded_bytes  memory of recordings; what would take more runs op by op
     pipeline       what differs from the default compiler pipeline
     pack_dir       where compiled models are kept; None compiles every time
     pack_name      the pack in pack_dir to use and write; None: named by its key
@@ -37,14 +49,19 @@ class RunnerConfig:
     """
 
     dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
     device: str
     entry: str
     max_model_len: int
     block_size: int = 16
     load_format: str = "auto"
     seed: int = 0
+    stored: Quantization | None = None
     enforce_eager: bool = False
+    cudagraph_mode: str | None = None
     max_recorded_requests: int = 256
+    cudagraph_capture_sizes: tuple[int, ...] | None = None
+    max_recorded_bytes: int = 2 << 30
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     pack_dir: Path | None = pack.DEFAULT_DIRECTORY
     pack_name: str | None = None
@@ -54,10 +71,36 @@ class RunnerConfig:
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size}: wanted a power of two (16 is the default)")
         check_load_format(self.load_format)
+        if self.cudagraph_mode not in (None, *_MODES):
+            raise ValueError(f"cudagraph_mode={self.cudagraph_mode!r}: wanted one of {', '.join(map(repr, _MODES))}")
+        if self.enforce_eager and self.cudagraph_mode not in (None, "none"):
+            raise ValueError(f"enforce_eager and cudagraph_mode={self.cudagraph_mode!r} contradict; leave one out")
+        sizes = self.capture_sizes
+        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+            raise ValueError(f"cudagraph_capture_sizes={sizes}: wanted rising numbers of tokens, from 1 up")
         if self.pack_dir is None and (self.offline or self.pack_name):
             raise ValueError("offline and pack_name need a pack_dir, got pack_dir=None")
         if self.pipeline.parallel is not None and self.pack_name:
             raise ValueError("pack_name: every rank has a pack of its own, found by its key; leave the name out")
+
+    @property
+    def recorded_modes(self) -> tuple[str, ...]:
+        """What is recorded: of "full" (uniform decode) and "piecewise" (any step), those in effect."""
+        default = "full_decode_only" if torch.device(self.device).type == "cpu" else "full_and_piecewise"
+        nothing = self.enforce_eager or not self.max_recorded_requests
+        return () if nothing else _MODES[self.cudagraph_mode or default]
+
+    @property
+    def capture_sizes(self) -> tuple[int, ...]:
+        """Numbers of tokens that piecewise recordings are padded to. Default: vLLM's, up to 512."""
+        if self.cudagraph_capture_sizes is not None:
+            return tuple(self.cudagraph_capture_sizes)
+        return (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of the longest request."""
+        return -(-self.max_model_len // self.block_size)
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -73,17 +116,25 @@ class RunnerConfig:
         entry: str = "auto",
         max_model_len: int | None = None,
         quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
         tensor_parallel_size: int = 1,
         tensor_parallel_plan: Mapping[str, str] | None = None,
         enable_expert_parallel: bool = False,
+        enable_sequence_parallel: bool = False,
+        enable_async_tp: bool = False,
         **options: Any,
     ) -> RunnerConfig:
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
 
-        quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load
+        quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load; "gguf": keep
+                      those of a GGUF file packed where a kernel reads them so
+        kv_cache_dtype  "fp8" (or "fp8_e4m3"): keys and values in float8, by the checkpoint's scales or as they are;
+                      "auto": so where the checkpoint has scales, else the model's dtype
         tensor_parallel_size  ranks of the default process group, each with its part of the model
         tensor_parallel_plan  pattern of a parameter's path -> transformers' style; default: the model's own
         enable_expert_parallel  ranks have whole experts, not a part of each
+        enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
+        enable_async_tp  with it: rows travel in chunks while others are multiplied
         """
         from seamwise.model_defs import has_definition
 
@@ -97,6 +148,13 @@ class RunnerConfig:
             if dtype not in _DTYPES:
                 raise ValueError(f"dtype={dtype!r}: wanted 'auto' or one of {', '.join(_DTYPES)}")
             dtype = _DTYPES[dtype]
+        if kv_cache_dtype not in _KV_DTYPES:
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: wanted one of {', '.join(map(repr, _KV_DTYPES))}")
+        stored = read_quantization(config.raw, config.architecture)
+        if quantization == "gguf":
+            stored, quantization = packed_gguf(config.raw), None
+        scaled = stored is not None and stored.has_kv_scales
+        kv_dtype = dtype if kv_cache_dtype == "auto" and not scaled else torch.float8_e4m3fn
         own = has_definition(config.architecture)
         if entry == "auto":
             entry = "own" if own else "transformers"
@@ -125,13 +183,25 @@ class RunnerConfig:
             from .distributed import join_group
 
             parallel, device = join_group(
-                tensor_parallel_size, device, experts=enable_expert_parallel, plan=tensor_parallel_plan
-            )
+                tensor_parallel_size, device, experts=enable_expert_parallel, sequence=enable_sequence_parallel,
+                overlap=enable_async_tp, plan=tensor_parallel_plan,
+            )  # fmt: skip
             options["pipeline"] = replace(pipeline, parallel=parallel)
-        elif tensor_parallel_plan is not None or enable_expert_parallel:
-            raise ValueError("tensor_parallel_plan and enable_expert_parallel need a tensor_parallel_size above 1")
+        elif tensor_parallel_plan or enable_expert_parallel or enable_sequence_parallel or enable_async_tp:
+            raise ValueError(
+                "tensor_parallel_plan, enable_expert_parallel, enable_sequence_parallel and enable_async_tp need a"
+                " tensor_parallel_size above 1"
+            )
         try:
-            return cls(dtype=dtype, device=device, entry=entry, max_model_len=max_model_len, **options)
+            return cls(
+                dtype=dtype,
+                kv_cache_dtype=kv_dtype,
+                stored=stored,
+                device=device,
+                entry=entry,
+                max_model_len=max_model_len,
+                **options,
+            )
         except TypeError as error:
             known = ", ".join(cls.__slots__)
             raise ValueError(f"unknown runner option: {error}; the options are: {known}") from None

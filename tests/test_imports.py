@@ -17,7 +17,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "compile": ({"passes", "kernels"}, {"torch", "safetensors"}),
     "runtime": (
         {"compile", "model_defs", "kernels", "passes"},
-        {"torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2"},
+        {"torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf"},
     ),
 }
 # Two places hand over to code outside the table by name, at run time: the command line to bench.

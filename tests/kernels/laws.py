@@ -14,7 +14,7 @@ from torch import Tensor
 from seamwise.kernels.contract import Contract
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -58,17 +58,19 @@ def check(contract: Contract, provider: str, args: tuple[Any, ...]) -> list[Tens
     Four roundings of the largest in float32 are added: a meaning that is right by luck leaves no room for another order
     of the same sum.
 
-    Quantized results may be one step off in 2 % of their elements (a scale that differs in its last bit moves ties);
-    other integers are exact.
+    Quantized results may be one step off in 2 % of their elements (a scale that differs in its last bit moves ties),
+    float4 in 2 % of its half bytes; other integers are exact.
     """
     results = call(contract, provider, args)
     same, exact = call(contract, None, args), call(contract, None, widen(args))
     assert len(results) == len(same)
-    for got, near, far in zip(results, same, exact, strict=True):
+    for i, (got, near, far) in enumerate(zip(results, same, exact, strict=True)):
         assert got.shape == near.shape and got.dtype == near.dtype, (got.shape, near.shape, got.dtype, near.dtype)
         if not got.numel():
             continue
-        if got.dtype in NARROW:
+        if i in contract.fp4:
+            _check_narrow(_fp4_steps(got), _fp4_steps(near))
+        elif got.dtype in NARROW:
             _check_narrow(got, near)
         elif got.dtype in FLOATS and far.shape == got.shape:  # a layout of 32-bit words has a shape of its own
             _check_budget(got.double(), near.double(), far.double(), torch.finfo(got.dtype).eps)
@@ -82,6 +84,12 @@ def _check_narrow(got: Tensor, near: Tensor) -> None:
     step = (0.125 * b.abs()).clamp(min=2.0**-9) if got.dtype.is_floating_point else torch.ones_like(b)
     assert bool(((a - b).abs() <= step).all()), (a - b).abs().max()
     assert int((a != b).sum()) <= 2 + 0.02 * a.numel(), f"{int((a != b).sum())} of {a.numel()} elements differ"
+
+
+def _fp4_steps(packed: Tensor) -> Tensor:
+    """Return how many steps from zero each half byte is: a sign over seven magnitudes in order."""
+    codes = torch.stack((packed & 15, packed >> 4), -1).to(torch.int8)
+    return torch.where(codes < 8, codes, 8 - codes)
 
 
 def _check_budget(got: Tensor, near: Tensor, far: Tensor, eps: float) -> None:

@@ -58,8 +58,11 @@ def check_norms(rank: int, ranks: int, group: str) -> None:
                 rows, kept = reduce_scatter_rms_norm.run(name, xs[rank], own, weight, 1e-5, group, gather)
                 torch.testing.assert_close(rows, expected if gather else expected[share])
                 torch.testing.assert_close(kept, exact[share].float())
-    with pytest.raises(ValueError, match=f"7 rows do not divide among {ranks} ranks"):
-        reduce_scatter_rms_norm(xs[rank][:7], None, weight, 1e-5, group)
+    exact, share = sum(x[:7].double() for x in xs), -(-7 // ranks)  # rows that do not divide: the last is padding
+    rows, kept = reduce_scatter_rms_norm(xs[rank][:7], None, weight, 1e-5, group, True)
+    torch.testing.assert_close(rows, F.rms_norm(exact, (WIDTH,), weight.double(), 1e-5).float())
+    padded = torch.cat((exact, torch.zeros_like(exact)))[rank * share :][:share]
+    torch.testing.assert_close(kept, padded.float())
 
 
 def check_experts(rank: int, ranks: int, group: str) -> None:
@@ -123,8 +126,8 @@ def test_shapes_with_a_fake_group_of_eight(fake_group: str) -> None:
         assert normed.shape == total.shape == (16, WIDTH) and normed.dtype == torch.bfloat16
         q, scale, _ = allreduce_rms_norm_quant(x, None, weight, 1e-5, fake_group, torch.float8_e4m3fn, 16)
         assert q.shape == (16, WIDTH) and scale.shape == (16, 3)
-        for gather, rows in ((False, 2), (True, 16)):
-            normed, total = reduce_scatter_rms_norm(x, x[:2], weight, 1e-5, fake_group, gather)
+        for gather, rows in ((False, 2), (True, 15)):
+            normed, total = reduce_scatter_rms_norm(x[:15], x[:2], weight, 1e-5, fake_group, gather)
             assert normed.shape == (rows, WIDTH) and total.shape == (2, WIDTH)
 
 

@@ -1,15 +1,29 @@
 """The packed linear layer in C++: its meaning in float64 is the truth, laws hold in bits."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from laws import widen
 from torch import Tensor
 
-from seamwise.kernels import huge_pages, linear_cpu, linear_packed, pack_linear, tape
+from seamwise.kernels import (
+    huge_pages,
+    linear_cpu,
+    linear_int4,
+    linear_packed,
+    pack_group_values,
+    pack_int4_panels,
+    pack_linear,
+    tape,
+    w4a16_linear,
+)
+from seamwise.kernels.contract import CONTRACTS
 
+linear_int4_file = sys.modules["seamwise.kernels.linear_int4"]
 PORTABLE = ("-std=c++17", "-O2", "-march=x86-64-v3", "-fno-strict-aliasing", "-shared", "-fPIC")  # no AVX-512
 
 
@@ -23,8 +37,8 @@ def keep_thread_count() -> Iterator[None]:
 @pytest.fixture
 def portable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the code that machines without AVX-512 BF16 get."""
-    kernel = tape.Kernel("linear_cpu.cpp", "seamwise_linear", flags=PORTABLE)
-    monkeypatch.setattr(linear_cpu, "_LINEAR", kernel)
+    for module, symbol in ((linear_cpu, "seamwise_linear"), (linear_int4_file, "seamwise_linear_int4")):
+        monkeypatch.setattr(module, "_LINEAR", tape.Kernel("linear_cpu.cpp", symbol, flags=PORTABLE))
 
 
 def rows(
@@ -45,7 +59,8 @@ def check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
         linear = torch.nn.functional.linear
         exact = linear(x_TK.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
         theirs = (linear(x_TK, weight_NK, bias_N) - exact).abs().max()
-        budget = 2 * (theirs + torch.finfo(out.dtype).eps * exact.abs().max())
+        most = exact.abs().max()  # four roundings of it in float32: torch's own error may be 0 by luck
+        budget = 2 * (theirs + torch.finfo(out.dtype).eps * most) + 4 * torch.finfo(torch.float32).eps * most
         assert (out - exact).abs().max() <= budget
     return out
 
@@ -166,3 +181,23 @@ def test_huge_pages_never_overlap_and_are_freed_with_their_tensors() -> None:
     view = kept[2][1:2]
     del kept
     assert bool((view == 2).all())
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 20), st.integers(1, 100), st.sampled_from([8, 33, 64, 200]), st.sampled_from([0, 2, 32]),
+    st.booleans(), st.integers(0, 9),
+)  # fmt: skip
+@example(9, 70, 200, 32, True, 0)
+def test_int4_panels_are_w4a16_linear(T: int, N: int, K: int, group: int, zero: bool, seed: int) -> None:
+    sizes = {"T": T, "N": N, "K": K, "group": group, "zero": zero, "bias": zero}
+    args = CONTRACTS["w4a16_linear"].make_inputs(sizes, dtype=torch.bfloat16, device="cpu", seed=seed)
+    x, packed, scale, zero_NG, _, bias = args
+    offset = None if zero_NG is None else pack_group_values(-(zero_NG * scale).float())
+    given_ = (x, pack_int4_panels(packed, K), pack_group_values(scale), offset, group, N, bias)
+    exact = w4a16_linear.meaning(*widen(args))
+    torch.testing.assert_close(linear_int4.run("cpp", *given_).double(), exact, rtol=0.01, atol=0.01 * K**0.5)
+
+
+def test_int4_panels_on_machines_without_bfloat16_vectors(portable: None) -> None:
+    test_int4_panels_are_w4a16_linear()

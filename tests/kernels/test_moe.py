@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import check
 from moe_layers import LAYERS, Layer, deepseek_v3, mixtral, qwen3, rows
 from torch import Tensor
 from torch.testing import assert_close
 
 from seamwise.kernels import (
     grouped_linear,
+    grouped_linear_torch,
     grouped_mxfp4_linear,
     grouped_scaled_linear,
     moe_align,
@@ -25,6 +28,9 @@ from seamwise.kernels import (
     silu_mul_quant,
     weight_scale,
 )
+from seamwise.kernels.contract import Contract
+
+BF16 = torch.bfloat16
 
 layers = pytest.mark.parametrize("make", LAYERS)
 Make = Callable[[], Layer]
@@ -186,3 +192,48 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         grouped_scaled_linear(
             x.to(torch.int8), torch.ones(3, 1), weight.to(torch.int8), torch.ones(4, 1), order, starts, 2, torch.float32
         )
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(0, 20), st.sampled_from([1, 3]), st.sampled_from([1, 5]), st.sampled_from([8, 40]), st.integers(0, 99)
+)
+def test_torchs_grouped_product_keeps_the_contract(R: int, top_k: int, E: int, N: int, seed: int) -> None:
+    """It serves GPUs alone: on a CPU its few rows are slower, but the same."""
+    anywhere = replace(grouped_linear, providers=[replace(p, devices=None) for p in grouped_linear.providers])
+    sizes = {"R": R, "top_k": top_k, "E": E, "N": N, "K": 24}
+    check(anywhere, "torch_grouped_mm", grouped_linear.make_inputs(sizes, dtype=BF16, device="cpu", seed=seed))
+
+
+SCALED = {"R": 9, "top_k": 2, "E": 3, "N": 32, "K": 48}
+
+
+def test_torchs_scaled_grouped_product_is_laid_out_as_torch_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CPU multiplies them: what torch checks of its arguments is checked on those without values."""
+    monkeypatch.setattr(grouped_linear_torch, "gpu_before", lambda major: major > 9)
+    provider = next(p for p in grouped_scaled_linear.providers if p.name == "torch_grouped_mm")
+    for scaled in (0, 1):
+        args = grouped_scaled_linear.make_inputs({**SCALED, "rows": scaled}, dtype=BF16, device="cpu")
+        assert provider.refuses(*args) is None
+        out = provider.call(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+        assert out.shape == (18, 32) and out.dtype == BF16
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "dtype", "said"),
+    [
+        (grouped_linear, {"N": 20}, BF16, "multiples of 8"), (grouped_linear, {"K": 20}, BF16, "multiples of 8"),
+        (grouped_linear, {"bias": True}, BF16, "no bias"), (grouped_linear, {}, torch.float32, "must be torch.bf"),
+        (grouped_scaled_linear, {"K": 40}, BF16, "multiples of 16"),
+        (grouped_scaled_linear, {}, torch.float32, "a bfloat16 result"),
+        (grouped_scaled_linear, {"format": "int8"}, BF16, "must be torch.float8_e4m3fn"),
+        (grouped_scaled_linear, {"x_group": 128, "K": 256}, BF16, "one scale a row"),
+        (grouped_scaled_linear, {"rows": 128, "K": 256}, BF16, "one scale a row"),
+    ],
+)  # fmt: skip
+def test_torch_refuses_groups_that_it_cannot_serve(
+    op: Contract, sizes: dict[str, Any], dtype: torch.dtype, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_linear_torch, "gpu_before", lambda major: major > 9)
+    args = op.make_inputs({**SCALED, **sizes}, dtype=dtype, device="cpu")
+    assert said in str(next(p for p in op.providers if p.name == "torch_grouped_mm").refuses(*args))

@@ -9,15 +9,26 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from step_inputs import Steps
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
+from seamwise import ModelRunner, StepInput
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.pipeline import PipelineConfig, ordered_passes
+from seamwise.runtime.config import ModelConfig
+from seamwise.runtime.loading import compile_model, load_step_weights
+from seamwise.runtime.runner_config import RunnerConfig
+
+REQUESTS = [[5, 77, 3, 18, 44, 9, 60, 61, 62], [7, 8, 90]]
+NO_PASSES = tuple(one.name for group in ordered_passes() for one in group)
 LIMITS = {"int8": 127.0, "float8": 448.0}
 SIZES: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -208,3 +219,45 @@ def _there_and_back(layout: Layout, static: Tensor | None) -> Any:
         return ((there * scale).flatten(-2)[..., : x.shape[-1]].to(inputs[0].dtype),)
 
     return hook
+
+
+def dequantized(
+    directory: Path, dtype: torch.dtype, entry: str = "own", quantization: str | None = None
+) -> dict[str, Tensor]:
+    """Return the weights that a model reads where no pass rewrites its layers, by their place in the model."""
+    config = ModelConfig.from_directory(directory)
+    options = RunnerConfig.for_model(
+        config, dtype=dtype, entry=entry, device="cpu", pack_dir=None, quantization=quantization,
+        pipeline=PipelineConfig(disabled=NO_PASSES, inductor="never"),
+    )  # fmt: skip
+    program, buffers = compile_model(config, options, Ledger())
+    program.recipes = {n: r for recipe in program.recipes.values() for n, r in dequantizations(recipe)}
+    weights = load_step_weights(directory, options, program, buffers)
+    return dict(zip(program.recipes, weights, strict=True))
+
+
+def dequantizations(recipe: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parameter and the recipe of each dequantized weight within a recipe; experts' are flat."""
+    if isinstance(recipe, dict) and "dequantize_weight" in recipe.get("op", ""):
+        stored = recipe["args"][0]
+        stored = stored if "weight" in stored else stored["args"][0]
+        yield stored["weight"].removesuffix("_packed"), recipe
+    elif isinstance(recipe, (dict, list)):
+        for inner in recipe.get("args", ()) if isinstance(recipe, dict) else recipe:
+            yield from dequantizations(inner)
+
+
+def logits(runner: ModelRunner) -> list[Tensor]:
+    """Run prefill in chunks of two requests, mixed with decode steps."""
+    steps = Steps(REQUESTS, block_size=runner.block_size)
+    runner.allocate_kv(steps.num_blocks)
+    rows: list[list[Tensor]] = [[] for _ in REQUESTS]
+    for step in ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 1, 1: 1}):
+        given = runner.step(StepInput(**steps.next(step))).logits.clone()
+        for request, part in zip(step, given.split(list(step.values())), strict=True):
+            rows[request].append(part)
+    return [torch.cat(parts) for parts in rows]
+
+
+def load(directory: Path, dtype: torch.dtype, **options: Any) -> ModelRunner:
+    return ModelRunner.load(directory, dtype=dtype, device="cpu", **{"pack_dir": None, **options})

@@ -87,3 +87,15 @@ def test_explain_as_a_page(tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.
     assert counted.tags["rect"] == 3 + 2  # pieces and seams
     assert "fuse_add_rms_norm" in text and "add_rms_norm.default" in text and "<span class='add'>" in text
     assert "matched" in capsys.readouterr().out
+    assert "Roofline of each piece" in text
+
+
+def test_what_pieces_cost_is_their_weights_and_rows(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", str(tiny_llama_dir), "--device", "cpu", "--no-pack", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    calls, costs = report["pieces"]["calls"], report["pieces"]["costs"]
+    one, many = ({name: c[i] for name, c in costs.items()} for i in (0, 1))
+    assert all(many[name]["flops"] == many[name]["tokens"] * one[name]["flops"] > 0 for name in calls)
+    least = sum(count * one[name]["bytes"] for name, count in calls.items())
+    embedding = 512 * 64 * 4  # bytes of it that one token does not read
+    assert report["weight_bytes"] - embedding < least < 1.2 * report["weight_bytes"]

@@ -1,13 +1,14 @@
-"""Dequantized values equal those of llama.cpp's own Python package in every bit."""
+"""GGML's blocks: their sizes, what comes back, and the error where the package that reads them is missing."""
 
 from __future__ import annotations
+
+import sys
 
 import gguf as reference
 import numpy as np
 import pytest
 import torch
 
-from seamwise.runtime import gguf_quants
 from seamwise.runtime.gguf_quants import KINDS
 
 
@@ -16,22 +17,18 @@ def blocks(kind: str, count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, KINDS[kind].num_bytes), dtype=np.uint8)
 
 
-def assert_same_bits(got: np.ndarray, wanted: np.ndarray) -> None:
-    assert got.dtype == wanted.dtype == np.float32 and got.shape == wanted.shape
-    assert np.array_equal(np.isnan(got), np.isnan(wanted))
-    number = ~np.isnan(wanted)
-    assert np.array_equal(got[number].view(np.int32), wanted[number].view(np.int32))
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_plain_values_are_read_as_they_are(kind: str) -> None:
+    raw = torch.from_numpy(blocks(kind, 301)).view(-1)
+    wanted = torch.from_numpy(reference.dequantize(raw.numpy(), reference.GGMLQuantizationType[kind]))
+    torch.testing.assert_close(KINDS[kind].values(raw).float(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "F64"])  # which that package does not read
-def test_values_equal_the_gguf_packages(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_quants, "_CHUNK", 1024)
-    raw = blocks(kind, 3001)
-    with np.errstate(all="ignore"):
-        wanted = reference.dequantize(raw.reshape(-1), reference.GGMLQuantizationType[kind]).reshape(-1)
-    got = KINDS[kind].values(torch.from_numpy(raw).view(-1))
-    assert got.shape == wanted.shape == (3001 * KINDS[kind].block,)
-    assert_same_bits(got.float().numpy(), wanted)
+def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert KINDS["F32"].values(torch.zeros(8, dtype=torch.uint8)).tolist() == [0, 0]
+    with pytest.raises(RuntimeError, match=r"Q4_1 weights need the gguf package: pip install 'seamwise\[gguf\]'"):
+        KINDS["Q4_1"].values(torch.from_numpy(blocks("Q4_1", 2)).view(-1))
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

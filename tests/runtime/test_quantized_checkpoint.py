@@ -3,72 +3,28 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantized_checkpoints import LAYOUTS, UNSERVED, Layout, pack, save_quantized
+from quantized_checkpoints import (
+    LAYOUTS,
+    REQUESTS,
+    UNSERVED,
+    dequantized,
+    load,
+    logits,
+    pack,
+    save_quantized,
+)  # fmt: skip
 from safetensors.torch import load_file, save_file
-from step_inputs import Steps
 from tiny_models import assert_within_budget
 
-from seamwise import ModelRunner, StepInput
-from seamwise.compile.ledger import Ledger
-from seamwise.compile.pipeline import PipelineConfig, ordered_passes
+from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels import dequantize_weight
-from seamwise.model_defs import build_model
 from seamwise.runtime.bisect import bisect
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.loading import compile_model, load_step_weights
-from seamwise.runtime.quantized_checkpoint import Quantization
-from seamwise.runtime.runner_config import RunnerConfig
-
-REQUESTS = [[5, 77, 3, 18, 44, 9, 60, 61, 62], [7, 8, 90]]
-NO_PASSES = tuple(one.name for group in ordered_passes() for one in group)
-
-
-def dequantized(directory: Path, dtype: torch.dtype, entry: str = "own") -> dict[str, torch.Tensor]:
-    """Return the weights that a model reads where no pass rewrites its layers, by their place in the model."""
-    config = ModelConfig.from_directory(directory)
-    options = RunnerConfig.for_model(
-        config, dtype=dtype, entry=entry, device="cpu", pack_dir=None,
-        pipeline=PipelineConfig(disabled=NO_PASSES, inductor="never"),
-    )  # fmt: skip
-    program, buffers = compile_model(config, options, Ledger())
-    program.recipes = {n: r for recipe in program.recipes.values() for n, r in dequantizations(recipe)}
-    weights = load_step_weights(directory, options, program, buffers)
-    return dict(zip(program.recipes, weights, strict=True))
-
-
-def dequantizations(recipe: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the parameter and the recipe of each dequantized weight within a recipe; experts' are flat."""
-    if isinstance(recipe, dict) and "dequantize_weight" in recipe.get("op", ""):
-        stored = recipe["args"][0]
-        stored = stored if "weight" in stored else stored["args"][0]
-        yield stored["weight"].removesuffix("_packed"), recipe
-    elif isinstance(recipe, (dict, list)):
-        for inner in recipe.get("args", ()) if isinstance(recipe, dict) else recipe:
-            yield from dequantizations(inner)
-
-
-def logits(runner: ModelRunner) -> list[torch.Tensor]:
-    """Run prefill in chunks of two requests, mixed with decode steps."""
-    steps = Steps(REQUESTS, block_size=runner.block_size)
-    runner.allocate_kv(steps.num_blocks)
-    rows: list[list[torch.Tensor]] = [[] for _ in REQUESTS]
-    for step in ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 1, 1: 1}):
-        given = runner.step(StepInput(**steps.next(step))).logits.clone()
-        for request, part in zip(step, given.split(list(step.values())), strict=True):
-            rows[request].append(part)
-    return [torch.cat(parts) for parts in rows]
-
-
-def load(directory: Path, dtype: torch.dtype, **options: Any) -> ModelRunner:
-    return ModelRunner.load(directory, dtype=dtype, device="cpu", **{"pack_dir": None, **options})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -279,97 +235,7 @@ def test_quantizing_twice_is_refused(tmp_path: Path) -> None:
         load(tmp_path, torch.bfloat16, quantization="int8")
 
 
-BLOCKS, INT8 = LAYOUTS["fp8 blocks"].config(), LAYOUTS["W8A8 int8"].config()
-BAD: list[tuple[dict[str, Any], str]] = [
-    (BLOCKS | {"quant_method": "awq"}, "quant_method is 'awq', wanted 'fp8' or 'compressed-tensors' or 'mxfp4'"),
-    (BLOCKS | {"activation_scheme": "static"}, "activation_scheme is 'static', wanted 'dynamic'"),
-    (BLOCKS | {"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0', wanted 'float'"),
-    (BLOCKS | {"weight_block_size": None}, "weight_block_size is None, wanted the rows and columns of a block"),
-    (BLOCKS | {"modules_to_convert": ["embed"]}, "modules_to_convert would be ignored; wanted only activation_scheme"),
-    (BLOCKS | {"modules_to_not_convert": ["("]}, "'(' is not a pattern of modules"),
-    (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is {'num_bits': 8}, which is not served"),
-    (INT8 | {"sparsity_config": {"format": "sparse-24"}}, "sparsity_config is {'format': 'sparse-24'}"),
-    (INT8 | {"config_groups": {}}, "config_groups is empty"),
-    (INT8 | {"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized', wanted 'int-quantized'"),
-]  # fmt: skip
-BAD_GROUPS: list[tuple[dict[str, Any], str]] = [
-    ({"targets": ["Conv2d"]}, "target 'Conv2d' names no linear layer of CausalLM"),
-    ({"targets": "Linear"}, "'Linear' is not a list of names"),
-    ({"output_activations": {"num_bits": 8}}, "output_activations is not served"),
-    ({"weights": {"num_bits": 3}}, "3 bits of type 'int'; wanted 8 bits of either, or 4 of 'int'"),
-    ({"weights": {"num_bits": 4, "strategy": "channel"}}, "int4 in format 'int-quantized' is not served"),
-    ({"weights": {"type": "float", "symmetric": False}}, "symmetric is false, wanted true for float weights"),
-    ({"weights": {"strategy": "channel", "actorder": "group"}}, "actorder 'group'; wanted stored weights in the order"),
-    ({"weights": {"rounding": "up"}}, "rounding would be ignored"),
-    ({"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "tensor"}}, "not served (strategy)"),
-    ({"input_activations": {"num_bits": 8, "strategy": "tensor", "symmetric": False}}, "not served (symmetric)"),
-    ({"input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor"}}, "not served (num_bits and type)"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("given", "message"), BAD)
-def test_what_is_not_served_is_named(given: dict[str, Any], message: str, tmp_path: Path) -> None:
-    save_quantized(tmp_path, LAYOUTS["W8A8 int8"], torch.bfloat16)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": given}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        load(tmp_path, torch.bfloat16)
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_GROUPS)
-def test_what_a_group_has_that_is_not_served_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    group = INT8["config_groups"]["group_0"] | change
-    test_what_is_not_served_is_named(INT8 | {"config_groups": {"group_0": group}}, message, tmp_path)
-
-
-def test_the_most_specific_target_holds(tmp_path: Path) -> None:
-    layout, by_class = LAYOUTS["FP8_DYNAMIC"], LAYOUTS["FP8_DYNAMIC"].config()
-    group = by_class["config_groups"]["group_0"]
-    weights = group["weights"] | {"strategy": "tensor"}
-    name = "model.layers.0.mlp.down_proj"
-    groups = {
-        "a": group, "b": group | {"targets": ["re:.*down_proj"], "weights": weights}, "c": group | {"targets": [name]},
-    }  # fmt: skip
-    model = build_model("LlamaForCausalLM", tiny_llama(tmp_path, layout), entry="own")
-    read = Quantization.read({"quantization_config": by_class | {"config_groups": groups}}, "config.json")
-    assert read is not None
-    rows = {n: w.scheme.rows for n, w in read.stored_weights(model).items()}
-    assert [n for n, r in rows.items() if r == 0] == ["model.layers.1.mlp.down_proj.weight"] and len(rows) == 14
-
-
-@pytest.mark.parametrize(
-    ("listed", "kept"),
-    [
-        (None, 14),
-        (["lm_head", "model.layers.1.mlp"], 11),  # a module's children
-        (["lm_head", "o_proj"], 12),  # the end of a name
-        (["lm_head", "model.layers.1.self_attn.q", r"model.layers.\d.mlp.up_proj"], 12),  # no part of a name; a pattern
-        (["embed_tokens"], 15),  # the head is quantized where a list does not have it
-    ],
-)
-def test_a_list_of_modules_is_read_as_transformers_does(listed: Any, kept: int, tmp_path: Path) -> None:
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    layout = LAYOUTS["fp8 blocks"]
-    model = build_model("LlamaForCausalLM", tiny_llama(tmp_path, layout), entry="own")
-    read = Quantization.read(
-        {"quantization_config": layout.config() | {"modules_to_not_convert": listed}}, "config.json"
-    )
-    assert read is not None
-    found = {name.removesuffix(".weight") for name in read.stored_weights(model)}
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert (
-        found == {name for name in linears if should_convert_module(name, listed or ["lm_head"])} and len(found) == kept
-    )
-
-
 def test_bisect_reads_stored_weights(tmp_path: Path) -> None:
     save_quantized(tmp_path, LAYOUTS["W4A16_ASYM"], torch.float32)
     a, b = "entry=own", "entry=transformers,run=meaning,without=all"
     assert bisect(tmp_path, a, b, case="decode of 3 requests", tolerance=1e-4).first is None
-
-
-def tiny_llama(directory: Path, layout: Layout) -> dict[str, Any]:
-    save_quantized(directory, layout, torch.float32)
-    raw: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return raw

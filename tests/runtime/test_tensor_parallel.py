@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,20 @@ def check_layout(runner: ModelRunner, ranks: int) -> None:
     assert runner.kv_spec.layers[0][0][0] == max(2 // ranks, 1)
 
 
+def check_sequence(root: Path, ranks: int) -> None:
+    """With a share of the rows on each rank: of 1, 2, 3 and 38 rows, op by op in float64, recorded and not."""
+    cases = (("llama", "own", 0), ("mixtral", "own", 0), ("tied", "own", 3), ("qwen3", "transformers", 3))
+    import_module("seamwise.kernels.norm_between_linears").CHUNK_ROWS = 4  # 38 rows go in four chunks
+    for name, entry, overlapped in cases:
+        options = {"enable_sequence_parallel": True, "enable_async_tp": bool(overlapped)}
+        runner = check_logits(root / name, name, entry, ranks, pipeline=PipelineConfig(validate=True), **options)
+        reports = {r.name: r for r in runner.program.reports}
+        for pass_name, matched in (("sequence_parallel", 5), *((("async_tp", overlapped),) if overlapped else ())):
+            assert reports[pass_name].matched == matched and reports[pass_name].certificate["max_error"] < 1e-9
+        ops = {c["op"].rpartition(".")[2]: c["calls"] for c in runner.program.collectives}
+        assert (ops["reduce_scatter_rms_norm"], ops.get("norm_between_linears", 0)) == (5 - overlapped, overlapped)
+
+
 def check_text(directory: Path, ranks: int) -> None:
     """Every rank's engine gives the tokens of one rank alone, greedy and drawn; most steps are replayed recordings."""
     prompts = [{"prompt_token_ids": tokens} for tokens in draw_tokens(7, 5, 17, 2)]
@@ -113,6 +128,7 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
                 check_layout(runner, ranks)
         if ranks == 2:
             check_logits(root / "mixtral", "mixtral", "own", ranks, enable_expert_parallel=True)
+            check_sequence(root, ranks)
             check_text(root / "llama", ranks)
             check_packs(root / "llama", ranks, root / "packs")
             with pytest.raises(ValueError, match="tensor_parallel_size=3: the process group has 2 ranks"):
@@ -140,3 +156,5 @@ def test_without_a_process_group_the_message_says_how_to_start(tiny_llama_dir: P
         ModelRunner.load(tiny_llama_dir, device="cpu", tensor_parallel_size=0)
     with pytest.raises(ValueError, match="need a tensor_parallel_size above 1"):
         ModelRunner.load(tiny_llama_dir, device="cpu", enable_expert_parallel=True)
+    with pytest.raises(ValueError, match="need a tensor_parallel_size above 1"):
+        ModelRunner.load(tiny_llama_dir, device="cpu", enable_sequence_parallel=True)

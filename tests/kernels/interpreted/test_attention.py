@@ -40,11 +40,11 @@ def test_attention(requests: Any, heads: Any, features: Any, dtype: torch.dtype,
     (out,) = check(attention, "triton", args)
     near(out, by_flex(args), dtype)
     assert bool((out[-2:] == 0).all()), "rows that no request owns"
-    for r, (_, count) in enumerate(requests):
-        start = int(args[5][r])
-        for first, last in ((0, count // 2), (count // 2, count)):  # tiles differ with the batch, results do not
-            alone = attention.run("triton", *cut(args, r, first, last))
-            near(alone, out[start + first : start + last], dtype)
+    r = seed % len(requests)
+    start, count = int(args[5][r]), requests[r][1]
+    for first, last in ((0, count // 2), (count // 2, count)):  # tiles differ with the batch, results do not
+        alone = attention.run("triton", *cut(args, r, first, last))
+        near(alone, out[start + first : start + last], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -32,9 +32,9 @@ def triton(op: Any, *args: Any) -> Any:
     return op.run("triton", *args)
 
 
-@pytest.mark.parametrize("make", LAYERS)
-@pytest.mark.parametrize("T", [1, 9, 70])
+@pytest.mark.parametrize(("make", "T"), [(m, T) for m in LAYERS for T in (1, 70 if m in (mixtral, gpt_oss) else 9)])
 def test_a_layer_is_that_of_transformers(make: Callable[[], Layer], T: int) -> None:
+    """One token, some, and where experts are few so many that tiles are larger."""
     layer, x = on_device(make), rows(T).to(DEVICE)
     assert_close(layer.ours(x, triton), layer.theirs(x), rtol=1e-4, atol=1e-5)
 
@@ -49,12 +49,12 @@ def test_ranks_with_a_part_of_the_experts_add_up(make: Callable[[], Layer]) -> N
 @pytest.mark.parametrize("make", [mixtral, qwen3])
 def test_rows_do_not_depend_on_their_neighbours(make: Callable[[], Layer]) -> None:
     """At a size that keeps its kernel: other tokens, their order and their experts change no bit."""
-    layer, x = on_device(make), rows(20).to(DEVICE)
+    layer, x = on_device(make), rows(10).to(DEVICE)
     whole = layer.ours(x, triton)
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     assert torch.equal(layer.ours(x[order], triton), whole[order])
-    others = torch.cat((x[:5], rows(15, seed=2).to(DEVICE)))
-    assert torch.equal(layer.ours(others, triton)[:5], whole[:5])
+    others = torch.cat((x[:3], rows(7, seed=2).to(DEVICE)))
+    assert torch.equal(layer.ours(others, triton)[:3], whole[:3])
 
 
 def test_slots_of_no_expert_are_zero() -> None:

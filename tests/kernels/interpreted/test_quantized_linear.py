@@ -39,10 +39,11 @@ def test_scales_of_different_grain_meet(mixed: dict[str, Any]) -> None:
 
 
 def test_every_mxfp4_weight() -> None:
-    """The identity gives the weights back, exactly: all 256 bytes with every scale that float32 holds."""
-    packed = torch.arange(256, dtype=torch.uint8, device=DEVICE).expand(253, 256).contiguous()
-    scale = torch.arange(253, dtype=torch.uint8, device=DEVICE)[:, None].expand(253, 16).contiguous()
-    got = mxfp4_linear.run("triton", torch.eye(512, device=DEVICE), packed, scale)
+    """The identity gives the weights back, exactly: all codes in both halves of a byte, by every scale of float32."""
+    exponent, code = torch.arange(253, device=DEVICE)[:, None], torch.arange(32, device=DEVICE) % 16
+    packed = (code | (code + exponent) % 16 << 4).to(torch.uint8)  # all 256 bytes are among them
+    scale = torch.cat((exponent, 252 - exponent), 1).to(torch.uint8)
+    got = mxfp4_linear.run("triton", torch.eye(64, device=DEVICE), packed, scale)
     assert torch.equal(got.T, dequantize_mxfp4(packed, scale, torch.float32))
 
 

@@ -19,6 +19,7 @@ from seamwise.kernels import (
     rope,
     rope_kv_write,
     silu_mul,
+    silu_mul_mxfp4,
     silu_mul_quant,
     swiglu_clamped,
 )
@@ -50,6 +51,8 @@ def test_fused_is_unfused(scheme: tuple[torch.dtype, int, Tensor | None], dtype:
     same(fused, (*quantize.run("triton", normed, *scheme), total))
     activated = silu_mul.run("triton", x)
     same(silu_mul_quant.run("triton", x, *scheme), quantize.run("triton", activated, *scheme))
+    activated = silu_mul.run("triton", x[:, :192])
+    same(silu_mul_mxfp4.run("triton", x[:, :192]), quantize_mxfp4.run("triton", activated))
 
 
 def test_groups_of_a_row_in_several_programs() -> None:

@@ -1,0 +1,61 @@
+"""How much memory a step's values take at once, a token and a row of logits, read from the lowered graph."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from seamwise.passes.graph import VIEWS, value
+
+
+def live_bytes(module: GraphModule) -> tuple[int, int]:
+    """Return the most bytes alive between two ops: of values with a row a token, and with one a row of logits.
+
+    A view is alive with what it is a view of. Inside a kernel or a package there may be more.
+    """
+    nodes = list(module.graph.nodes)
+    rows = {name: _first_size(module, name) for name in ("token_ids", "logit_rows")}
+    base: dict[Node, Node] = {}
+    last: dict[Node, int] = {}
+    for i, node in enumerate(nodes):
+        viewed = node.target in VIEWS or node.target is torch.ops.aten.view.default
+        base[node] = base[node.all_input_nodes[0]] if viewed else node
+        for used in node.all_input_nodes:
+            last[base[used]] = i
+    ends: dict[int, list[Node]] = {}
+    for node, i in last.items():
+        ends.setdefault(i, []).append(node)
+    live, most = {name: 0 for name in rows}, {name: 0 for name in rows}
+    for i, node in enumerate(nodes):
+        for sign, changed in ((1, [node] if base[node] is node and node in last else []), (-1, ends.get(i, []))):
+            for name, count in ((name, _bytes(n, size)) for n in changed for name, size in rows.items()):
+                live[name] += sign * count
+            most = {name: max(most[name], live[name]) for name in rows}
+    return most["token_ids"], most["logit_rows"]
+
+
+def _first_size(module: GraphModule, name: str) -> Any:
+    found = next((n for n in module.graph.find_nodes(op="placeholder") if n.name == name), None)
+    size = None if found is None else value(found).shape[0]
+    return size.node.expr if isinstance(size, torch.SymInt) else None
+
+
+def _bytes(node: Node, size: Any) -> int:
+    """Return the bytes of a call's results at one row, if they have a row for each of `size`."""
+    if node.op != "call_function" or size is None:
+        return 0
+    tensors = [t for t in tree_leaves(value(node)) if isinstance(t, Tensor)]
+    dynamic = [t for t in tensors if any(isinstance(n, torch.SymInt) and n.node.expr.has(size) for n in t.shape)]
+    return sum(t.dtype.itemsize * math.prod(map(_at_one, t.shape)) for t in dynamic)
+
+
+def _at_one(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, 1)))
