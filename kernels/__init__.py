@@ -50,6 +50,7 @@ if __name__ != "kernels":
     from .rope_table import rope_table
     from .scaled_linear import scaled_linear
     from .silu_mul import silu_mul
+    from .silu_mul_mxfp4 import silu_mul_mxfp4
     from .silu_mul_quant import silu_mul_quant
     from .speculative_reject import speculative_reject
     from .swiglu_clamped import swiglu_clamped
@@ -113,6 +114,7 @@ __all__ = [
     "rope_table",
     "scaled_linear",
     "silu_mul",
+    "silu_mul_mxfp4",
     "silu_mul_quant",
     "speculative_reject",
     "swiglu_clamped",
