@@ -158,7 +158,7 @@ class SmallModel:
         eager, recorded = (
             ModelRunner(
                 built.config, replace(built.options, cudagraph_mode=m, cudagraph_capture_sizes=sizes), built.executable,
-                Ledger(),
+                Ledger(), built.buffers,
             )
             for m in ("none", mode)
         )  # fmt: skip

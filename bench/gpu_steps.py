@@ -103,7 +103,7 @@ def measure_step(lazy: Lazy[ModelRunner], mode: str, requests: int, shapes: dict
     runner = lazy()
     if mode != "graph":
         options = replace(runner.options, cudagraph_mode="none" if mode == "compiled" else mode)
-        plain = ModelRunner(runner.config, options, runner.executable, Ledger())
+        plain = ModelRunner(runner.config, options, runner.executable, Ledger(), runner.buffers)
         plain.kv_caches, plain._caches_flat = runner.kv_caches, runner._caches_flat
         runner, built = plain, runner
     else:
@@ -143,7 +143,7 @@ def measure_capture(lazy: Lazy[ModelRunner], sizes: Sequence[int]) -> Row:
     device = runner.options.device
     for size in sizes:
         runner.step(decode_batch(runner, size, 1))
-    fresh = ModelRunner(runner.config, runner.options, runner.executable, Ledger())
+    fresh = ModelRunner(runner.config, runner.options, runner.executable, Ledger(), runner.buffers)
     fresh.kv_caches, fresh._caches_flat = runner.kv_caches, runner._caches_flat
     gc.collect()
     before = free_bytes(device)

@@ -124,7 +124,7 @@ def cost(
         {"R": 1, "queries": 1, "context": 5, "H": 2, "K": 1, "D": 16, "P": 4},
         {"R": 3, "queries": 7, "context": 9, "H": 6, "K": 2, "D": 80, "P": 8, "window": 5, "sinks": True},
         {"R": 2, "queries": 3, "context": 130, "H": 4, "K": 2, "D": 32, "P": 8, "alibi": True, "window": 60},
-        {"R": 2, "queries": 40, "context": 0, "H": 9, "K": 3, "D": 64, "P": 16, "softcap": 2.0},
+        {"R": 2, "queries": 40, "context": 0, "H": 9, "K": 3, "D": 64, "P": 16, "softcap": 2.0, "fp8": "head"},
     ),
     shapes={
         "llama-3-8b decode": {"R": 64, "queries": 1, "context": 1024, "H": 32, "K": 8, "D": 128, "P": 16},

@@ -69,7 +69,7 @@ def cost(q_THD: Tensor, *args: Any) -> Cost:
 @attention_quant.inputs(
     examples=[
         {**sizes, name: choice} for sizes, (name, choice) in zip(
-            attention.examples, (("static", True), ("heads", 1), ("int8", True), ("heads", 2)), strict=True
+            attention.examples, (("static", True), ("heads", 2), ("int8", True), ("heads", 1)), strict=True
         )
     ],
     shapes={

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -139,28 +139,29 @@ class Checkpoint:
     ) -> Checkpoint:  # fmt: skip
         """Open a checkpoint for a model with these parameters, as open_source describes."""
         found, problems, chosen = find_tensors(path, load_format)
-        kept = dict(kept_dtypes or {})
-        found, unfit = stack_experts(
-            {
-                name: tensor
-                for stored, whole in found.items()
-                if stored.startswith(within)
-                for name, tensor in _as_wanted(stored.removeprefix(within), whole, parameters).items()
-            },
-            parameters,
-        )
-        problems += unfit
-        for alias, name in (tied or {}).items():
-            if alias in found:
-                found.setdefault(name, found.pop(alias))
-                found.pop(alias, None)
+        wanted = {
+            name: tensor
+            for stored, whole in found.items()
+            if stored.startswith(within)
+            for name, tensor in _as_wanted(stored.removeprefix(within), whole, parameters).items()
+        }
+        found, unfit = by_parameter(wanted, parameters, tied or {})
+        label = f"{path}: the checkpoint does not fit the model that its configuration describes"
+        return cls.fitting(label, found, parameters, kept_dtypes or {}, chosen.dtypes, problems + unfit)
+
+    @classmethod
+    def fitting(
+        cls, label: str, found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]],
+        kept: Mapping[str, torch.dtype | None], dtypes: Iterable[Any], problems: list[str],
+    ) -> Checkpoint:  # fmt: skip
+        """Return the checkpoint of these tensors. Raises ValueError with all that does not fit, after the label."""
         for name, shape in parameters.items():
             if name not in found:
                 problems.append(f"missing {name}, shape {tuple(shape)}")
             elif found[name].shape != tuple(shape):
                 problems.append(f"shape of {name} is {found[name].shape}, wanted {tuple(shape)}")
             elif not _fits(found[name].dtype, kept.get(name)):
-                wanted = "one of " + ", ".join(str(d).removeprefix("torch.") for d in chosen.dtypes)
+                wanted = "one of " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
                 if (exact := kept.get(name)) not in _FLOATS:
                     wanted = str(exact).removeprefix("torch.")
                 problems.append(f"dtype of {name} is {found[name].stored_dtype}, wanted {wanted}")
@@ -171,10 +172,7 @@ class Checkpoint:
         problems += [f"extra {name}" for name in extra]
         if problems:
             shown = "\n  ".join(problems[:20]) + ("\n  …" if len(problems) > 20 else "")
-            raise ValueError(
-                f"{path}: the checkpoint does not fit the model that its configuration describes"
-                f" ({len(problems)} problems):\n  {shown}"
-            )
+            raise ValueError(f"{label} ({len(problems)} problems):\n  {shown}")
         return cls({name: found[name] for name in parameters}, kept)
 
     def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
@@ -182,6 +180,18 @@ class Checkpoint:
         stored = self._tensors[name]
         read = stored.load() if part is None else stored.load_part(*part)
         return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
+
+
+def by_parameter(
+    found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Return tensors by the model's names, experts stacked and tied ones under one name; and what does not fit."""
+    tensors, problems = stack_experts(found, parameters)
+    for alias, name in tied.items():
+        if alias in tensors:
+            tensors.setdefault(name, tensors.pop(alias))
+            tensors.pop(alias, None)
+    return tensors, problems
 
 
 class DummyCheckpoint:

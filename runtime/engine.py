@@ -49,6 +49,12 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what the KV cache holds. Raises RuntimeError while requests run, whose past is in it."""
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} requests are running; finish or abort them first")
+        self.scheduler.pool.forget_all()
+
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """Return how many tokens a request may produce. Raises ValueError for one that cannot be served."""
         limit, vocab = self.runner.options.max_model_len, self.runner.config.vocab_size

@@ -106,6 +106,13 @@ class BlockPool:
         if block in self.names:
             del self.by_name[self.names.pop(block)]
 
+    def forget_all(self) -> None:
+        """Take all names away; what no request holds is free."""
+        self.names.clear()
+        self.by_name.clear()
+        self.free += self.resting
+        self.resting.clear()
+
     def record(self, block: int, name: BlockName) -> None:
         """Name a block that is now full, unless it or an equal block is named already."""
         if self.caching and name not in self.by_name and block not in self.names:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .engine import Engine
 from .hub import resolve_model
@@ -72,6 +73,19 @@ class LLM:
         self.tokenizer = Tokenizer(home) if has_tokenizer(home) else None
         self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
         self._ids = itertools.count()
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; nothing is compiled again.
+
+        The prefix cache is forgotten. Raises ValueError for weights that do not fit, all named, nothing being changed;
+        RuntimeError while requests run.
+        """
+        self.engine.reset_prefix_cache()
+        self.engine.runner.update_weights(weights)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the KV cache holds. Raises RuntimeError while requests run."""
+        self.engine.reset_prefix_cache()
 
     def get_tokenizer(self) -> Any:
         """Return the transformers tokenizer of the model."""

@@ -7,6 +7,7 @@ logits = runner.step(StepInput(...)).logits
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .progress import shown_ledger
 from .recordings import CapturePlan, Recordings, RecordingStats
 from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS, StepInput, StepOutput
+from .update_weights import update_weights
 
 
 class ModelRunner:
@@ -36,10 +38,15 @@ class ModelRunner:
     config     the model's own configuration
     program    what was compiled: passes' reports, pieces, generated source
     startup_s  seconds by stage of start-up
+    buffers    what recipes read that no checkpoint holds
     """
 
-    def __init__(self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger) -> None:
+    def __init__(
+        self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger,
+        buffers: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         self.config = config
+        self.buffers = buffers
         self.options = options
         self.executable = executable
         self.startup_s = ledger.seconds
@@ -69,7 +76,7 @@ class ModelRunner:
                 weights = load_step_weights(Path(path), settings, program, buffers)
             with ledger.stage("bind"):
                 executable = Executable(program, weights)
-        return cls(config, settings, executable, ledger)
+        return cls(config, settings, executable, ledger, buffers)
 
     @property
     def program(self) -> Program:
@@ -105,6 +112,13 @@ class ModelRunner:
         if logits is None:
             logits = self.executable(*self._flat(self._on_device(batch)))
         return StepOutput(logits=logits)
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; recordings stay valid.
+
+        What the KV cache holds was computed with the old ones. See update_weights.py for what is refused.
+        """
+        update_weights(self.executable, self.options, self.buffers, weights)
 
     def recording(self, num_requests: int) -> Recording:
         """Return the recorded decode step of that many requests. Raises KeyError before such a step has run."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,17 @@ def test_rows_json_and_roofline(
     least_us = row["bytes"] / report["ceilings"]["copy_gb_per_s"] / 1e3
     assert row["of_roof"] == pytest.approx(least_us / row["us"])
     assert "rms_norm" in capsys.readouterr().out and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_slower_than_eager_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CONTRACTS["rms_norm"], "shapes", {"small": {"T": 64, "D": 512}})
+    assert main(["bench", "kernels", "rms_norm", "grouped_linear", "--check-eager"]) == 0
+    fast = next(p for p in CONTRACTS["rms_norm"].providers if p.name == "cpp")
+    slow = replace(fast, call=lambda *args: (time.sleep(0.002), fast.call(*args))[1])
+    monkeypatch.setattr(CONTRACTS["rms_norm"], "providers", [slow])
+    assert main(["bench", "kernels", "rms_norm", "--check-eager"]) == 1
+    out = capsys.readouterr().out
+    assert "no op is slower" in out and "grouped_linear" not in out and out.count("slower than eager torch:") == 1
 
 
 def test_an_unknown_contract_is_named(capsys: pytest.CaptureFixture[str]) -> None:

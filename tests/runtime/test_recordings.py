@@ -29,7 +29,7 @@ SCHEDULE = ({0: 3, 2: 2}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1, 2: 1, 3: 1}, {0: 1, 
 
 def another(runner: ModelRunner, **options: Any) -> ModelRunner:
     """Return a runner of the same compiled model with other options."""
-    return ModelRunner(runner.config, replace(runner.options, **options), runner.executable, Ledger())
+    return ModelRunner(runner.config, replace(runner.options, **options), runner.executable, Ledger(), runner.buffers)
 
 
 def run(runner: ModelRunner, schedule: Any = SCHEDULE, seed: int = 0) -> tuple[list[Tensor], list[list[Tensor]]]:

@@ -1,0 +1,89 @@
+"""New weights in place: a model with another's weights is that other model, in bits; what does not fit is listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_tiny
+from torch import Tensor
+
+from seamwise import LLM, SamplingParams
+
+PROMPTS = [{"prompt_token_ids": list(range(3, 40))}, {"prompt_token_ids": [7, 9, 11]}]
+GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=1, detokenize=False)
+
+
+def two_models(directory: Path, name: str) -> tuple[Path, Path, dict[str, Tensor]]:
+    paths = directory / "a", directory / "b"
+    for seed, path in enumerate(paths):
+        save_tiny(path, name, seed=seed)
+    return *paths, load_file(paths[1] / "model.safetensors")
+
+
+def texts(llm: LLM) -> list[tuple[list[int], float]]:
+    outputs = [o.outputs[0] for o in llm.generate(PROMPTS, GREEDY)]
+    return [(o.token_ids, o.cumulative_logprob) for o in outputs]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("LlamaForCausalLM", {"dtype": "float32"}),
+        ("LlamaForCausalLM", {"dtype": "float32", "entry": "transformers"}),
+        ("LlamaForCausalLM", {"dtype": "bfloat16", "quantization": "w4a16"}),
+        ("LlamaForCausalLM", {"dtype": "bfloat16", "quantization": "fp8"}),
+        ("Qwen3MoeForCausalLM", {"dtype": "float32"}),
+    ],
+)
+def test_it_becomes_the_other_model(tmp_path: Path, pack_dir: Path, name: str, options: dict[str, str]) -> None:
+    a, b, weights = two_models(tmp_path, name)
+    llm, other = (LLM(p, device="cpu", max_model_len=64, pack_dir=pack_dir, **options) for p in (a, b))
+    before, wanted = texts(llm), texts(other)
+    assert before != wanted
+    places = [w.data_ptr() for w in llm.engine.runner.executable.weights]
+    llm.update_weights((n, t.T.contiguous().T if t.dim() == 2 else t) for n, t in weights.items())  # views as well
+    assert places == [w.data_ptr() for w in llm.engine.runner.executable.weights]
+    assert texts(llm) == wanted, "with recordings made, and prefixes cached, before"
+    llm.update_weights(load_file(a / "model.safetensors").items())
+    assert texts(llm) == before
+
+
+def test_a_part_of_the_weights(tmp_path: Path, pack_dir: Path) -> None:
+    a, _, weights = two_models(tmp_path, "LlamaForCausalLM")
+    llm = LLM(a, device="cpu", dtype="float32", max_model_len=64, pack_dir=pack_dir)
+    before = texts(llm)
+    layer = {n: t for n, t in weights.items() if ".1." in n and ("self_attn.o" in n or "input_layernorm" in n)}
+    llm.update_weights(layer.items())
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for file in ("config.json", "generation_config.json"):
+        (mixed / file).write_bytes((a / file).read_bytes())
+    from safetensors.torch import save_file
+
+    save_file(load_file(a / "model.safetensors") | layer, mixed / "model.safetensors")
+    assert texts(llm) == texts(LLM(mixed, device="cpu", dtype="float32", max_model_len=64, pack_dir=pack_dir)) != before
+
+
+def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path: Path, pack_dir: Path) -> None:
+    a, _, weights = two_models(tmp_path, "LlamaForCausalLM")
+    llm = LLM(a, device="cpu", dtype="float32", max_model_len=64, pack_dir=pack_dir)
+    before, q = texts(llm), "model.layers.0.self_attn.q_proj.weight"
+    wrong = {
+        q: weights[q], "model.norm.weight": torch.ones(3), "model.nrm.weight": torch.ones(3),
+        "model.layers.1.input_layernorm.weight": torch.ones(64, dtype=torch.int32),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="these weights do not fit the model") as refused:
+        llm.update_weights(wrong.items())
+    for part in (
+        "missing model.layers.0.self_attn.k_proj.weight", "missing model.layers.0.self_attn.v_proj.weight",
+        "shape of model.norm.weight is (3,), wanted (64,)", "extra model.nrm.weight",
+        "dtype of model.layers.1.input_layernorm.weight is int32",
+    ):  # fmt: skip
+        assert part in str(refused.value)
+    assert texts(llm) == before
+    llm.engine.add_request("r", [1, 2, 3], GREEDY)
+    with pytest.raises(RuntimeError, match="1 requests are running; finish or abort them first"):
+        llm.update_weights(weights.items())
