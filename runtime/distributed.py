@@ -6,6 +6,7 @@ https://docs.pytorch.org/docs/stable/distributed.html, https://docs.pytorch.org/
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ def join_group(size: int, device: str, **chosen: Any) -> tuple[Parallel, str]:
                 " …`, or call torch.distributed.init_process_group in each first"
             )
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        atexit.register(_leave)
     rank, found, backend = dist.get_rank(), dist.get_world_size(), str(dist.get_backend())
     if found != size:
         raise ValueError(f"tensor_parallel_size={size}: the process group has {found} ranks; wanted as many")
@@ -45,6 +47,12 @@ def join_group(size: int, device: str, **chosen: Any) -> tuple[Parallel, str]:
     group = dist.group.WORLD
     assert group is not None
     return Parallel(size=size, rank=rank, group=str(group.group_name), **chosen), device
+
+
+def _leave() -> None:
+    """Leave the group that join_group made, its threads ended, before the interpreter is torn down."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

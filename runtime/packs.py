@@ -59,7 +59,7 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
         {
             "model": config.raw,
             "dtype": options.dtype,
-            "kv_cache_dtype": options.kv_cache_dtype,
+            "kv_cache_dtype": "dtype" if options.kv_cache_dtype == options.dtype else options.kv_cache_dtype,
             "stored": options.stored and asdict(options.stored),
             "device": torch.device(options.device).type,
             "entry": options.entry,
