@@ -137,7 +137,7 @@ def _provider(contract: str, name: str) -> Any:
     found = next(p.call for p in record.providers if p.name == name)
     if not record.seam and (name == "cpp" or not record.reads_values):
         return found
-    return partial(tape.call, found, seam=contract if record.seam else "", launches=name == "cpp")
+    return partial(tape.call, found, seam=contract if record.seam else "", launches=name in tape.LAUNCHING)
 
 
 def piece_source(module: GraphModule) -> str:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seamwise.kernels.contract import contract_of
-from seamwise.kernels.tape import Pool, StandIn, Tape, call, recording
+from seamwise.kernels.tape import LAUNCHING, Pool, StandIn, Tape, call, recording
 
 
 class RecordingRefused(RuntimeError):
@@ -257,12 +257,15 @@ class _OntoTape(TorchDispatchMode):
         if (record := contract_of(func)) is not None:
             given = [*args, *kwargs.values()]
             known = [self.tape.arguments[a.position] if isinstance(a, StandIn) else a for a in given]
-            provider = record.choose(known).name
-            if record.seam or provider != "cpp":
+            provider = record.choose(known)
+            if provider.name == "composed" and (self.tape.full or not record.seam):
+                with self:  # its parts are recorded, not itself
+                    return provider.call(*args, **kwargs)
+            if record.seam or provider.name not in LAUNCHING:
                 named, count = tuple(kwargs), len(args)
                 return call(
                     lambda *now: func(*now[:count], **dict(zip(named, now[count:], strict=True))), *given,
-                    seam=record.name if record.seam else "", launches=provider == "cpp",
+                    seam=record.name if record.seam else "", launches=provider.name in LAUNCHING,
                 )  # fmt: skip
             return func(*args, **kwargs)
         if any(issubclass(t, StandIn) for t in types):

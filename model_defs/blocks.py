@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seamwise.kernels import attention, kv_append
+from seamwise.kernels import attention, kv_append, rope_table
 
 from .hf_config import Reader
 from .rope import Rope
@@ -71,9 +71,7 @@ class RopeTable(nn.Module):
         self.register_buffer("speeds_F", speeds_F, persistent=False)
 
     def forward(self, positions_T: Tensor, dtype: torch.dtype) -> Table:
-        angles_TF = positions_T.unsqueeze(-1).float() * self.speeds_F
-        angles_TR = torch.cat((angles_TF, angles_TF), -1)
-        return (angles_TR.cos() * self.scaling).to(dtype), (angles_TR.sin() * self.scaling).to(dtype)
+        return rope_table(positions_T, self.speeds_F, self.scaling, dtype)
 
 
 def rotate(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
