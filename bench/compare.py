@@ -91,16 +91,27 @@ def compare(
     for engine, python in [("seamwise", sys.executable), *present.items(), ("seamwise", sys.executable)]:
         given = {"engine": engine, "model": model, "workloads": drawn, **settings}
         how: dict[str, Any] = {"python": python, "preload": preloads(python) if engine == "vllm" else []}
-        if startup and engine not in reports:
-            with tempfile.TemporaryDirectory() as home:
-                begin = given | {"workloads": {}}
-                single = {k: v for k, v in drawn.items() if k == "single"}
-                cold = run_engine(begin, **how, home=Path(home))["start_s"]
-                warm = [run_engine(begin | {"workloads": single}, **how, home=Path(home)) for _ in range(2)]
-            start = {"cold_s": cold, "warm_s": min(w["start_s"] for w in warm), "peak_mib": warm[0]["peak_mib"]}
-            reports.setdefault(engine, []).append({"results": {"start": [start]}})
-        reports.setdefault(engine, []).append(run_engine(given, **how, home=None))
+        try:
+            reports[engine] = reports.get(engine, []) + _measure(given, how, startup and engine not in reports)
+        except RuntimeError as error:  # a peer that fails costs none of what the others were measured at
+            if engine == "seamwise":
+                raise
+            absent[engine] = str(error)
     return {"figures": {e: medians(r) for e, r in reports.items()}, "absent": absent, "runs": reports}
+
+
+def _measure(given: Mapping[str, Any], how: Mapping[str, Any], startup: bool) -> list[dict[str, Any]]:
+    """Return one engine's reports: of its start, where asked, and of its workloads."""
+    reports: list[dict[str, Any]] = []
+    if startup:
+        with tempfile.TemporaryDirectory() as home:
+            begin = {**given, "workloads": {}}
+            single = {k: v for k, v in given["workloads"].items() if k == "single"}
+            cold = run_engine(begin, **how, home=Path(home))["start_s"]
+            warm = [run_engine(begin | {"workloads": single}, **how, home=Path(home)) for _ in range(2)]
+        start = {"cold_s": cold, "warm_s": min(w["start_s"] for w in warm), "peak_mib": warm[0]["peak_mib"]}
+        reports.append({"results": {"start": [start]}})
+    return [*reports, run_engine(given, **how, home=None)]
 
 
 def medians(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from seamwise.bench import workloads
-from seamwise.bench.compare import table
+from seamwise.bench.compare import compare, table
 from seamwise.runtime.cli import main
 
 
@@ -30,6 +32,20 @@ def test_seamwise_beside_transformers(
     assert row["ratios"]["transformers"] == pytest.approx(row["values"]["transformers"] / row["values"]["seamwise"])
     printed = capsys.readouterr().out
     assert "x transformers" in printed and "vllm: not measured" in printed and picture.exists()
+
+
+def test_a_peer_that_fails_costs_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_engine(job: Any, **how: Any) -> dict[str, Any]:
+        if job["engine"] == "vllm":
+            raise RuntimeError("vllm failed: no such operator")
+        return {"results": {"single": [{"ttft_ms": 1.0}]}}
+
+    monkeypatch.setattr("seamwise.bench.compare.run_engine", run_engine)
+    peers = {"vllm": sys.executable, "transformers": sys.executable}
+    monkeypatch.setattr("seamwise.bench.compare.available", lambda engine, python: None)
+    report = compare("m", peers, workloads=["single"], vocab_size=9, settings={"repeats": 1}, startup=False)
+    assert report["absent"] == {"vllm": "vllm failed: no such operator"}
+    assert report["figures"] == dict.fromkeys(("seamwise", "transformers"), {"single": {"ttft_ms": 1.0}})
 
 
 def test_ratios_above_one_are_better() -> None:
