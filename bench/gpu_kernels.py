@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import seamwise.kernels  # noqa: F401  (registers every contract)
-from seamwise.compile.record import CUDAGraphRecorder
+from seamwise.compile.record_cuda import CUDAGraphRecorder
 from seamwise.kernels import tuned
 from seamwise.kernels.contract import CONTRACTS, Contract
 

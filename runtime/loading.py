@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
 
-from .checkpoint import kept_dtypes, open_source, parameter_shapes, show_progress
+from .checkpoint import Source, kept_dtypes, open_source, parameter_shapes, show_progress
 from .config import ModelConfig
 from .drawn_steps import draw_steps
 from .kv_cache import KVCacheSpec
@@ -153,6 +154,16 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
         seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
         ranks=options.tensor_parallel_size,
     )  # fmt: skip
+    readers = readers_of(source, buffers, options)
+    with torch.inference_mode():
+        names = show_progress(program.recipes, "loading weights")
+        return [evaluate(program.recipes[name], *readers) for name in names]
+
+
+def readers_of(
+    source: Source, buffers: Mapping[str, Tensor], options: RunnerConfig
+) -> tuple[Callable[[str], Tensor], Callable[[str, int, int, int], Tensor]]:
+    """Return what `evaluate` reads with: a parameter or buffer by name, whole, and a range of one."""
 
     def parameter(name: str) -> Tensor:
         if name in buffers:
@@ -164,9 +175,7 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
             return buffers[name].narrow(dim, start, end - start).to(options.device)
         return source.read(name, dtype=options.dtype, device=options.device, part=(dim, start, end))
 
-    with torch.inference_mode():
-        names = show_progress(program.recipes, "loading weights")
-        return [evaluate(program.recipes[name], parameter, part) for name in names]
+    return parameter, part
 
 
 def _make_fake(model: nn.Module, options: RunnerConfig) -> None:

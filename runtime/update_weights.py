@@ -16,6 +16,7 @@ from seamwise.compile.program import Executable
 
 from .checkpoint import Checkpoint, by_parameter
 from .checkpoint_files import StoredTensor
+from .loading import readers_of
 from .runner_config import RunnerConfig
 
 
@@ -42,17 +43,10 @@ def update_weights(
         {n: s for n, s in program.parameters.items() if n in wanted}, kept, floats, problems,
     )  # fmt: skip
 
-    def parameter(name: str) -> Tensor:
-        if name in buffers:
-            return buffers[name].to(options.device)
-        return source.read(name, dtype=options.dtype, device=options.device)
-
-    def part(name: str, dim: int, start: int, end: int) -> Tensor:
-        return parameter(name).narrow(dim, start, end - start)
-
+    readers = readers_of(source, buffers, options)
     places = dict(zip(program.recipes, executable.weights, strict=True))
     for name in touched:
-        places[name].copy_(evaluate(program.recipes[name], parameter, part))
+        places[name].copy_(evaluate(program.recipes[name], *readers))
 
 
 def _stored(tensor: Tensor) -> StoredTensor:

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seamwise.compile import record
+from seamwise.compile import record_cuda
 from seamwise.compile.record import CPURecorder, RecordingRefused, recorder_for
 from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul, tape
-from seamwise.kernels.tape import Pool, Tape, recording
+from seamwise.kernels.pool import Pool
+from seamwise.kernels.tape import Tape, recording
 
 
 def chain(x: Tensor, weight: Tensor, factor: float) -> Tensor:
@@ -279,8 +280,8 @@ class Graph:
 def test_cuda_graphs_end_at_seams_and_none_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(said))
-    monkeypatch.setattr(record._Graphs, "borrow", lambda self, given: given)
-    monkeypatch.setattr(record._Graphs, "append", lambda self, kernel, args: None)  # as if it ran on the device
+    monkeypatch.setattr(record_cuda._Graphs, "borrow", lambda self, given: given)
+    monkeypatch.setattr(record_cuda._Graphs, "append", lambda self, kernel, args: None)  # as if it ran on the device
     caches = [[torch.zeros(9, 2, 8, 16) for _ in range(2)] for _ in range(2)]
     module, arguments = Layers(), (torch.randn(8, 32), caches, slots_of(5, 3), *spans(5, 3))
 
@@ -292,14 +293,14 @@ def test_cuda_graphs_end_at_seams_and_none_is_empty(monkeypatch: pytest.MonkeyPa
 
     def run(full: bool) -> list[str]:
         said.clear()
-        graphs = record._Graphs(None, full=full, arguments=())
-        with recording(graphs), record._IntoGraphs(graphs):
+        graphs = record_cuda._Graphs(None, full=full, arguments=())
+        with recording(graphs), record_cuda._IntoGraphs(graphs):
             module(*arguments)
         graphs.end()
         return list(said)
 
     assert run(full=True) == ["begin", "end", "replay"]
-    monkeypatch.setattr(record._Graphs, "call", lambda self, *a, **g: (self.end(), seam(self, *a, **g))[1])
+    monkeypatch.setattr(record_cuda._Graphs, "call", lambda self, *a, **g: (self.end(), seam(self, *a, **g))[1])
     between = ["seam", "seam", "begin", "end", "replay"]  # kv_append, attention, and what its results are copied for
     assert run(full=False) == ["begin", "end", "replay", *between, *between]
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seamwise.kernels import add_rms_norm, gather_rows, linear_packed, pack_linear, silu_mul, tape
+from seamwise.kernels.pool import Pool
 
 
 def weights() -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +28,7 @@ def block(x: Tensor, residual: Tensor, norm: Tensor, up: Tensor, down: Tensor) -
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_replay_is_the_run_on_the_new_contents_of_its_inputs(tokens: int) -> None:
     fixed, x, residual = weights(), torch.randn(tokens, 64).bfloat16(), torch.zeros(tokens, 64).bfloat16()
-    pool = tape.Pool()
+    pool = Pool()
     recorded = tape.Tape(pool, full=False)
     with tape.recording(recorded):
         out = block(x, residual, *fixed)
@@ -44,7 +45,7 @@ def test_replay_is_the_run_on_the_new_contents_of_its_inputs(tokens: int) -> Non
 
 def test_memory_of_dead_tensors_is_used_again_and_stays_the_tapes() -> None:
     fixed, x = weights(), torch.randn(3, 64).bfloat16()
-    pool = tape.Pool()
+    pool = Pool()
     with tape.recording(tape.Tape(pool, full=False)):
         out = block(x, x, *fixed)
     largest = 3 * 192 * 2
@@ -57,7 +58,7 @@ def test_memory_of_dead_tensors_is_used_again_and_stays_the_tapes() -> None:
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 7), st.booleans()), max_size=40))
 def test_the_pool_never_gives_out_a_live_block(steps: list[tuple[int, int, bool]]) -> None:
     """Each step may drop a live tensor, or keep only a view of one, and takes a new one."""
-    pool, live = tape.Pool(), {}
+    pool, live = Pool(), {}
     for number, (count, victim, as_view) in enumerate(steps):
         if victim in live:
             tensor, value = live.pop(victim)
@@ -73,7 +74,7 @@ def test_the_pool_never_gives_out_a_live_block(steps: list[tuple[int, int, bool]
 
 def test_a_kernel_that_reports_an_error_stops_the_replay() -> None:
     table, index = torch.randn(4, 8), torch.tensor([0, 3])
-    recorded = tape.Tape(tape.Pool(), full=False)
+    recorded = tape.Tape(Pool(), full=False)
     with tape.recording(recorded):
         out = gather_rows.run("cpp", table, index)
     index[1] = 1
@@ -86,7 +87,7 @@ def test_a_kernel_that_reports_an_error_stops_the_replay() -> None:
 
 def test_a_call_of_python_is_replayed_in_its_place() -> None:
     x, fixed = torch.randn(2, 192).bfloat16(), weights()
-    recorded = tape.Tape(tape.Pool(), full=False)
+    recorded = tape.Tape(Pool(), full=False)
     with tape.recording(recorded):
         hidden = silu_mul.run("cpp", x)
         (doubled,) = tape.call(lambda h: (h + h,), hidden)
