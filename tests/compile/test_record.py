@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from seamwise.compile import record_cuda
 from seamwise.compile.record import CPURecorder, RecordingRefused, recorder_for
 from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul, tape
 from seamwise.kernels.pool import Pool
@@ -261,50 +258,6 @@ def test_a_tensor_that_outlives_the_recording_is_refused() -> None:
     assert torch.equal(recorder.record(takes_none, x).replay(x), takes_none(x))
 
 
-class Graph:
-    """Stands for a CUDA graph on this machine: what it is told is written down, and replays compute nothing."""
-
-    def __init__(self, said: list[str]) -> None:
-        self.said = said
-
-    def capture_begin(self, **options: Any) -> None:
-        self.said.append("begin")
-
-    def capture_end(self) -> None:
-        self.said.append("end")
-
-    def replay(self) -> None:
-        self.said.append("replay")
-
-
-def test_cuda_graphs_end_at_seams_and_none_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(said))
-    monkeypatch.setattr(record_cuda._Graphs, "borrow", lambda self, given: given)
-    monkeypatch.setattr(record_cuda._Graphs, "append", lambda self, kernel, args: None)  # as if it ran on the device
-    caches = [[torch.zeros(9, 2, 8, 16) for _ in range(2)] for _ in range(2)]
-    module, arguments = Layers(), (torch.randn(8, 32), caches, slots_of(5, 3), *spans(5, 3))
-
-    def seam(self: Any, *args: Any, **given: Any) -> Any:
-        said.append("seam")
-        results = Tape.call(self, *args, **given)
-        assert (self._graph is None) == (results is None)  # the next graph's memory holds what the seam gives
-        return results
-
-    def run(full: bool) -> list[str]:
-        said.clear()
-        graphs = record_cuda._Graphs(None, full=full, arguments=())
-        with recording(graphs), record_cuda._IntoGraphs(graphs):
-            module(*arguments)
-        graphs.end()
-        return list(said)
-
-    assert run(full=True) == ["begin", "end", "replay"]
-    monkeypatch.setattr(record_cuda._Graphs, "call", lambda self, *a, **g: (self.end(), seam(self, *a, **g))[1])
-    between = ["seam", "seam", "begin", "end", "replay"]  # kv_append, attention, and what its results are copied for
-    assert run(full=False) == ["begin", "end", "replay", *between, *between]
-
-
 def test_bad_input_at_a_replay_names_the_kernel() -> None:
     k, cache = torch.randn(1, 2, 16), torch.zeros(3, 2, 4, 16)
     slots, table = torch.tensor([4]), torch.tensor([[1, 2]], dtype=torch.int32)
@@ -320,22 +273,3 @@ def test_recordings_do_not_nest() -> None:
     outer, inner = Tape(pool, full=True), Tape(pool, full=True)
     with recording(outer), pytest.raises(RuntimeError, match="do not nest"), recording(inner):
         pass
-
-
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.integers(0, 600), st.booleans()), max_size=40))
-def test_the_pool_never_hands_out_memory_in_use(requests: list[tuple[int, bool]]) -> None:
-    pool, live = Pool(), []
-    for i, (size, keep) in enumerate(requests):
-        tensor = pool.empty((size,), torch.float32)
-        tensor.fill_(i)
-        if keep:
-            live.append((i, tensor[size // 2 :]))  # a view keeps its memory too
-        del tensor
-    assert all(bool((view == i).all()) for i, view in live)
-
-
-def test_the_pool_reuses_what_is_free() -> None:
-    pool = Pool()
-    first = pool.empty((100,), torch.float32).data_ptr()
-    assert pool.empty((100,), torch.float32).data_ptr() == first

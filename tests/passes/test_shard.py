@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from blocks import apply, captured
 from families import FAMILIES
 from tiny_models import save_tiny
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from seamwise import passes
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
-from seamwise.compile.pipeline import BrokenPromise, PipelineConfig
+from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Program
-from seamwise.compile.shard_plan import OWN_PLAN
-from seamwise.kernels import allreduce_rms_norm, dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
-from seamwise.passes import Parallel, Structure
+from seamwise.passes import Parallel
 from seamwise.passes.placement import Cut, Unplaceable
 from seamwise.runtime.cli import main
 from seamwise.runtime.config import ModelConfig
@@ -160,94 +155,6 @@ def test_a_sum_that_something_else_reads_is_kept(residual: bool) -> None:
     # The op gives the sum without a residual; with one, only the sum of both.
     assert [r.matched for r in reports] == [1, 0, 0 if residual else 1, 0]
     assert not reports[0].misses and ("has an extra user" in str(reports[2].misses)) == residual
-
-
-def chain(case: str, group: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Two sums, the first being the second's residual; `case` says what stands in the way of shares."""
-
-    def norms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        y, total = allreduce_rms_norm(x, x * 2 if case == "whole" else None, weight, 1e-5, group)
-        z, both = allreduce_rms_norm(y * 3, y if case == "normed" else total, weight, 1e-5, group)
-        return z, both * 2 if case == "read" else y
-
-    return norms
-
-
-@pytest.mark.parametrize(
-    ("case", "matched", "reasons"),
-    [
-        ("", 2, []),
-        ("whole", 0, ["its residual mul is whole on every rank", "its residual getitem_1 is whole"]),
-        ("normed", 1, ["its residual getitem is whole"]),
-        ("read", 0, ["its sum is read by mul_1, which wants all rows", "its sum is read by allreduce_rms_norm_1"]),
-    ],
-)
-def test_rows_are_shared_along_the_residual(case: str, matched: int, reasons: list[str]) -> None:
-    with fake_group(2):
-        function = chain(case, str(dist.group.WORLD.group_name))  # type: ignore[union-attr]
-        module = make_fx(function, pre_dispatch=True, tracing_mode="symbolic")(torch.randn(5, 16), torch.rand(16))
-        reports = [passes.SEQUENCE_PARALLEL.apply(module, Structure()) for _ in range(2)]
-        assert [r.matched for r in reports] == [matched, 0] and len(reports[0].misses) == len(reasons)
-        assert all(reason in miss.reason for reason, miss in zip(reasons, reports[0].misses, strict=True))
-        shares = module.graph.find_nodes(op="call_function", target=reduce_scatter_rms_norm.op)
-        assert len(shares) == matched
-        for node in shares:
-            normed, share = node.meta["val"]
-            assert normed.shape[0] == node.args[0].meta["val"].shape[0] and "//" in str(share.shape[0])
-
-
-def between(case: str, group: str) -> Callable[..., tuple[Tensor, ...]]:
-    """A norm of shares between linear layers; `case` spoils one condition."""
-
-    def layers(x: Tensor, down: Tensor, weight: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        y = F.linear(x, down, weight if case == "bias" else None)
-        normed, share = reduce_scatter_rms_norm(y, None, weight, 1e-5, group, True)
-        wide = dequantize_weight(up.to(torch.int8), up[:, :1].float(), None, "int8", 1, 0, 16, up.dtype)
-        z = F.linear(normed, wide if case == "quantized" else up, bias)
-        return z, share, y * 2 if case == "summand" else normed * 2 if case == "rows" else z
-
-    return layers
-
-
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        ("", None),
-        ("bias", "it sums linear, wanted what a linear layer without bias"),
-        ("summand", "it sums linear, wanted what a linear layer without bias gives to nothing else"),
-        ("rows", "its rows are read by linear_1, mul"),
-        ("quantized", "a layer's weight is quantized"),
-    ],
-)
-def test_norms_between_linear_layers_overlap(case: str, reason: str | None) -> None:
-    with fake_group(2):
-        function = between(case, str(dist.group.WORLD.group_name))  # type: ignore[union-attr]
-        shapes = (5, 8), (16, 8), (16,), (6, 16), (6,)
-        module = make_fx(function, pre_dispatch=True, tracing_mode="fake")(*map(torch.randn, shapes))
-        for node in list(module.graph.find_nodes(op="placeholder"))[1:]:
-            node.meta["weight"] = True
-        reports = [passes.ASYNC_TP.apply(module, Structure()) for _ in range(2)]
-        assert [r.matched for r in reports] == [reason is None, 0]
-        assert reason is None or reason in reports[0].misses[0].reason
-        if reason is None:
-            (node,) = module.graph.find_nodes(op="call_function", target=norm_between_linears.op)
-            assert [tuple(v.shape) for v in node.meta["val"]] == [(5, 6), (3, 16)] and node.args[7] is not None
-
-
-def test_sequence_parallelism_is_in_effect_or_an_error(tmp_path: Path) -> None:
-    """Gemma 2 norms what attention gives before it is added: that norm is shared, the residual is not."""
-    options = {"dtype": "float32", "device": "cpu", "tensor_parallel_size": 4, "enable_sequence_parallel": True}
-    plan = {name: style for name, style in OWN_PLAN.items() if name != "model.embed_tokens"}
-    for family, shared in (("llama", {SHARED: 5}), ("gemma2", {REDUCED: 1, SHARED: 4})):
-        save_tiny(tmp_path / family, FAMILIES[family][0], **FAMILIES[family][1])
-        config = ModelConfig.from_directory(tmp_path / family)
-        with fake_group(4):
-            chosen = RunnerConfig.for_model(config, **options)
-            assert calls(compile_model(config, chosen, Ledger())[0]) == shared | {"all_gather_into_tensor": 1}
-            if family == "llama":  # an embedding that every rank has whole is a residual that every rank has whole
-                chosen = RunnerConfig.for_model(config, **options, tensor_parallel_plan=plan)
-                with pytest.raises(BrokenPromise, match=r"matched 0 of 4(.|\n)*is whole on every rank"):
-                    compile_model(config, chosen, Ledger())
 
 
 def test_quantized_weights_are_scaled_in_parts(tmp_path: Path) -> None:
