@@ -14,6 +14,7 @@ if __name__ != "kernels":
     from .dequantize_weight import dequantize_weight
     from .dual_rms_norm import dual_rms_norm
     from .ep_dispatch import ep_combine, ep_dispatch
+    from .gather_packed_rows import gather_packed_rows
     from .gather_rows import gather_rows
     from .gelu_mul import gelu_mul
     from .grouped_linear import grouped_linear
@@ -74,6 +75,7 @@ __all__ = [
     "dual_rms_norm",
     "ep_combine",
     "ep_dispatch",
+    "gather_packed_rows",
     "gather_rows",
     "gelu_mul",
     "grouped_linear",

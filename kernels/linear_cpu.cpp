@@ -271,3 +271,19 @@ extern "C" int64_t seamwise_linear_int4(const char* x, const char* packed, const
     const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, words * kPanel, group / 2, scale, offset, x_sums, groups};
     return run<Nibbles>(c, num_threads);
 }
+
+// out (tokens, K) = rows of w (N, K) at `index`, from its panels. Returns 0, or 1 + the first token whose index lies
+// outside 0 … N - 1, and then has written nothing.
+extern "C" int64_t seamwise_gather_packed(const uint32_t* packed, const int64_t* index, char* out, int64_t element,
+                                          int64_t tokens, int64_t N, int64_t K, int64_t num_threads) {
+    for (int64_t t = 0; t < tokens; ++t)
+        if (index[t] < 0 || index[t] >= N) return 1 + t;
+    const int64_t words = (K * element + 3) / 4, bytes = K * element;
+    if (tokens * words * 64 < kSerialBytes) num_threads = 1;  // each word is a cache line
+    parallel_for(num_threads, tokens, [&](int64_t t) {
+        const uint32_t* from = packed + index[t] / kPanel * words * kPanel + index[t] % kPanel;
+        for (int64_t i = 0; i < words; ++i, from += kPanel)
+            std::memcpy(out + t * bytes + 4 * i, from, 4 * i + 4 <= bytes ? 4 : 2);
+    });
+    return 0;
+}

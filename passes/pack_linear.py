@@ -4,6 +4,8 @@ before: y = linear(x, w, bias)
 after:  y = linear_packed(x, pack_linear(w), N, bias)      pack_linear(w) is a derived tensor: computed at load
 before: y = w4a16_linear(x, q, scale, zero, group, bias)
 after:  y = linear_int4(x, pack_int4_panels(q), scale', -zero · scale', group, N, bias)
+before: x = gather_rows(w, ids); y = linear(x', w)
+after:  p = pack_linear(w); x = gather_packed_rows(p, ids, V, D); y = linear_packed(x', p, V) (one weight, held once)
 Fires where the packed op has a kernel for the layer's device and dtype; elsewhere the weight is read as it is.
 """
 
@@ -14,6 +16,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import (
+    gather_packed_rows,
+    gather_rows,
     linear_int4,
     linear_packed,
     pack_group_values,
@@ -30,9 +34,13 @@ from .rewrite import Pass, Report
 
 def pack(module: GraphModule, report: Report) -> None:
     """Rewrite every linear layer over a weight for which a packed kernel exists; the others are misses."""
+    shared: dict[Any, Node] = {}  # weights that are packed already, for an embedding
     for node in list(module.graph.nodes):
         if is_op(node, w4a16_linear.op):
             _pack_int4(module, node, report)
+        if is_op(node, gather_rows.op) and _is_tied(node):
+            table = node.args[0]  # read before the node goes
+            shared[table] = _gather_packed(module, node)
         if not is_op(node, aten.linear.default):
             continue
         if (reason := _why_not(node)) is not None:
@@ -40,11 +48,32 @@ def pack(module: GraphModule, report: Report) -> None:
             continue
         x, weight, *bias = node.args
         with inserting(module.graph, node, like=node) as proxy:
-            packed = pack_linear(proxy(weight))
+            packed = proxy(shared[weight]) if weight in shared else pack_linear(proxy(weight))
             y = linear_packed(proxy(x), packed, value(weight).shape[0], *[proxy(b) for b in bias if b is not None])
         replace(node, y.node)
         module.graph.erase_node(node)
         report.matched += 1
+
+
+def _is_tied(node: Node) -> bool:
+    """Return whether a table of embeddings is packed for a linear layer anyhow, and read by nothing else."""
+    table, index = node.args
+    if not (isinstance(table, Node) and isinstance(index, Node) and is_weight(table)):
+        return False
+    linears = [u for u in table.users if is_op(u, aten.linear.default) and u.args[1] is table and _why_not(u) is None]
+    packed = [pack_linear.meaning(value(table)), value(index), *value(table).shape]
+    return 0 < len(linears) == len(table.users) - 1 and _unserved(gather_packed_rows, packed) is None
+
+
+def _gather_packed(module: GraphModule, node: Node) -> Node:
+    table: Any = node.args[0]
+    index: Any = node.args[1]
+    with inserting(module.graph, node, like=node) as proxy:
+        packed = pack_linear(proxy(table))
+        rows = gather_packed_rows(packed, proxy(index), *value(table).shape)
+    replace(node, rows.node)
+    module.graph.erase_node(node)
+    return packed.node
 
 
 def _why_not(node: Node) -> str | None:

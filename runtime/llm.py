@@ -54,7 +54,9 @@ class LLM:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
         limits = SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
         directory = resolve_model(model)
-        runner = ModelRunner.load(
+        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
+        self.tokenizer = Tokenizer(home) if has_tokenizer(home) else None
+        runner = ModelRunner.load(  # after the tokenizer: what reading that frees is used again
             directory, dtype=dtype, device=device, max_model_len=max_model_len, seed=seed, **options
         )
         blocks = num_gpu_blocks_override or _num_blocks(runner, limits, gpu_memory_utilization, kv_cache_memory_bytes)
@@ -69,8 +71,6 @@ class LLM:
                 f"{runner.options.max_model_len} needs {longest}; lower max_model_len or give it more memory"
             )
         runner.allocate_kv(blocks)
-        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
-        self.tokenizer = Tokenizer(home) if has_tokenizer(home) else None
         self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
         self._ids = itertools.count()
 
