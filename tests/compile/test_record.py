@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -34,6 +36,16 @@ def test_replay_gives_what_running_gives_for_new_contents(dtype: torch.dtype) ->
     for _ in range(3):
         x.copy_(torch.randn(5, 16))
         assert torch.equal(recording_.replay(x, weight, 2.0), chain(x, weight, 2.0))
+
+
+def test_recording_does_not_import_dynamo() -> None:
+    """It takes a second and 70 MB, in the middle of a warm start's first answer."""
+    program = (
+        "import sys, torch; from seamwise.compile.record import CPURecorder\n"
+        "print(CPURecorder().record(lambda x: x + 1, torch.ones(2)).results.tolist(), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "[2.0, 2.0] False"
 
 
 def test_what_writes_in_place_or_gives_several_tensors_is_replayed() -> None:
