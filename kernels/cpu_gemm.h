@@ -57,12 +57,33 @@ struct BFloat16Words {
 #endif
 
 // ---- operands ----
+// Rows that are asked for while a GEMM runs, a few at each step of its depth, into the second cache level: there a
+// request does not hold up the core. All at once they do, as soon as they are more than the core has in flight.
+struct Ahead {
+    const float* const* rows = nullptr;
+    int count = 0, per_step = 0;
+    int64_t bytes = 0;
+
+    Ahead() = default;
+    Ahead(const float* const* rows, int count, int64_t bytes, int depth)
+        : rows(rows), count(count), per_step((count + depth - 1) / depth), bytes(bytes) {}
+
+    // Always inlined: GCC takes a function that only prefetches for one without effect, and drops its calls.
+    __attribute__((always_inline)) inline void ask(int step) const {
+        const int begin = step * per_step, end = begin + per_step < count ? begin + per_step : count;
+        for (int i = begin; i < end; ++i)
+            for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch((const char*)rows[i] + b, 0, 2);
+    }
+};
+
 struct Panel {
     const float* data;
     int64_t stride;
+    Ahead ahead = {};
 
     template <class Words, int N>
     void fill(Vec* row, int k, int first) const {
+        if (first == 0) ahead.ask(k);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) row[n] = in_register(load(data + k * stride + first + n * kLanes));
     }
@@ -70,9 +91,11 @@ struct Panel {
 
 struct ValueRows {
     const float* const* rows;
+    Ahead ahead = {};
 
     template <class Words, int N>
     void fill(Vec* row, int k, int first) const {
+        if (first == 0) ahead.ask(k);
         Words::template fill<N>(row, rows, k, first);
     }
 };

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import mmap
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from seamwise.compile.program import Program
+from seamwise.kernels import huge_pages
 
 from .config import ModelConfig
 from .runner_config import RunnerConfig
@@ -66,13 +66,14 @@ class KVCacheSpec:
     def allocate(self, num_blocks: int, device: str) -> list[list[Tensor]]:
         """Allocate each layer's zeroed tensors: (num_blocks, *shape of its block).
 
-        On a CPU the memory is mapped, not touched: pages that no request reaches are never backed.
+        On a CPU a block's memory is one stretch for all layers, in huge pages: few pages hold what a step reads, and
+        those that no request reaches are never backed.
         """
-
-        def make(shape: tuple[int, ...]) -> Tensor:
-            if torch.device(device).type != "cpu":
-                return torch.zeros(num_blocks, *shape, dtype=self.dtype, device=device)
-            pages = mmap.mmap(-1, num_blocks * math.prod(shape) * self.dtype.itemsize)
-            return torch.frombuffer(pages, dtype=self.dtype).view(num_blocks, *shape)
-
-        return [[make(shape) for shape in layer] for layer in self.layers]
+        if torch.device(device).type != "cpu":
+            return [
+                [torch.zeros(num_blocks, *shape, dtype=self.dtype, device=device) for shape in layer]
+                for layer in self.layers
+            ]
+        memory = huge_pages.empty((num_blocks, self.bytes_per_block // self.dtype.itemsize), self.dtype)
+        parts = iter(memory.split([math.prod(shape) for layer in self.layers for shape in layer], dim=1))
+        return [[next(parts).unflatten(1, shape) for shape in layer] for layer in self.layers]
