@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .machine import machine
-from .timing import measure_ceilings, median_us
+from .timing import measure_ceilings, read_rate
 
 REPEATS = 40
 
@@ -99,8 +99,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     runner.allocate_kv(max(sizes) * -(-(options.context + 1) // runner.block_size) + 1)
     ceilings = measure_ceilings("cpu")
-    words = torch.zeros(64 << 20, dtype=torch.int64)
-    read_gb_per_s = words.nbytes / median_us(words.sum, "cpu")[0] / 1e3
+    read_gb_per_s = read_rate("cpu", 512 << 20)["gb_per_s"]
     peak = 1e3 * ceilings.matmul_tflop_per_s["bfloat16"]
     print(f"ceilings: read {read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, bf16 {peak:.0f} GFLOP/s")
     rows = [profile(runner, size, options.context) for size in sizes]

@@ -30,10 +30,6 @@ class Workload:
         shared = draw.integers(low, vocab_size, self.shared_tokens).tolist()
         return [shared + draw.integers(low, vocab_size, self.own_tokens).tolist() for _ in range(self.num_requests)]
 
-    @property
-    def prompt_tokens(self) -> int:
-        return self.num_requests * (self.shared_tokens + self.own_tokens)
-
 
 WORKLOADS = {
     w.name: w
