@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
@@ -156,11 +155,10 @@ class LLM:
 
         ids = [f"llm-{next(self._ids)}" for _ in requests]
         done: dict[str, RequestOutput] = {}
-        quiet = not (use_tqdm and sys.stderr.isatty())
         try:
             for request_id, (text, tokens, params) in zip(ids, requests, strict=True):
                 self.engine.add_request(request_id, tokens, params, prompt=text)
-            with tqdm(total=len(ids), desc="generate", unit="prompt", disable=quiet) as bar:
+            with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
                 while len(done) < len(ids):
                     for output in self.engine.step():
                         if output.finished:

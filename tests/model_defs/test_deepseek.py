@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from families import draw_tokens
 from moe_families import MOE, loaded_moe, poisoned_caches, tiny_moe
+from plain_modules import load_weights
 from safetensors.torch import load_file, save_file
 from step_inputs import Steps, run_schedule, whole
 from tiny_models import SIZES, load_tiny
@@ -23,7 +24,6 @@ from seamwise.model_defs import build_model, deepseek
 from seamwise.model_defs.blocks import Cache, Table, Where
 from seamwise.model_defs.deepseek_mtp import deepseek_mtp
 from seamwise.model_defs.mla import LatentAttention
-from seamwise.runtime.checkpoint import load_weights
 from seamwise.runtime.config import ModelConfig
 from seamwise.runtime.kv_cache import KVCacheSpec
 from seamwise.runtime.runner_config import RunnerConfig
