@@ -58,7 +58,7 @@ def _stored(path: Path, identity: Identity, archive: zipfile.ZipFile, info: zipf
             raise _unreadable(path, error) from error
         if identity_of(path) != identity:
             raise changed(path)
-        raw = torch.from_numpy(values.reshape(-1).view(np.uint8)).clone()  # torch aligns memory to 64 bytes, numpy to 16
+        raw = torch.from_numpy(values.reshape(-1).view(np.uint8)).clone()  # numpy aligns to 16 bytes, torch to 64
         return raw.view(dtype).view(shape)
 
     return StoredTensor(shape=shape, stored_dtype=str(stored_dtype), dtype=dtype, load=load)
