@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"seamwise {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `… | head`: Python would complain again when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
