@@ -125,22 +125,12 @@ class RunnerConfig:
 
     @classmethod
     def for_model(
-        cls,
-        config: ModelConfig,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str = "auto",
-        entry: str = "auto",
-        max_model_len: int | None = None,
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        tensor_parallel_size: int = 1,
-        tensor_parallel_plan: Mapping[str, str] | None = None,
-        enable_expert_parallel: bool = False,
-        enable_sequence_parallel: bool = False,
-        enable_async_tp: bool = False,
+        cls, config: ModelConfig, *, dtype: str | torch.dtype = "auto", device: str = "auto", entry: str = "auto",
+        max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
+        tensor_parallel_size: int = 1, tensor_parallel_plan: Mapping[str, str] | None = None,
+        enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, enable_async_tp: bool = False,
         **options: Any,
-    ) -> RunnerConfig:
+    ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
 
         quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load; "gguf": keep
