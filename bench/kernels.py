@@ -9,52 +9,76 @@ bandwidth and matrix product allow, over the time taken.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import seamwise.kernels  # noqa: F401  (registers every contract)
+from seamwise.compile.record_cuda import CUDAGraphRecorder
 from seamwise.kernels.contract import CONTRACTS, Contract
 
 from .machine import machine
 from .peers import PEERS
 from .roofline import plot_roofline
-from .timing import Ceilings, measure_ceilings, median_us
+from .timing import Ceilings, Row, measure_ceilings, median_us
 
 
-def measure(
-    contract: Contract, sizes: Mapping[str, Any], ceilings: Ceilings, *, dtype: str, device: str, compiled: bool
-) -> dict[str, Any]:
-    """Measure one contract at one size: its chosen provider, its eager meaning, torch.compile of that, the best peer.
+def measure(contract: Contract, sizes: Mapping[str, Any], *, device: str, dtype: torch.dtype = torch.bfloat16) -> Row:
+    """Time every provider that accepts these inputs but the meaning, and every public implementation of the same op.
 
-    Where one of them does not serve these inputs, its ratio is None.
+    The row has the provider that is chosen; where only the meaning serves, that. `graph`: timed as a graph's replay.
     """
-    args = contract.make_inputs(sizes, dtype=getattr(torch, dtype), device=device)
-    cost, provider = contract.cost(*args), contract.choose(args)
-    us, spread_us = median_us(lambda: provider.call(*args), device)
-    row: dict[str, Any] = {
-        "us": us, "spread_us": spread_us, "provider": provider.name, "bytes": cost.bytes, "flops": cost.flops,
+    args = contract.make_inputs(sizes, dtype=dtype, device=device)
+    cost, chosen = contract.cost(*args), contract.choose(args)
+    times = provider_times(contract, args, device)
+    found = {n: call for n, make in PEERS.get(contract.name, {}).items() if (call := make(*args)) is not None}
+    us, spread_us, graph = times[chosen.name]
+    return {
+        "contract": contract.name, "sizes": dict(sizes), "us": us,
+        "spread_us": spread_us, "provider": chosen.name, "graph": graph, "bytes": cost.bytes, "flops": cost.flops,
         "gb_per_s": cost.bytes / us / 1e3, "tflop_per_s": cost.flops / us / 1e6,
-        "of_roof": ceilings.least_us(cost.bytes, cost.flops, dtype) / us,
-        "x_eager": median_us(lambda: contract.meaning(*args), device)[0] / us, "x_compile": None, "x_peer": None,
-        "peer": None,
+        "provider_us": {n: t[0] for n, t in times.items()},
+        "peer_us": {n: device_us(call, device)[0] for n, call in found.items()},
     }  # fmt: skip
+
+
+def provider_times(contract: Contract, args: Sequence[Any], device: str) -> dict[str, tuple[float, float, bool]]:
+    """Return device_us of each accepting provider by name; the meaning only where there is no other."""
+    accepting = [p for p in contract.providers if p.name != "measured" and p.why_not(device, args) is None]
+    timed = [p for p in accepting if p.name != "torch"] or accepting
+    return {p.name: device_us(partial(p.call, *args), device, graph=p.name != "torch") for p in timed}
+
+
+def device_us(call: Callable[[], Any], device: str, *, graph: bool = True) -> tuple[float, float, bool]:
+    """Return median, spread and whether a CUDA graph was replayed, which leaves the host's launches out of the time.
+
+    What waits for the device (an op defined in plain torch) cannot be captured: graph=False.
+    """
+    if device != "cuda" or not graph:
+        return *median_us(call, device), False
+    call()
+    recording = CUDAGraphRecorder().record(call, full=True)
+    return *median_us(recording.graph.replay, device), True
+
+
+def measure_torch(
+    contract: Contract, sizes: Mapping[str, Any], *, device: str, compiled: bool, dtype: torch.dtype = torch.bfloat16
+) -> Row:  # fmt: skip
+    """Time the op's meaning, eager and by torch.compile; compile_us is None where a compiler cannot serve it."""
+    args = contract.make_inputs(sizes, dtype=dtype, device=device)
+    row: Row = {"eager_us": median_us(lambda: contract.meaning(*args), device, repeats=7)[0], "compile_us": None}
     if compiled and not contract.seam and not contract.opaque:
         torch._dynamo.reset()
         function = torch.compile(contract.meaning)
         function(*args)
-        row["x_compile"] = median_us(lambda: function(*args), device)[0] / us
-    calls = {name: call for name, make in PEERS.get(contract.name, {}).items() if (call := make(*args)) is not None}
-    if times := {name: median_us(call, device)[0] for name, call in calls.items()}:
-        row["peer"] = min(times, key=times.__getitem__)
-        row["x_peer"] = times[row["peer"]] / us
+        row["compile_us"] = median_us(lambda: function(*args), device)[0]
     return row
 
 
@@ -97,7 +121,7 @@ def check_eager(names: list[str], least: float = 0.95) -> int:
             for dtype in (torch.bfloat16, torch.float32):
                 args = CONTRACTS[name].make_inputs(sizes, dtype=dtype, device="cpu")
                 provider, meaning = CONTRACTS[name].choose(args), CONTRACTS[name].meaning
-                calls = functools.partial(provider.call, *args), functools.partial(meaning, *args)
+                calls = partial(provider.call, *args), partial(meaning, *args)
                 ratio = 1.0 if provider.call is meaning else paired_ratio(*calls, granted_us=1.0)
                 ratio = ratio if ratio >= least else max(ratio, paired_ratio(*calls, granted_us=1.0))
                 shape = " ".join(f"{k}={v}" for k, v in sizes.items())
@@ -114,9 +138,17 @@ def _serves_cpu(contract: Contract) -> bool:
     return any(p.devices is None or "cpu" in p.devices for p in own)
 
 
-def print_row(row: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
+def ratios(row: Row, ceilings: Ceilings, dtype: str) -> Row:
+    """Return the times of others over the op's, None where they do not serve these inputs."""
+    us, peer = row["us"], min(row["peer_us"], key=row["peer_us"].get, default=None)
+    least_us = ceilings.least_us(row["bytes"], row["flops"], dtype)
+    others = {"x_eager": row["eager_us"], "x_compile": row["compile_us"], "x_peer": row["peer_us"].get(peer)}
+    return {"of_roof": least_us / us, "peer": peer} | {k: t and t / us for k, t in others.items()}
+
+
+def print_row(row: Row) -> None:
     """Print one measured shape as a line."""
-    shape = " ".join(f"{k}={v}" for k, v in sizes.items())
+    shape = " ".join(f"{k}={v}" for k, v in row["sizes"].items())
     ratio = {k: f"{row[k]:5.2f}x" if row[k] else "    - " for k in ("x_eager", "x_compile", "x_peer")}
     print(
         f"{row['contract']:18} {shape:44} {row['provider']:6} | {row['us']:9.1f} us ±{row['spread_us']:7.1f} | "
@@ -158,12 +190,11 @@ def main(arguments: list[str]) -> int:
     rows = []
     for name in names:
         for label, sizes in CONTRACTS[name].shapes.items():
-            measured = measure(
-                CONTRACTS[name], sizes, ceilings, dtype=options.dtype, device=options.device,
-                compiled=not options.no_compile,
-            )  # fmt: skip
-            rows.append({"contract": name, "shape": label, **sizes, "dtype": options.dtype, **measured})
-            print_row(rows[-1], sizes)
+            where: Row = {"dtype": getattr(torch, options.dtype), "device": options.device}
+            row = measure(CONTRACTS[name], sizes, **where)
+            row |= measure_torch(CONTRACTS[name], sizes, compiled=not options.no_compile, **where)
+            rows.append({"shape": label, "dtype": options.dtype} | row | ratios(row, ceilings, options.dtype))
+            print_row(rows[-1])
     if options.json:
         report = {"machine": machine(options.device), "ceilings": asdict(ceilings), "rows": rows}
         options.json.write_text(json.dumps(report, indent=1))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_goals import NotMeasured, judge, need
+from .gpu_goals import judge
 from .gpu_rows import Row, read_rows
 from .roofline import plot_roofline, pyplot
 from .timing import Ceilings
@@ -53,118 +53,106 @@ def table(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join([f"| {' | '.join(header)} |", "|---" * len(header) + "|", *body]) + "\n"
 
 
-def number(rows: Rows, key: str, field: str, digits: int = 0, scale: float = 1.0) -> str:
-    """Return a measured number as text, or "not measured"."""
-    try:
-        return f"{need(rows, key)[field] * scale:,.{digits}f}"
-    except NotMeasured:
-        return NOT_MEASURED
-
-
 def matching(rows: Rows, pattern: str) -> list[tuple[tuple[str, ...], Row]]:
-    """Return measured rows whose key is the pattern, with its groups."""
-    found = [(m.groups(), r) for k, r in rows.items() if r["status"] == "ok" and (m := re.fullmatch(pattern, k))]
-    return [(tuple(str(g) for g in groups), row) for groups, row in found]
+    """Return measured rows whose key is the pattern, with its groups; times and sizes stand there in ms and GiB too."""
+    found = []
+    for key, row in rows.items():
+        if row["status"] == "ok" and (match := re.fullmatch(pattern, key)):
+            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+            larger = {f"{k.removesuffix('us')}ms": v / 1e3 for k, v in numbers.items() if k.endswith("_us")}
+            larger |= {f"{k.removesuffix('bytes')}gib": v / 2**30 for k, v in numbers.items() if k.endswith("_bytes")}
+            found.append((tuple(match.groups()), row | larger))
+    return found
+
+
+def listed(rows: Rows, pattern: str, names: str, columns: dict[str, str]) -> str:
+    """Return the table of the rows that match: the pattern's groups under their names, then columns: name -> format."""
+    lines = [(*where, *(form.format_map(row) for form in columns.values())) for where, row in matching(rows, pattern)]
+    return table((*names.split(", "), *columns), lines)
+
+
+def facts(row: Row) -> str:
+    shown = {k: v for k, v in row.items() if k not in ("key", "status", "seconds", "failed_tests")}
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
 
 
 def environment(heads: list[Row], rows: Rows) -> str:
     runs = [(h["file"], h["machine"]["commit"][:12], h["machine"]["torch"], h["machine"]["triton"]) for h in heads]
-    state = rows.get("environment/device", {})
-    hidden = ("key", "status", "seconds")
-    listed = ", ".join(f"{k} {v}" for k, v in state.items() if k not in hidden) or NOT_MEASURED
-    ceilings = [
-        ("copy, read plus written, GB/s", number(rows, "environment/copy", "gb_per_s")),
-        ("read, GB/s", number(rows, "environment/read", "gb_per_s")),
-        ("bf16 matmul, TFLOP/s", number(rows, "environment/bf16", "tflop_per_s")),
-        ("fp8 matmul, TFLOP/s", number(rows, "environment/fp8", "tflop_per_s")),
-    ]
-    files = table(("file", "commit", "torch", "triton"), runs)
-    return f"Device: {listed}\n\n{files}\n{table(('ceiling', ''), ceilings)}"
+    return "\n".join(
+        (
+            f"Device: {facts(rows.get('environment/device', {})) or NOT_MEASURED}\n",
+            table(("file", "commit", "torch", "triton"), runs),
+            listed(rows, "environment/(copy|read)", "ceiling", {"GB/s (copy: read plus written)": "{gb_per_s:,.0f}"}),
+            listed(rows, "environment/(bf16|fp8)", "ceiling", {"TFLOP/s": "{tflop_per_s:,.0f}"}),
+        )
+    )
 
 
 def correctness(rows: Rows) -> str:
     lines = [
-        (k.removeprefix("correctness/"), r["status"], r.get("error") or r.get("reason") or _facts(r))
+        (k.removeprefix("correctness/"), r["status"], r.get("error") or r.get("reason") or facts(r))
         for k, r in sorted(rows.items()) if k.startswith("correctness/")
     ]  # fmt: skip
     return table(("check", "", ""), lines)
 
 
-def _facts(row: Row) -> str:
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in _HEADS)
-
-
-_HEADS = ("key", "status", "seconds", "failed_tests")
-
-
 def kernels(rows: Rows) -> str:
     copy = rows.get("environment/copy", {}).get("gb_per_s")
-    lines = []
+    shown = Rows()
     for key, row in sorted(rows.items()):
         if row["status"] != "ok" or "provider_us" not in row:
             continue
         other = row["peer_us"] | {n: us for n, us in row["provider_us"].items() if n != row["provider"]}
-        best = min(other, key=other.__getitem__, default=None)
-        torch_row = rows.get(f"{key}/torch", {})
-        theirs = [torch_row.get(field) for field in ("eager_us", "compile_us")]
-        ratios = [f"{us / row['us']:.2f}" if us else NOT_MEASURED for us in theirs]
-        lines.append(
-            (
-                key.removeprefix("kernels/"), row["provider"], f"{row['us']:,.1f}", f"{row['gb_per_s']:,.0f}",
-                f"{100 * row['gb_per_s'] / copy:.0f} %" if copy else NOT_MEASURED, f"{row['tflop_per_s']:,.1f}",
-                *ratios, f"{other[best] / row['us']:.2f} {best}" if best else "none",
-            )
-        )  # fmt: skip
-    return table(
-        ("shape", "provider", "us", "GB/s", "of copy", "TFLOP/s", "x eager", "x torch.compile", "x best other"), lines
-    )
+        best, torch_row = min(other, key=other.__getitem__, default=None), rows.get(f"{key}/torch", {})
+        theirs = {f"x_{field}": torch_row.get(field) for field in ("eager_us", "compile_us")}
+        shown[key] = row | {k: f"{us / row['us']:.2f}" if us else NOT_MEASURED for k, us in theirs.items()} | {
+            "of_copy": f"{100 * row['gb_per_s'] / copy:.0f} %" if copy else NOT_MEASURED,
+            "x_best": f"{other[best] / row['us']:.2f} {best}" if best else "none",
+        }  # fmt: skip
+    columns = {
+        "provider": "{provider}", "us": "{us:,.1f}", "GB/s": "{gb_per_s:,.0f}", "of copy": "{of_copy}",
+        "TFLOP/s": "{tflop_per_s:,.1f}", "x eager": "{x_eager_us}", "x torch.compile": "{x_compile_us}",
+        "x best other": "{x_best}",
+    }  # fmt: skip
+    return listed(shown, "kernels/(.+)", "shape", columns)
 
 
 def steps(rows: Rows) -> str:
-    lines = [
-        (*where, f"{r['step_us']:,.0f}", f"{r['host_us']:,.0f}", f"{r['tokens_per_s']:,.0f}")
-        for where, r in matching(rows, r"steps/(.+)/(.+)/(graph|compiled|eager)/(\d+)")
-    ]
-    worth = []
-    for (model, scheme, name, batch), row in matching(rows, r"steps/(.+)/(.+)/without (.+)/(\d+)"):
-        base = rows.get(f"steps/{model}/{scheme}/graph/{batch}", {}).get("step_us")
-        worth.append((model, scheme, name, batch, f"{row['step_us'] - base:+,.1f}" if base else NOT_MEASURED))
-    captured = [
-        (*where, r["sizes"], f"{r['capture_s']:.1f}", f"{r['capture_bytes'] / 2**30:.2f}")
-        for where, r in matching(rows, r"steps/(.+)/(.+)/capture")
-    ]
+    modes = r"steps/(.+)/(.+)/(graph|piecewise|compiled|eager)/(\d+)"
+    columns = {"us a step": "{step_us:,.0f}", "host us": "{host_us:,.0f}", "tokens/s": "{tokens_per_s:,.0f}"}
+    worth = Rows()
+    for (scheme, batch), row in matching(rows, r"steps/(.+)/without .+/(\d+)"):
+        base = rows.get(f"steps/{scheme}/graph/{batch}", {}).get("step_us")
+        worth[row["key"]] = row | {"worth": f"{row['step_us'] - base:+,.1f}" if base else NOT_MEASURED}
+    captured = {"sizes": "{sizes}", "seconds": "{capture_s:.1f}", "GiB": "{capture_gib:.2f}"}
     return "\n".join(
         (
-            table(("model", "scheme", "mode", "batch", "us a step", "host us", "tokens/s"), lines),
-            "What a pass is worth, in us a step:\n", table(("model", "scheme", "pass", "batch", "us"), worth),
-            "Capture:\n", table(("model", "scheme", "sizes", "seconds", "GiB"), captured),
+            listed(rows, modes, "model, scheme, mode, batch", columns),
+            "What a pass is worth, in us a step:\n",
+            listed(worth, r"steps/(.+)/(.+)/without (.+)/(\d+)", "model, scheme, pass, batch", {"us": "{worth}"}),
+            "Capture:\n", listed(rows, "steps/(.+)/(.+)/capture", "model, scheme", captured),
         )
     )  # fmt: skip
 
 
 def runs(rows: Rows) -> str:
-    lines = [
-        (*where, f"{r['tokens_per_s']:,.0f}", f"{r['decode_tokens_per_s']:,.0f}", f"{1e3 * r['first_token_s']:,.0f}")
-        for where, r in matching(rows, r"runs/(.+)/(.+)/(.+)/(\d+)")
-    ]
-    return table(("model", "engine", "scheme", "batch", "output tokens/s", "decode tokens/s", "first token, ms"), lines)
+    columns = {
+        "output tokens/s": "{tokens_per_s:,.0f}", "decode tokens/s": "{decode_tokens_per_s:,.0f}",
+        "first token, s": "{first_token_s:,.3f}",
+    }  # fmt: skip
+    return listed(rows, r"runs/(.+)/(.+)/(.+)/(\d+)", "model, engine, scheme, batch", columns)
 
 
 def deepseek(rows: Rows) -> str:
-    lines = [
-        (
-            *where, f"{r['compute_us'] / 1e3:.1f}", f"{r['network_us'] / 1e3:.1f}", f"{r['tokens_per_s']:,.0f}",
-            r["overlapped_sequences"], f"{r['overlapped_tokens_per_s']:,.0f}", f"{r['cache_bytes'] / 2**30:.1f}",
-        )
-        for where, r in matching(rows, r"deepseek/rank/mtp=(\d)/sequences=(\d+)/context=(\d+)")
-    ]  # fmt: skip
-    memory = rows.get("deepseek/memory", {})
-    ledger = [(k.removesuffix("_bytes"), f"{v / 2**30:.2f}") for k, v in memory.items() if k.endswith("_bytes")]
-    header = (
-        "MTP", "sequences", "context", "compute, ms", "network (modelled), ms", "tokens/s", "two batches", "tokens/s",
-        "cache, GiB",
-    )  # fmt: skip
-    return f"{table(header, lines)}\nMemory:\n\n{table(('what', 'GiB'), ledger)}"
+    columns = {
+        "compute, ms": "{compute_ms:.1f}", "network (modelled), ms": "{network_ms:.1f}",
+        "tokens/s": "{tokens_per_s:,.0f}", "sequences of two batches": "{overlapped_sequences}",
+        "their tokens/s": "{overlapped_tokens_per_s:,.0f}", "cache, GiB": "{cache_gib:.1f}",
+    }  # fmt: skip
+    pattern = r"deepseek/rank/mtp=(\d)/sequences=(\d+)/context=(\d+)"
+    steps = listed(rows, pattern, "MTP, sequences, context", columns)
+    memory = [(k, f"{v:.2f}") for _, row in matching(rows, "deepseek/memory") for k, v in row.items() if "_gib" in k]
+    return f"{steps}\nMemory:\n\n{table(('what', ''), memory)}"
 
 
 def pictures(rows: Rows, folder: Path) -> list[tuple[str, str]]:

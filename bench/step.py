@@ -14,35 +14,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from seamwise.runtime.batch import ragged_step
+from seamwise.runtime.hub import resolve_model
+from seamwise.runtime.runner import ModelRunner
+from seamwise.runtime.step import StepInput
+
 from .machine import machine
-from .timing import measure_ceilings, median_us
+from .timing import measure_ceilings, read_rate
 
 REPEATS = 40
 
 
-def decode_batch(runner: Any, requests: int, context: int) -> Any:
+def decode_batch(runner: ModelRunner, requests: int, context: int) -> StepInput:
     """Return a step in which each of the requests decodes one token after `context` others, in blocks of its own."""
-    from seamwise import StepInput
-
-    size = runner.block_size
-    blocks = -(-(context + 1) // size)
-    first = 1 + blocks * torch.arange(requests).unsqueeze(1)
-    table = first + torch.arange(blocks)
-    rows = torch.arange(requests)
-    return StepInput(
-        token_ids=torch.randint(100, runner.config.vocab_size, (requests,)),
-        positions=torch.full((requests,), context),
-        slot_mapping=table[:, context // size] * size + context % size,
-        block_table=table.to(torch.int32),
-        seq_lens=torch.full((requests,), context + 1, dtype=torch.int32),
-        query_starts=torch.arange(requests + 1, dtype=torch.int32),
-        logit_rows=rows,
-    )
+    blocks = -(-(context + 1) // runner.block_size)
+    table = 1 + np.arange(requests * blocks, dtype=np.int32).reshape(requests, blocks)
+    tokens = np.random.default_rng(0).integers(runner.config.vocab_size, size=requests)
+    known, new = np.full(requests, context), np.ones(requests, dtype=np.int32)
+    return ragged_step(tokens, table, known, new, runner.block_size)
 
 
-def profile(runner: Any, requests: int, context: int) -> dict[str, Any]:
+def profile(runner: ModelRunner, requests: int, context: int) -> dict[str, Any]:
     """Return the medians, in us: the step, its GEMMs, attention, other kernels, host; and what they reach."""
     batch = decode_batch(runner, requests, context)
     runner.step(batch)
@@ -89,9 +84,6 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    from seamwise import ModelRunner
-    from seamwise.runtime.hub import resolve_model
-
     sizes = [int(n) for n in options.batch.split(",")]
     runner = ModelRunner.load(
         resolve_model(options.model), dtype=options.dtype, device="cpu", load_format=options.load_format,
@@ -99,8 +91,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     runner.allocate_kv(max(sizes) * -(-(options.context + 1) // runner.block_size) + 1)
     ceilings = measure_ceilings("cpu")
-    words = torch.zeros(64 << 20, dtype=torch.int64)
-    read_gb_per_s = words.nbytes / median_us(words.sum, "cpu")[0] / 1e3
+    read_gb_per_s = read_rate("cpu", 512 << 20)["gb_per_s"]
     peak = 1e3 * ceilings.matmul_tflop_per_s["bfloat16"]
     print(f"ceilings: read {read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, bf16 {peak:.0f} GFLOP/s")
     rows = [profile(runner, size, options.context) for size in sizes]

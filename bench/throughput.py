@@ -14,7 +14,7 @@ import torch
 from .compare import compare, plot, print_table, table
 from .engine_process import measure
 from .machine import machine
-from .workloads import WORKLOADS
+from .workloads import WORKLOADS, greedy
 
 
 def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
@@ -28,12 +28,7 @@ def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]
     )  # fmt: skip
     vocab_size = llm.engine.runner.config.vocab_size
 
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [len(o.outputs[0].token_ids) for o in outputs]
-
-    results = []
+    generate, results = greedy(llm, SamplingParams), []
     for name in names:
         drawn = [WORKLOADS[name].prompts(vocab_size, seed) for seed in range(options.repeats + 1)]
         runs = measure(generate, WORKLOADS[name].output_tokens, drawn)

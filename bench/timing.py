@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
 _FLUSH_BYTES = 256 << 20
+Row = dict[str, Any]  # what is measured, by name
 
 
 def median_us(call: Callable[[], Any], device: str, *, repeats: int = 15, warmup: int = 3) -> tuple[float, float]:
@@ -38,7 +39,7 @@ def median_us(call: Callable[[], Any], device: str, *, repeats: int = 15, warmup
     return quartiles[1], quartiles[2] - quartiles[0]
 
 
-@cache
+@functools.cache
 def _flush_buffer(device: str) -> torch.Tensor:
     return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
@@ -57,14 +58,37 @@ class Ceilings:
         return max(num_bytes / self.copy_gb_per_s / 1e3, flops / matmul / 1e6)
 
 
-def measure_ceilings(device: str) -> Ceilings:
-    """Measure a copy of 256 MiB and square matrix products of random numbers."""
-    source = torch.ones(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+def copy_rate(device: str, num_bytes: int) -> Row:
+    """Copy random bytes; GB/s counts bytes read and written."""
+    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
     sink = torch.empty_like(source)
-    copy_us, _ = median_us(lambda: sink.copy_(source), device)
-    matmul, size = {}, 8192 if device == "cuda" else 1024
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        us, _ = median_us(lambda a=a, b=b: a @ b, device, repeats=7)  # type: ignore[misc]
-        matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / us / 1e6
-    return Ceilings(copy_gb_per_s=2 * _FLUSH_BYTES / copy_us / 1e3, matmul_tflop_per_s=matmul)
+    us, spread_us = median_us(lambda: sink.copy_(source), device)
+    return {"gb_per_s": 2 * num_bytes / us / 1e3, "us": us, "spread_us": spread_us}
+
+
+def read_rate(device: str, num_bytes: int) -> Row:
+    """Read random numbers: the faster of a sum and a maximum."""
+    values = torch.rand(num_bytes // 4, device=device)
+    us, spread_us = min(median_us(call, device) for call in (values.sum, values.max))
+    return {"gb_per_s": values.nbytes / us / 1e3, "us": us, "spread_us": spread_us}
+
+
+def matmul_rate(device: str, size: int, dtype: torch.dtype) -> Row:
+    """Multiply square matrices of random numbers; float8 ones are scaled by row and by column, into bfloat16."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    call = functools.partial(torch.matmul, a, b)
+    if dtype == torch.float8_e4m3fn:
+        rows, columns = torch.ones(size, 1, device=device), torch.ones(1, size, device=device)
+        call = functools.partial(torch._scaled_mm, a, b.T, rows, columns, out_dtype=torch.bfloat16)
+    us, spread_us = median_us(call, device, repeats=9)
+    return {"tflop_per_s": 2 * size**3 / us / 1e6, "us": us, "spread_us": spread_us}
+
+
+def measure_ceilings(device: str) -> Ceilings:
+    """Measure a copy of 256 MiB and products of square matrices."""
+    size = 8192 if device == "cuda" else 1024
+    products = {str(d).removeprefix("torch."): matmul_rate(device, size, d) for d in (torch.bfloat16, torch.float32)}
+    return Ceilings(
+        copy_gb_per_s=copy_rate(device, _FLUSH_BYTES)["gb_per_s"],
+        matmul_tflop_per_s={dtype: row["tflop_per_s"] for dtype, row in products.items()},
+    )

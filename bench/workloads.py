@@ -8,9 +8,13 @@ prefix   16 prompts of 448 shared + 64 own tokens, 32 output tokens: output toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from .engine_process import Generate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +34,6 @@ class Workload:
         shared = draw.integers(low, vocab_size, self.shared_tokens).tolist()
         return [shared + draw.integers(low, vocab_size, self.own_tokens).tolist() for _ in range(self.num_requests)]
 
-    @property
-    def prompt_tokens(self) -> int:
-        return self.num_requests * (self.shared_tokens + self.own_tokens)
-
 
 WORKLOADS = {
     w.name: w
@@ -44,3 +44,14 @@ WORKLOADS = {
         Workload(name="prefix", num_requests=16, shared_tokens=448, own_tokens=64, output_tokens=32),
     )
 }
+
+
+def greedy(llm: Any, params: Callable[..., Any]) -> Generate:
+    """Return what runs prompts through an LLM with vLLM's names; `params` is its SamplingParams."""
+
+    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
+        asked = params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], asked, use_tqdm=False)
+        return [len(o.outputs[0].token_ids) for o in outputs]
+
+    return generate

@@ -83,11 +83,14 @@ def rotate(x_THE: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; `norm(E)` makes the norms of query and key heads, scale is E^-0.5 where it is None."""
+    """Grouped-query attention; `norm(E)` makes the norms of query and key heads, scale is E^-0.5 where it is None.
+
+    sinks: each head has a score that takes its share of the softmax and gives nothing.
+    """
 
     def __init__(
         self, c: Sizes, *, bias: bool = False, out_bias: bool = False, norm: Callable[[int], nn.Module] | None = None,
-        window: int = 0, softcap: float = 0.0, scale: float | None = None,
+        window: int = 0, softcap: float = 0.0, scale: float | None = None, sinks: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.c, self.window, self.softcap = c, window, softcap
@@ -96,6 +99,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.D, c.K * c.E, bias=bias)
         self.v_proj = nn.Linear(c.D, c.K * c.E, bias=bias)
         self.o_proj = nn.Linear(c.H * c.E, c.D, bias=out_bias)
+        self.sinks = nn.Parameter(torch.empty(c.H)) if sinks else None
         self.q_norm, self.k_norm = (norm(c.E) if norm else nn.Identity() for _ in "qk")
 
     def forward(self, x_TD: Tensor, table: Table, cache: Cache, where: Where) -> Tensor:
@@ -104,7 +108,8 @@ class Attention(nn.Module):
         k_TKE = rotate(self.k_norm(self.k_proj(x_TD).view(-1, self.c.K, self.c.E)), *table)
         v_TKE = self.v_proj(x_TD).view(-1, self.c.K, self.c.E)
         kv_append(k_TKE, v_TKE, *cache, slot_mapping_T)
-        return self.o_proj(attention(q_THE, *cache, *spans, self.scale, self.window, self.softcap).flatten(1))
+        limits = (self.scale, self.window, self.softcap, self.sinks)
+        return self.o_proj(attention(q_THE, *cache, *spans, *limits).flatten(1))
 
 
 class MLP(nn.Module):

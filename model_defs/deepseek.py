@@ -17,20 +17,20 @@ from .moe import MoE, Routing
 from .rope import Rope
 
 
-def deepseek_v2(raw: Mapping[str, Any], *, mla: str = "absorbed") -> CausalLM:
-    """Build the model; mla "naive" caches every head's keys and values. Raises ValueError for what is not covered."""
+def deepseek_v2(raw: Mapping[str, Any]) -> CausalLM:
+    """Build the model. Raises ValueError for what is not covered."""
     read = Reader(raw, "deepseek_v2")
     method = read.choice("topk_method", ("greedy", "group_limited_greedy"), "greedy")
     read.choice("scoring_func", ("softmax",), "softmax")
     if read.flag("norm_topk_prob") or read.flag("mlp_bias"):
         raise ValueError("deepseek_v2: norm_topk_prob and mlp_bias must be false")
-    return _lm(read, _routing(read, grouped=method != "greedy"), mla)
+    return _lm(read, _routing(read, grouped=method != "greedy"))
 
 
-def deepseek_v3(raw: Mapping[str, Any], *, mla: str = "absorbed") -> CausalLM:
-    """Build the model; mla "naive" caches every head's keys and values. Raises ValueError for what is not covered."""
+def deepseek_v3(raw: Mapping[str, Any]) -> CausalLM:
+    """Build the model. Raises ValueError for what is not covered."""
     read = Reader(raw, "deepseek_v3")
-    return _lm(read, v3_routing(read), mla)
+    return _lm(read, v3_routing(read))
 
 
 def v3_routing(read: Reader) -> Routing:
@@ -40,11 +40,8 @@ def v3_routing(read: Reader) -> Routing:
     return replace(_routing(read, grouped=True), score="sigmoid", normalize=normalize, corrected=True)
 
 
-def latent_attention(read: Reader, mla: str) -> LatentAttention:
-    if mla not in ("absorbed", "naive"):
-        raise ValueError(f"{read.where}: mla={mla!r}, wanted 'absorbed' or 'naive'")
-    latent = Latent.from_hf(read, interleaved=read.flag("rope_interleave", True))
-    return LatentAttention(latent, absorbed=mla == "absorbed")
+def latent_attention(read: Reader) -> LatentAttention:
+    return LatentAttention(Latent.from_hf(read, interleaved=read.flag("rope_interleave", True)))
 
 
 def mixture(read: Reader, c: Sizes, routing: Routing) -> MoE:
@@ -61,14 +58,14 @@ def _routing(read: Reader, *, grouped: bool) -> Routing:
     )  # fmt: skip
 
 
-def _lm(read: Reader, routing: Routing, mla: str) -> CausalLM:
+def _lm(read: Reader, routing: Routing) -> CausalLM:
     read.choice("hidden_act", ("silu",), "silu")
     if read.size("moe_layer_freq", 1) != 1:
         raise ValueError(f"{read.where}: moe_layer_freq is {read.raw['moe_layer_freq']}, wanted 1")
     c, rope = Sizes.from_hf(read), Rope.from_hf(read, read.size("qk_rope_head_dim"))
     dense = read.size("first_k_dense_replace") if read.raw.get("first_k_dense_replace") else 0
     blocks = [
-        Block(c, latent_attention(read, mla), MLP(c) if i < dense else mixture(read, c, routing))
+        Block(c, latent_attention(read), MLP(c) if i < dense else mixture(read, c, routing))
         for i in range(c.num_layers)
     ]
     return pre_norm_lm(c, blocks, [rope] * c.num_layers)

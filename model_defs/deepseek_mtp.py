@@ -33,7 +33,7 @@ class FurtherToken(Block):
     """The module; its parameters are those under `model.layers.N.`, N the number of the model's layers."""
 
     def __init__(self, read: Reader, c: Sizes) -> None:
-        super().__init__(c, latent_attention(read, "absorbed"), mixture(read, c, v3_routing(read)))
+        super().__init__(c, latent_attention(read), mixture(read, c, v3_routing(read)))
         self.embed_tokens = nn.Embedding(c.V, c.D)
         self.enorm = RMSNorm(c.D, c.eps)
         self.hnorm = RMSNorm(c.D, c.eps)

@@ -14,17 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import blocks
 from .blocks import MLP, Attention, CausalLM, Decoder, Sizes
 from .hf_config import Reader
 from .rope import Rope
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, D: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(D))
-        self.eps = eps
-
+class RMSNorm(blocks.RMSNorm):
     def forward(self, x_TD: Tensor) -> Tensor:
         wide_TD = x_TD.float()
         normed_TD = wide_TD * torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + self.eps)
@@ -73,8 +69,8 @@ def gemma_lm(
     bias, scale = read.flag("attention_bias"), read.positive("query_pre_attn_scalar", 256.0) ** -0.5
     attend = partial(Attention, c, bias=bias, out_bias=bias, scale=scale, **attention)
     act = partial(F.gelu, approximate="tanh")
-    blocks = [Block(c, attend(window=window), MLP(c, act=act)) for window in windows]
-    decoder = Decoder(Embedding(c.V, c.D), blocks, RMSNorm(c.D, c.eps), ropes)
+    layers = [Block(c, attend(window=window), MLP(c, act=act)) for window in windows]
+    decoder = Decoder(Embedding(c.V, c.D), layers, RMSNorm(c.D, c.eps), ropes)
     return CausalLM(c, decoder, softcap=read_cap(read, "final_logit_softcapping", logit_cap))
 
 

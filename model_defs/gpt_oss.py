@@ -12,34 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seamwise.kernels import (
-    attention,
-    grouped_linear,
-    grouped_mxfp4_linear,
-    kv_append,
-    moe_align,
-    moe_sum,
-    swiglu_clamped,
-)
+from seamwise.kernels import grouped_linear, grouped_mxfp4_linear, moe_align, moe_sum, swiglu_clamped
 
-from . import blocks
-from .blocks import Block, Cache, CausalLM, Sizes, Table, Where, pre_norm_lm, rotate
+from .blocks import Attention, Block, CausalLM, Sizes, pre_norm_lm
 from .hf_config import Reader
 from .moe import Router, Routing
 from .rope import Rope
-
-
-class Attention(blocks.Attention):
-    def __init__(self, c: Sizes, **options: Any) -> None:
-        super().__init__(c, **options)
-        self.sinks = nn.Parameter(torch.empty(c.H))
-
-    def forward(self, x_TD: Tensor, table: Table, cache: Cache, where: Where) -> Tensor:
-        c, (slot_mapping_T, *spans) = self.c, where
-        q_THE = rotate(self.q_proj(x_TD).view(-1, c.H, c.E), *table)
-        k_TKE = rotate(self.k_proj(x_TD).view(-1, c.K, c.E), *table)
-        kv_append(k_TKE, self.v_proj(x_TD).view(-1, c.K, c.E), *cache, slot_mapping_T)
-        return self.o_proj(attention(q_THE, *cache, *spans, self.scale, self.window, 0.0, self.sinks).flatten(1))
 
 
 class Experts(nn.Module):
@@ -106,7 +84,7 @@ def gpt_oss(raw: Mapping[str, Any]) -> CausalLM:
         kind = MXFP4Experts
     layers = [
         Block(
-            c, Attention(c, bias=bias, out_bias=bias, window=window),
+            c, Attention(c, bias=bias, out_bias=bias, window=window, sinks=True),
             MLP(c.D, routing, kind(routing.E, c.D, c.I, *activation)),
         )
         for window in read.windows(c.num_layers, lambda i: i % 2 == 0, 128)

@@ -1,8 +1,8 @@
 """Multi-head latent attention: keys and values of all heads come from one latent a token, and only that is cached.
 
 T tokens, D model width, H heads, N columns of a head without position and R with it, V of its value, C latent, Q query
-latent. The absorbed form caches a row [latent, rotary key] a token, C + R wide, and `mla_prefill` multiplies queries
-into the latent space where that is less work; the naive form expands the latents and caches every head's key and value.
+latent. A row [latent, rotary key] a token is cached, C + R wide, and `mla_prefill` multiplies queries into the latent
+space (the absorbed form) where that is less work than expanding the latents. transformers' own class expands always.
 Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.
 """
 
@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seamwise.kernels import attention, kv_append, mla_append, mla_prefill, rope
+from seamwise.kernels import mla_append, mla_prefill, rope
 
 from .blocks import Cache, RMSNorm, Table, Where
 from .hf_config import Reader
@@ -56,17 +55,13 @@ class Expansion(nn.Module):
 
     def __init__(self, c: Latent) -> None:
         super().__init__()
-        self.c = c
         self.weight = nn.Parameter(torch.empty(c.H * (c.N + c.V), c.C))
-
-    def forward(self, latent_TC: Tensor) -> Tensor:
-        return F.linear(latent_TC, self.weight).view(-1, self.c.H, self.c.N + self.c.V)
 
 
 class LatentAttention(nn.Module):
-    def __init__(self, c: Latent, *, absorbed: bool) -> None:
+    def __init__(self, c: Latent) -> None:
         super().__init__()
-        self.c, self.absorbed = c, absorbed
+        self.c = c
         if c.Q:
             self.q_a_proj = nn.Linear(c.D, c.Q, bias=c.bias)
             self.q_a_layernorm = RMSNorm(c.Q, _EPS)
@@ -86,23 +81,7 @@ class LatentAttention(nn.Module):
         latent_TC = self.kv_a_layernorm(latent_TC)
         q_rope_THR = rope(q_rope_THR, *table, c.interleaved)
         k_rope_T1R = rope(k_rope_TR.unsqueeze(1), *table, c.interleaved)
-        attend = self.absorb if self.absorbed else self.expand
-        return self.o_proj(attend(q_nope_THN, q_rope_THR, latent_TC, k_rope_T1R, cache, where).flatten(1))
-
-    def absorb(
-        self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, cache: Cache, where: Where
-    ) -> Tensor:
         slot_mapping_T, *spans = where
         mla_append(latent_TC, k_rope_T1R.squeeze(1), *cache, slot_mapping_T)
-        kv_b_HXC = self.kv_b_proj.weight.view(self.c.H, self.c.N + self.c.V, self.c.C)
-        return mla_prefill(q_nope_THN, q_rope_THR, *cache, kv_b_HXC, *spans, self.c.scale)
-
-    def expand(
-        self, q_nope_THN: Tensor, q_rope_THR: Tensor, latent_TC: Tensor, k_rope_T1R: Tensor, cache: Cache, where: Where
-    ) -> Tensor:
-        c, (slot_mapping_T, *spans) = self.c, where
-        k_nope_THN, v_THV = self.kv_b_proj(latent_TC).split((c.N, c.V), -1)
-        k_THE = torch.cat((k_nope_THN, k_rope_T1R.expand(-1, c.H, -1)), -1)
-        # Caches of keys and values are alike, so values are padded.
-        kv_append(k_THE, F.pad(v_THV, (0, c.N + c.R - c.V)), *cache, slot_mapping_T)
-        return attention(torch.cat((q_nope_THN, q_rope_THR), -1), *cache, *spans, c.scale)[..., : c.V]
+        kv_b_HXC = self.kv_b_proj.weight.view(c.H, c.N + c.V, c.C)
+        return self.o_proj(mla_prefill(q_nope_THN, q_rope_THR, *cache, kv_b_HXC, *spans, c.scale).flatten(1))

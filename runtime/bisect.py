@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from seamwise.compile.bisect import Comparison, Run, as_text, compare
+from seamwise.compile.bisect import Comparison, Run, compare
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.lower import choose_providers
 from seamwise.compile.pipeline import PipelineConfig, rewrite
@@ -71,25 +70,9 @@ def build_run(path: Path, config: ModelConfig, described: Mapping[str, Any], cas
 
 
 def bisect(path: Path, a: str, b: str, *, case: str, tolerance: float) -> Comparison:
-    """Compare two described runs of the model in a directory on one drawn step."""
+    """Compare two described runs of the model in a directory on one drawn step, a name of CASES."""
+    if case not in CASES:
+        raise ValueError(f"bisect: no case {case!r}; there are: {', '.join(CASES)}")
     config = ModelConfig.from_directory(path)
     first, second = (build_run(path, config, parse_run(text), case) for text in (a, b))
     return compare(first, second, tolerance=tolerance)
-
-
-def main(arguments: list[str]) -> int:
-    """Parse arguments, compare, print; the status is 1 when an op differs."""
-    parser = argparse.ArgumentParser(
-        prog="seamwise bisect", description=__doc__, epilog=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="Hugging Face directory or hub id")
-    parser.add_argument("--a", default="", help="the first run, e.g. entry=own")
-    parser.add_argument("--b", required=True, help="the second run, e.g. entry=transformers,run=meaning,without=all")
-    parser.add_argument("--case", choices=list(CASES), default=list(CASES)[-1], help="the step that is run")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="relative RMS from which ops differ")
-    options = parser.parse_args(arguments)
-    from .hub import resolve_model
-
-    result = bisect(resolve_model(options.model), options.a, options.b, case=options.case, tolerance=options.tolerance)
-    print(as_text(result))
-    return int(result.first is not None)

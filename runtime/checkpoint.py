@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +47,6 @@ def open_source(
                  random weights
     kept_dtypes  those of tensors that are not read in `dtype`; None: any floating one, read as it is stored
     within       the model is a part of the checkpoint: the tensors whose names begin so, and go on as parameters' do
-
     ranks        each of as many reads its part
 
     Raises ValueError when the checkpoint does not fit the model, or the model does not fit the machine.
@@ -65,33 +63,6 @@ def open_source(
     if load_format == "dummy":
         return DummyCheckpoint(parameters, seed, kept)
     return Checkpoint.open(path, parameters, tied, load_format, kept, within)
-
-
-def load_weights(
-    module: nn.Module, path: Path, *, dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
-    within: str = "",
-) -> None:  # fmt: skip
-    """Give every parameter of a module built on the meta device its value, and move its buffers to the device.
-
-    `within` is as in open_source. Peak memory is the model and one tensor. Raises ValueError as open_source does; the
-    module is then as it was.
-    """
-    shapes, tied = parameter_shapes(module)
-    buffers = kept_dtypes(module)
-    source = open_source(
-        path, shapes, tied, dtype=dtype, device=device, load_format=load_format, seed=seed, kept_dtypes=buffers,
-        within=within,
-    )  # fmt: skip
-    loaded = {}
-    for name in show_progress(shapes, "loading weights"):
-        read = source.read(name, dtype=dtype, device=device)
-        loaded[name] = read if name in buffers else nn.Parameter(read, requires_grad=False)
-    for name in (*shapes, *tied):
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, loaded[tied.get(name, name)])
-    for owner in module.modules():
-        for leaf, buffer in list(owner.named_buffers(recurse=False)):
-            setattr(owner, leaf, buffer.to(device))
 
 
 def parameter_shapes(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -119,11 +90,9 @@ def kept_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
 
 def show_progress(items: Iterable[str], label: str) -> Iterable[str]:
     """Return the items, with a progress bar on stderr when that is a terminal."""
-    if not sys.stderr.isatty():
-        return items
     from tqdm import tqdm
 
-    return tqdm(items, desc=label, unit="tensor", leave=False)
+    return tqdm(items, desc=label, unit="tensor", leave=False, disable=None)
 
 
 class Checkpoint:

@@ -85,7 +85,9 @@ def _indexed(index: Path, format: Format) -> tuple[dict[str, StoredTensor], list
     found: dict[str, StoredTensor] = {}
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index}: names {name!r}, which is not a file of {index.parent}")
+            raise ValueError(
+                f"{index}: names {name!r}, which is not a file of {index.parent}; download what is missing"
+            )
         stored = format.read(index.parent / name)
         # A tensor that stands in two files is the one where the index says.
         found |= {n: t for n, t in stored.items() if weight_map.get(n, name) == name}

@@ -27,7 +27,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(8)
+            if head == b"version ":
+                raise ValueError("it is a pointer of Git LFS, not the file itself; run `git lfs pull`")
+            length = int.from_bytes(head, "little")
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length).decode())

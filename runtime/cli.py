@@ -1,9 +1,11 @@
-"""The `seamwise` command: generate, explain, bench."""
+"""The `seamwise` command: generate, explain, compile, explain-key, bisect, bench."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,34 +14,81 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-_COMMANDS = {
-    "generate": "continue a prompt and print text, speed and where start-up time went",
-    "explain": "show what the compiler did with a model: passes, misses, pieces, seams, start-up",
-    "compile": "compile a model into a pack, which loads without tracing or compiling",
-    "explain-key": "say in what two packs differ",
-    "bisect": "compare two runs of a model op by op and name the first op that differs",
-    "bench": "run a benchmark: throughput, step, kernels",
-}
+_LOADING = ("dtype", "device", "entry", "max_model_len", "load_format", "quantization", "kv_cache_dtype")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status. A ValueError of the library is printed as one line, status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "generate": generate, "explain": explain, "compile": compile_pack, "explain-key": explain_key, "bisect": bisect,
-        "bench": bench,
-    }  # fmt: skip
-    if not arguments or arguments[0] not in commands:
-        asked = not arguments or arguments[0] in ("-h", "--help")
-        listed = "\n".join(f"  {name:10} {what}" for name, what in _COMMANDS.items())
-        wrong = "" if asked else f"seamwise: no command {arguments[0]!r}\n"
-        print(f"{wrong}usage: seamwise COMMAND …\n{listed}", file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    parser = _parser()
+    if not arguments:
+        parser.print_help()
+        return 0
     try:
-        return commands[arguments[0]](arguments[1:])
+        if arguments[0] == "bench":  # benchmarks live beside the library, and parse their own arguments
+            return int(importlib.import_module("seamwise.bench.cli").main(arguments[1:]))
+        options = parser.parse_args(arguments)
+        return options.run(options)
     except ValueError as error:
         print(f"seamwise {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `… | head`: Python would complain again when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="seamwise")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int] | None, what: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what, description=what)
+        added.set_defaults(run=run)
+        return added
+
+    generate_ = command("generate", generate, "continue a prompt and print text, speed and where start-up time went")
+    _model_options(generate_)
+    generate_.add_argument("--prompt", required=True)
+    generate_.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    generate_.add_argument("--max-tokens", type=int, default=64)
+    generate_.add_argument("--temperature", type=float, default=0.0)
+    generate_.add_argument("--top-p", type=float, default=1.0)
+    generate_.add_argument("--top-k", type=int, default=0)
+    generate_.add_argument("--seed", type=int)
+    generate_.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    what = "show what the compiler did with a model, without its weights: passes, misses, pieces, seams, start-up"
+    explain_ = command("explain", explain, what)
+    _model_options(explain_)
+    explain_.add_argument("--json", action="store_true")
+    explain_.add_argument("--source", action="store_true", help="print the generated program instead")
+    explain_.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
+    explain_.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
+    explain_.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
+    explain_.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
+    explain_.add_argument("--sp", action="store_true", help="with --tp: each rank norms its share of the rows")
+    explain_.add_argument("--async-tp", action="store_true", help="with --sp: rows travel while others are multiplied")
+
+    compile_ = command("compile", compile_pack, "compile a model into a pack, which loads without tracing or compiling")
+    _model_options(compile_)
+    compile_.add_argument("-o", "--output", type=Path, required=True, help="the pack's directory")
+    compile_.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
+
+    differ = command("explain-key", explain_key, "say in what two packs differ; the status is 1 when they do")
+    differ.add_argument("packs", nargs=2, type=Path, metavar="PACK")
+
+    what = "compare two runs of a model op by op and name the first op that differs; the status is 1 when one does"
+    bisect_ = command("bisect", bisect, what)
+    bisect_.add_argument("--model", required=True, help="Hugging Face directory or hub id")
+    words = "entry=own|transformers,dtype=float32|…,run=providers|meaning|reference,without=PASS|all"
+    bisect_.add_argument("--a", default="", help=f"the first run: {words}, each optional")
+    bisect_.add_argument("--b", required=True, help="the second run, e.g. entry=transformers,run=meaning,without=all")
+    bisect_.add_argument("--case", default="7 tokens of 3 requests", help="the step that is run")
+    bisect_.add_argument("--tolerance", type=float, default=1e-4, help="relative RMS from which ops differ")
+    command("bench", None, "run a benchmark: throughput, startup, step, kernels, gpu, report")
+    return parser
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -59,26 +108,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
-    chosen = {"dtype": options.dtype, "device": options.device, "entry": options.entry}
-    chosen |= {"max_model_len": options.max_model_len, "load_format": options.load_format}
-    chosen |= {"quantization": options.quantization, "kv_cache_dtype": options.kv_cache_dtype}
-    return chosen | ({"pack_dir": None} if options.no_pack else {})
+    return {name: getattr(options, name) for name in _LOADING} | ({"pack_dir": None} if options.no_pack else {})
 
 
-def generate(arguments: list[str]) -> int:
+def generate(options: argparse.Namespace) -> int:
     """`seamwise generate`: one prompt, streamed to a terminal, then its figures."""
-    parser = argparse.ArgumentParser(prog="seamwise generate", description=_COMMANDS["generate"])
-    _model_options(parser)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    options = parser.parse_args(arguments)
-
     from .llm import LLM
     from .sampling_params import SamplingParams
 
@@ -86,20 +120,25 @@ def generate(arguments: list[str]) -> int:
         temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed,
         max_tokens=options.max_tokens,
     )  # fmt: skip
-    llm = LLM(options.model, max_num_seqs=max(params.n, 8), **_loading(options))
-    ids = _prompt_ids(llm, options)
-    llm.engine.add_request("cli", ids, params, prompt=options.prompt)
+    llm = LLM(options.model, max_num_seqs=8, **_loading(options))
+    engine, tokenizer = llm.engine, llm.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{options.model}: has no tokenizer, which --prompt needs")
+    messages = [{"role": "user", "content": options.prompt}]
+    template: dict[str, Any] = {"chat_template": None, "add_generation_prompt": True}
+    ids = tokenizer.apply_chat_template(messages, **template) if options.chat else tokenizer.encode(options.prompt)
+    engine.add_request("cli", ids, params, prompt=options.prompt)
     output, shown, first_token_s = None, 0, None
-    while llm.engine.has_unfinished_requests():
-        for output in llm.engine.step():
-            first_token_s = first_token_s if first_token_s is not None else _seconds_since_process_start()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            first_token_s = first_token_s or _seconds_since_process_start()
             text = output.outputs[0].text
             if not options.json:
                 print(text[shown:], end="", flush=True)
             shown = len(text)
     assert output is not None and first_token_s is not None
     figures = _figures(output, first_token_s)
-    startup = llm.engine.runner.startup_s
+    startup = engine.runner.startup_s
     if options.json:
         text, reason = output.outputs[0].text, output.outputs[0].finish_reason
         print(json.dumps({"text": text, "finish_reason": reason, **figures, "startup_s": startup}))
@@ -107,18 +146,11 @@ def generate(arguments: list[str]) -> int:
     print(f"\n\n{figures['output_tokens']} tokens, {figures['decode_tokens_per_s']:.1f} tokens/s,", end=" ")
     print(f"time to first token {figures['ttft_ms']:.1f} ms")
     print(f"process start to first token {first_token_s:.2f} s, of which:")
-    for stage, seconds in _all_stages(startup, first_token_s, figures["ttft_ms"] / 1e3).items():
+    stages = {**startup, "first step": figures["ttft_ms"] / 1e3}
+    rest = {"imports, tokenizer, allocation": first_token_s - sum(stages.values())}  # what no stage claims
+    for stage, seconds in (rest | stages).items():
         print(f"  {stage:32} {seconds:6.2f} s")
     return 0
-
-
-def _prompt_ids(llm: Any, options: argparse.Namespace) -> list[int]:
-    if llm.tokenizer is None:
-        raise ValueError(f"{options.model}: has no tokenizer, which --prompt needs")
-    if options.chat:
-        messages = [{"role": "user", "content": options.prompt}]
-        return llm.tokenizer.apply_chat_template(messages, chat_template=None, add_generation_prompt=True)
-    return llm.tokenizer.encode(options.prompt)
 
 
 def _figures(output: Any, first_token_s: float) -> dict[str, float]:
@@ -133,16 +165,8 @@ def _figures(output: Any, first_token_s: float) -> dict[str, float]:
     }
 
 
-def _all_stages(startup: dict[str, float], total_s: float, first_step_s: float) -> dict[str, float]:
-    """Return every stage from process start to the first token; what no stage claims is imports."""
-    known = {**startup, "first step": first_step_s}
-    return {"imports, tokenizer, allocation": total_s - sum(known.values()), **known}
-
-
 def _seconds_since_process_start() -> float:
     """Return the age of this process, from the kernel's own record (field 22 of /proc/self/stat, in clock ticks)."""
-    import os
-
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return time.process_time()
@@ -151,19 +175,8 @@ def _seconds_since_process_start() -> float:
     return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def explain(arguments: list[str]) -> int:
+def explain(options: argparse.Namespace) -> int:
     """`seamwise explain`: compile a model (or read its pack) and say what was done; no weights are read."""
-    parser = argparse.ArgumentParser(prog="seamwise explain", description=_COMMANDS["explain"])
-    _model_options(parser)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--source", action="store_true", help="print the generated program instead")
-    parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
-    parser.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
-    parser.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
-    parser.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
-    parser.add_argument("--sp", action="store_true", help="with --tp: each rank norms its share of the rows")
-    parser.add_argument("--async-tp", action="store_true", help="with --sp: rows travel while others are multiplied")
-    options = parser.parse_args(arguments)
     if options.validate and options.tp > 1:
         raise ValueError("--validate runs the graph, and --tp has no other ranks to run it with; leave one out")
 
@@ -188,8 +201,7 @@ def explain(arguments: list[str]) -> int:
             settings = RunnerConfig.for_model(config, pipeline=chosen, **ranks, **_loading(options))
             program, _ = load_program(config, settings, ledger)
     if options.html:
-        import importlib  # as `bench` does: the roofline is the benchmarks'
-
+        # The roofline is the benchmarks'.
         measure_ceilings = importlib.import_module("seamwise.bench.timing").measure_ceilings
         ceilings, dtype = measure_ceilings(settings.device), str(settings.dtype).removeprefix("torch.")
         title = f"{config.architecture}, {options.model}"
@@ -203,13 +215,8 @@ def explain(arguments: list[str]) -> int:
     return 0
 
 
-def compile_pack(arguments: list[str]) -> int:
+def compile_pack(options: argparse.Namespace) -> int:
     """`seamwise compile`: write a model's pack, for ModelRunner.load(PACK, offline=True)."""
-    parser = argparse.ArgumentParser(prog="seamwise compile", description=_COMMANDS["compile"])
-    _model_options(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the pack's directory")
-    parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
-    options = parser.parse_args(arguments)
     if options.no_pack:
         raise ValueError("compile: --no-pack keeps nothing, and -o names a pack; leave one out")
 
@@ -229,11 +236,8 @@ def compile_pack(arguments: list[str]) -> int:
     return 0
 
 
-def explain_key(arguments: list[str]) -> int:
+def explain_key(options: argparse.Namespace) -> int:
     """`seamwise explain-key A B`: print the parts in which two packs' keys differ; the status is 1 when they do."""
-    parser = argparse.ArgumentParser(prog="seamwise explain-key", description=_COMMANDS["explain-key"])
-    parser.add_argument("packs", nargs=2, type=Path, metavar="PACK")
-    options = parser.parse_args(arguments)
 
     from seamwise.compile.pack import explain_key as differences
     from seamwise.compile.pack import manifest_of
@@ -243,15 +247,14 @@ def explain_key(arguments: list[str]) -> int:
     return int(bool(lines))
 
 
-def bisect(arguments: list[str]) -> int:
-    """`seamwise bisect`: name the first op at which two runs differ."""
-    from .bisect import main as run
+def bisect(options: argparse.Namespace) -> int:
+    """`seamwise bisect`: name the first op at which two runs differ; the status is 1 when one does."""
+    from seamwise.compile.bisect import as_text
 
-    return run(arguments)
+    from .bisect import bisect as compare_runs
+    from .hub import resolve_model
 
-
-def bench(arguments: list[str]) -> int:
-    """`seamwise bench NAME`: benchmarks live beside the library, in seamwise.bench."""
-    import importlib
-
-    return int(importlib.import_module("seamwise.bench.cli").main(arguments))
+    directory, runs = resolve_model(options.model), (options.a, options.b)
+    result = compare_runs(directory, *runs, case=options.case, tolerance=options.tolerance)
+    print(as_text(result))
+    return int(result.first is not None)

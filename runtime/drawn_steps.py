@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .batch import ragged_step
 from .config import ModelConfig
 from .kv_cache import KVCacheSpec
 from .step import STEP_ARGUMENTS
@@ -29,28 +31,12 @@ def draw_steps(config: ModelConfig, spec: KVCacheSpec, seed: int = 0) -> dict[st
 def _flat(
     config: ModelConfig, requests: Sequence[tuple[int, int]], spec: KVCacheSpec, generator: torch.Generator
 ) -> list[Tensor]:
-    size = spec.block_size
-    lengths = [known + new for known, new in requests]
-    owned = [-(-n // size) for n in lengths]
-    blocks = (torch.randperm(sum(owned), generator=generator) + 1).split(owned)
-    table = torch.zeros(len(requests), max(owned), dtype=torch.int32)
-    positions, slots = [], []
-    for r, (known, new) in enumerate(requests):
-        table[r, : owned[r]] = blocks[r]
-        position = torch.arange(known, known + new)
-        positions.append(position)
-        slots.append(blocks[r][position // size] * size + position % size)
-    starts = torch.tensor([0, *(new for _, new in requests)]).cumsum(0)
-    tokens = int(starts[-1])
-    shapes = [(sum(owned) + 1, *shape) for layer in spec.layers for shape in layer]
-    values: dict[str, list[Tensor]] = {
-        "token_ids": [torch.randint(config.vocab_size, (tokens,), generator=generator)],
-        "positions": [torch.cat(positions)],
-        "kv_caches": [torch.randn(shape, generator=generator).to(spec.dtype) for shape in shapes],
-        "slot_mapping": [torch.cat(slots)],
-        "block_table": [table],
-        "seq_lens": [torch.tensor(lengths, dtype=torch.int32)],
-        "query_starts": [starts.to(torch.int32)],
-        "logit_rows": [starts[1:] - 1],
-    }
-    return [tensor for name in STEP_ARGUMENTS for tensor in values[name]]
+    known, new = np.array(requests).T
+    owned = -(-(known + new) // spec.block_size)
+    blocks = (torch.randperm(int(owned.sum()), generator=generator) + 1).split(owned.tolist())
+    table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).int().numpy()
+    token_ids = torch.randint(config.vocab_size, (int(new.sum()),), generator=generator).numpy()
+    step = ragged_step(token_ids, table, known, new, spec.block_size)
+    shapes = [(int(owned.sum()) + 1, *shape) for layer in spec.layers for shape in layer]
+    caches = [torch.randn(shape, generator=generator).to(spec.dtype) for shape in shapes]
+    return [x for name in STEP_ARGUMENTS for x in (caches if name == "kv_caches" else [getattr(step, name)])]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from pathlib import Path
@@ -17,6 +17,7 @@ from .engine import Engine
 from .hub import resolve_model
 from .outputs import RequestOutput
 from .runner import ModelRunner
+from .runner_config import check_options
 from .sampling_params import SamplingParams
 from .scheduler import SchedulerConfig
 from .tokenizer import Tokenizer, has_tokenizer
@@ -52,6 +53,9 @@ class LLM:
     ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
+        check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
+        if type(seed) is not int:
+            raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
         limits = SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
         directory = resolve_model(model)
         home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
@@ -116,8 +120,8 @@ class LLM:
         chat_template: str | None = None, add_generation_prompt: bool = True, use_tqdm: bool = True,
     ) -> list[RequestOutput]:  # fmt: skip
         """Answer a conversation (a list of {"role", "content"}) or a list of them, by the model's chat template."""
-        if not messages:
-            raise ValueError("chat: got no messages, wanted a list of {'role': …, 'content': …}")
+        if isinstance(messages, (str, Mapping)) or not messages:
+            raise ValueError(f"chat: got {messages!r}, wanted a list of {{'role': …, 'content': …}}")
         conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
         tokenizer = self._tokenizer()
         prompts: list[Prompt] = []
@@ -156,11 +160,10 @@ class LLM:
 
         ids = [f"llm-{next(self._ids)}" for _ in requests]
         done: dict[str, RequestOutput] = {}
-        quiet = not (use_tqdm and sys.stderr.isatty())
         try:
             for request_id, (text, tokens, params) in zip(ids, requests, strict=True):
                 self.engine.add_request(request_id, tokens, params, prompt=text)
-            with tqdm(total=len(ids), desc="generate", unit="prompt", disable=quiet) as bar:
+            with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
                 while len(done) < len(ids):
                     for output in self.engine.step():
                         if output.finished:

@@ -24,7 +24,7 @@ from .runner_config import RunnerConfig
 def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
     """Return the compiled program and the model's buffers: from the pack when there is one, else compiled and packed.
 
-    A damaged pack is reported as a warning and replaced.
+    A damaged pack is reported as a warning and replaced; a folder where none can be kept is one too.
     """
     if torch.device(options.device).type == "cpu":
         compile_ahead()
@@ -47,7 +47,14 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
     program, buffers = compile_model(config, options, ledger)
     if options.pack_dir:
         with ledger.stage("write pack"):
-            pack.save(options.pack_dir, parts, program, buffers, name=options.pack_name)
+            try:
+                pack.save(options.pack_dir, parts, program, buffers, name=options.pack_name)
+            except OSError as error:  # a full disk, a folder that may not be written
+                warnings.warn(
+                    f"{options.pack_dir}: the compiled model cannot be kept there ({error}), and the next start"
+                    " compiles again; give pack_dir another folder, or None",
+                    stacklevel=2,
+                )
     return program, buffers
 
 
@@ -73,7 +80,7 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
 def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Program:
     """Compile the model in a directory into the pack `target`, which ModelRunner.load then takes in its place.
 
-    Raises ValueError when `target` exists and is no pack.
+    Raises ValueError when `target` exists and is no pack, or cannot be written.
     """
     if target.exists() and not pack.is_pack(target):
         raise ValueError(f"{target} exists and is no pack; choose another path")
@@ -89,7 +96,10 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     load_with = {"checkpoint": str(model.resolve()), "options": chosen}
     with ledger.stage("write pack"):
         parts = pack_parts(config, settings)
-        pack.save(target.parent, parts, program, buffers, name=target.name, load_with=load_with)
+        try:
+            pack.save(target.parent, parts, program, buffers, name=target.name, load_with=load_with)
+        except OSError as error:
+            raise ValueError(f"{target}: cannot be written: {error}; choose another path") from error
     return program
 
 

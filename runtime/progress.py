@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,12 +11,9 @@ from seamwise.compile.ledger import Ledger
 @contextmanager
 def shown_ledger(label: str) -> Iterator[Ledger]:
     """Give a ledger whose stages show on stderr as they run, when that is a terminal."""
-    if not sys.stderr.isatty():
-        yield Ledger()
-        return
     from tqdm import tqdm
 
-    with tqdm(desc=label, unit="stage", leave=False) as bar:
+    with tqdm(desc=label, unit="stage", leave=False, disable=None) as bar:
 
         def entered(stage: str) -> None:
             bar.set_postfix_str(stage)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,21 @@ from .checkpoint_formats import check_load_format
 from .config import ModelConfig
 from .quantization_config import Quantization, packed_gguf, read_quantization
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float": torch.float32,
+    "half": torch.float16,
+}  # fmt: skip
+_ELSEWHERE = {  # options that users of vLLM and transformers ask for, and what there is instead
+    "trust_remote_code": "code inside a checkpoint is never run; entry='transformers' runs transformers' own classes",
+    "pipeline_parallel_size": "there is no pipeline parallelism; use tensor_parallel_size",
+    "max_seq_len_to_capture": "use cudagraph_capture_sizes, in tokens, and max_recorded_requests",
+    "compilation_config": "use cudagraph_mode, cudagraph_capture_sizes and pipeline=PipelineConfig(…)",
+    "enable_chunked_prefill": "prompts are always computed in chunks of at most max_num_batched_tokens",
+    "swap_space": "preempted requests are computed again",
+    "device_map": "use device",
+    "torch_dtype": "use dtype",
+    "attn_implementation": "attention is always Seamwise's",
+}
 _MODES = {
     "none": (), "piecewise": ("piecewise",), "full_decode_only": ("full",), "full_and_piecewise": ("full", "piecewise"),
 }  # fmt: skip
@@ -108,22 +125,12 @@ class RunnerConfig:
 
     @classmethod
     def for_model(
-        cls,
-        config: ModelConfig,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str = "auto",
-        entry: str = "auto",
-        max_model_len: int | None = None,
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        tensor_parallel_size: int = 1,
-        tensor_parallel_plan: Mapping[str, str] | None = None,
-        enable_expert_parallel: bool = False,
-        enable_sequence_parallel: bool = False,
-        enable_async_tp: bool = False,
+        cls, config: ModelConfig, *, dtype: str | torch.dtype = "auto", device: str = "auto", entry: str = "auto",
+        max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
+        tensor_parallel_size: int = 1, tensor_parallel_plan: Mapping[str, str] | None = None,
+        enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, enable_async_tp: bool = False,
         **options: Any,
-    ) -> RunnerConfig:
+    ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
 
         quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load; "gguf": keep
@@ -138,8 +145,11 @@ class RunnerConfig:
         """
         from seamwise.model_defs import has_definition
 
+        check_options(options)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+            raise ValueError(f"device={device!r}: wanted 'auto', 'cpu', 'cuda' or 'cuda:0'")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
         if dtype == "auto":
@@ -167,9 +177,9 @@ class RunnerConfig:
         limit = config.max_position_embeddings
         if max_model_len is None:
             max_model_len = limit
-        if not 1 <= max_model_len <= limit:
+        if type(max_model_len) is not int or not 1 <= max_model_len <= limit:
             raise ValueError(
-                f"max_model_len={max_model_len}: wanted 1 to {limit} (the model's max_position_embeddings)"
+                f"max_model_len={max_model_len!r}: wanted 1 to {limit} (the model's max_position_embeddings)"
             )
         pipeline = options.get("pipeline", PipelineConfig())
         if quantization is not None:
@@ -192,16 +202,18 @@ class RunnerConfig:
                 "tensor_parallel_plan, enable_expert_parallel, enable_sequence_parallel and enable_async_tp need a"
                 " tensor_parallel_size above 1"
             )
-        try:
-            return cls(
-                dtype=dtype,
-                kv_cache_dtype=kv_dtype,
-                stored=stored,
-                device=device,
-                entry=entry,
-                max_model_len=max_model_len,
-                **options,
-            )
-        except TypeError as error:
-            known = ", ".join(cls.__slots__)
-            raise ValueError(f"unknown runner option: {error}; the options are: {known}") from None
+        return cls(
+            dtype=dtype, kv_cache_dtype=kv_dtype, stored=stored, device=device, entry=entry,
+            max_model_len=max_model_len, **options,
+        )  # fmt: skip
+
+
+def check_options(options: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raise ValueError for a name that is no option of RunnerConfig.for_model, nor one of others."""
+    asked = {*inspect.signature(RunnerConfig.for_model).parameters} - {"config", "options"}
+    known = sorted(asked | {*RunnerConfig.__slots__} - {"stored"} | {*others})
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+            hint = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(known)}"
+            raise ValueError(f"there is no option {name!r}; {_ELSEWHERE.get(name, hint)}")

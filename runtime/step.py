@@ -11,6 +11,12 @@ from torch import Tensor
 STEP_ARGUMENTS = (
     "token_ids", "positions", "kv_caches", "slot_mapping", "block_table", "seq_lens", "query_starts", "logit_rows",
 )  # fmt: skip
+# The tensors' dtypes and dimensions: T tokens, R requests, S one more than these, B blocks, L wanted rows.
+FIELDS: dict[str, tuple[torch.dtype, str]] = {
+    "token_ids": (torch.int64, "T"), "positions": (torch.int64, "T"), "slot_mapping": (torch.int64, "T"),
+    "block_table": (torch.int32, "RB"), "seq_lens": (torch.int32, "R"), "query_starts": (torch.int32, "S"),
+    "logit_rows": (torch.int64, "L"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +43,10 @@ class StepInput:
     def check(self) -> None:
         """Raise ValueError when shapes or dtypes do not fit together."""
         tokens, requests = self.token_ids.shape[0], self.seq_lens.shape[0]
-        for name, dtype, shape in (
-            ("token_ids", torch.int64, (tokens,)),
-            ("positions", torch.int64, (tokens,)),
-            ("slot_mapping", torch.int64, (tokens,)),
-            ("block_table", torch.int32, (requests, self.block_table.shape[-1])),
-            ("seq_lens", torch.int32, (requests,)),
-            ("query_starts", torch.int32, (requests + 1,)),
-            ("logit_rows", torch.int64, tuple(self.logit_rows.shape[:1])),
-        ):
-            tensor = getattr(self, name)
+        sizes = {"T": tokens, "R": requests, "S": requests + 1}
+        sizes |= {"B": self.block_table.shape[-1], "L": self.logit_rows.numel()}  # of which there may be any number
+        for name, (dtype, dims) in FIELDS.items():
+            tensor, shape = getattr(self, name), tuple(sizes[dim] for dim in dims)
             if not tensor.is_contiguous():
                 raise ValueError(f"StepInput.{name} has strides {tensor.stride()}, wanted contiguous ones")
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:

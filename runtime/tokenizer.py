@@ -111,6 +111,8 @@ class Tokenizer:
             )
         except (ValueError, TemplateError) as error:
             raise ValueError(f"chat: {error}") from error
+        except TypeError as error:  # a template that joins strings meets another content
+            raise ValueError(f"chat: this model's template does not take such a content ({error}); use str") from error
         if self._light is None:
             return list(self.full.encode(text, add_special_tokens=False))
         return list(self._light.encode(text, add_special_tokens=False).ids)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_modules import load_weights
 from torch import Tensor, nn
 
 from seamwise.model_defs import build_model
-from seamwise.runtime.checkpoint import load_weights
 from seamwise.runtime.config import ModelConfig
 
 SIZES: dict[str, Any] = {

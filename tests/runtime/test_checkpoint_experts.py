@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_modules import load_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seamwise.model_defs.moe import MoE, Routing
-from seamwise.runtime.checkpoint import Checkpoint, load_weights, parameter_shapes
+from seamwise.runtime.checkpoint import Checkpoint, parameter_shapes
 
 E, D, I = 3, 8, 5
 NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

@@ -42,7 +42,8 @@ def test_explain_as_json(demo_model: Path, capsys: pytest.CaptureFixture[str]) -
         (["generate", "--model", "MODEL", "--prompt", "x", "--max-tokens", "0"], "max_tokens: got 0"),
         (["generate", "--model", "MODEL", "--prompt", "x", "--dtype", "int3"], "dtype='int3'"),
         (["explain", "--model", "MODEL", "--entry", "mine"], "entry='mine'"),
-        (["fly"], "no command 'fly'"),
+        (["explain-key", "/nowhere", "/nowhere"], "pack /nowhere: cannot be read"),
+        (["bisect", "--model", "MODEL", "--b", "", "--case", "all"], "no case 'all'; there are: one token"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
@@ -51,6 +52,26 @@ def test_a_mistake_is_one_line_and_status_2(
     assert main([str(demo_model) if a == "MODEL" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+COMMANDS = ("generate", "explain", "compile", "explain-key", "bisect", "bench")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_helps_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main([command, "--help"] if command else []) == 0
+    except SystemExit as ended:  # argparse's way
+        assert not ended.code
+    shown = capsys.readouterr()
+    assert command in shown.out and not shown.err
+    assert command or all(name in shown.out for name in COMMANDS)
+
+
+def test_a_command_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fly"])
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
 
 
 def test_bench_throughput_writes_json(

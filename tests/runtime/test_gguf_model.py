@@ -12,12 +12,12 @@ import torch
 from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_modules import load_weights
 from tiny_gguf import write_gguf
 from tiny_models import save_tiny
 
 from seamwise import LLM, SamplingParams
 from seamwise.model_defs import build_model
-from seamwise.runtime.checkpoint import load_weights
 from seamwise.runtime.config import ModelConfig
 from seamwise.runtime.gguf_config import read_gguf_config
 from seamwise.runtime.gguf_weights import read_gguf

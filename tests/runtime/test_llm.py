@@ -127,7 +127,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(llm: LLM) -> None:
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"num_gpu_blocks_override": 3}, "one request of max_model_len=128 needs 9"),
         ({"kv_cache_memory_bytes": 10}, "budget of 10 bytes"),
-        ({"tensor_parallel": 2}, "unknown runner option"),
+        ({"tensor_parallel": 2}, "no option .tensor_parallel.; did you mean tensor_parallel_size"),
         ({"device": "cuda"}, "finds no CUDA device"),
     ],
 )

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from plain_modules import load_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seamwise.runtime.checkpoint import load_weights, parameter_shapes
+from seamwise.runtime.checkpoint import parameter_shapes
 from seamwise.runtime.checkpoint_formats import FORMATS
 
 
