@@ -66,7 +66,11 @@ class Build:
     kernel: Any
     constants: Mapping[str, Any]
     types: Mapping[str, str] = field(default_factory=dict)
-    min_capability: int = 80
+
+    @property
+    def min_capability(self) -> int:
+        """The least compute capability that compiles it: Triton converts to float8 from Ada on."""
+        return 89 if any("fp8" in t for t in self.types.values()) else 80
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -258,7 +262,7 @@ def contract(
     """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
 
     The op must return fresh tensors, never views of its arguments. `fake` replaces the meaning for shape
-    propagation, where the meaning reads values (a seam's block table). `flops` names the parameters that it reads.
+    propagation, where the meaning reads values (a seam's block table). It and `flops` name the parameters they read.
     """
 
     def declare(meaning: Callable[..., Any]) -> Contract:
@@ -268,8 +272,8 @@ def contract(
         schema = torch.library.infer_schema(meaning, mutates_args=mutates)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         record = Contract(
-            name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque, fake=fake or meaning,
-            flops=by_name(meaning, flops), reads_values=fake is not None,
+            name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque, flops=by_name(meaning, flops),
+            fake=meaning if fake is None else by_name(meaning, fake), reads_values=fake is not None,
         )  # fmt: skip
         record.providers.append(Provider(name="torch", call=meaning))
         _LIBRARY.impl(name, lambda *args: record.choose(args).call(*args), "CompositeExplicitAutograd")
@@ -289,9 +293,11 @@ def contract_of(target: object) -> Contract | None:
     return None
 
 
-def refuses_rows(**tensors: Tensor) -> str | None:
-    """Return which of the named tensors is not rows a stride apart with contiguous columns, or None."""
+def refuses_rows(**tensors: Tensor | None) -> str | None:
+    """Return which of the named tensors given is not rows a stride apart with contiguous columns, or None."""
     for name, x in tensors.items():
+        if x is None:
+            continue
         if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
             return f"{name} must be rows contiguous in their last dimension, its strides are {x.stride()}"
     return None

@@ -39,3 +39,23 @@ class Draw:
     def permutation(self, count: int) -> Tensor:
         """Draw an order of 0 to count - 1."""
         return torch.randperm(count, generator=self.generator, device=self.device)
+
+    def batch(self, requests: int, queries: int, context: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw an attention step's (block_table, seq_lens, query_starts), over shuffled blocks from 1 on.
+
+        Requests have context, context + 1, … tokens before their queries.
+        """
+        lengths = [context + r + queries for r in range(requests)]
+        owned = [-(-n // block_size) for n in lengths]
+        table_RB = torch.zeros(requests, max(owned), dtype=torch.int32, device=self.device)
+        for r, blocks in enumerate((self.permutation(sum(owned)) + 1).split(owned)):
+            table_RB[r, : owned[r]] = blocks
+        starts_S = torch.arange(0, (requests + 1) * queries, queries, dtype=torch.int32, device=self.device)
+        return table_RB, torch.tensor(lengths, dtype=torch.int32, device=self.device), starts_S
+
+    def slots(self, tokens: int, block_size: int) -> tuple[int, Tensor]:
+        """Draw (blocks of a cache, different slots of it for the tokens), some of which are -1."""
+        blocks = -(-tokens // block_size) + 2
+        slots_T = self.permutation(blocks * block_size)[:tokens]
+        slots_T[1::4] = -1
+        return blocks, slots_T

@@ -6,7 +6,7 @@ float8: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract
+from .draw import Draw
 
 
 @contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
@@ -46,9 +47,7 @@ def kv_append(
 
 
 @kv_append.costs
-def cost(
-    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor, *scales: Tensor | None
-) -> Cost:
+def append_cost(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, slot_mapping_T: Tensor) -> Cost:
     moved = (k_TKD.numel() + v_TKD.numel()) * (k_TKD.element_size() + k_cache.element_size())
     return Cost(bytes=moved + slot_mapping_T.nbytes, flops=0)
 
@@ -58,19 +57,14 @@ def cost(
     shapes={"llama-3-8b prefill": {"T": 4096, "K": 8, "D": 128, "P": 16}},
     sizes={"T": (0, 9), "K": (1, 4), "D": [16, 40, 64], "P": [4, 16], "fp8": ["", "", "tensor", "head"]},
 )
-def make(
-    T: int, K: int, D: int, P: int, fp8: str = "", *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, ...]:
+def make(draw: Draw, T: int, K: int, D: int, P: int, fp8: str = "") -> tuple[Any, ...]:
     """`fp8` makes the caches float8, with one scale for a "tensor" or for each "head"; some values saturate."""
-    generator = torch.Generator(device).manual_seed(seed)
-    k_TKD, v_TKD = (torch.randn(T, K, D, generator=generator, device=device).to(dtype) for _ in range(2))
-    blocks = -(-T // P) + 2
-    kv_dtype = torch.float8_e4m3fn if fp8 else dtype
-    caches = [torch.zeros(blocks, K, P, D, dtype=kv_dtype, device=device) for _ in range(2)]
-    scales = [torch.rand(K if fp8 == "head" else 1, generator=generator, device=device) / 200 for _ in range(2)]
-    slots = torch.randperm(blocks * P, generator=generator, device=device)[:T]
-    slots[1::4] = -1
-    return k_TKD, v_TKD, *caches, slots, *(scales if fp8 else ())
+    k_TKD, v_TKD = (draw(T, K, D) for _ in range(2))
+    blocks, slots_T = draw.slots(T, P)
+    kv_dtype = torch.float8_e4m3fn if fp8 else draw.dtype
+    caches = [torch.zeros(blocks, K, P, D, dtype=kv_dtype, device=draw.device) for _ in range(2)]
+    scales = [draw.uniform(K if fp8 == "head" else 1) / 200 for _ in range(2)]
+    return k_TKD, v_TKD, *caches, slots_T, *(scales if fp8 else ())
 
 
 @triton.jit
@@ -102,18 +96,18 @@ def config(D: int) -> dict[str, int]:
     return {"BLOCK": triton.next_power_of_2(D), "num_warps": 1}
 
 
-@kv_append.builds
-def builds(dtype: str) -> Iterator[Build]:
-    scales, plain = ("k_scale_ptr", "v_scale_ptr"), {"slot_ptr": "*i64"}
-    float8 = plain | dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*fp8e4nv") | dict.fromkeys(scales, "*fp32")
-    for width in (64, 128, 256):
-        yield Build(_kv_append_kernel, {**config(width), **dict.fromkeys(scales), "SATURATE": False}, plain)
-        yield Build(_kv_append_kernel, {**config(width), "SATURATE": True}, float8, 89)
+_SCALES, _PLAIN = ("k_scale_ptr", "v_scale_ptr"), {"slot_ptr": "*i64"}
+_FLOAT8 = _PLAIN | dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*fp8e4nv") | dict.fromkeys(_SCALES, "*fp32")
+kv_append.builds(
+    Build(_kv_append_kernel, {**config(width), **constants}, types)
+    for width in (64, 128, 256)
+    for constants, types in (({**dict.fromkeys(_SCALES), "SATURATE": False}, _PLAIN), ({"SATURATE": True}, _FLOAT8))
+)
 
 
 def refuses_append(
-    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """Return why the kernel cannot serve these arguments, or None. A float8 cache comes with its scales."""
     kept = k_TKD.dtype if k_scale is None or v_scale is None else torch.float8_e4m3fn

@@ -164,15 +164,11 @@ def builds(dtype: str) -> Iterator[Build]:
             types = types | dict.fromkeys(("k_ptr", "k_rope_ptr", "v_ptr"), "*fp8e4nv")
         else:
             constants["cache_scale_ptr"] = None
-        least = 89 if stored == FLOAT8 else 80
-        yield Build(mla_kernel, {**constants, "CONTEXT": True}, types, least)
-        yield Build(mla_kernel, {**constants, "CONTEXT": False, "SPLITS": 8}, {**types, "out_ptr": "*fp32"}, least)
+        yield Build(mla_kernel, {**constants, "CONTEXT": True}, types)
+        yield Build(mla_kernel, {**constants, "CONTEXT": False, "SPLITS": 8}, {**types, "out_ptr": "*fp32"})
 
 
-def refuses_absorbed(
-    q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, scale: float,
-    latent: int, cache_scale: Tensor | None = None,
-) -> str | None:  # fmt: skip
+def refuses_absorbed(q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, latent: int) -> str | None:
     """Return why `attend_absorbed` cannot serve these arguments, or None."""
     if cache.dtype not in (q_THE.dtype, FLOAT8):
         return f"the cache must have q's dtype {q_THE.dtype} or float8_e4m3fn, got {cache.dtype}"

@@ -6,17 +6,18 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract, refuses_rows
+from .contract import Build, contract, refuses_rows
+from .draw import Draw
 
 
-@contract()
+@contract(flops=lambda x_TD: 3 * x_TD.numel())
 def quantize_mxfp4(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Return packed codes (T, D/2) and scales (T, D/32), both uint8, of x (T, D), D a multiple of 32.
 
@@ -39,11 +40,6 @@ def quantize_mxfp4(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return low | high << 4, scale.squeeze(-1).to(torch.uint8)
 
 
-@quantize_mxfp4.costs
-def cost(x_TD: Tensor) -> Cost:
-    return Cost(bytes=x_TD.nbytes + x_TD.numel() * 17 // 32, flops=3 * x_TD.numel())
-
-
 @quantize_mxfp4.inputs(
     examples=({"T": 1, "D": 32}, {"T": 3, "D": 96}, {"T": 0, "D": 64}, {"T": 2, "D": 2080}),
     shapes={"gpt-oss-120b prefill": {"T": 4096, "D": 2880}, "deepseek-v3 prefill": {"T": 4096, "D": 7168}},
@@ -51,9 +47,8 @@ def cost(x_TD: Tensor) -> Cost:
     rows=(0,),
     fp4=(0,),
 )
-def make(T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return (torch.randn(T, D, generator=generator, device=device).to(dtype),)
+def make(draw: Draw, T: int, D: int) -> tuple[Any, ...]:
+    return (draw(T, D),)
 
 
 @triton.jit
@@ -104,9 +99,7 @@ def config(D: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(D), 1024), "num_warps": 4}
 
 
-@quantize_mxfp4.builds
-def builds(dtype: str) -> Iterator[Build]:
-    yield Build(_quantize_mxfp4_kernel, config(7168), {"out_ptr": "*u8", "scale_ptr": "*u8"})
+quantize_mxfp4.builds([Build(_quantize_mxfp4_kernel, config(7168), {"out_ptr": "*u8", "scale_ptr": "*u8"})])
 
 
 def _refuses(x_TD: Tensor) -> str | None:

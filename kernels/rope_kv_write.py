@@ -6,15 +6,15 @@ Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; Kwon et al. 2023, http
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract
-from .kv_append import config, kv_append, refuses_append
+from .draw import Draw
+from .kv_append import append_cost, config, kv_append, refuses_append
 from .rope import refuses_rope, rope, rotated
 
 
@@ -31,12 +31,9 @@ def rope_kv_write(
 
 
 @rope_kv_write.costs
-def cost(
-    k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
-    slot_mapping_T: Tensor, interleaved: bool = False,
-) -> Cost:  # fmt: skip
-    append = kv_append.cost(k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T)
-    return Cost(bytes=append.bytes + cos_TR.nbytes + sin_TR.nbytes, flops=3 * k_TKD.numel())
+def cost(k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, k_cache: Tensor, slot_mapping_T: Tensor) -> Cost:
+    appended = append_cost(k_TKD, v_TKD, k_cache, slot_mapping_T)
+    return Cost(bytes=appended.bytes + 2 * cos_TR.nbytes, flops=3 * k_TKD.numel())
 
 
 @rope_kv_write.inputs(
@@ -50,14 +47,11 @@ def cost(
     },
     sizes={"T": (0, 9), "K": (1, 4), "D": [16, 40, 64], "P": [4, 16], "R": [0, 8], "interleaved": [False, True]},
 )  # fmt: skip
-def make(
-    T: int, K: int, D: int, P: int, R: int = 0, interleaved: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor | bool, ...]:
+def make(draw: Draw, T: int, K: int, D: int, P: int, R: int = 0, interleaved: bool = False) -> tuple[Any, ...]:
     """`R` columns of a head turn, 0: all."""
-    generator = torch.Generator(device).manual_seed(seed)
-    k_TKD, v_TKD, *rest = kv_append.make_inputs({"T": T, "K": K, "D": D, "P": P}, dtype=dtype, device=device, seed=seed)
-    angles_TR = (torch.rand(T, (R or D) // 2, generator=generator, device=device) * 6.3).repeat(1, 2)
-    return k_TKD, v_TKD, angles_TR.cos().to(dtype), angles_TR.sin().to(dtype), *rest, interleaved
+    k_TKD, v_TKD, *rest = kv_append.drawn(draw, T=T, K=K, D=D, P=P)
+    angles_TR = (draw.uniform(T, (R or D) // 2) * 6.3).repeat(1, 2)
+    return k_TKD, v_TKD, angles_TR.cos().to(draw.dtype), angles_TR.sin().to(draw.dtype), *rest, interleaved
 
 
 @triton.jit
@@ -77,20 +71,19 @@ def _rope_kv_write_kernel(
     tl.store(v_cache_ptr + block * v_block + head * v_cache_head + offset * D + column, v, mask=mask)
 
 
-@rope_kv_write.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for width, interleaved in ((64, True), (128, False), (256, False)):
-        yield Build(_rope_kv_write_kernel, {"INTERLEAVED": interleaved, **config(width)}, {"slot_ptr": "*i64"})
+rope_kv_write.builds(
+    Build(_rope_kv_write_kernel, {"INTERLEAVED": interleaved, **config(width)}, {"slot_ptr": "*i64"})
+    for width, interleaved in ((64, True), (128, False), (256, False))
+)
 
 
-def _refuses(
-    k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
-    slot_mapping_T: Tensor, interleaved: bool = False,
-) -> str | None:  # fmt: skip
-    return refuses_append(k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T) or refuses_rope(k_TKD, cos_TR, sin_TR)
-
-
-@rope_kv_write.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@rope_kv_write.provider(
+    "triton", devices=("cuda",), triton=True,
+    refuses=(
+        lambda k_TKD, v_TKD, k_cache, v_cache: refuses_append(k_TKD, v_TKD, k_cache, v_cache),
+        lambda k_TKD, cos_TR, sin_TR: refuses_rope(k_TKD, cos_TR, sin_TR),
+    ),
+)  # fmt: skip
 def rope_kv_write_triton(
     k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
     slot_mapping_T: Tensor, interleaved: bool = False,

@@ -11,22 +11,24 @@ several pivots: https://flashinfer.ai/2025/03/10/sampling.html.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
-from .sampling_triton import from_order, to_order
+from .contract import Build, contract
+from .draw import Draw
+from .sampling_triton import from_order, refuses_logits, to_order
 
 # Rows whose top_p is not reached within so many tokens are sorted whole: 9 ms against 61 ms for 32 x 49,152 (2 cores).
 _FIRST_LOOK = 1024
 _SLACK = 64  # equals of the last of top_k that top_p looks at first
 
 
-@contract()
+@contract(flops=lambda logits_RV: 8 * logits_RV.numel())
 def truncate_logits(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
@@ -73,11 +75,6 @@ def _thresholds(
     return torch.where(p_R1 < 1, reached_R1, floor_R1), told_R1.squeeze(-1)
 
 
-@truncate_logits.costs
-def cost(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Cost:
-    return Cost(bytes=2 * logits_RV.nbytes + 20 * logits_RV.shape[0], flops=8 * logits_RV.numel())
-
-
 @truncate_logits.inputs(
     examples=(
         {"R": 1, "V": 8}, {"R": 2, "V": 33, "top_k": 5}, {"R": 0, "V": 16}, {"R": 1, "V": 9000, "top_p": 0.9},
@@ -90,18 +87,14 @@ def cost(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Ten
     sizes={"R": (0, 3), "V": (1, 400), "top_k": [-1, 0, 1, 7, 1000], "top_p": [1.0, 0.31, 0.9], "min_p": [0.0, 0.043]},
     rows=(0, 1, 2, 3, 4),
 )  # fmt: skip
-def make(
-    R: int, V: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, *, dtype: torch.dtype, device: str,
-    seed: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def make(draw: Draw, R: int, V: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> tuple[Any, ...]:
     """Every third row is cut by nothing but what the two others' options leave out."""
-    generator = torch.Generator(device).manual_seed(seed)
-    logits_RV = 3 * torch.randn(R, V, generator=generator, device=device).to(dtype)
-    row = torch.arange(R, device=device) % 3
-    temperature_R = 2 * torch.rand(R, generator=generator, device=device)
+    logits_RV = 3 * draw(R, V)
+    row = torch.arange(R, device=draw.device) % 3
+    temperature_R = 2 * draw.uniform(R)
     top_k_R = torch.where(row == 1, 0, top_k)
-    top_p_R = torch.where(row == 2, 1.0, torch.full((R,), top_p, device=device))
-    return logits_RV, temperature_R, top_k_R, top_p_R, torch.full((R,), min_p, device=device)
+    top_p_R = torch.where(row == 2, 1.0, torch.full((R,), top_p, device=draw.device))
+    return logits_RV, temperature_R, top_k_R, top_p_R, torch.full((R,), min_p, device=draw.device)
 
 
 @truncate_logits.provider("partial", devices=("cpu",))
@@ -205,19 +198,11 @@ def config(V: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(block // 512, 1)}
 
 
-@truncate_logits.builds
-def builds(dtype: str) -> Iterator[Build]:
-    known = {"temperature_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
-    yield Build(_truncate_logits_kernel, config(151936), known)
+_TYPES = {"temperature_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32", "min_p_ptr": "*fp32"}
+truncate_logits.builds([Build(_truncate_logits_kernel, config(151936), _TYPES)])
 
 
-def _refuses(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> str | None:
-    if logits_RV.stride(-1) != 1:
-        return f"logits must be contiguous in V, their strides are {logits_RV.stride()}"
-    return None
-
-
-@truncate_logits.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@truncate_logits.provider("triton", devices=("cuda",), refuses=refuses_logits, triton=True)
 def truncate_logits_triton(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
