@@ -32,6 +32,19 @@ def _tanh(x):
 
 
 @triton.jit
+def find_request(start_ptr, requests, tile, QUERIES: tl.constexpr):
+    """Return the last request whose first tile, starts[r] // QUERIES + r, is not behind this one."""
+    low, high = 0, requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(start_ptr + middle) // QUERIES + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, start_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, k_scale_ptr,
     v_scale_ptr, static_ptr, group_scale_ptr, tokens, requests, table_stride, q_token, q_head, k_block, k_head, v_block,
@@ -41,15 +54,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """Write rows; with lse_ptr the states of a split, with static_ptr or group_scale_ptr rows quantized to float8."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    # The last request whose first tile, starts[r] // QUERIES + r, is not behind this one.
-    low, high = 0, requests
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(start_ptr + middle) // QUERIES + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    request = low
+    request = find_request(start_ptr, requests, tile, QUERIES)
     first = tl.load(start_ptr + request)
     stop = tl.load(start_ptr + request + 1)
     begun = first + (tile - (first // QUERIES + request)) * QUERIES

@@ -19,14 +19,9 @@ from .draw import Draw
 
 @contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
 def kv_append(
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping_T: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """Store row t of k and v (T, K, D) at slot_mapping[t] = block · P + offset; a slot of -1 stores nothing.
 
     Caches are (N blocks, K heads, P tokens a block, D). What is stored is divided by a given scale, (1,) or (K,)

@@ -36,9 +36,7 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
     rows=(0,),
 )
 def make(draw: Draw, T: int, D: int, bias: bool = True) -> tuple[Any, ...]:
-    x_TD = draw.normal(T, D) + 1
-    weight_D, bias_D = (draw(D) for _ in range(2))
-    return x_TD.to(draw.dtype), weight_D, bias_D if bias else None, 1e-5
+    return (draw.normal(T, D) + 1).to(draw.dtype), draw(D), draw(D) if bias else None, 1e-5
 
 
 @triton.jit

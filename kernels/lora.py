@@ -69,25 +69,25 @@ def _cost(wide_TD: Tensor, rank: int, weight: Tensor, moved: int) -> Cost:
     return Cost(bytes=moved + narrow + adapters, flops=2 * wide_TD.numel() * rank)
 
 
-_EXAMPLES = (
-    {"T": 1, "D": 16, "R": 8, "L": 1}, {"T": 3, "D": 33, "R": 4, "L": 2}, {"T": 0, "D": 8, "R": 8, "L": 1},
-    {"T": 40, "D": 700, "R": 16, "L": 3},
+@lora_shrink.inputs(
+    examples=(
+        {"T": 1, "D": 16, "R": 8, "L": 1}, {"T": 3, "D": 33, "R": 4, "L": 2}, {"T": 0, "D": 8, "R": 8, "L": 1},
+        {"T": 40, "D": 700, "R": 16, "L": 3},
+    ),
+    shapes={
+        "llama-3-8b prefill": {"T": 4096, "D": 4096, "R": 16, "L": 4},
+        "llama-3-70b decode": {"T": 64, "D": 8192, "R": 16, "L": 16},
+    },
+    sizes={"T": (0, 40), "D": (1, 600), "R": [4, 8, 16, 64], "L": (1, 5)},
+    rows=(0, 2),
 )  # fmt: skip
-_SHAPES = {
-    "llama-3-8b prefill": {"T": 4096, "D": 4096, "R": 16, "L": 4},
-    "llama-3-70b decode": {"T": 64, "D": 8192, "R": 16, "L": 16},
-}
-_SIZES: dict[str, tuple[int, int] | list[int]] = {"T": (0, 40), "D": (1, 600), "R": [4, 8, 16, 64], "L": (1, 5)}
-
-
-@lora_shrink.inputs(examples=_EXAMPLES, shapes=_SHAPES, sizes=_SIZES, rows=(0, 2))
 def make_shrink(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
     x_TD = draw(T, D)
     a_LRD = (draw.normal(L, R, D) / D**0.5).to(draw.dtype)
     return x_TD, a_LRD, draw.integers(-1, L, T, dtype=torch.int32)
 
 
-@lora_expand.inputs(examples=_EXAMPLES, shapes=_SHAPES, sizes=_SIZES, rows=(0, 1, 3))
+@lora_expand.inputs(examples=lora_shrink.examples, shapes=lora_shrink.shapes, sizes=lora_shrink.sizes, rows=(0, 1, 3))
 def make_expand(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
     y_TN, s_TR = (draw(T, n) for n in (D, R))
     b_LNR = (draw.normal(L, D, R) / R**0.5).to(draw.dtype)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_triton import find_request
 from .contract import Build
 from .merge_states import merge_states
 from .mla_append import FLOAT8
@@ -36,15 +37,7 @@ def mla_kernel(
     tokens, each head with its own (PACK is 1). CONTEXT: only what came before the step's tokens is seen.
     """
     tile, head_tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # The last request whose first tile, starts[r] // QUERIES + r, is not behind this one.
-    low, high = 0, requests
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(start_ptr + middle) // QUERIES + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    request = low
+    request = find_request(start_ptr, requests, tile, QUERIES)
     first = tl.load(start_ptr + request)
     count = tl.load(start_ptr + request + 1) - first
     done = (tile - (first // QUERIES + request)) * QUERIES

@@ -65,9 +65,7 @@ def key(x_TK: Tensor, packed: Tensor) -> tuple[int, int, int]:
 
 @mxfp4_linear.inputs(
     examples=(
-        {"T": 1, "N": 16, "K": 32},
-        {"T": 3, "N": 33, "K": 96, "bias": True},
-        {"T": 0, "N": 8, "K": 32},
+        {"T": 1, "N": 16, "K": 32}, {"T": 3, "N": 33, "K": 96, "bias": True}, {"T": 0, "N": 8, "K": 32},
         {"T": 20, "N": 70, "K": 160},
     ),
     shapes={
@@ -76,7 +74,7 @@ def key(x_TK: Tensor, packed: Tensor) -> tuple[int, int, int]:
     },
     sizes={"T": (0, 20), "N": (1, 100), "K": [32, 64, 96, 320], "bias": [False, True]},
     rows=(0,),
-)
+)  # fmt: skip
 def make(draw: Draw, T: int, N: int, K: int, bias: bool = False) -> tuple[Any, ...]:
     x_TK, bias_N = draw(T, K), draw(N)
     packed = draw.integers(0, 256, N, K // 2, dtype=torch.uint8)

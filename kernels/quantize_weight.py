@@ -85,24 +85,21 @@ def unpack_int4(packed: Tensor, width: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts & 15) - 8).flatten(-2)[..., :width].to(torch.int8)
 
 
-_CASES = (
-    {"N": 5, "K": 33, "format": "int8", "rows": 1}, {"N": 130, "K": 200, "rows": 128, "columns": 128},
-    {"N": 3, "K": 70, "format": "int4", "rows": 1, "columns": 32}, {"N": 4, "K": 9},
+@weight_scale.inputs(
+    examples=(
+        {"N": 5, "K": 33, "format": "int8", "rows": 1}, {"N": 130, "K": 200, "rows": 128, "columns": 128},
+        {"N": 3, "K": 70, "format": "int4", "rows": 1, "columns": 32}, {"N": 4, "K": 9},
+    ),
+    shapes={"deepseek-v3 block": {"N": 4096, "K": 7168, "rows": 128, "columns": 128}},
+    sizes={"N": (1, 150), "K": (1, 200), "format": list(FORMATS), "rows": [0, 1, 128], "columns": [0, 32, 128]},
 )  # fmt: skip
-_SHAPES = {"deepseek-v3 block": {"N": 4096, "K": 7168, "rows": 128, "columns": 128}}
-_SIZES: dict[str, tuple[int, int] | list[Any]] = {
-    "N": (1, 150), "K": (1, 200), "format": list(FORMATS), "rows": [0, 1, 128], "columns": [0, 32, 128],
-}  # fmt: skip
-
-
-@weight_scale.inputs(examples=_CASES, shapes=_SHAPES, sizes=_SIZES)
 def make_scale(
     draw: Draw, N: int, K: int, format: str = "float8_e4m3fn", rows: int = 0, columns: int = 0
 ) -> tuple[Any, ...]:
     return (draw.normal(N, K) * K**-0.5).to(draw.dtype), format, rows, columns
 
 
-@quantize_weight.inputs(examples=_CASES, shapes=_SHAPES, sizes=_SIZES)
-def make(draw: Draw, N: int, K: int, format: str = "float8_e4m3fn", rows: int = 0, columns: int = 0) -> tuple[Any, ...]:
-    weight_NK, *scheme = make_scale(draw, N, K, format, rows, columns)
-    return weight_NK, weight_scale(weight_NK, *scheme), *scheme
+@quantize_weight.inputs(examples=weight_scale.examples, shapes=weight_scale.shapes, sizes=weight_scale.sizes)
+def make(draw: Draw, **sizes: Any) -> tuple[Any, ...]:
+    weight_NK, *form = weight_scale.drawn(draw, **sizes)
+    return weight_NK, weight_scale(weight_NK, *form), *form

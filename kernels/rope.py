@@ -57,7 +57,7 @@ def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = Fals
 )  # fmt: skip
 def make(draw: Draw, T: int, H: int, D: int, kind: str = "whole") -> tuple[Any, ...]:
     """`kind`: about half of the columns turn where it is partial; the halves of cos and sin are alike in pairs only."""
-    joined = draw.normal(T, (H + 2) * D).to(draw.dtype)
+    joined = draw(T, (H + 2) * D)
     R = max(D // 4 * 2, 2) if "partial" in kind else D
     angles_TR = draw.uniform(T, R) * 6.3
     if "interleaved" in kind:
