@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .contract import Build, Cost, contract
 from .draw import Draw
+from .rope import rotated
 
 
 @contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
@@ -64,16 +65,22 @@ def make(draw: Draw, T: int, K: int, D: int, P: int, fp8: str = "") -> tuple[Any
 
 @triton.jit
 def _kv_append_kernel(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_scale_ptr, v_scale_ptr, k_scale_step, v_scale_step, k_token,
-    k_head, v_token, v_head, k_block, k_cache_head, v_block, v_cache_head, P, D, BLOCK: tl.constexpr,
-    SATURATE: tl.constexpr,
+    k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_scale_ptr, v_scale_ptr, k_token, k_head,
+    v_token, v_head, cos_token, sin_token, k_block, k_cache_head, v_block, v_cache_head, k_scale_step, v_scale_step, P,
+    D, R, INTERLEAVED: tl.constexpr, SATURATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write a head's row of a token; with cos_ptr the key is turned first, by R angles."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + token)
     column = tl.arange(0, BLOCK)  # [BLOCK]
     mask = column < tl.where(slot >= 0, D, 0)  # a slot of -1 stores nothing
     block, offset = slot // P, slot % P
-    k = tl.load(k_ptr + token * k_token + head * k_head + column, mask=mask)
+    k_at = k_ptr + token * k_token + head * k_head
+    if cos_ptr is not None:
+        cos_at, sin_at = cos_ptr + token * cos_token, sin_ptr + token * sin_token
+        k = rotated(k_at, cos_at, sin_at, column, mask, R, INTERLEAVED)
+    else:
+        k = tl.load(k_at + column, mask=mask)
     v = tl.load(v_ptr + token * v_token + head * v_head + column, mask=mask)
     if k_scale_ptr is not None:
         k = tl.math.div_rn(k.to(tl.float32), tl.zeros([BLOCK], tl.float32) + tl.load(k_scale_ptr + head * k_scale_step))
@@ -91,13 +98,16 @@ def config(D: int) -> dict[str, int]:
     return {"BLOCK": triton.next_power_of_2(D), "num_warps": 1}
 
 
-_SCALES, _PLAIN = ("k_scale_ptr", "v_scale_ptr"), {"slot_ptr": "*i64"}
-_FLOAT8 = _PLAIN | dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*fp8e4nv") | dict.fromkeys(_SCALES, "*fp32")
-kv_append.builds(
-    Build(_kv_append_kernel, {**config(width), **constants}, types)
-    for width in (64, 128, 256)
-    for constants, types in (({**dict.fromkeys(_SCALES), "SATURATE": False}, _PLAIN), ({"SATURATE": True}, _FLOAT8))
-)
+def append_build(width: int, *, turned: bool = False, interleaved: bool = False, float8: bool = False) -> Build:
+    """Return the kernel's build with the keys turned first, or to a cache of float8."""
+    scales, absent = ("k_scale_ptr", "v_scale_ptr"), () if turned else ("cos_ptr", "sin_ptr")
+    types = dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*fp8e4nv") | dict.fromkeys(scales, "*fp32") if float8 else {}
+    absent = absent if float8 else (*absent, *scales)
+    constants = {**config(width), **dict.fromkeys(absent), "INTERLEAVED": interleaved, "SATURATE": float8}
+    return Build(_kv_append_kernel, constants, {"slot_ptr": "*i64", **types})
+
+
+kv_append.builds(append_build(width, float8=float8) for width in (64, 128, 256) for float8 in (False, True))
 
 
 def refuses_append(
@@ -119,16 +129,25 @@ def refuses_append(
     return None
 
 
-@kv_append.provider("triton", devices=("cuda",), refuses=refuses_append, triton=True)
-def kv_append_triton(
-    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+def launch_append(
+    k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor | None, sin_TR: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+    slot_mapping_T: Tensor, interleaved: bool = False, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Launch the kernel of `kv_append`, and with cos and sin of `rope_kv_write`."""
     tokens, heads, width = k_TKD.shape
+    angles = (0, 0) if cos_TR is None or sin_TR is None else (cos_TR.stride(0), sin_TR.stride(0))
     if tokens:
         _kv_append_kernel[(tokens, heads)](
-            k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T, k_scale, v_scale,
-            *(int(s is not None and len(s) > 1) for s in (k_scale, v_scale)), *k_TKD.stride()[:2], *v_TKD.stride()[:2],
-            *k_cache.stride()[:2], *v_cache.stride()[:2], k_cache.shape[2], width, SATURATE=k_scale is not None,
+            k_TKD, v_TKD, cos_TR, sin_TR, k_cache, v_cache, slot_mapping_T, k_scale, v_scale, *k_TKD.stride()[:2],
+            *v_TKD.stride()[:2], *angles, *k_cache.stride()[:2], *v_cache.stride()[:2],
+            *(int(s is not None and len(s) > 1) for s in (k_scale, v_scale)), k_cache.shape[2], width,
+            0 if cos_TR is None else cos_TR.shape[1], INTERLEAVED=interleaved, SATURATE=k_scale is not None,
             **config(width),
         )  # fmt: skip
+
+
+@kv_append.provider("triton", devices=("cuda",), refuses=refuses_append, triton=True)
+def kv_append_triton(
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor, *scales: Tensor | None
+) -> None:
+    launch_append(k_TKD, v_TKD, None, None, k_cache, v_cache, slot_mapping_T, False, *scales)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .contract import Build, contract, refuses_rows
 from .draw import Draw
+from .silu_mul import gated
 
 
 @contract(flops=lambda x_TD: 3 * x_TD.numel())
@@ -85,11 +86,16 @@ def store_mxfp4(wide, out_ptr, scale_ptr, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize_mxfp4_kernel(x_ptr, out_ptr, scale_ptr, x_stride, D, BLOCK: tl.constexpr):
+def _quantize_mxfp4_kernel(x_ptr, out_ptr, scale_ptr, x_stride, D, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """Quantize D columns of a row; GATED: what silu_mul makes of D columns of gate and D of up."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     column = start + tl.arange(0, BLOCK)  # [BLOCK]
-    wide = tl.load(x_ptr + row * x_stride + column, mask=column < D, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + column, mask=column < D, other=0.0)
+    wide = x.to(tl.float32)
+    if GATED:
+        up = tl.load(x_ptr + row * x_stride + D + column, mask=column < D, other=0.0).to(tl.float32)
+        wide = gated(wide, up, 0.0, 0.0, "silu").to(x.dtype).to(tl.float32)
     out_at, scale_at = out_ptr + row * (D // 2) + start // 2, scale_ptr + row * (D // 32) + start // 32
     store_mxfp4(wide, out_at, scale_at, D - start, BLOCK)
 
@@ -99,7 +105,12 @@ def config(D: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(D), 1024), "num_warps": 4}
 
 
-quantize_mxfp4.builds([Build(_quantize_mxfp4_kernel, config(7168), {"out_ptr": "*u8", "scale_ptr": "*u8"})])
+def mxfp4_build(D: int, *, gated: bool) -> Build:
+    """Return the kernel's build."""
+    return Build(_quantize_mxfp4_kernel, {"GATED": gated, **config(D)}, {"out_ptr": "*u8", "scale_ptr": "*u8"})
+
+
+quantize_mxfp4.builds([mxfp4_build(7168, gated=False)])
 
 
 def _refuses(x_TD: Tensor) -> str | None:
@@ -108,12 +119,16 @@ def _refuses(x_TD: Tensor) -> str | None:
     return refuses_rows(x=x_TD)
 
 
-@quantize_mxfp4.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
-def quantize_mxfp4_triton(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    width = x_TD.shape[-1]
-    out, scale = (torch.empty((*x_TD.shape[:-1], width // n), dtype=torch.uint8, device=x_TD.device) for n in (2, 32))
-    if rows := x_TD.numel() // width:
+def launch_mxfp4(x: Tensor, width: int, *, gated: bool) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, which makes `width` columns of each row of x."""
+    out, scale = (torch.empty((*x.shape[:-1], width // n), dtype=torch.uint8, device=x.device) for n in (2, 32))
+    if rows := x.numel() // x.shape[-1]:
         chosen = config(width)
         grid = (rows, triton.cdiv(width, chosen["BLOCK"]))
-        _quantize_mxfp4_kernel[grid](x_TD, out, scale, x_TD.stride(-2), width, **chosen)
+        _quantize_mxfp4_kernel[grid](x, out, scale, x.stride(-2), width, GATED=gated, **chosen)
     return out, scale
+
+
+@quantize_mxfp4.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+def quantize_mxfp4_triton(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_mxfp4(x_TD, x_TD.shape[-1], gated=False)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Cost, contract
 from .draw import Draw
-from .kv_append import append_cost, config, kv_append, refuses_append
-from .rope import refuses_rope, rope, rotated
+from .kv_append import append_build, append_cost, kv_append, launch_append, refuses_append
+from .rope import refuses_rope, rope
 
 
 @contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
@@ -54,25 +52,8 @@ def make(draw: Draw, T: int, K: int, D: int, P: int, R: int = 0, interleaved: bo
     return k_TKD, v_TKD, angles_TR.cos().to(draw.dtype), angles_TR.sin().to(draw.dtype), *rest, interleaved
 
 
-@triton.jit
-def _rope_kv_write_kernel(
-    k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_token, k_head, v_token, v_head, cos_token,
-    sin_token, k_block, k_cache_head, v_block, v_cache_head, P, D, R, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    slot = tl.load(slot_ptr + token)
-    column = tl.arange(0, BLOCK)  # [BLOCK]
-    mask = column < tl.where(slot >= 0, D, 0)  # a slot of -1 stores nothing
-    block, offset = slot // P, slot % P
-    cos_at, sin_at = cos_ptr + token * cos_token, sin_ptr + token * sin_token
-    k = rotated(k_ptr + token * k_token + head * k_head, cos_at, sin_at, column, mask, R, INTERLEAVED)
-    v = tl.load(v_ptr + token * v_token + head * v_head + column, mask=mask)
-    tl.store(k_cache_ptr + block * k_block + head * k_cache_head + offset * D + column, k, mask=mask)
-    tl.store(v_cache_ptr + block * v_block + head * v_cache_head + offset * D + column, v, mask=mask)
-
-
 rope_kv_write.builds(
-    Build(_rope_kv_write_kernel, {"INTERLEAVED": interleaved, **config(width)}, {"slot_ptr": "*i64"})
+    append_build(width, turned=True, interleaved=interleaved)
     for width, interleaved in ((64, True), (128, False), (256, False))
 )
 
@@ -88,13 +69,7 @@ def rope_kv_write_triton(
     k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
     slot_mapping_T: Tensor, interleaved: bool = False,
 ) -> None:  # fmt: skip
-    tokens, heads, width = k_TKD.shape
-    if tokens:
-        _rope_kv_write_kernel[(tokens, heads)](
-            k_TKD, v_TKD, cos_TR, sin_TR, k_cache, v_cache, slot_mapping_T, *k_TKD.stride()[:2], *v_TKD.stride()[:2],
-            cos_TR.stride(0), sin_TR.stride(0), *k_cache.stride()[:2], *v_cache.stride()[:2], k_cache.shape[2], width,
-            cos_TR.shape[1], INTERLEAVED=interleaved, **config(width),
-        )  # fmt: skip
+    launch_append(k_TKD, v_TKD, cos_TR, sin_TR, k_cache, v_cache, slot_mapping_T, interleaved)
 
 
 @rope_kv_write.provider("composed", devices=("cpu",))
