@@ -94,7 +94,7 @@ class Contract:
     opaque: bool
     fake: Callable[..., Any]
     flops: Callable[..., int]
-    reads_values: bool
+    reads_values: bool = False
     op: Any = None
     providers: list[Provider] = field(default_factory=list)
     _cost: Callable[..., Cost] | None = None
