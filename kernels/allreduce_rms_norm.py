@@ -8,7 +8,8 @@ csrc/custom_all_reduce.cuh.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from .add_rms_norm import add_rms_norm
 from .collectives import all_reduce, group_size, published, shared_memory
-from .contract import Build, Cost, contract, refuses_rows
-from .rms_norm import config, inverse_rms, rms_norm, weighted
+from .contract import Build, contract, refuses_rows
+from .draw import Draw
+from .rms_norm import config, inverse_rms, norm_weight, rms_norm, weighted
 
 
-@contract()
+@contract(flops=lambda x_TD, residual_TD: (4 if residual_TD is None else 5) * x_TD.numel())
 def allreduce_rms_norm(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str
 ) -> tuple[Tensor, Tensor]:
@@ -33,33 +35,26 @@ def allreduce_rms_norm(
     return normed_sum(all_reduce(x_TD, group_name), residual_TD, weight_D, eps)
 
 
-def normed_sum(sum_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (rms_norm(s), s) in plain torch, with s = sum, + residual where given."""
+def normed_sum(
+    sum_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float,
+    norm: Callable[..., Tensor] = rms_norm.meaning,
+    add_norm: Callable[..., tuple[Tensor, Tensor]] = add_rms_norm.meaning,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return (norm(s), s) with s = sum, + residual where given: in plain torch, unless the ops are given."""
     if residual_TD is not None:
-        return add_rms_norm.meaning(sum_TD, residual_TD, weight_D, eps)
-    return rms_norm.meaning(sum_TD, weight_D, eps), sum_TD
-
-
-@allreduce_rms_norm.costs
-def cost(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str) -> Cost:
-    passes = 3 if residual_TD is None else 4
-    return Cost(bytes=passes * x_TD.nbytes + weight_D.nbytes, flops=(passes + 1) * x_TD.numel())
+        return add_norm(sum_TD, residual_TD, weight_D, eps)
+    return norm(sum_TD, weight_D, eps), sum_TD
 
 
 @allreduce_rms_norm.inputs(
-    examples=({"T": 1, "D": 8}, {"T": 3, "D": 33, "residual": False}, {"T": 0, "D": 16}, {"T": 7, "D": 576}),
+    examples=(*rms_norm.examples, {"T": 3, "D": 33, "residual": False}),
     shapes={"llama-3-70b decode": {"T": 64, "D": 8192}, "llama-3-70b prefill": {"T": 4096, "D": 8192}},
-    sizes={"T": (0, 9), "D": (1, 600), "residual": [False, True], "wide": [False, True]},
+    sizes={**rms_norm.sizes, "residual": [False, True]},
     rows=(0, 1),
 )
-def make(
-    T: int, D: int, residual: bool = True, wide: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor | None, Tensor, float, str]:
-    """One rank's inputs; `wide` makes the weight float32, as Gemma's."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TD, residual_TD = (torch.randn(T, D, generator=generator, device=device).to(dtype) for _ in range(2))
-    weight_D = 1 + 0.1 * torch.randn(D, generator=generator, device=device)
-    return x_TD, residual_TD if residual else None, weight_D if wide else weight_D.to(dtype), 1e-5, ""
+def make(draw: Draw, T: int, D: int, residual: bool = True, wide: bool = False) -> tuple[Any, ...]:
+    """One rank's inputs."""
+    return draw(T, D), draw(T, D) if residual else None, norm_weight(draw, D, wide), 1e-5, ""
 
 
 @triton.jit
@@ -83,10 +78,10 @@ def summed_row(peers_ptr, residual_ptr, total_ptr, at, D, RANKS: tl.constexpr, B
 @triton.jit
 def _sum_norm_kernel(
     peers_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, residual_stride, first_row, D, eps,
-    RESIDUAL: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    residual_row = residual_ptr + row * residual_stride if RESIDUAL else None
+    residual_row = residual_ptr + row * residual_stride if residual_ptr is not None else None
     total = summed_row(peers_ptr, residual_row, total_ptr + row * D, (first_row + row) * D, D, RANKS, BLOCK)
     column = tl.arange(0, BLOCK)  # [BLOCK]
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
@@ -94,12 +89,11 @@ def _sum_norm_kernel(
     tl.store(out_ptr + row * D + column, normed, mask=column < D)
 
 
-@allreduce_rms_norm.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for width in (4096, 16384):
-        for ranks in (2, 8):
-            constants = {**config(width), "RESIDUAL": True, "RANKS": ranks}
-            yield Build(_sum_norm_kernel, constants, {"peers_ptr": "*i64", "eps": "fp32"})
+BUILDS = [
+    Build(_sum_norm_kernel, {**config(width), "RANKS": ranks}, {"peers_ptr": "*i64", "eps": "fp32"})
+    for width in (4096, 16384) for ranks in (2, 8)
+]  # fmt: skip
+allreduce_rms_norm.builds(BUILDS)
 
 
 def sum_norm(
@@ -114,7 +108,7 @@ def sum_norm(
     if rows:
         _sum_norm_kernel[(rows,)](
             peers_R, residual_SD, weight_D, normed, total, residual_SD.stride(0) if residual_SD is not None else 0,
-            first_row, width, eps, RESIDUAL=residual_SD is not None, RANKS=peers_R.shape[0], **config(width),
+            first_row, width, eps, RANKS=peers_R.shape[0], **config(width),
         )  # fmt: skip
     return normed, total
 
@@ -134,20 +128,19 @@ def summed(x_TD: Tensor, group_name: str) -> Tensor:
     return torch.ops.symm_mem.two_shot_all_reduce_(shared.copy(x_TD), "sum", group_name).clone()
 
 
-def refuses_shared(x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, group_name: str) -> str | None:
+def refuses_shared(x_TD: Tensor, weight_D: Tensor, group_name: str) -> str | None:
     """Return why kernels that read all ranks' rows cannot serve these arguments, or None."""
     if group_name and shared_memory(group_name) is None:
         return f"the ranks of group {group_name!r} share no memory; call share_memory on every rank first"
     if x_TD.dim() != 2 or x_TD.shape[1] != weight_D.shape[0]:
         return f"wanted x of rows as wide as the weight, got {tuple(x_TD.shape)} and {tuple(weight_D.shape)}"
-    return None if residual_SD is None else refuses_rows(residual=residual_SD)
+    return None
 
 
-def _refuses(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str) -> str | None:
-    return refuses_shared(x_TD, residual_TD, weight_D, group_name)
-
-
-@allreduce_rms_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@allreduce_rms_norm.provider(
+    "triton", devices=("cuda",), triton=True,
+    refuses=(refuses_shared, lambda residual_TD: refuses_rows(residual=residual_TD)),
+)  # fmt: skip
 def allreduce_rms_norm_triton(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +154,4 @@ def allreduce_rms_norm_triton(
 def allreduce_rms_norm_collective(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    sum_TD = summed(x_TD, group_name)
-    if residual_TD is not None:
-        return add_rms_norm(sum_TD, residual_TD, weight_D, eps)
-    return rms_norm(sum_TD, weight_D, eps), sum_TD
+    return normed_sum(summed(x_TD, group_name), residual_TD, weight_D, eps, rms_norm, add_rms_norm)

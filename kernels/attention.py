@@ -13,26 +13,17 @@ import torch
 from torch import Tensor
 
 from .contract import Cost, contract
+from .draw import Draw
 
 SPLIT_UNIT = 64  # keys; the ranges that splits attend over are whole multiples of it
 
 
-@contract(seam=True, fake=lambda q_THD, *args: torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device))
+@contract(seam=True, fake=lambda q_THD: q_THD.new_empty(q_THD.shape))
 def attention(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table_RB: Tensor,
-    seq_lens_R: Tensor,
-    query_starts_S: Tensor,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks_H: Tensor | None = None,
-    alibi_slopes_H: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
+    query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
+    alibi_slopes_H: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return softmax(q kᵀ · scale, causal) v: (T, H, D) in q's dtype, float32 or wider inside.
 
     q (T, H, D): request r owns rows query_starts[r] : query_starts[r + 1]; its i-th of n rows sits at position
@@ -105,10 +96,7 @@ def key_ranges(length: int, count: int, window: int, splits: int) -> list[tuple[
 
 
 @attention.costs
-def cost(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor, scale: float, window: int = 0, *features: Any,
-) -> Cost:  # fmt: skip
+def attention_cost(q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, window: int = 0) -> Cost:
     """Return the cost; of the keys, those that some query sees are read."""
     heads, head_dim, kv_heads = q_THD.shape[1], q_THD.shape[2], k_cache.shape[1]
     queries = (query_starts_S[1:] - query_starts_S[:-1]).tolist()
@@ -141,28 +129,15 @@ def cost(
     },
 )  # fmt: skip
 def make(
-    R: int, queries: int, context: int, H: int, K: int, D: int, P: int, window: int = 0, softcap: float = 0.0,
-    sinks: bool = False, alibi: bool = False, fp8: str = "", *, dtype: torch.dtype, device: str, seed: int,
+    draw: Draw, R: int, queries: int, context: int, H: int, K: int, D: int, P: int, window: int = 0,
+    softcap: float = 0.0, sinks: bool = False, alibi: bool = False, fp8: str = "",
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Requests of context, context + 1, … tokens before their queries, over shuffled blocks.
-
-    `fp8` makes the caches float8, with one scale for a "tensor" or for each KV "head".
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    lengths = [context + r + queries for r in range(R)]
-    counts = [-(-n // P) for n in lengths]
-    order = torch.randperm(sum(counts), generator=generator, device=device).to(torch.int32) + 1
-    table = torch.zeros(R, max(counts), dtype=torch.int32, device=device)
-    for r, blocks in enumerate(order.split(counts)):
-        table[r, : counts[r]] = blocks
-    q_THD = torch.randn(R * queries, H, D, generator=generator, device=device).to(dtype)
-    kv_dtype = torch.float8_e4m3fn if fp8 else dtype
-    caches = [torch.randn(sum(counts) + 1, K, P, D, generator=generator, device=device).to(kv_dtype) for _ in range(2)]
-    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    starts = torch.arange(0, (R + 1) * queries, queries, dtype=torch.int32, device=device)
-    sinks_H, slopes_H = torch.randn(2, H, generator=generator, device=device)
-    scales = [torch.rand(K if fp8 == "head" else 1, generator=generator, device=device) + 0.5 for _ in range(2)]
+    """`fp8` makes the caches float8, with one scale for a "tensor" or for each KV "head"."""
+    table_RB, *batch = draw.batch(R, queries, context, P)
+    kv_dtype = torch.float8_e4m3fn if fp8 else draw.dtype
+    caches = [draw.normal(int(table_RB.max()) + 1, K, P, D).to(kv_dtype) for _ in range(2)]
+    scales = [draw.uniform(K if fp8 == "head" else 1) + 0.5 if fp8 else None for _ in range(2)]
     return (
-        q_THD, *caches, table, seq_lens, starts, D**-0.5, window, softcap, sinks_H.to(dtype) if sinks else None,
-        slopes_H / 10 if alibi else None, *(scales if fp8 else (None, None)),
+        draw(R * queries, H, D), *caches, table_RB, *batch, D**-0.5, window, softcap, draw(H) if sinks else None,
+        draw.normal(H) / 10 if alibi else None, *scales,
     )  # fmt: skip

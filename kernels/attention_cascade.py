@@ -6,33 +6,24 @@ https://arxiv.org/abs/2501.01005, section 3.1.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import attend, attention
+from .attention import attention, attention_cost
 from .attention_triton import STATES, kernel_builds, launch, refuses
-from .contract import Build, Cost, contract
+from .contract import Cost, contract
+from .draw import Draw
 from .merge_states import merge_states_triton
 
 
-@contract(seam=True, fake=lambda q_THD, *args: torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device))
+@contract(seam=True, fake=lambda q_THD: q_THD.new_empty(q_THD.shape))
 def attention_cascade(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    prefix_N: Tensor,
-    block_table_RB: Tensor,
-    seq_lens_R: Tensor,
-    query_starts_S: Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    sinks_H: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_N: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
+    query_starts_S: Tensor, scale: float, softcap: float = 0.0, sinks_H: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return attention where every request's keys begin with the blocks prefix (N,) int32, all of them full.
 
     block_table lists the blocks that follow; seq_lens counts the tokens in both, and queries lie behind the prefix.
@@ -40,21 +31,17 @@ def attention_cascade(
     seen by all.
     """
     table_RB = torch.cat((prefix_N.expand(len(block_table_RB), -1), block_table_RB), 1)
-    out_STHD, _ = attend(
+    return attention.meaning(
         q_THD, k_cache, v_cache, table_RB, seq_lens_R, query_starts_S, scale, 0, softcap, sinks_H, None, k_scale,
         v_scale,
     )  # fmt: skip
-    return out_STHD[0].to(q_THD.dtype)
 
 
 @attention_cascade.costs
-def cost(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_N: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor, scale: float, *features: Any,
-) -> Cost:  # fmt: skip
-    whole = attention.cost(q_THD, k_cache, v_cache, block_table_RB, seq_lens_R, query_starts_S, scale)
+def cost(q_THD: Tensor, k_cache: Tensor, prefix_N: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor) -> Cost:
+    whole = attention_cost(q_THD, k_cache, seq_lens_R, query_starts_S)
     requests = int((query_starts_S[1:] > query_starts_S[:-1]).sum())
-    shared = (requests - 1) * len(prefix_N) * (k_cache[0].nbytes + v_cache[0].nbytes) if requests else 0
+    shared = (requests - 1) * len(prefix_N) * 2 * k_cache[0].nbytes if requests else 0
     return Cost(bytes=whole.bytes - shared, flops=whole.flops)
 
 
@@ -74,12 +61,11 @@ def cost(
         "queries": (1, 4), "context": [48, 60], "prefix": (0, 3),
     },
 )  # fmt: skip
-def make(*, R: int, prefix: int, **sizes: Any) -> tuple[Any, ...]:
+def make(draw: Draw, prefix: int, **sizes: Any) -> tuple[Any, ...]:
     """attention's requests, whose first `prefix` blocks are the first request's."""
-    q_THD, *caches, table, seq_lens, starts, scale, _, softcap, sinks_H, _, k_scale, v_scale = attention.make_inputs(
-        {"R": R, **{name: size for name, size in sizes.items() if name not in ("dtype", "device", "seed")}},
-        dtype=sizes["dtype"], device=sizes["device"], seed=sizes["seed"],
-    )  # fmt: skip
+    q_THD, *caches, table, seq_lens, starts, scale, _, softcap, sinks_H, _, k_scale, v_scale = attention.drawn(
+        draw, **sizes
+    )
     shared = table[0, :prefix].clone()
     return (
         q_THD, *caches, shared, table[:, prefix:].contiguous(), seq_lens, starts, scale, softcap, sinks_H, k_scale,
@@ -87,20 +73,16 @@ def make(*, R: int, prefix: int, **sizes: Any) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-@attention_cascade.builds
-def builds(dtype: str) -> Iterator[Build]:
-    return kernel_builds(dtype, STATES, ((1, 64, 1), (8, 64, 1), (8, 4096, 1)), CAUSAL=False)
+attention_cascade.builds(
+    lambda dtype: kernel_builds(dtype, STATES, ((1, 64, 1), (8, 64, 1), (8, 4096, 1)), CAUSAL=False)
+)
 
 
 def _refuses(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_N: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor, scale: float, softcap: float = 0.0, sinks_H: Tensor | None = None,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, softcap: float, sinks_H: Tensor | None, k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> str | None:  # fmt: skip
-    return refuses(
-        q_THD, k_cache, v_cache, block_table_RB, seq_lens_R, query_starts_S, scale, 0, softcap, sinks_H, None, k_scale,
-        v_scale,
-    )  # fmt: skip
+    return refuses(q_THD, k_cache, v_cache, 0, softcap, sinks_H, None, k_scale, v_scale)
 
 
 @attention_cascade.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)

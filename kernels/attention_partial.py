@@ -6,42 +6,28 @@ Source: Dao et al. 2023, flash-decoding, https://pytorch.org/blog/flash-decoding
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import attend, attention, make
-from .attention import cost as attention_cost
+from .attention import attend, attention, attention_cost
 from .attention_triton import STATES, kernel_builds, launch, refuses
-from .contract import Build, Cost, contract
+from .contract import Cost, contract
+from .draw import Draw
 
 
-def _fake(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *_, splits, dtype = args
+def _fake(q_THD: Tensor, splits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shape, wide = (splits, *q_THD.shape), torch.promote_types(q_THD.dtype, torch.float32)
     return q_THD.new_empty(shape, dtype=dtype), q_THD.new_empty(shape[:3], dtype=wide)
 
 
 @contract(seam=True, fake=_fake)
 def attention_partial(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table_RB: Tensor,
-    seq_lens_R: Tensor,
-    query_starts_S: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks_H: Tensor | None,
-    alibi_slopes_H: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    splits: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
+    query_starts_S: Tensor, scale: float, window: int, softcap: float, sinks_H: Tensor | None,
+    alibi_slopes_H: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, splits: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (outs, lse): attention's rows over S parts of the keys, and their log-sum-exp.
 
     outs (S, T, H, D) in dtype, as merge_states wants them float32; natural lse (S, T, H) float32.
@@ -58,9 +44,11 @@ def attention_partial(
 
 
 @attention_partial.costs
-def cost(q_THD: Tensor, *args: Any) -> Cost:
-    *attended, splits, dtype = args
-    whole = attention_cost(q_THD, *attended)
+def cost(
+    q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, window: int, splits: int,
+    dtype: torch.dtype,
+) -> Cost:  # fmt: skip
+    whole = attention_cost(q_THD, k_cache, seq_lens_R, query_starts_S, window)
     written = splits * (q_THD.numel() * dtype.itemsize + q_THD.shape[0] * q_THD.shape[1] * 4)
     return Cost(bytes=whole.bytes - q_THD.nbytes + written, flops=whole.flops)
 
@@ -70,21 +58,18 @@ def cost(q_THD: Tensor, *args: Any) -> Cost:
     shapes={"llama-3-8b long decode": {**attention.shapes["llama-3-8b long decode"], "splits": 32}},
     sizes={**attention.sizes, "splits": (1, 4)},
 )
-def make_partial(*, splits: int, dtype: torch.dtype, **sizes: Any) -> tuple[Any, ...]:
-    return *make(**sizes, dtype=dtype), splits, dtype
+def make(draw: Draw, splits: int, **sizes: Any) -> tuple[Any, ...]:
+    return *attention.drawn(draw, **sizes), splits, draw.dtype
 
 
-@attention_partial.builds
-def builds(dtype: str) -> Iterator[Build]:
-    return kernel_builds(dtype, STATES, ((8, 4096, 2),))  # attention has the others
+attention_partial.builds(lambda dtype: kernel_builds(dtype, STATES, ((8, 4096, 2),)))  # attention has the others
 
 
-def _refuses(*args: Any) -> str | None:
-    *attended, splits, _ = args
-    return refuses(*attended) or (f"splits must be positive, got {splits}" if splits < 1 else None)
+def _refuses(splits: int) -> str | None:
+    return f"splits must be positive, got {splits}" if splits < 1 else None
 
 
-@attention_partial.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@attention_partial.provider("triton", devices=("cuda",), refuses=(refuses, _refuses), triton=True)
 def attention_partial_triton(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *attended, splits, dtype = args
     outs = torch.zeros((splits, *q_THD.shape), dtype=dtype, device=q_THD.device)

@@ -12,45 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import attention
+from .attention import attention, attention_cost
 from .attention_triton import FEATURES, attention_triton, kernel_builds, launch, num_splits, refuses
 from .contract import Build, Cost, contract
-from .quantize import (
-    LIMITS,
-    empty_quantized,
-    quantize,
-    quantize_rows,
-    quantize_triton,
-    quantized_cost,
-    refuses_scheme,
-    scheme,
-)
+from .draw import Draw
+from .quantize import LIMITS, empty_quantized, quantize, quantize_rows, quantize_triton, refuses_scheme, scheme
 
 
-def _fake(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    dtype, group, out_scale = (*args[12:], None)[:3]
+def _fake(q_THD: Tensor, dtype: torch.dtype, group: int, out_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return empty_quantized(q_THD.flatten(1), dtype, group if out_scale is None else 0)
 
 
 @contract(seam=True, fake=_fake)
 def attention_quant(
-    q_THD: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table_RB: Tensor,
-    seq_lens_R: Tensor,
-    query_starts_S: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks_H: Tensor | None,
-    alibi_slopes_H: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    dtype: torch.dtype,
-    group: int,
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
+    query_starts_S: Tensor, scale: float, window: int, softcap: float, sinks_H: Tensor | None,
+    alibi_slopes_H: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, dtype: torch.dtype, group: int,
     out_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return quantize(attention(…) as rows (T, H·D), dtype, group, out_scale): (q, scale), as these ops define them."""
     out_THD = attention.meaning(
         q_THD, k_cache, v_cache, block_table_RB, seq_lens_R, query_starts_S, scale, window, softcap, sinks_H,
@@ -61,9 +40,10 @@ def attention_quant(
 
 
 @attention_quant.costs
-def cost(q_THD: Tensor, *args: Any) -> Cost:
-    whole, rows = attention.cost(q_THD, *args[:12]), quantized_cost(q_THD.flatten(1), args[13])
-    return Cost(bytes=whole.bytes + rows.bytes - 2 * q_THD.nbytes, flops=whole.flops + rows.flops)
+def cost(q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, window: int, group: int) -> Cost:
+    whole, rows = attention_cost(q_THD, k_cache, seq_lens_R, query_starts_S, window), q_THD.flatten(1)
+    written = rows.numel() + 4 * rows.shape[0] * (rows.shape[1] // group if group else 1)
+    return Cost(bytes=whole.bytes - q_THD.nbytes + written, flops=whole.flops + 3 * rows.numel())
 
 
 @attention_quant.inputs(
@@ -81,13 +61,9 @@ def cost(q_THD: Tensor, *args: Any) -> Cost:
     },
     dtypes=(torch.float32,),  # in 16 bits attention's error exceeds float8's least steps: test_attention.py
 )  # fmt: skip
-def make(
-    *, heads: int = 0, int8: bool = False, static: bool = False, dtype: torch.dtype, device: str, seed: int,
-    **sizes: Any,
-) -> tuple[Any, ...]:  # fmt: skip
+def make(draw: Draw, heads: int = 0, int8: bool = False, static: bool = False, **sizes: Any) -> tuple[Any, ...]:
     """Groups of `heads` heads share a scale, 0: all of them."""
-    args = attention.make_inputs(sizes, dtype=dtype, device=device, seed=seed)
-    return *args, *scheme(heads * sizes["D"], int8, static, device)
+    return *attention.drawn(draw, **sizes), *scheme(heads * sizes["D"], int8, static, draw.device)
 
 
 @attention_quant.builds
@@ -96,15 +72,14 @@ def builds(dtype: str) -> Iterator[Build]:
         yield from kernel_builds(dtype, {"out_ptr": "*fp8e4nv", **scales}, ((8, 8, 8), (8, 4096, 2)))
 
 
-def _refuses(q_THD: Tensor, *args: Any) -> str | None:
-    dtype, group, out_scale = (*args[12:], None)[:3]
+def _refuses(q_THD: Tensor, dtype: torch.dtype, group: int, out_scale: Tensor | None) -> str | None:
     width = q_THD.shape[2]
     if dtype != torch.float8_e4m3fn or (group != width if out_scale is None else group != 0):
         return f"wanted float8_e4m3fn with one scale, or groups of a head's {width} columns, got {dtype}, group {group}"
-    return refuses_scheme(dtype, group, out_scale) or refuses(q_THD, *args[:12])
+    return refuses_scheme(dtype, group, out_scale)
 
 
-@attention_quant.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@attention_quant.provider("triton", devices=("cuda",), refuses=(_refuses, refuses), triton=True)
 def attention_quant_triton(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     attended, (dtype, group, out_scale) = args[:12], (*args[12:], None)[:3]
     if num_splits(q_THD, *attended) > 1:

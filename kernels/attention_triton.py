@@ -32,6 +32,19 @@ def _tanh(x):
 
 
 @triton.jit
+def find_request(start_ptr, requests, tile, QUERIES: tl.constexpr):
+    """Return the last request whose first tile, starts[r] // QUERIES + r, is not behind this one."""
+    low, high = 0, requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(start_ptr + middle) // QUERIES + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, start_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, k_scale_ptr,
     v_scale_ptr, static_ptr, group_scale_ptr, tokens, requests, table_stride, q_token, q_head, k_block, k_head, v_block,
@@ -41,15 +54,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """Write rows; with lse_ptr the states of a split, with static_ptr or group_scale_ptr rows quantized to float8."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    # The last request whose first tile, starts[r] // QUERIES + r, is not behind this one.
-    low, high = 0, requests
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(start_ptr + middle) // QUERIES + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    request = low
+    request = find_request(start_ptr, requests, tile, QUERIES)
     first = tl.load(start_ptr + request)
     stop = tl.load(start_ptr + request + 1)
     begun = first + (tile - (first // QUERIES + request)) * QUERIES
@@ -167,7 +172,6 @@ def kernel_builds(
     """Yield the kernel's builds at (group, tokens, requests); `types` are those of the optional pointers in use."""
     integers = dict.fromkeys(("table_ptr", "length_ptr", "start_ptr"), "*i32")
     itemsize, precision = (4, "ieee") if dtype == "fp32" else (2, "tf32")
-    least = 89 if any("fp8" in t for t in types.values()) else 80
     for width in (64, 128, 256):
         for group, tokens, requests in shapes:
             if dtype != "fp32" or width <= (64 if "k_ptr" in types else 128):  # wider ones are refused
@@ -176,7 +180,7 @@ def kernel_builds(
                     "CAUSAL": True, "UNIT": SPLIT_UNIT, "WINDOW": 0, "SOFTCAP": 0.0, **constants,
                     **{name: None for name in _OPTIONAL if name not in types},
                 }  # fmt: skip
-                yield Build(_attention_kernel, chosen, {"scale": "fp32", **integers, **types}, least)
+                yield Build(_attention_kernel, chosen, {"scale": "fp32", **integers, **types})
 
 
 @attention.builds
@@ -190,9 +194,8 @@ def builds(dtype: str) -> Iterator[Build]:
 
 
 def refuses(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
-    alibi_slopes_H: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, window: int, softcap: float, sinks_H: Tensor | None,
+    alibi_slopes_H: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> str | None:  # fmt: skip
     """Return why the kernel cannot serve these arguments, or None."""
     if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q_THD.dtype, torch.float8_e4m3fn):

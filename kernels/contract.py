@@ -1,20 +1,25 @@
 """A contract declares one op once: its meaning in plain torch, its cost, its inputs, and the kernels that provide it.
 
 Tests, microbenchmarks, the compiler's lowering and eager calls all read this one record. The file of an op reads, in
-order: meaning, cost, inputs, Triton kernel, launch. Providers are chosen by one rule (`Contract.choose`), for eager
-calls and for lowering alike; a provider asked for by name is used or refused, never replaced.
+order: meaning, cost, inputs, Triton kernel, launch. What is registered beside the meaning names the parameters that it
+reads of it (by_name.py). Providers are chosen by one rule (`Contract.choose`), for eager calls and for lowering alike;
+a provider asked for by name is used or refused, never replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import tuned, versions
+from .by_name import by_name
+from .draw import Draw
 
 NAMESPACE = "seamwise"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -31,7 +36,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provider:
-    """One implementation of a contract.
+    """One implementation of a contract, called with the op's arguments.
 
     `refuses(*args)` returns why these arguments cannot be served, or None; it may read shapes, strides, dtypes and
     devices, never values, so that the compiler can ask it about fake tensors.
@@ -61,7 +66,11 @@ class Build:
     kernel: Any
     constants: Mapping[str, Any]
     types: Mapping[str, str] = field(default_factory=dict)
-    min_capability: int = 80
+
+    @property
+    def min_capability(self) -> int:
+        """The least compute capability that compiles it: Triton converts to float8 from Ada on."""
+        return 89 if any("fp8" in t for t in self.types.values()) else 80
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -73,6 +82,8 @@ class Contract:
     seam     True for an op that runs eagerly between compiled pieces (attention, its KV write)
     mutates  names of the arguments the op writes (only a seam may have any)
     opaque   True for an op that a compiler gains nothing from looking into (a GEMM over a packed layout)
+    fake     the shape function: the meaning, unless another is given
+    flops    of one call, a function of its arguments
     reads_values  True where the meaning looks at values, so that its calls are recorded as a whole
     """
 
@@ -81,6 +92,8 @@ class Contract:
     seam: bool
     mutates: tuple[str, ...]
     opaque: bool
+    fake: Callable[..., Any]
+    flops: Callable[..., int]
     reads_values: bool = False
     op: Any = None
     providers: list[Provider] = field(default_factory=list)
@@ -112,11 +125,13 @@ class Contract:
         First stands the measured winner (`tuned_by`), then the others as they were registered, last the meaning itself,
         as provider "torch", which accepts everything.
         """
-        device = next(_tensors(args)).device.type
+        device = _device(args)
         if requested is None:
-            fastest = self._winner(args)
-            order = sorted(self.providers, key=lambda p: p.name != fastest)
-            return next(p for p in order if p.why_not(device, args) is None)
+            providers: Iterable[Provider] = self.providers
+            if self._key is not None:
+                fastest = self._winner(args)
+                providers = sorted(providers, key=lambda p: p.name != fastest)
+            return next(p for p in providers if p.why_not(device, args) is None)
         for provider in self.providers:
             if provider.name == requested:
                 if reason := provider.why_not(device, args):
@@ -130,13 +145,16 @@ class Contract:
         name: str,
         *,
         devices: tuple[str, ...] | None = None,
-        refuses: Callable[..., str | None] | None = None,
+        refuses: Callable[..., str | None] | Sequence[Callable[..., str | None]] = (),
         triton: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register the decorated function as a provider, before the meaning and after earlier registrations."""
+        """Register the decorated function as a provider, before the meaning and after earlier registrations.
+
+        `refuses`, one function or several, name the parameters that they read; the first reason counts.
+        """
+        accept = by_name(self.meaning, *((refuses,) if callable(refuses) else refuses))
 
         def register(call: Callable[..., Any]) -> Callable[..., Any]:
-            accept = refuses if refuses is not None else (lambda *args: None)
             entry = Provider(name=name, call=call, devices=devices, refuses=accept, triton=triton)
             self.providers.insert(len(self.providers) - 1, entry)
             return call
@@ -144,12 +162,12 @@ class Contract:
         return register
 
     def tuned_by(self, key: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
-        """Register `key(*args) -> (rows, *shape)`, by which tables of measured winners are read (tuned.py).
+        """Register `key(…) -> (rows, *shape)`, by which tables of measured winners are read (tuned.py).
 
         Where rows are symbolic, and so the winner is not known yet, the call goes to a provider "measured" that
         chooses at each call.
         """
-        self._key = key
+        self._key = by_name(self.meaning, key)
 
         def refuses(*args: Any) -> str | None:
             return None if self._winner(args) == "measured" else "the rows are known, or nothing was measured"
@@ -160,14 +178,14 @@ class Contract:
     def _winner(self, args: Sequence[Any]) -> str | None:
         if self._key is None:
             return None
-        name = tuned.winner(self.name, next(_tensors(args)).device.type, self._key(*args))
+        name = tuned.winner(self.name, _device(args), self._key(*args))
         if name is not None and all(p.name != name for p in self.providers):
             raise ValueError(f"{self.name}: the measured winner {name!r} is none of its providers; measure again")
         return name
 
     def costs(self, function: Callable[..., Cost]) -> Callable[..., Cost]:
-        """Register `cost(*args) -> Cost`, taking the op's own arguments."""
-        self._cost = function
+        """Register `cost(…) -> Cost`, for an op that moves other than each argument and result once."""
+        self._cost = by_name(self.meaning, function)
         return function
 
     def inputs(
@@ -180,7 +198,7 @@ class Contract:
         dtypes: tuple[torch.dtype, ...] = (),
         fp4: tuple[int, ...] = (),
     ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
-        """Register `make(sizes…, dtype=, device=, seed=) -> args`.
+        """Register `make(draw, sizes…) -> args`, whose tensors come from `draw` (draw.py).
 
         examples  small edge cases, for tests
         shapes    named shapes of real models, for the microbenchmarks
@@ -198,10 +216,11 @@ class Contract:
 
         return register
 
-    def builds(self, function: Callable[[str], Iterable[Build]]) -> Callable[[str], Iterable[Build]]:
-        """Register `builds(dtype) -> Build…`: every compilation of its Triton kernels that real shapes ask for."""
-        self._builds = function
-        return function
+    def builds(self, made: Callable[[str], Iterable[Build]] | Iterable[Build]) -> Any:
+        """Register every compilation of its Triton kernels that real shapes ask for, or a function of the dtype."""
+        every = made if callable(made) else tuple(made)
+        self._builds = every if callable(every) else lambda dtype: every
+        return made
 
     def triton_builds(self, dtype: str) -> Iterable[Build]:
         """Return the Triton compilations of `dtype` ("bf16" or "fp32"); none where no Triton provider is registered."""
@@ -211,15 +230,25 @@ class Contract:
         return self._builds(dtype)
 
     def cost(self, *args: Any) -> Cost:
-        assert self._cost is not None, f"{self.name}: its file registers no cost"
-        return self._cost(*args)
+        """Return what a call moves and computes: each argument and result once, where nothing else is registered."""
+        if self._cost is not None:
+            return self._cost(*args)
+        results = self.fake(*tree_map_only(Tensor, lambda t: t.to("meta"), args))
+        moved = sum(t.nbytes for t in tree_leaves((args, results)) if isinstance(t, Tensor))
+        return Cost(bytes=moved, flops=self.flops(*args))
 
     def make_inputs(
         self, sizes: Mapping[str, Any], *, dtype: torch.dtype, device: str, seed: int = 0
     ) -> tuple[Any, ...]:
         """Draw one argument tuple of the given sizes, reproducibly."""
+        return self.drawn(Draw(dtype, device, seed), **sizes)
+
+    def drawn(self, draw: Draw, **sizes: Any) -> tuple[Any, ...]:
+        """Draw one argument tuple, as part of another op's inputs."""
         assert self._inputs is not None, f"{self.name}: its file registers no inputs"
-        return self._inputs(**sizes, dtype=dtype, device=device, seed=seed)
+        given = {"draw": draw, "dtype": draw.dtype, "device": draw.device, "seed": draw.seed}
+        named = inspect.signature(self._inputs).parameters
+        return self._inputs(**sizes, **{name: value for name, value in given.items() if name in named})
 
 
 def contract(
@@ -228,11 +257,12 @@ def contract(
     opaque: bool = False,
     mutates: tuple[str, ...] = (),
     fake: Callable[..., Any] | None = None,
+    flops: Callable[..., int] = lambda *args: 0,
 ) -> Callable[[Callable[..., Any]], Contract]:
     """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
 
     The op must return fresh tensors, never views of its arguments. `fake` replaces the meaning for shape
-    propagation, where the meaning reads values (a seam's block table).
+    propagation, where the meaning reads values (a seam's block table). It and `flops` name the parameters they read.
     """
 
     def declare(meaning: Callable[..., Any]) -> Contract:
@@ -242,11 +272,12 @@ def contract(
         schema = torch.library.infer_schema(meaning, mutates_args=mutates)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         record = Contract(
-            name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque, reads_values=fake is not None
-        )
+            name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque, flops=by_name(meaning, flops),
+            fake=meaning if fake is None else by_name(meaning, fake), reads_values=fake is not None,
+        )  # fmt: skip
         record.providers.append(Provider(name="torch", call=meaning))
         _LIBRARY.impl(name, lambda *args: record.choose(args).call(*args), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake or meaning, lib=_LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", record.fake, lib=_LIBRARY)
         record.op = getattr(getattr(torch.ops, NAMESPACE), name).default
         record.__doc__ = meaning.__doc__
         CONTRACTS[name] = record
@@ -262,13 +293,16 @@ def contract_of(target: object) -> Contract | None:
     return None
 
 
-def refuses_rows(**tensors: Tensor) -> str | None:
-    """Return which of the named tensors is not rows a stride apart with contiguous columns, or None."""
+def refuses_rows(**tensors: Tensor | None) -> str | None:
+    """Return which of the named tensors given is not rows a stride apart with contiguous columns, or None."""
     for name, x in tensors.items():
+        if x is None:
+            continue
         if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
             return f"{name} must be rows contiguous in their last dimension, its strides are {x.stride()}"
     return None
 
 
-def _tensors(args: Sequence[Any]) -> Iterator[Any]:
-    return iter([a for a in args if isinstance(a, Tensor)])
+def _device(args: Sequence[Any]) -> str:
+    """Return the type of the device of the first tensor among the arguments."""
+    return next(a for a in args if isinstance(a, Tensor)).device.type

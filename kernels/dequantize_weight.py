@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import contract
+from .draw import Draw
 from .quantize_weight import FORMATS, expand_blocks, quantize_weight, unpack_int4, weight_scale
 
 
-@contract(opaque=True)
+@contract(opaque=True, flops=lambda stored, width: stored.shape[0] * width)
 def dequantize_weight(
     stored: Tensor, scale: Tensor, zero: Tensor | None, format: str, rows: int, columns: int, width: int,
     dtype: torch.dtype,
@@ -37,28 +38,8 @@ def dequantize_weight(
     return (values_NK * expand_blocks(scale, shape, rows, columns)).to(dtype)
 
 
-@dequantize_weight.costs
-def cost(
-    stored: Tensor, scale: Tensor, zero: Tensor | None, format: str, rows: int, columns: int, width: int,
-    dtype: torch.dtype,
-) -> Cost:  # fmt: skip
-    written = stored.shape[0] * width
-    return Cost(bytes=stored.nbytes + scale.nbytes + written * dtype.itemsize, flops=written)
-
-
-@dequantize_weight.inputs(
-    examples=(
-        {"N": 5, "K": 33, "format": "int8", "rows": 1}, {"N": 130, "K": 200, "rows": 128, "columns": 128},
-        {"N": 3, "K": 70, "format": "int4", "rows": 1, "columns": 32},
-    ),
-    shapes={"deepseek-v3 block": {"N": 4096, "K": 7168, "rows": 128, "columns": 128}},
-    sizes={"N": (1, 150), "K": (1, 200), "format": list(FORMATS), "rows": [0, 1, 128], "columns": [0, 32, 128]},
-)  # fmt: skip
-def make(
-    N: int, K: int, format: str = "float8_e4m3fn", rows: int = 0, columns: int = 0, *, dtype: torch.dtype, device: str,
-    seed: int,
-) -> tuple[Any, ...]:  # fmt: skip
-    generator = torch.Generator(device).manual_seed(seed)
-    weight_NK = torch.randn(N, K, generator=generator, device=device)
-    scale = weight_scale(weight_NK, format, rows, columns)
-    return quantize_weight(weight_NK, scale, format, rows, columns), scale, None, format, rows, columns, K, dtype
+@dequantize_weight.inputs(examples=weight_scale.examples, shapes=weight_scale.shapes, sizes=weight_scale.sizes)
+def make(draw: Draw, **sizes: Any) -> tuple[Any, ...]:
+    weight_NK, *form = weight_scale.drawn(draw, **sizes)
+    scale = weight_scale(weight_NK, *form)
+    return quantize_weight(weight_NK, scale, *form), scale, None, *form, sizes["K"], draw.dtype

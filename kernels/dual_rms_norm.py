@@ -5,7 +5,7 @@ Source: DeepSeek-AI 2024, https://arxiv.org/abs/2405.04434, section 2.1 and appe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract, refuses_rows
-from .rms_norm import config, norm_row, rms_norm
+from .draw import Draw
+from .rms_norm import config, norm_row, norm_weight, rms_norm
 
 
 @contract()
@@ -33,7 +34,7 @@ def dual_rms_norm(x_TN: Tensor, first_A: Tensor, second_B: Tensor, eps: float) -
 
 
 @dual_rms_norm.costs
-def cost(x_TN: Tensor, first_A: Tensor, second_B: Tensor, eps: float) -> Cost:
+def cost(x_TN: Tensor, first_A: Tensor, second_B: Tensor) -> Cost:
     columns = first_A.shape[0] + second_B.shape[0]
     normed = x_TN.numel() // x_TN.shape[-1] * columns
     return Cost(bytes=2 * normed * x_TN.element_size() + first_A.nbytes + second_B.nbytes, flops=4 * normed)
@@ -51,13 +52,8 @@ def cost(x_TN: Tensor, first_A: Tensor, second_B: Tensor, eps: float) -> Cost:
     sizes={"T": (0, 9), "A": (1, 300), "B": (1, 300), "rest": (0, 9)},
     rows=(0,),
 )  # fmt: skip
-def make(
-    T: int, A: int, B: int, rest: int = 0, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TN = torch.randn(T, A + B + rest, generator=generator, device=device).to(dtype)
-    first_A, second_B = (1 + 0.1 * torch.randn(n, generator=generator, device=device) for n in (A, B))
-    return x_TN, first_A.to(dtype), second_B.to(dtype), 1e-6
+def make(draw: Draw, T: int, A: int, B: int, rest: int = 0) -> tuple[Any, ...]:
+    return draw(T, A + B + rest), norm_weight(draw, A), norm_weight(draw, B), 1e-6
 
 
 @triton.jit
@@ -66,17 +62,15 @@ def _dual_rms_norm_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
-        norm_row(x_ptr + row * x_stride, first_ptr, first_out_ptr + row * A, A, eps, BLOCK)
+        norm_row(x_ptr + row * x_stride, None, first_ptr, first_out_ptr + row * A, None, A, eps, BLOCK)
     else:
-        norm_row(x_ptr + row * x_stride + A, second_ptr, second_out_ptr + row * B, B, eps, BLOCK)
+        norm_row(x_ptr + row * x_stride + A, None, second_ptr, second_out_ptr + row * B, None, B, eps, BLOCK)
 
 
-@dual_rms_norm.builds
-def builds(dtype: str) -> Iterator[Build]:
-    yield Build(_dual_rms_norm_kernel, config(1536), {"eps": "fp32"})
+dual_rms_norm.builds([Build(_dual_rms_norm_kernel, config(1536), {"eps": "fp32"})])
 
 
-def _refuses(x_TN: Tensor, first_A: Tensor, second_B: Tensor, eps: float) -> str | None:
+def _refuses(x_TN: Tensor, first_A: Tensor, second_B: Tensor) -> str | None:
     if x_TN.shape[-1] < first_A.shape[0] + second_B.shape[0]:
         return f"x has {x_TN.shape[-1]} columns, the weights {first_A.shape[0]} + {second_B.shape[0]}"
     return refuses_rows(x=x_TN)

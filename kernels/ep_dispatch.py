@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .collectives import all_to_all_rows, group_rank, group_size
-from .contract import Cost, contract
+from .contract import contract
+from .draw import Draw
 
 
 def _empty_dispatch(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, group_name: str, capacity: int = 0
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, group_name: str, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, choices = experts_TK.shape
     ranks = group_size(group_name)
@@ -70,15 +71,6 @@ def ep_dispatch(
     return exchange(x_TD, 0), local_MK.where(own_MK, -1), weights_MK, places_TR, dropped
 
 
-@ep_dispatch.costs
-def dispatch_cost(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, group_name: str, capacity: int = 0
-) -> Cost:
-    row_bytes = sum(a.shape[1] * a.element_size() for a in (x_TD, experts_TK, weights_TK))
-    slots = group_size(group_name) * (capacity or x_TD.shape[0])
-    return Cost(bytes=(x_TD.shape[0] + slots) * row_bytes, flops=0)
-
-
 @ep_dispatch.inputs(
     examples=(
         {"T": 1, "K": 1, "E": 1, "D": 8}, {"T": 7, "K": 2, "E": 8, "D": 33}, {"T": 0, "K": 2, "E": 4, "D": 8},
@@ -87,18 +79,17 @@ def dispatch_cost(
     shapes={"deepseek-v3 decode": {"T": 64, "K": 8, "E": 256, "D": 7168}},
     sizes={"T": (0, 9), "K": (1, 4), "E": [4, 16], "D": [8, 33], "capacity": [0, 3]},
 )  # fmt: skip
-def make_dispatch(
-    T: int, K: int, E: int, D: int, capacity: int = 0, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Any, ...]:
+def make_dispatch(draw: Draw, T: int, K: int, E: int, D: int, capacity: int = 0) -> tuple[Any, ...]:
     """One rank's inputs: K different experts a token, every third token being padding."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TD = torch.randn(T, D, generator=generator, device=device).to(dtype)
-    experts_TK = torch.rand(T, E, generator=generator, device=device).argsort(-1)[:, :K]
+    x_TD = draw(T, D)
+    experts_TK = draw.uniform(T, E).argsort(-1)[:, :K]
     experts_TK[2::3] = -1
-    return x_TD, experts_TK, torch.rand(T, K, generator=generator, device=device), E, "", capacity
+    return x_TD, experts_TK, draw.uniform(T, K), E, "", capacity
 
 
-@contract(fake=lambda y_MD, places_TR, *args: y_MD.new_empty((places_TR.shape[0], y_MD.shape[1])))
+@contract(
+    fake=lambda y_MD, places_TR: y_MD.new_empty((places_TR.shape[0], y_MD.shape[1])), flops=lambda y_MD: y_MD.numel()
+)
 def ep_combine(y_MD: Tensor, places_TR: Tensor, group_name: str) -> Tensor:
     """Return each token's sum of what its ranks made of it: (T, D) in y's dtype, summed wider in the ranks' order.
 
@@ -115,22 +106,15 @@ def ep_combine(y_MD: Tensor, places_TR: Tensor, group_name: str) -> Tensor:
     return total_TD.to(y_MD.dtype)
 
 
-@ep_combine.costs
-def combine_cost(y_MD: Tensor, places_TR: Tensor, group_name: str) -> Cost:
-    out_bytes = places_TR.shape[0] * y_MD.shape[1] * y_MD.element_size()
-    return Cost(bytes=2 * y_MD.nbytes + places_TR.nbytes + out_bytes, flops=y_MD.numel())
-
-
 @ep_combine.inputs(
     examples=({"T": 1, "D": 8}, {"T": 7, "D": 33}, {"T": 0, "D": 8}),
     shapes={"deepseek-v3 decode": {"T": 64, "D": 7168}},
     sizes={"T": (0, 9), "D": [8, 33]},
     rows=(1,),
 )
-def make_combine(T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, str]:
+def make_combine(draw: Draw, T: int, D: int) -> tuple[Any, ...]:
     """One rank's inputs: every third token is nowhere."""
-    generator = torch.Generator(device).manual_seed(seed)
-    y_MD = torch.randn(T, D, generator=generator, device=device).to(dtype)
-    places_T1 = torch.randperm(T, generator=generator, device=device).unsqueeze(1)
+    y_MD = draw(T, D)
+    places_T1 = draw.permutation(T).unsqueeze(1)
     places_T1[2::3] = -1
     return y_MD, places_T1, ""

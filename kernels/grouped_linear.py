@@ -19,18 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract, refuses_rows
+from .draw import Draw
 from .gemm_tiles import config, configs, store_tile
 from .moe_align import make_groups
 from .scaled_linear import load_tile
 
 
-def _fake(
-    x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
-) -> Tensor:
-    return torch.empty(x_RK.shape[0] * top_k, weight_ENK.shape[1], dtype=x_RK.dtype, device=x_RK.device)
-
-
-@contract(opaque=True, fake=_fake)
+@contract(
+    opaque=True, fake=lambda x_RK, weight_ENK, top_k: x_RK.new_empty((x_RK.shape[0] * top_k, weight_ENK.shape[1]))
+)
 def grouped_linear(
     x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
 ) -> Tensor:
@@ -62,9 +59,7 @@ def each_expert(
 
 
 @grouped_linear.costs
-def cost(
-    x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
-) -> Cost:
+def cost(x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, bias_EN: Tensor | None) -> Cost:
     return grouped_cost((x_RK,), (weight_ENK, bias_EN), order_S, starts_E, x_RK.dtype)
 
 
@@ -101,14 +96,9 @@ SHAPES = {
     shapes=SHAPES,
     sizes={"R": (0, 20), "top_k": [1, 2, 5], "E": [1, 3, 32], "N": (1, 80), "K": (1, 150), "bias": [False, True]},
 )  # fmt: skip
-def make(
-    R: int, top_k: int, E: int, N: int, K: int, bias: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Any, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x_RK = torch.randn(R, K, generator=generator, device=device).to(dtype)
-    weight_ENK = (torch.randn(E, N, K, generator=generator, device=device) * K**-0.5).to(dtype)
-    bias_EN = torch.randn(E, N, generator=generator, device=device).to(dtype)
-    return x_RK, weight_ENK, *make_groups(R, top_k, E, device, seed), top_k, bias_EN if bias else None
+def make(draw: Draw, R: int, top_k: int, E: int, N: int, K: int, bias: bool = False) -> tuple[Any, ...]:
+    weight_ENK = (draw.normal(E, N, K) * K**-0.5).to(draw.dtype)
+    return draw(R, K), weight_ENK, *make_groups(draw, R, top_k, E), top_k, draw(E, N) if bias else None
 
 
 @triton.jit
@@ -227,16 +217,14 @@ def builds(dtype: str) -> Iterator[Build]:
     yield Build(_vectors_kernel, {**vector_config(256), "TOP_K": 8, "BIAS": True}, GROUP_TYPES)
 
 
-def _refuses(
-    x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
-) -> str | None:
+def _refuses(x_RK: Tensor, weight_ENK: Tensor) -> str | None:
     if x_RK.dtype != weight_ENK.dtype or x_RK.dtype == torch.float64:
         return f"x and weight must be of one dtype up to 32 bits, got {x_RK.dtype} and {weight_ENK.dtype}"
-    return refuses_groups(x_RK, weight_ENK, order_S, starts_E, bias_EN)
+    return None
 
 
 def refuses_groups(
-    x_RK: Tensor, weight_ENW: Tensor, order_S: Tensor, starts_E: Tensor, bias_EN: Tensor | None
+    x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, bias_EN: Tensor | None
 ) -> str | None:
     """Return why a grouped kernel cannot read its operands, or None."""
     for name, index in (("order", order_S), ("starts", starts_E)):
@@ -244,8 +232,8 @@ def refuses_groups(
             return f"{name} must be contiguous int32, got {index.dtype} of strides {index.stride()}"
     if bias_EN is not None and not bias_EN.is_contiguous():
         return f"the bias must be contiguous, its strides are {bias_EN.stride()}"
-    if weight_ENW.stride(2) != 1:
-        return f"the weight must be contiguous in its last dimension, its strides are {weight_ENW.stride()}"
+    if weight_ENK.stride(2) != 1:
+        return f"the weight must be contiguous in its last dimension, its strides are {weight_ENK.stride()}"
     return refuses_rows(x=x_RK)
 
 
@@ -260,7 +248,7 @@ def check_groups(
             raise ValueError(f"{name}: {of} is {tuple(tensor.shape)}, wanted {shape} for {rows}, as of moe_align")
 
 
-@grouped_linear.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@grouped_linear.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_groups), triton=True)
 def grouped_linear_triton(
     x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
 ) -> Tensor:

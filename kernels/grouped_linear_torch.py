@@ -19,9 +19,8 @@ from .scaled_linear import gpu_before
 
 
 def _refuses(
-    x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None, *,
-    dtype: torch.dtype = torch.bfloat16,
-) -> str | None:  # fmt: skip
+    x_RK: Tensor, weight_ENK: Tensor, bias_EN: Tensor | None, *, dtype: torch.dtype = torch.bfloat16
+) -> str | None:
     (E, N, K), step = weight_ENK.shape, 16 // dtype.itemsize
     if x_RK.dtype != dtype or weight_ENK.dtype != dtype:
         return f"x and weight must be {dtype}, got {x_RK.dtype} and {weight_ENK.dtype}"
@@ -29,35 +28,29 @@ def _refuses(
         return "torch's grouped products take no bias"
     if not weight_ENK.is_contiguous() or K % step or N % step or not E * N * K:
         return f"weights must be contiguous, N and K in multiples of {step}, got {E, N, K}, {weight_ENK.stride()}"
-    if gpu_before(9):
-        return "it needs compute capability 9.0"
-    return refuses_groups(x_RK, weight_ENK, order_S, starts_E, None)
+    return "it needs compute capability 9.0" if gpu_before(9) else None
 
 
 def _refuses_scaled(
-    x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
-    top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
-) -> str | None:  # fmt: skip
+    x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_EN: Tensor | None
+) -> str | None:
     if x_scale_RG.shape[1] != 1 or w_scale.shape[1:] not in ((1, 1), (weight_ENK.shape[1], 1)):
         return f"wanted one scale a row, got {tuple(x_scale_RG.shape)} for x, {tuple(w_scale.shape)} for weights"
     if {x_scale_RG.dtype, w_scale.dtype} != {torch.float32} or dtype != torch.bfloat16:
         return f"wanted float32 scales and a bfloat16 result, got {x_scale_RG.dtype}, {w_scale.dtype}, {dtype}"
     if not gpu_before(10):
         return "it needs Hopper"
-    return _refuses(x_RK, weight_ENK, order_S, starts_E, top_k, bias_EN, dtype=torch.float8_e4m3fn)
+    return _refuses(x_RK, weight_ENK, bias_EN, dtype=torch.float8_e4m3fn)
 
 
 @grouped_linear.tuned_by
-def key(x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, *_: Any) -> tuple[int, ...]:
+def key(x_RK: Tensor, weight_ENK: Tensor, top_k: int) -> tuple[int, ...]:
     """Return (R, top_k, E, N, K)."""
     return x_RK.shape[0], top_k, *weight_ENK.shape
 
 
 @grouped_scaled_linear.tuned_by
-def scaled_key(
-    x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
-    top_k: int, *_: Any,
-) -> tuple[Any, ...]:  # fmt: skip
+def scaled_key(x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, top_k: int) -> tuple[Any, ...]:
     """Return (R, top_k, E, N, K, kind), the kind as `scaled_linear`'s."""
     blocks = " blocks" if x_scale_RG.shape[1] > 1 or w_scale.shape[-1] > 1 else ""
     return x_RK.shape[0], top_k, *weight_ENK.shape, str(x_RK.dtype).removeprefix("torch.") + blocks
@@ -69,7 +62,7 @@ def _scatter(y_SN: Tensor, slots_S: Tensor, starts_E: Tensor) -> Tensor:
     return torch.empty_like(y_SN).index_copy_(0, slots_S, torch.where(written_S[:, None], y_SN, 0))
 
 
-@grouped_linear.provider("torch_grouped_mm", devices=("cuda",), refuses=_refuses)
+@grouped_linear.provider("torch_grouped_mm", devices=("cuda",), refuses=(_refuses, refuses_groups))
 def grouped_linear_torch(
     x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
 ) -> Tensor:
@@ -81,7 +74,7 @@ def grouped_linear_torch(
     return _scatter(y_SN, slots_S, starts_E)
 
 
-@grouped_scaled_linear.provider("torch_grouped_mm", devices=("cuda",), refuses=_refuses_scaled)
+@grouped_scaled_linear.provider("torch_grouped_mm", devices=("cuda",), refuses=(_refuses_scaled, refuses_groups))
 def grouped_scaled_linear_torch(
     x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
     top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,

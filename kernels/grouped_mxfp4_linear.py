@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract
+from .draw import Draw
 from .gemm_tiles import store_tile
 from .grouped_linear import (
     GROUP_TYPES,
@@ -31,14 +32,7 @@ from .moe_align import make_groups
 from .mxfp4_linear import check, mxfp4_linear, mxfp4_tile
 
 
-def _fake(
-    x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int,
-    bias_EN: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return torch.empty(x_RK.shape[0] * top_k, packed.shape[1], dtype=x_RK.dtype, device=x_RK.device)
-
-
-@contract(opaque=True, fake=_fake)
+@contract(opaque=True, fake=lambda x_RK, packed, top_k: x_RK.new_empty((x_RK.shape[0] * top_k, packed.shape[1])))
 def grouped_mxfp4_linear(
     x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int,
     bias_EN: Tensor | None = None,
@@ -62,9 +56,8 @@ def grouped_mxfp4_linear(
 
 @grouped_mxfp4_linear.costs
 def cost(
-    x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int,
-    bias_EN: Tensor | None = None,
-) -> Cost:  # fmt: skip
+    x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, bias_EN: Tensor | None
+) -> Cost:
     return grouped_cost((x_RK,), (packed, scale_ENG, bias_EN), order_S, starts_E, x_RK.dtype)
 
 
@@ -79,14 +72,11 @@ def cost(
     },
     sizes={"R": (0, 20), "top_k": [1, 3], "E": [1, 4], "N": (1, 100), "K": [32, 96, 160], "bias": [False, True]},
 )  # fmt: skip
-def make(
-    R: int, top_k: int, E: int, N: int, K: int, bias: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Any, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x_RK, bias_EN = (torch.randn(s, generator=generator, device=device).to(dtype) for s in ((R, K), (E, N)))
-    draw: dict[str, Any] = {"generator": generator, "device": device, "dtype": torch.uint8}
-    packed, scale_ENG = torch.randint(0, 256, (E, N, K // 2), **draw), torch.randint(117, 126, (E, N, K // 32), **draw)
-    return x_RK, packed, scale_ENG, *make_groups(R, top_k, E, device, seed), top_k, bias_EN if bias else None
+def make(draw: Draw, R: int, top_k: int, E: int, N: int, K: int, bias: bool = False) -> tuple[Any, ...]:
+    packed = draw.integers(0, 256, E, N, K // 2, dtype=torch.uint8)
+    scale_ENG = draw.integers(117, 126, E, N, K // 32, dtype=torch.uint8)
+    bias_EN = draw(E, N) if bias else None
+    return draw(R, K), packed, scale_ENG, *make_groups(draw, R, top_k, E), top_k, bias_EN
 
 
 @triton.jit
@@ -130,9 +120,8 @@ def builds(dtype: str) -> Iterator[Build]:
 
 
 def _refuses(
-    x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int,
-    bias_EN: Tensor | None = None,
-) -> str | None:  # fmt: skip
+    x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, bias_EN: Tensor | None
+) -> str | None:
     if x_RK.dtype == torch.float64 or scale_ENG.stride(2) != 1:
         return f"x must be of up to 32 bits, scale contiguous in K, got {x_RK.dtype}, {scale_ENG.stride()}"
     return refuses_groups(x_RK, packed, order_S, starts_E, bias_EN)

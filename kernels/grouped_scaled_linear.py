@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract
+from .draw import Draw
 from .gemm_tiles import store_tile
 from .grouped_linear import (
     GROUP_TYPES,
@@ -30,13 +31,19 @@ from .grouped_linear import (
 from .moe_align import make_groups
 from .quantize import TRITON_TYPES, quantize_rows
 from .quantize_weight import quantize_weight, weight_scale
-from .scaled_linear import BLOCK, blockwise_tile, channelwise_tile, check, lacks_float8, scaled_linear, scales_blocks
+from .scaled_linear import (
+    BLOCK,
+    blockwise_tile,
+    channelwise_tile,
+    check,
+    lacks_float8,
+    scaled_linear,
+    scales_blocks,
+    sum_type,
+)
 
 
-def _fake(
-    x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
-    top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def _fake(x_RK: Tensor, weight_ENK: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(x_RK.shape[0] * top_k, weight_ENK.shape[1], dtype=dtype, device=x_RK.device)
 
 
@@ -75,7 +82,7 @@ def check_scales(x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: 
 @grouped_scaled_linear.costs
 def cost(
     x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
-    top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
+    dtype: torch.dtype, bias_EN: Tensor | None,
 ) -> Cost:  # fmt: skip
     return grouped_cost((x_RK, x_scale_RG), (weight_ENK, w_scale, bias_EN), order_S, starts_E, dtype)
 
@@ -99,20 +106,17 @@ def cost(
     },
 )  # fmt: skip
 def make(
-    R: int, top_k: int, E: int, N: int, K: int, format: str = "float8_e4m3fn", x_group: int = 0, rows: int = 0,
-    bias: bool = False, *, dtype: torch.dtype, device: str, seed: int,
+    draw: Draw, R: int, top_k: int, E: int, N: int, K: int, format: str = "float8_e4m3fn", x_group: int = 0,
+    rows: int = 0, bias: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """`rows` 0, 1 and 128: weights are scaled by expert, by channel, in blocks of 128 × 128."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x_RK, weight_ENK, bias_EN = (
-        torch.randn(s, generator=generator, device=device) for s in ((R, K), (E, N, K), (E, N))
-    )
+    weight_ENK = draw.normal(E, N, K)
     blocks = (128, 128) if rows == 128 else (rows, 0)
     scales = [weight_scale(w, format, *blocks) for w in weight_ENK]
     quantized = [quantize_weight(w, s, format, *blocks) for w, s in zip(weight_ENK, scales, strict=True)]
     return (
-        *quantize_rows(x_RK, getattr(torch, format), x_group), torch.stack(quantized), torch.stack(scales),
-        *make_groups(R, top_k, E, device, seed), top_k, dtype, bias_EN.to(dtype) if bias else None,
+        *quantize_rows(draw.normal(R, K), getattr(torch, format), x_group), torch.stack(quantized),
+        torch.stack(scales), *make_groups(draw, R, top_k, E), top_k, draw.dtype, draw(E, N) if bias else None,
     )  # fmt: skip
 
 
@@ -153,35 +157,28 @@ def _grouped_scaled_kernel(
         store_tile(tl.zeros([BLOCK_T, BLOCK_N], tl.float32), out_ptr, bias_ptr, slot, column, S, N, False)
 
 
-def _sum_type(dtype: torch.dtype) -> tl.dtype:
-    return tl.float32 if dtype.is_floating_point else tl.int32
-
-
-@grouped_scaled_linear.builds
-def builds(dtype: str) -> Iterator[Build]:
+def _builds() -> Iterator[Build]:
     for source, pointer in TRITON_TYPES.items():
         types = {"x_ptr": pointer, "w_ptr": pointer, "xs_ptr": "*fp32", "ws_ptr": "*fp32", **GROUP_TYPES}
+        constants = {"BLOCK_K": BLOCK, "TOP_K": 8, "BIAS": True, "SUM": sum_type(source)}
         for tiles in tile_configs(1):
             for blocks in (False, True):
-                constants = {"BLOCK_K": BLOCK, "TOP_K": 8, "BIAS": True, "SUM": _sum_type(source)}
-                yield Build(
-                    _grouped_scaled_kernel, {**tiles, **constants, "IN_STEPS": blocks, "W_BLOCKS": blocks}, types,
-                    89 if source.is_floating_point else 80,
-                )  # fmt: skip
+                chosen = {**tiles, **constants, "IN_STEPS": blocks, "W_BLOCKS": blocks}
+                yield Build(_grouped_scaled_kernel, chosen, types)
 
 
-def _refuses(
-    x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
-    top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
-) -> str | None:  # fmt: skip
+grouped_scaled_linear.builds(_builds())
+
+
+def _refuses(x_RK: Tensor, x_scale_RG: Tensor, w_scale: Tensor, dtype: torch.dtype) -> str | None:
     if lacks_float8(x_RK):
         return "float8 needs compute capability 8.9"
     if x_scale_RG.dtype != torch.float32 or w_scale.dtype != torch.float32 or not dtype.is_floating_point:
         return f"scales must be float32 and the result float, got {x_scale_RG.dtype}, {w_scale.dtype}, {dtype}"
-    return refuses_groups(x_RK, weight_ENK, order_S, starts_E, bias_EN)
+    return None
 
 
-@grouped_scaled_linear.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@grouped_scaled_linear.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_groups), triton=True)
 def grouped_scaled_linear_triton(
     x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
     top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
@@ -197,7 +194,7 @@ def grouped_scaled_linear_triton(
             x_RK, x_scale_RG, weight_ENK, w_scale, bias_EN, out_SN, order_S, starts_E, x_RK.stride(0),
             x_scale_RG.stride(0), x_scale_RG.stride(1) if groups else 0, weight_ENK.stride(0), weight_ENK.stride(1),
             w_scale.stride(0), w_scale.stride(1) if w_scale.shape[1] > 1 else 0, w_scale.stride(2), slots, E, N, K,
-            TOP_K=top_k, BIAS=bias_EN is not None, SUM=_sum_type(x_RK.dtype), IN_STEPS=groups or blocks,
+            TOP_K=top_k, BIAS=bias_EN is not None, SUM=sum_type(x_RK.dtype), IN_STEPS=groups or blocks,
             W_BLOCKS=blocks, **chosen,
         )  # fmt: skip
     return out_SN

@@ -5,18 +5,20 @@ Source: the Gumbel-max trick, Maddison et al. 2014, https://arxiv.org/abs/1411.0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 from .sampling_noise import DRAW, draw_key, draw_keys, gumbel, gumbel_noise
+from .sampling_triton import refuses_logits
 
 
-@contract()
+@contract(flops=lambda logits_RV: 40 * logits_RV.numel())
 def gumbel_sample(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     """Return token ids (R,) int64: argmax(logits / temperature + noise), at temperature 0 argmax(logits).
 
@@ -30,24 +32,18 @@ def gumbel_sample(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, pos
     return torch.where(hot_R1 > 0, wide_RV / hot_R1 + noise_RV, wide_RV).argmax(-1)
 
 
-@gumbel_sample.costs
-def cost(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Cost:
-    return Cost(bytes=logits_RV.nbytes + 28 * logits_RV.shape[0], flops=40 * logits_RV.numel())
-
-
 @gumbel_sample.inputs(
     examples=({"R": 1, "V": 8}, {"R": 3, "V": 33}, {"R": 0, "V": 16}, {"R": 4, "V": 4500}),
     shapes={"llama-3-8b decode": {"R": 64, "V": 128256}, "qwen3-30b-a3b decode": {"R": 256, "V": 151936}},
     sizes={"R": (0, 6), "V": (1, 600)},
     rows=(0, 1, 2, 3),
 )
-def make(R: int, V: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, ...]:
+def make(draw: Draw, R: int, V: int) -> tuple[Any, ...]:
     """Every other row is greedy."""
-    generator = torch.Generator(device).manual_seed(seed)
-    logits_RV = 3 * torch.randn(R, V, generator=generator, device=device).to(dtype)
-    temperature_R = torch.rand(R, generator=generator, device=device) * (torch.arange(R, device=device) % 2 == 0)
-    seeds_R = torch.randint(-(2**63), 2**63 - 1, (R,), generator=generator, device=device)
-    return logits_RV, temperature_R, seeds_R, torch.arange(R, device=device)
+    logits_RV = 3 * draw(R, V)
+    temperature_R = draw.uniform(R) * (torch.arange(R, device=draw.device) % 2 == 0)
+    seeds_R = draw.integers(-(2**63), 2**63 - 1, R)
+    return logits_RV, temperature_R, seeds_R, torch.arange(R, device=draw.device)
 
 
 @gumbel_sample.provider("numpy", devices=("cpu",))
@@ -97,21 +93,16 @@ def config(V: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(V), 4096), "num_warps": 8 if V > 1024 else 1}
 
 
-@gumbel_sample.builds
-def builds(dtype: str) -> Iterator[Build]:
-    known = {"temperature_ptr": "*fp32", "scores_ptr": "*fp32", "tokens_ptr": "*i32", "out_ptr": "*i64"}
-    known |= {"seeds_ptr": "*i64", "positions_ptr": "*i64"}
-    yield Build(_score_kernel, config(151936), known)
-    yield Build(_best_kernel, {"SPLITS": 64, "num_warps": 1}, known)
+_TYPES = {
+    "temperature_ptr": "*fp32", "scores_ptr": "*fp32", "tokens_ptr": "*i32", "out_ptr": "*i64", "seeds_ptr": "*i64",
+    "positions_ptr": "*i64",
+}  # fmt: skip
+gumbel_sample.builds(
+    [Build(_score_kernel, config(151936), _TYPES), Build(_best_kernel, {"SPLITS": 64, "num_warps": 1}, _TYPES)]
+)
 
 
-def _refuses(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> str | None:
-    if logits_RV.stride(-1) != 1:
-        return f"logits must be contiguous in V, their strides are {logits_RV.stride()}"
-    return None
-
-
-@gumbel_sample.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@gumbel_sample.provider("triton", devices=("cuda",), refuses=refuses_logits, triton=True)
 def gumbel_sample_triton(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     rows, vocab = logits_RV.shape
     chosen, device = config(vocab), logits_RV.device

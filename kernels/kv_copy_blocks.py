@@ -5,10 +5,13 @@ Source: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, sections 4.4 and 4.5
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .contract import Cost, contract
+from .draw import Draw
 
 
 @contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
@@ -31,7 +34,7 @@ def kv_copy_blocks(
 
 
 @kv_copy_blocks.costs
-def cost(k_from: Tensor, v_from: Tensor, k_cache: Tensor, v_cache: Tensor, source_N: Tensor, target_N: Tensor) -> Cost:
+def cost(k_from: Tensor, source_N: Tensor, target_N: Tensor) -> Cost:
     return Cost(bytes=4 * len(source_N) * k_from[0].nbytes + source_N.nbytes + target_N.nbytes, flops=0)
 
 
@@ -40,8 +43,7 @@ def cost(k_from: Tensor, v_from: Tensor, k_cache: Tensor, v_cache: Tensor, sourc
     shapes={"llama-3-8b 1024 tokens": {"N": 64, "K": 8, "P": 16, "D": 128}},
     sizes={"N": (0, 5), "K": (1, 3), "P": [4, 16], "D": [16, 40]},
 )
-def make(N: int, K: int, P: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator(device).manual_seed(seed)
-    caches = torch.randn(4, N + 2, K, P, D, generator=generator, device=device).to(dtype)
-    source, target = (torch.randperm(N + 2, generator=generator, device=device)[:N] for _ in range(2))
+def make(draw: Draw, N: int, K: int, P: int, D: int) -> tuple[Any, ...]:
+    caches = draw(4, N + 2, K, P, D)
+    source, target = (draw.permutation(N + 2)[:N] for _ in range(2))
     return *(c.clone() for c in caches), source, target

@@ -5,18 +5,19 @@ Source: Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract, refuses_rows
+from .contract import Build, contract, refuses_rows
+from .draw import Draw
 from .rms_norm import config
 
 
-@contract()
+@contract(flops=lambda x_TD: 7 * x_TD.numel())
 def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """Return (x - mean) / sqrt(mean((x - mean)²) + eps) * weight + bias: (T, D) in x's dtype, rounded once.
 
@@ -28,24 +29,14 @@ def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float
     return (normed_TD if bias_D is None else normed_TD + bias_D.to(wide)).to(x_TD.dtype)
 
 
-@layer_norm.costs
-def cost(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Cost:
-    return Cost(bytes=2 * x_TD.nbytes + (1 + (bias_D is not None)) * weight_D.nbytes, flops=7 * x_TD.numel())
-
-
 @layer_norm.inputs(
     examples=({"T": 1, "D": 8}, {"T": 3, "D": 33, "bias": False}, {"T": 0, "D": 16}, {"T": 7, "D": 576}),
     shapes={"command-r-plus prefill": {"T": 4096, "D": 12288, "bias": False}, "phi-2 decode": {"T": 64, "D": 2560}},
     sizes={"T": (0, 9), "D": (1, 600), "bias": [False, True]},
     rows=(0,),
 )
-def make(
-    T: int, D: int, bias: bool = True, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor | None, float]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TD = torch.randn(T, D, generator=generator, device=device) + 1
-    weight_D, bias_D = (torch.randn(D, generator=generator, device=device).to(dtype) for _ in range(2))
-    return x_TD.to(dtype), weight_D, bias_D if bias else None, 1e-5
+def make(draw: Draw, T: int, D: int, bias: bool = True) -> tuple[Any, ...]:
+    return (draw.normal(T, D) + 1).to(draw.dtype), draw(D), draw(D) if bias else None, 1e-5
 
 
 @triton.jit
@@ -63,13 +54,12 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, x_stride, D, eps, B
     tl.store(out_ptr + row * D + column, normed.to(x.dtype), mask=inside)
 
 
-@layer_norm.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for width in (576, 4096, 16384):
-        yield Build(_layer_norm_kernel, {"BIAS": True, **config(width)}, {"eps": "fp32"})
+layer_norm.builds(
+    Build(_layer_norm_kernel, {"BIAS": True, **config(width)}, {"eps": "fp32"}) for width in (576, 4096, 16384)
+)
 
 
-def _refuses(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> str | None:
+def _refuses(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> str | None:
     for name, vector in (("weight", weight_D), ("bias", bias_D)):
         if vector is not None and (vector.shape != x_TD.shape[-1:] or not vector.is_contiguous()):
             return f"{name} is {tuple(vector.shape)}, wanted ({x_TD.shape[-1]},) as x's columns, contiguous"

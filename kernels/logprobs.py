@@ -6,21 +6,22 @@ https://arxiv.org/abs/1805.02867), its greatest logits, and how many exceed the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
-from .sampling_triton import from_order, log1p, to_order
+from .contract import Build, contract
+from .draw import Draw
+from .sampling_triton import from_order, log1p, refuses_logits, to_order
 
 _MOST = 128  # top tokens that the Triton kernel serves: of 64 blocks they are 8192 keys, which one program joins
 _SLACK = 8  # equal logits beyond num_top that the CPU provider looks at before it sorts rows whole
 
 
-@contract()
+@contract(flops=lambda logits_RV: 4 * logits_RV.numel())
 def logprobs(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return log_softmax(logits) at the chosen ids (R,), their ranks, and the num_top most likely ids' with these.
 
@@ -40,12 +41,6 @@ def _of_ids(wide_RV: Tensor, chosen_R: Tensor, ids_RK: Tensor) -> tuple[Tensor, 
     return logprobs_RV.gather(1, chosen_R1).squeeze(-1), ranks_R, logprobs_RV.gather(1, ids_RK), ids_RK.contiguous()
 
 
-@logprobs.costs
-def cost(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> Cost:
-    rows = logits_RV.shape[0]
-    return Cost(bytes=logits_RV.nbytes + rows * (20 + 12 * num_top), flops=4 * logits_RV.numel())
-
-
 @logprobs.inputs(
     examples=(
         {"R": 1, "V": 8, "num_top": 3}, {"R": 3, "V": 33, "num_top": 33}, {"R": 0, "V": 16, "num_top": 1},
@@ -58,14 +53,11 @@ def cost(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> Cost:
     sizes={"R": (0, 4), "V": (8, 600), "num_top": [0, 1, 5, 8], "coarse": [False, True]},
     rows=(0, 1),
 )  # fmt: skip
-def make(
-    R: int, V: int, num_top: int, coarse: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, int]:
+def make(draw: Draw, R: int, V: int, num_top: int, coarse: bool = False) -> tuple[Any, ...]:
     """`coarse` logits tie often."""
-    generator = torch.Generator(device).manual_seed(seed)
-    logits_RV = 3 * torch.randn(R, V, generator=generator, device=device)
+    logits_RV = 3 * draw.normal(R, V)
     logits_RV = logits_RV.round() if coarse else logits_RV
-    return logits_RV.to(dtype), torch.randint(V, (R,), generator=generator, device=device), num_top
+    return logits_RV.to(draw.dtype), draw.integers(0, V, R), num_top
 
 
 @logprobs.provider("partial", devices=("cpu",))
@@ -149,24 +141,23 @@ def join_config(splits: int, num_top: int) -> dict[str, int]:
     return {"SPLITS": triton.next_power_of_2(splits), "KEYS": keys, "num_warps": min(max(keys // 512, 1), 16)}
 
 
-@logprobs.builds
-def builds(dtype: str) -> Iterator[Build]:
-    known = dict.fromkeys(("greatest_ptr", "sums_ptr", "own_ptr", "top_ptr"), "*fp32") | {"greater_ptr": "*i32"}
-    known |= dict.fromkeys(("chosen_ptr", "keys_ptr", "ranks_ptr", "ids_ptr"), "*i64")
-    yield Build(_block_kernel, config(151936), known)
-    for num_top in (1, 20, _MOST):
-        yield Build(_join_kernel, join_config(64, num_top), known)
+_TYPES = dict.fromkeys(("greatest_ptr", "sums_ptr", "own_ptr", "top_ptr"), "*fp32") | {"greater_ptr": "*i32"}
+_TYPES |= dict.fromkeys(("chosen_ptr", "keys_ptr", "ranks_ptr", "ids_ptr"), "*i64")
+logprobs.builds(
+    [
+        Build(_block_kernel, config(151936), _TYPES),
+        *(Build(_join_kernel, join_config(64, num_top), _TYPES) for num_top in (1, 20, _MOST)),
+    ]
+)
 
 
-def _refuses(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> str | None:
-    if logits_RV.stride(-1) != 1:
-        return f"logits must be contiguous in V, their strides are {logits_RV.stride()}"
+def _refuses(logits_RV: Tensor, num_top: int) -> str | None:
     if not 0 <= num_top <= min(_MOST, logits_RV.shape[1]):
         return f"num_top is {num_top}, wanted 0 to {min(_MOST, logits_RV.shape[1])}"
     return None
 
 
-@logprobs.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@logprobs.provider("triton", devices=("cuda",), refuses=(refuses_logits, _refuses), triton=True)
 def logprobs_triton(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (rows, vocab), device = logits_RV.shape, logits_RV.device
     chosen = config(vocab)

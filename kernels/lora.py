@@ -11,6 +11,7 @@ https://arxiv.org/abs/2310.18547, section 4.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract, refuses_rows
+from .draw import Draw
 
 _CHUNK = 512  # columns of x a program; fixed, so that the order of the sums is
 
@@ -51,12 +53,12 @@ def lora_expand(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, sc
 
 
 @lora_shrink.costs
-def shrink_cost(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Cost:
+def shrink_cost(x_TD: Tensor, a_LRD: Tensor) -> Cost:
     return _cost(x_TD, a_LRD.shape[1], a_LRD, x_TD.nbytes)
 
 
 @lora_expand.costs
-def expand_cost(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> Cost:
+def expand_cost(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor) -> Cost:
     return _cost(y_TN, s_TR.shape[1], b_LNR, 2 * y_TN.nbytes)
 
 
@@ -67,36 +69,30 @@ def _cost(wide_TD: Tensor, rank: int, weight: Tensor, moved: int) -> Cost:
     return Cost(bytes=moved + narrow + adapters, flops=2 * wide_TD.numel() * rank)
 
 
-_EXAMPLES = (
-    {"T": 1, "D": 16, "R": 8, "L": 1}, {"T": 3, "D": 33, "R": 4, "L": 2}, {"T": 0, "D": 8, "R": 8, "L": 1},
-    {"T": 40, "D": 700, "R": 16, "L": 3},
+@lora_shrink.inputs(
+    examples=(
+        {"T": 1, "D": 16, "R": 8, "L": 1}, {"T": 3, "D": 33, "R": 4, "L": 2}, {"T": 0, "D": 8, "R": 8, "L": 1},
+        {"T": 40, "D": 700, "R": 16, "L": 3},
+    ),
+    shapes={
+        "llama-3-8b prefill": {"T": 4096, "D": 4096, "R": 16, "L": 4},
+        "llama-3-70b decode": {"T": 64, "D": 8192, "R": 16, "L": 16},
+    },
+    sizes={"T": (0, 40), "D": (1, 600), "R": [4, 8, 16, 64], "L": (1, 5)},
+    rows=(0, 2),
 )  # fmt: skip
-_SHAPES = {
-    "llama-3-8b prefill": {"T": 4096, "D": 4096, "R": 16, "L": 4},
-    "llama-3-70b decode": {"T": 64, "D": 8192, "R": 16, "L": 16},
-}
-_SIZES: dict[str, tuple[int, int] | list[int]] = {"T": (0, 40), "D": (1, 600), "R": [4, 8, 16, 64], "L": (1, 5)}
+def make_shrink(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
+    x_TD = draw(T, D)
+    a_LRD = (draw.normal(L, R, D) / D**0.5).to(draw.dtype)
+    return x_TD, a_LRD, draw.integers(-1, L, T, dtype=torch.int32)
 
 
-@lora_shrink.inputs(examples=_EXAMPLES, shapes=_SHAPES, sizes=_SIZES, rows=(0, 2))
-def make_shrink(
-    T: int, D: int, R: int, L: int, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TD = torch.randn(T, D, generator=generator, device=device).to(dtype)
-    a_LRD = (torch.randn(L, R, D, generator=generator, device=device) / D**0.5).to(dtype)
-    return x_TD, a_LRD, torch.randint(-1, L, (T,), generator=generator, device=device, dtype=torch.int32)
-
-
-@lora_expand.inputs(examples=_EXAMPLES, shapes=_SHAPES, sizes=_SIZES, rows=(0, 1, 3))
-def make_expand(
-    T: int, D: int, R: int, L: int, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    y_TN, s_TR = (torch.randn(T, n, generator=generator, device=device).to(dtype) for n in (D, R))
-    b_LNR = (torch.randn(L, D, R, generator=generator, device=device) / R**0.5).to(dtype)
-    adapter_T = torch.randint(-1, L, (T,), generator=generator, device=device, dtype=torch.int32)
-    return y_TN, s_TR, b_LNR, adapter_T, torch.rand(L, generator=generator, device=device) + 0.5
+@lora_expand.inputs(examples=lora_shrink.examples, shapes=lora_shrink.shapes, sizes=lora_shrink.sizes, rows=(0, 1, 3))
+def make_expand(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
+    y_TN, s_TR = (draw(T, n) for n in (D, R))
+    b_LNR = (draw.normal(L, D, R) / R**0.5).to(draw.dtype)
+    adapter_T = draw.integers(-1, L, T, dtype=torch.int32)
+    return y_TN, s_TR, b_LNR, adapter_T, draw.uniform(L) + 0.5
 
 
 @triton.jit

@@ -6,17 +6,18 @@ Source: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; as an ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 
 
-@contract()
+@contract(flops=lambda outs_STHD: 2 * outs_STHD.numel())
 def merge_states(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return (out, lse): Σ exp(lse_s - lse) out_s, (T, H, D) in dtype, and lse = log Σ exp(lse_s), (T, H).
 
@@ -27,13 +28,6 @@ def merge_states(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) -> tupl
     weight_STH1 = lse_STH.softmax(0).unsqueeze(-1)
     unseen_STH1 = (lse_STH == float("-inf")).unsqueeze(-1)
     return (outs_STHD * weight_STH1).masked_fill(unseen_STH1, 0).sum(0).to(dtype), lse_TH
-
-
-@merge_states.costs
-def cost(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) -> Cost:
-    rows = outs_STHD[0].numel()
-    moved = outs_STHD.nbytes + lse_STH.nbytes + rows * dtype.itemsize + lse_STH[0].nbytes
-    return Cost(bytes=moved, flops=2 * outs_STHD.numel())
 
 
 @merge_states.inputs(
@@ -47,16 +41,13 @@ def cost(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) -> Cost:
     },
     sizes={"S": (1, 20), "T": (0, 5), "H": (1, 4), "D": [16, 33, 128, 256]},
 )  # fmt: skip
-def make(
-    S: int, T: int, H: int, D: int, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, torch.dtype]:
+def make(draw: Draw, S: int, T: int, H: int, D: int) -> tuple[Any, ...]:
     """A third of the parts have seen no key, and their outs are NaN."""
-    generator = torch.Generator(device).manual_seed(seed)
-    outs_STHD = torch.randn(S, T, H, D, generator=generator, device=device)
-    lse_STH = 3 * torch.randn(S, T, H, generator=generator, device=device)
-    unseen_STH = torch.rand(S, T, H, generator=generator, device=device) < 1 / 3
+    outs_STHD = draw.normal(S, T, H, D)
+    lse_STH = 3 * draw.normal(S, T, H)
+    unseen_STH = draw.uniform(S, T, H) < 1 / 3
     lse_STH = lse_STH.masked_fill(unseen_STH, float("-inf"))
-    return outs_STHD.masked_fill(unseen_STH[..., None], torch.nan), lse_STH, dtype
+    return outs_STHD.masked_fill(unseen_STH[..., None], torch.nan), lse_STH, draw.dtype
 
 
 @triton.jit
@@ -82,14 +73,11 @@ def config(D: int) -> dict[str, int]:
     return {"BLOCK": triton.next_power_of_2(D), "num_warps": 1}
 
 
-@merge_states.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for width in (64, 128, 256):
-        types = dict.fromkeys(("outs_ptr", "lse_ptr", "out_lse_ptr"), "*fp32")
-        yield Build(_merge_states_kernel, config(width), types)
+_TYPES = dict.fromkeys(("outs_ptr", "lse_ptr", "out_lse_ptr"), "*fp32")
+merge_states.builds(Build(_merge_states_kernel, config(width), _TYPES) for width in (64, 128, 256))
 
 
-def _refuses(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) -> str | None:
+def _refuses(outs_STHD: Tensor, lse_STH: Tensor) -> str | None:
     if not (outs_STHD.is_contiguous() and lse_STH.is_contiguous()):
         return f"outs and lse must be contiguous, their strides are {outs_STHD.stride()}, {lse_STH.stride()}"
     if outs_STHD.dtype != torch.float32 or lse_STH.dtype != torch.float32:

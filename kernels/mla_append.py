@@ -5,7 +5,7 @@ Source: DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1: one latent r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract
+from .draw import Draw
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -38,9 +39,7 @@ def mla_append(
 
 
 @mla_append.costs
-def cost(
-    latent_TC: Tensor, rope_TR: Tensor, cache: Tensor, slot_mapping_T: Tensor, cache_scale: Tensor | None = None
-) -> Cost:
+def cost(latent_TC: Tensor, rope_TR: Tensor, cache: Tensor, slot_mapping_T: Tensor) -> Cost:
     written = (latent_TC.numel() + rope_TR.numel()) * cache.element_size()
     return Cost(bytes=latent_TC.nbytes + rope_TR.nbytes + written + slot_mapping_T.nbytes, flops=0)
 
@@ -53,17 +52,12 @@ def cost(
     shapes={"deepseek-v3 prefill": {"T": 4096, "C": 512, "R": 64, "P": 64}},
     sizes={"T": (0, 9), "C": [32, 48, 512], "R": [8, 64], "P": [4, 16], "float8": [False, True]},
 )  # fmt: skip
-def make(
-    T: int, C: int, R: int, P: int, float8: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator(device).manual_seed(seed)
-    rows_TE = torch.randn(T, C + R, generator=generator, device=device).to(dtype)
-    blocks = -(-T // P) + 2
-    cache = torch.zeros(blocks, P, C + R, dtype=FLOAT8 if float8 else dtype, device=device)
-    slots = torch.randperm(blocks * P, generator=generator, device=device)[:T]
-    slots[1::4] = -1
-    scale = torch.full((1,), 2**-7, device=device) if float8 else None
-    return rows_TE[:, :C], rows_TE[:, C:].clone(), cache, slots, scale
+def make(draw: Draw, T: int, C: int, R: int, P: int, float8: bool = False) -> tuple[Any, ...]:
+    rows_TE = draw(T, C + R)
+    blocks, slots_T = draw.slots(T, P)
+    cache = torch.zeros(blocks, P, C + R, dtype=FLOAT8 if float8 else draw.dtype, device=draw.device)
+    scale = torch.full((1,), 2**-7, device=draw.device) if float8 else None
+    return rows_TE[:, :C], rows_TE[:, C:].clone(), cache, slots_T, scale
 
 
 @triton.jit
@@ -92,16 +86,16 @@ def config(width: int, cache_dtype: torch.dtype) -> dict[str, object]:
     return {"BLOCK": triton.next_power_of_2(width), "LIMIT": limit, "num_warps": 4}
 
 
-@mla_append.builds
-def builds(dtype: str) -> Iterator[Build]:
-    yield Build(_mla_append_kernel, {**config(576, torch.bfloat16), "scale_ptr": None}, {"slot_ptr": "*i64"})
-    pointers = {"slot_ptr": "*i64", "scale_ptr": "*fp32", "cache_ptr": "*fp8e4nv"}
-    yield Build(_mla_append_kernel, config(576, FLOAT8), pointers, min_capability=89)
+mla_append.builds(
+    Build(_mla_append_kernel, constants, {"slot_ptr": "*i64", **types})
+    for constants, types in (
+        ({**config(576, torch.bfloat16), "scale_ptr": None}, {}),
+        (config(576, FLOAT8), {"scale_ptr": "*fp32", "cache_ptr": "*fp8e4nv"}),
+    )
+)
 
 
-def _refuses(
-    latent_TC: Tensor, rope_TR: Tensor, cache: Tensor, slot_mapping_T: Tensor, cache_scale: Tensor | None = None
-) -> str | None:
+def _refuses(latent_TC: Tensor, rope_TR: Tensor, cache: Tensor) -> str | None:
     if latent_TC.dtype != rope_TR.dtype or cache.dtype not in (latent_TC.dtype, FLOAT8):
         return (
             "latent and rope must share a dtype, and the cache have it or float8_e4m3fn, "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .contract import Cost, contract
+from .draw import Draw
 from .mla_append import FLOAT8
 
 
@@ -29,17 +30,11 @@ def ragged_rows(
             yield slice(first, last), cache[blocks].flatten(0, 1)[:length], key > key[first - last :, None]
 
 
-@contract(seam=True, fake=lambda q_THE, *args: q_THE.new_empty((*q_THE.shape[:2], args[5])))
+@contract(seam=True, fake=lambda q_THE, latent: q_THE.new_empty((*q_THE.shape[:2], latent)))
 def mla_decode(
-    q_THE: Tensor,
-    cache: Tensor,
-    block_table_RB: Tensor,
-    seq_lens_R: Tensor,
-    query_starts_S: Tensor,
-    scale: float,
-    latent: int,
-    cache_scale: Tensor | None = None,
-) -> Tensor:
+    q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, scale: float,
+    latent: int, cache_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return softmax(q rowsᵀ · scale, causal) rows[:, :latent]: (T, H, latent) in q's dtype, float32 or wider inside.
 
     q (T, H, E) is [W_UKᵀ q_nope, q_rope]; the cache (N, P, E) has one row a token for all heads, times cache_scale,
@@ -57,10 +52,7 @@ def mla_decode(
 
 
 @mla_decode.costs
-def cost(
-    q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, scale: float,
-    latent: int, cache_scale: Tensor | None = None,
-) -> Cost:  # fmt: skip
+def cost(q_THE: Tensor, cache: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, latent: int) -> Cost:
     heads, width = q_THE.shape[1:]
     keys, seen = counts(seq_lens_R, query_starts_S)
     moved = q_THE.nbytes + q_THE.nbytes * latent // width + keys * width * cache.element_size()
@@ -91,28 +83,14 @@ def counts(seq_lens_R: Tensor, query_starts_S: Tensor) -> tuple[int, int]:
     },
 )  # fmt: skip
 def make(
-    R: int, queries: int, context: int, H: int, C: int, rope: int, P: int, float8: bool = False, *,
-    dtype: torch.dtype, device: str, seed: int,
-) -> tuple[Any, ...]:  # fmt: skip
-    generator = torch.Generator(device).manual_seed(seed)
-    cache, *batch = paged_rows(R, queries, context, C + rope, P, dtype, generator)
-    q_THE = torch.randn(R * queries, H, C + rope, generator=generator, device=device).to(dtype)
-    cache_scale = torch.full((1,), 2**-6, device=device) if float8 else None
-    stored = cache if cache_scale is None else (cache / cache_scale).to(FLOAT8)
-    return q_THE, stored, *batch, (C + rope) ** -0.5, C, cache_scale
+    draw: Draw, R: int, queries: int, context: int, H: int, C: int, rope: int, P: int, float8: bool = False
+) -> tuple[Any, ...]:
+    table_RB, *batch = draw.batch(R, queries, context, P)
+    cache, cache_scale = draw_cache(draw, int(table_RB.max()) + 1, P, C + rope, float8)
+    return draw(R * queries, H, C + rope), cache, table_RB, *batch, (C + rope) ** -0.5, C, cache_scale
 
 
-def paged_rows(
-    R: int, queries: int, context: int, width: int, P: int, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw (cache, block table, lengths, query starts): context, context + 1, … tokens before each one's queries."""
-    device = generator.device
-    lengths = [context + r + queries for r in range(R)]
-    owned = [-(-n // P) for n in lengths]
-    order = torch.randperm(sum(owned), generator=generator, device=device).to(torch.int32) + 1
-    table_RB = torch.zeros(R, max(owned), dtype=torch.int32, device=device)
-    for r, blocks in enumerate(order.split(owned)):
-        table_RB[r, : owned[r]] = blocks
-    cache = torch.randn(sum(owned) + 1, P, width, generator=generator, device=device).to(dtype)
-    starts_S = torch.arange(0, (R + 1) * queries, queries, dtype=torch.int32, device=device)
-    return cache, table_RB, torch.tensor(lengths, dtype=torch.int32, device=device), starts_S
+def draw_cache(draw: Draw, blocks: int, P: int, width: int, float8: bool) -> tuple[Tensor, Tensor | None]:
+    """Draw a cache of latents, and its scale where it is float8."""
+    cache, scale = draw(blocks, P, width), torch.full((1,), 2**-6, device=draw.device)
+    return ((cache / scale).to(FLOAT8), scale) if float8 else (cache, None)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_triton import find_request
 from .contract import Build
 from .merge_states import merge_states
 from .mla_append import FLOAT8
@@ -36,15 +37,7 @@ def mla_kernel(
     tokens, each head with its own (PACK is 1). CONTEXT: only what came before the step's tokens is seen.
     """
     tile, head_tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # The last request whose first tile, starts[r] // QUERIES + r, is not behind this one.
-    low, high = 0, requests
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(start_ptr + middle) // QUERIES + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    request = low
+    request = find_request(start_ptr, requests, tile, QUERIES)
     first = tl.load(start_ptr + request)
     count = tl.load(start_ptr + request + 1) - first
     done = (tile - (first // QUERIES + request)) * QUERIES
@@ -164,15 +157,11 @@ def builds(dtype: str) -> Iterator[Build]:
             types = types | dict.fromkeys(("k_ptr", "k_rope_ptr", "v_ptr"), "*fp8e4nv")
         else:
             constants["cache_scale_ptr"] = None
-        least = 89 if stored == FLOAT8 else 80
-        yield Build(mla_kernel, {**constants, "CONTEXT": True}, types, least)
-        yield Build(mla_kernel, {**constants, "CONTEXT": False, "SPLITS": 8}, {**types, "out_ptr": "*fp32"}, least)
+        yield Build(mla_kernel, {**constants, "CONTEXT": True}, types)
+        yield Build(mla_kernel, {**constants, "CONTEXT": False, "SPLITS": 8}, {**types, "out_ptr": "*fp32"})
 
 
-def refuses_absorbed(
-    q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, scale: float,
-    latent: int, cache_scale: Tensor | None = None,
-) -> str | None:  # fmt: skip
+def refuses_absorbed(q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, latent: int) -> str | None:
     """Return why `attend_absorbed` cannot serve these arguments, or None."""
     if cache.dtype not in (q_THE.dtype, FLOAT8):
         return f"the cache must have q's dtype {q_THE.dtype} or float8_e4m3fn, got {cache.dtype}"

@@ -15,29 +15,22 @@ import torch
 from torch import Tensor
 
 from .contract import Build, Cost, contract
+from .draw import Draw
 from .merge_states import merge_states
-from .mla_append import FLOAT8
-from .mla_decode import counts, mla_decode, paged_rows, ragged_rows
+from .mla_decode import counts, draw_cache, mla_decode, ragged_rows
 from .mla_decode_triton import TYPES, attend_absorbed, mla_kernel, refuses_absorbed, widths
 
 
-def _empty(q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, *args: Any) -> Tensor:
+def _empty(q_nope_THN: Tensor, kv_b_HXC: Tensor) -> Tensor:
     tokens, heads, nope = q_nope_THN.shape
     return q_nope_THN.new_empty((tokens, heads, kv_b_HXC.shape[1] - nope))
 
 
 @contract(seam=True, fake=_empty)
 def mla_prefill(
-    q_nope_THN: Tensor,
-    q_rope_THR: Tensor,
-    cache: Tensor,
-    kv_b_HXC: Tensor,
-    block_table_RB: Tensor,
-    seq_lens_R: Tensor,
-    query_starts_S: Tensor,
-    scale: float,
-    cache_scale: Tensor | None = None,
-) -> Tensor:
+    q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, block_table_RB: Tensor,
+    seq_lens_R: Tensor, query_starts_S: Tensor, scale: float, cache_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return softmax((q_nope k_nopeᵀ + q_rope k_ropeᵀ) · scale, causal) v: (T, H, V) in q's dtype, float32 inside.
 
     The cache (N, P, C + R) holds each token's [latent, k_rope], times cache_scale, (1,) float32, where given; kv_b
@@ -60,9 +53,8 @@ def mla_prefill(
 
 @mla_prefill.costs
 def cost(
-    q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, block_table_RB: Tensor,
-    seq_lens_R: Tensor, query_starts_S: Tensor, scale: float, cache_scale: Tensor | None = None,
-) -> Cost:  # fmt: skip
+    q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor
+) -> Cost:
     heads, expanded, latent = kv_b_HXC.shape
     keys, seen = counts(seq_lens_R, query_starts_S)
     values = expanded - q_nope_THN.shape[2]
@@ -92,17 +84,15 @@ def cost(
     },
 )  # fmt: skip
 def make(
-    R: int, queries: int, context: int, H: int, nope: int, rope: int, V: int, C: int, P: int, float8: bool = False, *,
-    dtype: torch.dtype, device: str, seed: int,
+    draw: Draw, R: int, queries: int, context: int, H: int, nope: int, rope: int, V: int, C: int, P: int,
+    float8: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    generator = torch.Generator(device).manual_seed(seed)
-    cache, *batch = paged_rows(R, queries, context, C + rope, P, dtype, generator)
-    q_THQ = torch.randn(R * queries, H, nope + rope, generator=generator, device=device).to(dtype)
-    kv_b_HXC = (torch.randn(H, nope + V, C, generator=generator, device=device) * C**-0.5).to(dtype)
-    cache_scale = torch.full((1,), 2**-6, device=device) if float8 else None
-    stored = cache if cache_scale is None else (cache / cache_scale).to(FLOAT8)
+    table_RB, *batch = draw.batch(R, queries, context, P)
+    cache, cache_scale = draw_cache(draw, int(table_RB.max()) + 1, P, C + rope, float8)
+    q_THQ = draw(R * queries, H, nope + rope)
+    kv_b_HXC = (draw.normal(H, nope + V, C) * C**-0.5).to(draw.dtype)
     scale = (nope + rope) ** -0.5
-    return q_THQ[..., :nope], q_THQ[..., nope:].clone(), stored, kv_b_HXC, *batch, scale, cache_scale
+    return q_THQ[..., :nope], q_THQ[..., nope:].clone(), cache, kv_b_HXC, table_RB, *batch, scale, cache_scale
 
 
 def config(dtype: torch.dtype) -> dict[str, int]:
@@ -154,23 +144,18 @@ def mla_prefill_absorbed(
 
 
 def _refuses(
-    q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, block_table_RB: Tensor,
-    seq_lens_R: Tensor, query_starts_S: Tensor, scale: float, cache_scale: Tensor | None = None,
-) -> str | None:  # fmt: skip
+    q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, block_table_RB: Tensor
+) -> str | None:
     if not (q_nope_THN.dtype == q_rope_THR.dtype == kv_b_HXC.dtype):
         return f"q and kv_b must share a dtype, got {q_nope_THN.dtype}, {q_rope_THR.dtype}, {kv_b_HXC.dtype}"
     if q_nope_THN.stride(2) != 1 or q_rope_THR.stride(2) != 1:
         return "q_nope and q_rope must be contiguous in their last dimension"
-    if max(q_nope_THN.shape[2], kv_b_HXC.shape[1] - q_nope_THN.shape[2]) > 128:
-        return (
-            f"heads are {q_nope_THN.shape[2]} and {kv_b_HXC.shape[1]} - {q_nope_THN.shape[2]} wide, wanted at most 128"
-        )
-    absorbed_THE = torch.empty(
-        (*q_nope_THN.shape[:2], kv_b_HXC.shape[2] + q_rope_THR.shape[2]), dtype=q_nope_THN.dtype, device="meta"
-    )
-    return refuses_absorbed(
-        absorbed_THE, cache, block_table_RB, seq_lens_R, query_starts_S, scale, kv_b_HXC.shape[2], cache_scale
-    )
+    nope, (_, expanded, latent) = q_nope_THN.shape[2], kv_b_HXC.shape
+    if max(nope, expanded - nope) > 128:
+        return f"heads are {nope} and {expanded} - {nope} wide, wanted at most 128"
+    shape = (*q_nope_THN.shape[:2], latent + q_rope_THR.shape[2])
+    absorbed_THE = torch.empty(shape, dtype=q_nope_THN.dtype, device="meta")
+    return refuses_absorbed(absorbed_THE, cache, block_table_RB, latent)
 
 
 @mla_prefill.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)

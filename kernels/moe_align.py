@@ -8,7 +8,6 @@ Source: counting sort, Knuth, TAOCP 3, section 5.2; its use here: Gale et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 
 
 @contract()
@@ -38,12 +38,6 @@ def moe_align(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor | None 
     return order_S.int(), torch.searchsorted(sorted_S, every_E, out_int32=True)
 
 
-@moe_align.costs
-def cost(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor | None = None) -> Cost:
-    mapped = 0 if expert_map_G is None else expert_map_G.nbytes
-    return Cost(bytes=experts_TK.nbytes + mapped + 4 * (experts_TK.numel() + num_experts + 1), flops=0)
-
-
 @moe_align.inputs(
     examples=(
         {"T": 1, "K": 1, "E": 1}, {"T": 7, "K": 2, "E": 8}, {"T": 0, "K": 2, "E": 4}, {"T": 40, "K": 8, "E": 3},
@@ -54,15 +48,12 @@ def cost(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor | None = Non
     },
     sizes={"T": (0, 40), "K": [1, 2, 8], "E": (1, 20), "ranks": [1, 2]},
 )  # fmt: skip
-def make(
-    T: int, K: int, E: int, ranks: int = 1, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, int, Tensor | None]:
+def make(draw: Draw, T: int, K: int, E: int, ranks: int = 1) -> tuple[Any, ...]:
     """E experts on each of `ranks` ranks, and this one has every ranks-th; some choices are -1."""
-    generator = torch.Generator(device).manual_seed(seed)
-    experts_TK = torch.randint(-1, E * ranks, (T, K), generator=generator, device=device).int()
+    experts_TK = draw.integers(-1, E * ranks, T, K).int()
     if ranks == 1:
         return experts_TK, E, None
-    every = torch.arange(E * ranks, dtype=torch.int32, device=device)
+    every = torch.arange(E * ranks, dtype=torch.int32, device=draw.device)
     return experts_TK, E, torch.where(every % ranks == 0, every // ranks, -1)
 
 
@@ -98,15 +89,14 @@ def config(S: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(block // 128, 8)}
 
 
-@moe_align.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for slots in (8, 512, 32768):
-        for mapped in (False, True):
-            types = dict.fromkeys(("experts_ptr", "map_ptr", "order_ptr", "starts_ptr"), "*i32")
-            yield Build(_moe_align_kernel, {**config(slots), "MAPPED": mapped}, types)
+_POINTERS = dict.fromkeys(("experts_ptr", "map_ptr", "order_ptr", "starts_ptr"), "*i32")
+moe_align.builds(
+    Build(_moe_align_kernel, {**config(slots), "MAPPED": mapped}, _POINTERS)
+    for slots in (8, 512, 32768) for mapped in (False, True)
+)  # fmt: skip
 
 
-def _refuses(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor | None = None) -> str | None:
+def _refuses(experts_TK: Tensor, expert_map_G: Tensor | None) -> str | None:
     for name, given in (("experts", experts_TK), ("expert_map", expert_map_G)):
         if given is not None and (given.dtype != torch.int32 or not given.is_contiguous()):
             return f"{name} must be contiguous int32, got {given.dtype} of strides {given.stride()}"
@@ -125,6 +115,6 @@ def moe_align_triton(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor 
     return order_S, starts_E
 
 
-def make_groups(T: int, K: int, E: int, device: str, seed: int) -> tuple[Any, ...]:
+def make_groups(draw: Draw, T: int, K: int, E: int) -> tuple[Any, ...]:
     """Return (order, starts) of random choices, some of none: for the inputs of the grouped ops."""
-    return moe_align.meaning(*make(T, K, E, dtype=torch.float32, device=device, seed=seed))
+    return moe_align.meaning(*make(draw, T, K, E))

@@ -13,7 +13,6 @@ section 2.2.2; DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 
 
-@contract()
+@contract(flops=lambda logits_TE, top_k: (4 + top_k) * logits_TE.numel())
 def moe_route(
     logits_TE: Tensor, top_k: int, score: str, normalize: bool = True, scaling: float = 1.0,
     bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,
@@ -38,7 +38,7 @@ def moe_route(
     A logit that is NaN is chosen first, so that it shows. Moves the logits and 8·T·top_k bytes.
     Raises ValueError for another score, or for more experts or groups than there are.
     """
-    if reason := refuses_route(logits_TE, top_k, score, normalize, scaling, bias_E, num_groups, top_groups):
+    if reason := refuses_route(logits_TE, top_k, score, bias_E, num_groups, top_groups):
         raise ValueError(f"moe_route: {reason}")
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     score_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
@@ -62,9 +62,8 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 
 def refuses_route(
-    logits_TE: Tensor, top_k: int, score: str, normalize: bool = True, scaling: float = 1.0,
-    bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,
-) -> str | None:  # fmt: skip
+    logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None, num_groups: int, top_groups: int
+) -> str | None:
     """Return what is wrong with arguments of `moe_route`, or None."""
     experts = logits_TE.shape[-1]
     if score not in ("softmax", "sigmoid"):
@@ -78,12 +77,6 @@ def refuses_route(
     if not 0 < top_k <= (reachable := experts // num_groups * top_groups if num_groups else experts):
         return f"top_k is {top_k}, wanted 1 to {reachable}: the experts that can be chosen"
     return None
-
-
-@moe_route.costs
-def cost(logits_TE: Tensor, top_k: int, *rest: Any) -> Cost:
-    rows = logits_TE.numel() // logits_TE.shape[-1]
-    return Cost(bytes=logits_TE.nbytes + 8 * rows * top_k, flops=(4 + top_k) * logits_TE.numel())
 
 
 @moe_route.inputs(
@@ -103,13 +96,12 @@ def cost(logits_TE: Tensor, top_k: int, *rest: Any) -> Cost:
     rows=(0,),
 )  # fmt: skip
 def make(
-    T: int, E: int, K: int, groups: int = 0, sigmoid: bool = False, biased: bool = False, normalize: bool = True, *,
-    dtype: torch.dtype, device: str, seed: int,
+    draw: Draw, T: int, E: int, K: int, groups: int = 0, sigmoid: bool = False, biased: bool = False,
+    normalize: bool = True,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Half of the groups may be chosen."""
-    generator = torch.Generator(device).manual_seed(seed)
-    logits_TE = torch.randn(T, E, generator=generator, device=device).to(dtype)
-    bias_E = torch.randn(E, generator=generator, device=device) if biased else None
+    logits_TE = draw(T, E)
+    bias_E = draw.normal(E) if biased else None
     return logits_TE, K, "sigmoid" if sigmoid else "softmax", normalize, 2.5, bias_E, groups, groups // 2
 
 
@@ -188,24 +180,18 @@ ROUTES = (
 )  # fmt: skip
 
 
-@moe_route.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for route in ROUTES:
-        yield Build(_moe_route_kernel, {**route_config(*route), "num_warps": 1}, ROUTE_TYPES)
+moe_route.builds(Build(_moe_route_kernel, {**route_config(*route), "num_warps": 1}, ROUTE_TYPES) for route in ROUTES)
 
 
-def _refuses(
-    logits_TE: Tensor, top_k: int, score: str, normalize: bool = True, scaling: float = 1.0,
-    bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,
-) -> str | None:  # fmt: skip
+def _refuses(logits_TE: Tensor, bias_E: Tensor | None) -> str | None:
     if logits_TE.dim() != 2 or logits_TE.stride(1) != 1:
         return f"logits must be rows contiguous in E, their strides are {logits_TE.stride()}"
     if bias_E is not None and not bias_E.is_contiguous():
         return f"the bias must be contiguous, its strides are {bias_E.stride()}"
-    return refuses_route(logits_TE, top_k, score, normalize, scaling, bias_E, num_groups, top_groups)
+    return None
 
 
-@moe_route.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@moe_route.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_route), triton=True)
 def moe_route_triton(
     logits_TE: Tensor, top_k: int, score: str, normalize: bool = True, scaling: float = 1.0,
     bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,

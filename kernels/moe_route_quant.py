@@ -16,22 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract, refuses_rows
+from .contract import Build, contract, refuses_rows
+from .draw import Draw
 from .moe_route import ROUTE_TYPES, ROUTES, empty_routes, moe_route, refuses_route, route_config, store_route
 from .moe_route import make as make_route
-from .quantize import (
-    TRITON_TYPES,
-    empty_quantized,
-    quantize,
-    quantized_cost,
-    refuses_scheme,
-    row_config,
-    scheme,
-    store_quantized,
-)
+from .quantize import TRITON_TYPES, empty_quantized, quantize, refuses_scheme, row_config, scheme, store_quantized
 
 
-@contract()
+@contract(flops=lambda x_TD, logits_TE, top_k: 3 * x_TD.numel() + (4 + top_k) * logits_TE.numel())
 def moe_route_quant(
     x_TD: Tensor, logits_TE: Tensor, dtype: torch.dtype, group: int, top_k: int, score: str, normalize: bool = True,
     scaling: float = 1.0, bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,
@@ -43,12 +35,6 @@ def moe_route_quant(
     """
     routed = moe_route.meaning(logits_TE, top_k, score, normalize, scaling, bias_E, num_groups, top_groups)
     return *routed, *quantize.meaning(x_TD, dtype, group, scale)
-
-
-@moe_route_quant.costs
-def cost(x_TD: Tensor, logits_TE: Tensor, dtype: torch.dtype, group: int, top_k: int, *rest: Any) -> Cost:
-    routed, quantized = moe_route.cost(logits_TE, top_k), quantized_cost(x_TD, group)
-    return Cost(bytes=routed.bytes + quantized.bytes, flops=routed.flops + quantized.flops)
 
 
 @moe_route_quant.inputs(
@@ -70,14 +56,12 @@ def cost(x_TD: Tensor, logits_TE: Tensor, dtype: torch.dtype, group: int, top_k:
     rows=(0, 1),
 )  # fmt: skip
 def make(
-    T: int, D: int, E: int, K: int, group: int = 0, int8: bool = False, static: bool = False, groups: int = 0,
-    sigmoid: bool = False, biased: bool = False, *, dtype: torch.dtype, device: str, seed: int,
+    draw: Draw, T: int, D: int, E: int, K: int, group: int = 0, int8: bool = False, static: bool = False,
+    groups: int = 0, sigmoid: bool = False, biased: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
-    logits_TE, *route = make_route(T, E, K, groups, sigmoid, biased, dtype=dtype, device=device, seed=seed)
-    generator = torch.Generator(device).manual_seed(seed + 1)
-    x_TD = torch.randn(T, D, generator=generator, device=device).to(dtype)
-    quantized, group, scale = scheme(group, int8, static, device)
-    return x_TD, logits_TE, quantized, group, *route, scale
+    logits_TE, *route = make_route(draw, T, E, K, groups, sigmoid, biased)
+    quantized, group, scale = scheme(group, int8, static, draw.device)
+    return draw(T, D), logits_TE, quantized, group, *route, scale
 
 
 @triton.jit
@@ -107,19 +91,13 @@ def builds(dtype: str) -> Iterator[Build]:
         types = {"out_ptr": pointer, "scale_ptr": "*fp32", "static_ptr": "*fp32", **ROUTE_TYPES}
         for (group, static), route in zip(((0, False), (0, True), (128, False), (128, False)), ROUTES, strict=True):
             constants = {**row_config(7168, quantized, group, static), **route_config(*route)}
-            yield Build(_moe_route_quant_kernel, constants, types, 89 if quantized.is_floating_point else 80)
+            yield Build(_moe_route_quant_kernel, constants, types)
 
 
-def _refuses(
-    x_TD: Tensor, logits_TE: Tensor, dtype: torch.dtype, group: int, top_k: int, score: str, normalize: bool = True,
-    scaling: float = 1.0, bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,
-    scale: Tensor | None = None,
-) -> str | None:  # fmt: skip
-    reason = refuses_route(logits_TE, top_k, score, normalize, scaling, bias_E, num_groups, top_groups)
-    return reason or refuses_scheme(dtype, group, scale) or refuses_rows(x=x_TD, logits=logits_TE)
-
-
-@moe_route_quant.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@moe_route_quant.provider(
+    "triton", devices=("cuda",), triton=True,
+    refuses=(refuses_route, refuses_scheme, lambda x_TD, logits_TE: refuses_rows(x=x_TD, logits=logits_TE)),
+)  # fmt: skip
 def moe_route_quant_triton(
     x_TD: Tensor, logits_TE: Tensor, dtype: torch.dtype, group: int, top_k: int, score: str, normalize: bool = True,
     scaling: float = 1.0, bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,

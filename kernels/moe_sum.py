@@ -6,17 +6,18 @@ https://arxiv.org/abs/2401.06066, equation 9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 
 
-@contract()
+@contract(flops=lambda y_SD: 2 * y_SD.numel())
 def moe_sum(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
     """Return Σ_k weights[t, k] · y[t·K + k] + shared[t]: (T, D) in y's dtype, for y (T·K, D) and weights (T, K).
 
@@ -31,13 +32,6 @@ def moe_sum(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -
     return (total_TD if shared_TD is None else total_TD + shared_TD).to(y_SD.dtype)
 
 
-@moe_sum.costs
-def cost(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Cost:
-    out_bytes = weights_TK.shape[0] * y_SD.shape[1] * y_SD.element_size()
-    moved = y_SD.nbytes + weights_TK.nbytes + out_bytes * (1 if shared_TD is None else 2)
-    return Cost(bytes=moved, flops=2 * y_SD.numel())
-
-
 @moe_sum.inputs(
     examples=(
         {"T": 1, "K": 2, "D": 8}, {"T": 3, "K": 8, "D": 33}, {"T": 0, "K": 2, "D": 16},
@@ -49,14 +43,8 @@ def cost(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> C
     },
     sizes={"T": (0, 6), "K": (1, 8), "D": (1, 1100), "shared": [False, True]},
 )  # fmt: skip
-def make(
-    T: int, K: int, D: int, shared: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator(device).manual_seed(seed)
-    y_SD = torch.randn(T * K, D, generator=generator, device=device).to(dtype)
-    weights_TK = torch.rand(T, K, generator=generator, device=device)
-    shared_TD = torch.randn(T, D, generator=generator, device=device).to(dtype)
-    return y_SD, weights_TK, shared_TD if shared else None
+def make(draw: Draw, T: int, K: int, D: int, shared: bool = False) -> tuple[Any, ...]:
+    return draw(T * K, D), draw.uniform(T, K), draw(T, D) if shared else None
 
 
 @triton.jit
@@ -80,13 +68,12 @@ def config(D: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(D), 1024), "num_warps": 4}
 
 
-@moe_sum.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for shared in (False, True):
-        yield Build(_moe_sum_kernel, {**config(7168), "SHARED": shared}, {"weights_ptr": "*fp32"})
+moe_sum.builds(
+    Build(_moe_sum_kernel, {**config(7168), "SHARED": shared}, {"weights_ptr": "*fp32"}) for shared in (False, True)
+)
 
 
-def _refuses(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> str | None:
+def _refuses(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None) -> str | None:
     if weights_TK.dtype != torch.float32 or not weights_TK.is_contiguous():
         return f"weights must be contiguous float32, got {weights_TK.dtype} of strides {weights_TK.stride()}"
     for given in (y_SD, shared_TD):

@@ -8,20 +8,22 @@ https://huggingface.co/openai/gpt-oss-20b, as transformers' integrations/mxfp4.p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 from .gemm_tiles import config, configs, grid, program_tile, refuses_operands, store_tile
 
 GROUP = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives, with the fourth bit
 
 
-@contract()
+@contract(flops=lambda x_TK, packed: 2 * x_TK.numel() * packed.shape[0])
 def mxfp4_linear(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return x wᵀ + bias: (T, N) in x's dtype, for w = e2m1 · 2^(scale - 127); sums in float32 or wider.
 
@@ -56,23 +58,14 @@ def check(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None)
 
 
 @mxfp4_linear.tuned_by
-def key(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None) -> tuple[int, int, int]:
+def key(x_TK: Tensor, packed: Tensor) -> tuple[int, int, int]:
     """Return (T, N, K)."""
     return x_TK.shape[0], packed.shape[0], x_TK.shape[1]
 
 
-@mxfp4_linear.costs
-def cost(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None) -> Cost:
-    T, K, N = *x_TK.shape, packed.shape[0]
-    read = sum(a.nbytes for a in (x_TK, packed, scale_NG, bias_N) if a is not None)
-    return Cost(bytes=read + T * N * x_TK.element_size(), flops=2 * T * N * K)
-
-
 @mxfp4_linear.inputs(
     examples=(
-        {"T": 1, "N": 16, "K": 32},
-        {"T": 3, "N": 33, "K": 96, "bias": True},
-        {"T": 0, "N": 8, "K": 32},
+        {"T": 1, "N": 16, "K": 32}, {"T": 3, "N": 33, "K": 96, "bias": True}, {"T": 0, "N": 8, "K": 32},
         {"T": 20, "N": 70, "K": 160},
     ),
     shapes={
@@ -81,14 +74,11 @@ def cost(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None =
     },
     sizes={"T": (0, 20), "N": (1, 100), "K": [32, 64, 96, 320], "bias": [False, True]},
     rows=(0,),
-)
-def make(
-    T: int, N: int, K: int, bias: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TK, bias_N = (torch.randn(s, generator=generator, device=device).to(dtype) for s in ((T, K), (N,)))
-    packed = torch.randint(0, 256, (N, K // 2), generator=generator, device=device, dtype=torch.uint8)
-    scale_NG = torch.randint(117, 126, (N, K // GROUP), generator=generator, device=device, dtype=torch.uint8)
+)  # fmt: skip
+def make(draw: Draw, T: int, N: int, K: int, bias: bool = False) -> tuple[Any, ...]:
+    x_TK, bias_N = draw(T, K), draw(N)
+    packed = draw.integers(0, 256, N, K // 2, dtype=torch.uint8)
+    scale_NG = draw.integers(117, 126, N, K // GROUP, dtype=torch.uint8)
     return x_TK, packed, scale_NG, bias_N if bias else None
 
 
@@ -139,7 +129,7 @@ def builds(dtype: str) -> Iterator[Build]:
         yield Build(_mxfp4_kernel, constants, {"packed_ptr": "*u8", "scale_ptr": "*u8"})
 
 
-def _refuses(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None) -> str | None:
+def _refuses(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> str | None:
     if x_TK.dtype == torch.float64 or scale_NG.stride(1) != 1:
         return f"x must be float16, bfloat16 or float32, scale contiguous in K, got {x_TK.dtype}, {scale_NG.stride()}"
     return refuses_operands(x_TK, packed, bias_N)

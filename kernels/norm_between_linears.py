@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from .add_rms_norm import add_rms_norm
+from .allreduce_rms_norm import normed_sum
 from .collectives import group_size
 from .contract import Cost, contract
+from .draw import Draw
 from .reduce_scatter_rms_norm import reduce_scatter_rms_norm
 from .rms_norm import rms_norm
 
@@ -23,10 +25,7 @@ CHUNK_ROWS, MAX_CHUNKS = 1024, 4  # unmeasured: fewer rows fill no GPU's GEMM, a
 _OPS = torch.ops._c10d_functional
 
 
-def _empty(
-    x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
-    up_ND: Tensor, bias_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _empty(x_TK: Tensor, down_DK: Tensor, up_ND: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
     rows, share = x_TK.shape[0], -(-x_TK.shape[0] // group_size(group_name))
     return x_TK.new_empty((rows, up_ND.shape[0])), x_TK.new_empty((share, down_DK.shape[0]))
 
@@ -49,7 +48,7 @@ def norm_between_linears(
 @norm_between_linears.costs
 def cost(
     x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
-    up_ND: Tensor, bias_N: Tensor | None = None,
+    up_ND: Tensor,
 ) -> Cost:  # fmt: skip
     rows, element, matrices = x_TK.shape[0], x_TK.element_size(), down_DK.numel() + up_ND.numel()
     inner = reduce_scatter_rms_norm.cost(x_TK.new_empty(rows, down_DK.shape[0]), residual_SD, weight_D, eps, group_name)
@@ -62,19 +61,11 @@ def cost(
     shapes={"llama-3-70b prefill, 8 ranks": {"T": 4096, "K": 3584, "D": 8192, "N": 1280}},
     sizes={"T": (0, 9), "K": (1, 40), "D": (1, 80), "N": (1, 40), "bias": [False, True], "residual": [False, True]},
 )
-def make(
-    T: int, K: int, D: int, N: int, bias: bool = False, residual: bool = True, *, dtype: torch.dtype, device: str,
-    seed: int,
-) -> tuple[Any, ...]:  # fmt: skip
+def make(draw: Draw, T: int, K: int, D: int, N: int, bias: bool = False, residual: bool = True) -> tuple[Any, ...]:
     """One rank's inputs."""
-    sizes = {"T": T, "D": D, "residual": residual}
-    y_TD, *norm = reduce_scatter_rms_norm.make_inputs(sizes, dtype=dtype, device=device, seed=seed)
-    generator = torch.Generator(device).manual_seed(seed + 1)
-
-    def draw(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=device) * shape[-1] ** -0.5).to(y_TD.dtype)
-
-    return draw(T, K), draw(D, K), *norm[:-1], draw(N, D), draw(N) if bias else None
+    _, *norm, _ = reduce_scatter_rms_norm.drawn(draw, T=T, D=D, residual=residual)
+    x_TK, down_DK, up_ND = ((draw.normal(*s) * s[1] ** -0.5).to(draw.dtype) for s in ((T, K), (D, K), (N, D)))
+    return x_TK, down_DK, *norm, up_ND, draw(N) if bias else None
 
 
 @norm_between_linears.provider("chunked")
@@ -94,11 +85,7 @@ def norm_between_linears_chunked(
         sums.append(_OPS.reduce_scatter_tensor(summand, "sum", ranks, group_name))
     residuals = [None] * len(sums) if residual_SD is None else residual_SD.split(cut)
     for begun, residual_CD in zip(sums, residuals, strict=True):
-        total_CD = _OPS.wait_tensor(begun)
-        if residual_CD is None:
-            normed_CD = rms_norm(total_CD, weight_D, eps)
-        else:
-            normed_CD, total_CD = add_rms_norm(total_CD, residual_CD, weight_D, eps)
+        normed_CD, total_CD = normed_sum(_OPS.wait_tensor(begun), residual_CD, weight_D, eps, rms_norm, add_rms_norm)
         gathered.append(_OPS.all_gather_into_tensor(normed_CD, ranks, group_name))
         totals.append(total_CD)
     made = [linear(_OPS.wait_tensor(g), up_ND, bias_N).unflatten(0, (ranks, -1)) for g in gathered]

@@ -9,17 +9,19 @@ https://xgrammar.mlc.ai/docs/api/python/bitmask_ops.html.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
+from .sampling_triton import refuses_logits
 
 
-@contract()
+@contract(flops=lambda edited_N: 6 * edited_N.numel())
 def penalize(
     logits_RV: Tensor, edited_N: Tensor, counts_N: Tensor, biases_N: Tensor, starts_R1: Tensor, penalties_R3: Tensor,
     allowed_RW: Tensor | None,
@@ -58,16 +60,6 @@ def penalize(
     return out_RV
 
 
-@penalize.costs
-def cost(
-    logits_RV: Tensor, edited_N: Tensor, counts_N: Tensor, biases_N: Tensor, starts_R1: Tensor, penalties_R3: Tensor,
-    allowed_RW: Tensor | None,
-) -> Cost:  # fmt: skip
-    edits = sum(t.nbytes for t in (edited_N, counts_N, biases_N, starts_R1, penalties_R3))
-    mask = 0 if allowed_RW is None else allowed_RW.nbytes
-    return Cost(bytes=logits_RV.nbytes + 4 * logits_RV.numel() + mask + edits, flops=6 * edited_N.numel())
-
-
 @penalize.inputs(
     examples=(
         {"R": 1, "V": 8, "N": 3}, {"R": 3, "V": 33, "N": 20, "masked": True}, {"R": 0, "V": 16, "N": 0},
@@ -79,24 +71,20 @@ def cost(
     },
     sizes={"R": (0, 5), "V": (1, 600), "N": (0, 40), "masked": [False, True]},
 )  # fmt: skip
-def make(
-    R: int, V: int, N: int, masked: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor | None, ...]:
+def make(draw: Draw, R: int, V: int, N: int, masked: bool = False) -> tuple[Any, ...]:
     """`N` is the greatest number of a row's edits; the last of several rows has none. One bias of each row forbids."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_RV = 3 * torch.randn(R, V, generator=generator)
-    lengths_R = torch.randint(min(N, V) + 1, (R,), generator=generator)
+    logits_RV = 3 * draw.normal(R, V)
+    lengths_R = draw.integers(0, min(N, V) + 1, R)
     lengths_R[1:][-1:] = 0
-    edits = [torch.randperm(V, generator=generator)[:n] for n in lengths_R.tolist()]
-    edited_N = torch.cat([torch.zeros(0, dtype=torch.int64), *edits])
-    counts_N = torch.randint(-1, 4, edited_N.shape, generator=generator)
-    biases_N = torch.randn(edited_N.shape, generator=generator)
+    edits = [draw.permutation(V)[:n] for n in lengths_R.tolist()]
+    edited_N = torch.cat([draw.permutation(0), *edits])
+    counts_N = draw.integers(-1, 4, len(edited_N))
+    biases_N = draw.normal(len(edited_N))
     starts_R1 = torch.nn.functional.pad(lengths_R.cumsum(0), (1, 0))
     biases_N[starts_R1[:-1][lengths_R > 0]] = float("-inf")
-    penalties_R3 = torch.rand(R, 3, generator=generator) + torch.tensor([0.5, -0.5, -0.5])
-    words = torch.randint(-(2**31), 2**31, (R, -(-V // 32)), generator=generator).int() if masked else None
-    made = (logits_RV.to(dtype), edited_N, counts_N, biases_N, starts_R1, penalties_R3, words)
-    return tuple(t if t is None else t.to(device) for t in made)
+    penalties_R3 = draw.uniform(R, 3) + torch.tensor([0.5, -0.5, -0.5], device=draw.device)
+    words = draw.integers(-(2**31), 2**31, R, -(-V // 32)).int() if masked else None
+    return logits_RV.to(draw.dtype), edited_N, counts_N, biases_N, starts_R1, penalties_R3, words
 
 
 @triton.jit
@@ -148,22 +136,15 @@ def config(V: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(V), 1024), "num_warps": 4}
 
 
-@penalize.builds
-def builds(dtype: str) -> Iterator[Build]:
-    wide = ("edited_ptr", "counts_ptr", "starts_ptr")
-    known = {"allowed_ptr": "*i32", "out_ptr": "*fp32", "biases_ptr": "*fp32", "penalties_ptr": "*fp32"}
-    known |= dict.fromkeys(wide, "*i64")
-    for masked in (False, True):
-        for kernel in (_mask_kernel, _edit_kernel):
-            yield Build(kernel, {"MASKED": masked, **config(151936)}, known)
+_TYPES = {"allowed_ptr": "*i32", "out_ptr": "*fp32", "biases_ptr": "*fp32", "penalties_ptr": "*fp32"}
+_TYPES |= dict.fromkeys(("edited_ptr", "counts_ptr", "starts_ptr"), "*i64")
+penalize.builds(
+    Build(kernel, {"MASKED": masked, **config(151936)}, _TYPES)
+    for masked in (False, True) for kernel in (_mask_kernel, _edit_kernel)
+)  # fmt: skip
 
 
-def _refuses(
-    logits_RV: Tensor, edited_N: Tensor, counts_N: Tensor, biases_N: Tensor, starts_R1: Tensor, penalties_R3: Tensor,
-    allowed_RW: Tensor | None,
-) -> str | None:  # fmt: skip
-    if logits_RV.stride(-1) != 1:
-        return f"logits must be contiguous in V, their strides are {logits_RV.stride()}"
+def _refuses(logits_RV: Tensor, penalties_R3: Tensor, allowed_RW: Tensor | None) -> str | None:
     if not all(t is None or t.is_contiguous() for t in (penalties_R3, allowed_RW)):
         return "penalties and mask must be contiguous"
     if allowed_RW is not None and allowed_RW.shape[1] * 32 < logits_RV.shape[1]:
@@ -171,7 +152,7 @@ def _refuses(
     return None
 
 
-@penalize.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@penalize.provider("triton", devices=("cuda",), refuses=(refuses_logits, _refuses), triton=True)
 def penalize_triton(
     logits_RV: Tensor, edited_N: Tensor, counts_N: Tensor, biases_N: Tensor, starts_R1: Tensor, penalties_R3: Tensor,
     allowed_RW: Tensor | None,

@@ -6,7 +6,7 @@ section 2; `rms_norm` and `rope`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract, refuses_rows
-from .rms_norm import inverse_rms, rms_norm, weighted
+from .draw import Draw
+from .rms_norm import inverse_rms, norm_weight, rms_norm, weighted
 from .rope import config, refuses_angles, rope, rotation
 
 
@@ -28,29 +29,29 @@ def qk_norm_rope(
     qkv (T, N) is [H heads of q | K heads of k | …], each of D columns; what follows, v, is the caller's to view.
     Everything rounds as the ops composed. Moves 2·T·(H + K)·D + 2·T·R elements. Raises ValueError when columns lack.
     """
-    H, K, D = num_heads, num_kv_heads, q_weight_D.shape[0]
-    _check(qkv_TN, D, k_weight_D.shape[0], H, K)
-    q_THD, k_TKD = (
-        qkv_TN[..., a * D : b * D].unflatten(-1, (b - a, D)) for a, b in ((0, H), (H, H + K))
-    )  # fmt: skip
+    q_THD, k_TKD = _heads(qkv_TN, q_weight_D, k_weight_D, num_heads, num_kv_heads)
     return (
         rope.meaning(rms_norm.meaning(q_THD, q_weight_D, eps), cos_TR, sin_TR),
         rope.meaning(rms_norm.meaning(k_TKD, k_weight_D, eps), cos_TR, sin_TR),
     )
 
 
-def _check(qkv_TN: Tensor, D: int, other: int, H: int, K: int) -> None:
-    if qkv_TN.shape[-1] < (H + K) * D or other != D:
+def _heads(qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, H: int, K: int) -> tuple[Tensor, Tensor]:
+    """Return the heads of q and of k as views (T, H, D) and (T, K, D)."""
+    columns, D, other = qkv_TN.shape[-1], q_weight_D.shape[0], k_weight_D.shape[0]
+    if columns < (H + K) * D or other != D:
         raise ValueError(
             f"qk_norm_rope: {H} + {K} heads want weights of D elements and (H + K) · D columns, got weights of {D} and "
-            f"{other}, {qkv_TN.shape[-1]} columns"
+            f"{other}, {columns} columns"
         )
+    q_TN, k_TN, _ = qkv_TN.split((H * D, K * D, columns - (H + K) * D), -1)
+    return q_TN.unflatten(-1, (H, D)), k_TN.unflatten(-1, (K, D))
 
 
 @qk_norm_rope.costs
 def cost(
     qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
-    num_kv_heads: int, eps: float,
+    num_kv_heads: int,
 ) -> Cost:  # fmt: skip
     elements = qkv_TN.shape[0] * (num_heads + num_kv_heads) * q_weight_D.shape[0]
     vectors = q_weight_D.nbytes + k_weight_D.nbytes + cos_TR.nbytes + sin_TR.nbytes
@@ -69,15 +70,13 @@ def cost(
     sizes={"T": (0, 6), "H": (1, 9), "K": (1, 4), "D": [2, 16, 48, 80, 128], "R": [0, 2], "wide": [False, True]},
     rows=(0, 3, 4),
 )  # fmt: skip
-def make(
-    T: int, H: int, K: int, D: int, R: int = 0, wide: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float]:
+def make(draw: Draw, T: int, H: int, K: int, D: int, R: int = 0, wide: bool = False) -> tuple[Any, ...]:
     """`R` columns of a head turn, 0: all; `wide` makes the weights float32, as Gemma's."""
-    generator = torch.Generator(device).manual_seed(seed)
-    qkv_TN = torch.randn(T, (H + 2 * K) * D, generator=generator, device=device).to(dtype)
-    weights = 1 + 0.1 * torch.randn(2, D, generator=generator, device=device).to(torch.float32 if wide else dtype)
-    angles_TR = torch.rand(T, R or D, generator=generator, device=device) * 6.3
-    return qkv_TN, weights[0], weights[1], angles_TR.cos().to(dtype), angles_TR.sin().to(dtype), H, K, 1e-6
+    angles_TR = draw.uniform(T, R or D) * 6.3
+    return (
+        draw(T, (H + 2 * K) * D), norm_weight(draw, D, wide), norm_weight(draw, D, wide),
+        angles_TR.cos().to(draw.dtype), angles_TR.sin().to(draw.dtype), H, K, 1e-6,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -113,15 +112,14 @@ def _qk_norm_rope_kernel(
         _norm_rope_heads(x_at + H * D, k_weight_ptr, cos_at, sin_at, k_at, first - q_end, K, D, R, eps, HEADS, BLOCK)
 
 
-@qk_norm_rope.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for heads, width in ((4, 128), (8, 256), (2, 64)):
-        yield Build(_qk_norm_rope_kernel, config(heads, width), {"eps": "fp32"})
+qk_norm_rope.builds(
+    Build(_qk_norm_rope_kernel, config(heads, width), {"eps": "fp32"}) for heads, width in ((4, 128), (8, 256), (2, 64))
+)
 
 
 def _refuses(
     qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
-    num_kv_heads: int, eps: float,
+    num_kv_heads: int,
 ) -> str | None:  # fmt: skip
     D = q_weight_D.shape[0]
     if qkv_TN.dim() != 2 or qkv_TN.shape[1] < (num_heads + num_kv_heads) * D or k_weight_D.shape[0] != D:
@@ -155,11 +153,10 @@ def qk_norm_rope_composed(
     num_kv_heads: int, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The ops by their own kernels."""
-    D = q_weight_D.shape[0]
-    _check(qkv_TN, D, k_weight_D.shape[0], num_heads, num_kv_heads)
-    q_TN, k_TN = qkv_TN[:, : num_heads * D], qkv_TN[:, num_heads * D : (num_heads + num_kv_heads) * D]
     q_THD, k_TKD = (
-        rms_norm(part.reshape(-1, D), weight, eps).view(-1, heads, D)
-        for part, weight, heads in ((q_TN, q_weight_D, num_heads), (k_TN, k_weight_D, num_kv_heads))
+        rms_norm(heads.reshape(-1, heads.shape[-1]), weight_D, eps).view(heads.shape)
+        for heads, weight_D in zip(
+            _heads(qkv_TN, q_weight_D, k_weight_D, num_heads, num_kv_heads), (q_weight_D, k_weight_D), strict=True
+        )
     )
     return rope(q_THD, cos_TR, sin_TR), rope(k_TKD, cos_TR, sin_TR)

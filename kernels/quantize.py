@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract, refuses_rows
+from .contract import Build, contract, refuses_rows
+from .draw import Draw
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 TRITON_TYPES = {torch.float8_e4m3fn: "*fp8e4nv", torch.int8: "*i8"}
@@ -40,7 +41,7 @@ def quantize_rows(
     return rounded.clamp(-limit, limit).to(dtype), scale_TG.float()
 
 
-@contract()
+@contract(flops=lambda x_TD: 3 * x_TD.numel())
 def quantize(x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (q, scale) with x ≈ q · scale: q (T, D) float8_e4m3fn or int8, scale (T, ⌈D/group⌉) float32.
 
@@ -49,18 +50,6 @@ def quantize(x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | N
     Moves T·D elements, T·D bytes and the scales. Raises ValueError for any other dtype or group.
     """
     return quantize_rows(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)), dtype, group, scale)
-
-
-@quantize.costs
-def cost(x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None) -> Cost:
-    return quantized_cost(x_TD, group)
-
-
-def quantized_cost(x_TD: Tensor, group: int) -> Cost:
-    """Return the cost of reading x and writing it quantized."""
-    rows, width = x_TD.numel() // x_TD.shape[-1], x_TD.shape[-1]
-    scales = rows * -(-width // (group or width))
-    return Cost(bytes=x_TD.nbytes + x_TD.numel() + 4 * scales, flops=3 * x_TD.numel())
 
 
 @quantize.inputs(
@@ -74,13 +63,8 @@ def quantized_cost(x_TD: Tensor, group: int) -> Cost:
     sizes={"T": (0, 6), "D": (1, 300), "group": [0, 16, 128], "int8": [False, True], "static": [False, True]},
     rows=(0,),
 )  # fmt: skip
-def make(
-    T: int, D: int, group: int = 0, int8: bool = False, static: bool = False, *, dtype: torch.dtype, device: str,
-    seed: int,
-) -> tuple[Tensor, torch.dtype, int, Tensor | None]:  # fmt: skip
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TD = torch.randn(T, D, generator=generator, device=device).to(dtype)
-    return x_TD, *scheme(group, int8, static, device)
+def make(draw: Draw, T: int, D: int, group: int = 0, int8: bool = False, static: bool = False) -> tuple[Any, ...]:
+    return draw(T, D), *scheme(group, int8, static, draw.device)
 
 
 def scheme(group: int, int8: bool, static: bool, device: str) -> tuple[torch.dtype, int, Tensor | None]:
@@ -138,9 +122,8 @@ def row_builds(
     for dtype, pointer in TRITON_TYPES.items():
         for group, static in ((0, False), (128, False), (0, True)):
             known = {"out_ptr": pointer, "scale_ptr": "*fp32", "static_ptr": "*fp32", **types}
-            least = 89 if dtype.is_floating_point else 80  # Triton converts to e4m3 from Ada on
             for width in widths:
-                yield Build(kernel, {**config(width, dtype, group, static), **constants}, known, least)
+                yield Build(kernel, {**config(width, dtype, group, static), **constants}, known)
 
 
 def refuses_scheme(dtype: torch.dtype, group: int, scale: Tensor | None) -> str | None:
@@ -160,16 +143,12 @@ def empty_quantized(x_TD: Tensor, dtype: torch.dtype, group: int) -> tuple[Tenso
     )
 
 
-@quantize.builds
-def builds(dtype: str) -> Iterator[Build]:
-    return row_builds(_quantize_kernel, {})
+quantize.builds(row_builds(_quantize_kernel, {}))
 
 
-def _refuses(x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None) -> str | None:
-    return refuses_rows(x=x_TD) or refuses_scheme(dtype, group, scale)
-
-
-@quantize.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@quantize.provider(
+    "triton", devices=("cuda",), refuses=(lambda x_TD: refuses_rows(x=x_TD), refuses_scheme), triton=True
+)
 def quantize_triton(
     x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

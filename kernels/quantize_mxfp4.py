@@ -6,17 +6,19 @@ https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-fina
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract, refuses_rows
+from .contract import Build, contract, refuses_rows
+from .draw import Draw
+from .silu_mul import gated
 
 
-@contract()
+@contract(flops=lambda x_TD: 3 * x_TD.numel())
 def quantize_mxfp4(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Return packed codes (T, D/2) and scales (T, D/32), both uint8, of x (T, D), D a multiple of 32.
 
@@ -39,11 +41,6 @@ def quantize_mxfp4(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return low | high << 4, scale.squeeze(-1).to(torch.uint8)
 
 
-@quantize_mxfp4.costs
-def cost(x_TD: Tensor) -> Cost:
-    return Cost(bytes=x_TD.nbytes + x_TD.numel() * 17 // 32, flops=3 * x_TD.numel())
-
-
 @quantize_mxfp4.inputs(
     examples=({"T": 1, "D": 32}, {"T": 3, "D": 96}, {"T": 0, "D": 64}, {"T": 2, "D": 2080}),
     shapes={"gpt-oss-120b prefill": {"T": 4096, "D": 2880}, "deepseek-v3 prefill": {"T": 4096, "D": 7168}},
@@ -51,9 +48,8 @@ def cost(x_TD: Tensor) -> Cost:
     rows=(0,),
     fp4=(0,),
 )
-def make(T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return (torch.randn(T, D, generator=generator, device=device).to(dtype),)
+def make(draw: Draw, T: int, D: int) -> tuple[Any, ...]:
+    return (draw(T, D),)
 
 
 @triton.jit
@@ -90,11 +86,16 @@ def store_mxfp4(wide, out_ptr, scale_ptr, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize_mxfp4_kernel(x_ptr, out_ptr, scale_ptr, x_stride, D, BLOCK: tl.constexpr):
+def _quantize_mxfp4_kernel(x_ptr, out_ptr, scale_ptr, x_stride, D, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """Quantize D columns of a row; GATED: what silu_mul makes of D columns of gate and D of up."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     column = start + tl.arange(0, BLOCK)  # [BLOCK]
-    wide = tl.load(x_ptr + row * x_stride + column, mask=column < D, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + column, mask=column < D, other=0.0)
+    wide = x.to(tl.float32)
+    if GATED:
+        up = tl.load(x_ptr + row * x_stride + D + column, mask=column < D, other=0.0).to(tl.float32)
+        wide = gated(wide, up, 0.0, 0.0, "silu").to(x.dtype).to(tl.float32)
     out_at, scale_at = out_ptr + row * (D // 2) + start // 2, scale_ptr + row * (D // 32) + start // 32
     store_mxfp4(wide, out_at, scale_at, D - start, BLOCK)
 
@@ -104,9 +105,12 @@ def config(D: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(D), 1024), "num_warps": 4}
 
 
-@quantize_mxfp4.builds
-def builds(dtype: str) -> Iterator[Build]:
-    yield Build(_quantize_mxfp4_kernel, config(7168), {"out_ptr": "*u8", "scale_ptr": "*u8"})
+def mxfp4_build(D: int, *, gated: bool) -> Build:
+    """Return the kernel's build."""
+    return Build(_quantize_mxfp4_kernel, {"GATED": gated, **config(D)}, {"out_ptr": "*u8", "scale_ptr": "*u8"})
+
+
+quantize_mxfp4.builds([mxfp4_build(7168, gated=False)])
 
 
 def _refuses(x_TD: Tensor) -> str | None:
@@ -115,12 +119,16 @@ def _refuses(x_TD: Tensor) -> str | None:
     return refuses_rows(x=x_TD)
 
 
-@quantize_mxfp4.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
-def quantize_mxfp4_triton(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    width = x_TD.shape[-1]
-    out, scale = (torch.empty((*x_TD.shape[:-1], width // n), dtype=torch.uint8, device=x_TD.device) for n in (2, 32))
-    if rows := x_TD.numel() // width:
+def launch_mxfp4(x: Tensor, width: int, *, gated: bool) -> tuple[Tensor, Tensor]:
+    """Launch the kernel, which makes `width` columns of each row of x."""
+    out, scale = (torch.empty((*x.shape[:-1], width // n), dtype=torch.uint8, device=x.device) for n in (2, 32))
+    if rows := x.numel() // x.shape[-1]:
         chosen = config(width)
         grid = (rows, triton.cdiv(width, chosen["BLOCK"]))
-        _quantize_mxfp4_kernel[grid](x_TD, out, scale, x_TD.stride(-2), width, **chosen)
+        _quantize_mxfp4_kernel[grid](x, out, scale, x.stride(-2), width, GATED=gated, **chosen)
     return out, scale
+
+
+@quantize_mxfp4.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+def quantize_mxfp4_triton(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_mxfp4(x_TD, x_TD.shape[-1], gated=False)

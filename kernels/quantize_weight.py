@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import contract
+from .draw import Draw
 
 # The magnitude of a scale's largest weight, and the range of values: int4 spends both ends, so that ± max is ± 7.5.
 FORMATS = {"float8_e4m3fn": (448.0, -448.0, 448.0), "int8": (127.0, -127.0, 127.0), "int4": (7.5, -8.0, 7.0)}
@@ -27,7 +28,7 @@ def expand_blocks(scale: Tensor, shape: tuple[int, ...], rows: int, columns: int
     return scale.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
 
 
-@contract(opaque=True)
+@contract(opaque=True, flops=lambda weight_NK: weight_NK.numel())
 def weight_scale(weight_NK: Tensor, format: str, rows: int, columns: int) -> Tensor:
     """Return the scales (⌈N/rows⌉, ⌈K/columns⌉) float32 of blocks of (rows, columns) weights; 0: all of them.
 
@@ -43,7 +44,7 @@ def weight_scale(weight_NK: Tensor, format: str, rows: int, columns: int) -> Ten
     return (blocks.abs().amax((1, 3)).clamp(min=_LEAST) / largest).float()
 
 
-@contract(opaque=True)
+@contract(opaque=True, flops=lambda weight_NK: 2 * weight_NK.numel())
 def quantize_weight(weight_NK: Tensor, scale: Tensor, format: str, rows: int, columns: int) -> Tensor:
     """Return weight / scale, rounded to nearest even and saturated: (N, K), or int32 (N, ⌈K/8⌉) for int4.
 
@@ -84,40 +85,21 @@ def unpack_int4(packed: Tensor, width: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts & 15) - 8).flatten(-2)[..., :width].to(torch.int8)
 
 
-@weight_scale.costs
-def scale_cost(weight_NK: Tensor, format: str, rows: int, columns: int) -> Cost:
-    return Cost(bytes=weight_NK.nbytes, flops=weight_NK.numel())
-
-
-@quantize_weight.costs
-def cost(weight_NK: Tensor, scale: Tensor, format: str, rows: int, columns: int) -> Cost:
-    written = weight_NK.numel() // 2 if format == "int4" else weight_NK.numel()
-    return Cost(bytes=weight_NK.nbytes + scale.nbytes + written, flops=2 * weight_NK.numel())
-
-
-_CASES = (
-    {"N": 5, "K": 33, "format": "int8", "rows": 1}, {"N": 130, "K": 200, "rows": 128, "columns": 128},
-    {"N": 3, "K": 70, "format": "int4", "rows": 1, "columns": 32}, {"N": 4, "K": 9},
+@weight_scale.inputs(
+    examples=(
+        {"N": 5, "K": 33, "format": "int8", "rows": 1}, {"N": 130, "K": 200, "rows": 128, "columns": 128},
+        {"N": 3, "K": 70, "format": "int4", "rows": 1, "columns": 32}, {"N": 4, "K": 9},
+    ),
+    shapes={"deepseek-v3 block": {"N": 4096, "K": 7168, "rows": 128, "columns": 128}},
+    sizes={"N": (1, 150), "K": (1, 200), "format": list(FORMATS), "rows": [0, 1, 128], "columns": [0, 32, 128]},
 )  # fmt: skip
-_SHAPES = {"deepseek-v3 block": {"N": 4096, "K": 7168, "rows": 128, "columns": 128}}
-_SIZES: dict[str, tuple[int, int] | list[Any]] = {
-    "N": (1, 150), "K": (1, 200), "format": list(FORMATS), "rows": [0, 1, 128], "columns": [0, 32, 128],
-}  # fmt: skip
-
-
-@weight_scale.inputs(examples=_CASES, shapes=_SHAPES, sizes=_SIZES)
 def make_scale(
-    N: int, K: int, format: str = "float8_e4m3fn", rows: int = 0, columns: int = 0, *, dtype: torch.dtype, device: str,
-    seed: int,
-) -> tuple[Tensor, str, int, int]:  # fmt: skip
-    generator = torch.Generator(device).manual_seed(seed)
-    return (torch.randn(N, K, generator=generator, device=device) * K**-0.5).to(dtype), format, rows, columns
+    draw: Draw, N: int, K: int, format: str = "float8_e4m3fn", rows: int = 0, columns: int = 0
+) -> tuple[Any, ...]:
+    return (draw.normal(N, K) * K**-0.5).to(draw.dtype), format, rows, columns
 
 
-@quantize_weight.inputs(examples=_CASES, shapes=_SHAPES, sizes=_SIZES)
-def make(
-    N: int, K: int, format: str = "float8_e4m3fn", rows: int = 0, columns: int = 0, *, dtype: torch.dtype, device: str,
-    seed: int,
-) -> tuple[Tensor, Tensor, str, int, int]:  # fmt: skip
-    weight_NK, *scheme = make_scale(N, K, format, rows, columns, dtype=dtype, device=device, seed=seed)
-    return weight_NK, weight_scale(weight_NK, *scheme), *scheme
+@quantize_weight.inputs(examples=weight_scale.examples, shapes=weight_scale.shapes, sizes=weight_scale.sizes)
+def make(draw: Draw, **sizes: Any) -> tuple[Any, ...]:
+    weight_NK, *form = weight_scale.drawn(draw, **sizes)
+    return weight_NK, weight_scale(weight_NK, *form), *form

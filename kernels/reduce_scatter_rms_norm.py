@@ -5,24 +5,25 @@ Source: Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.2
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .add_rms_norm import add_rms_norm
-from .allreduce_rms_norm import allreduce_rms_norm, builds, normed_sum, refuses_shared, sum_norm
+from .allreduce_rms_norm import BUILDS, allreduce_rms_norm, normed_sum, refuses_shared, sum_norm
 from .collectives import all_gather_rows, group_rank, group_size, published, reduce_scatter_rows, shared_memory
-from .contract import Cost, contract
+from .contract import contract, refuses_rows
+from .draw import Draw
 from .rms_norm import rms_norm
 
 
-def _empty(
-    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
-) -> tuple[Tensor, Tensor]:
+def _empty(x_TD: Tensor, group_name: str, gather: bool) -> tuple[Tensor, Tensor]:
     share_SD = x_TD.new_empty((-(-x_TD.shape[0] // group_size(group_name)), *x_TD.shape[1:]))
     return x_TD.new_empty(x_TD.shape) if gather else torch.empty_like(share_SD), share_SD
 
 
-@contract(fake=_empty)
+@contract(fake=_empty, flops=lambda x_TD: 5 * x_TD.numel())
 def reduce_scatter_rms_norm(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -40,39 +41,24 @@ def _gathered(normed_SD: Tensor, x_TD: Tensor, group_name: str) -> Tensor:
     return all_gather_rows(normed_SD, group_name)[: x_TD.shape[0]]
 
 
-@reduce_scatter_rms_norm.costs
-def cost(
-    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
-) -> Cost:
-    share, passes = x_TD.nbytes // group_size(group_name), 2 if residual_SD is None else 3
-    written = x_TD.nbytes - share if gather else 0
-    return Cost(bytes=x_TD.nbytes + passes * share + written + weight_D.nbytes, flops=5 * x_TD.numel())
-
-
 @reduce_scatter_rms_norm.inputs(
-    examples=({"T": 1, "D": 8}, {"T": 3, "D": 33, "residual": False}, {"T": 0, "D": 16}, {"T": 7, "D": 576}),
+    examples=allreduce_rms_norm.examples,
     shapes={"llama-3-70b prefill": {"T": 4096, "D": 8192}},
     sizes={"T": (0, 9), "D": (1, 600), "residual": [False, True], "gather": [False, True]},
     rows=(0, 1),
 )
-def make(
-    T: int, D: int, residual: bool = True, gather: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor | None, Tensor, float, str, bool]:
+def make(draw: Draw, T: int, D: int, residual: bool = True, gather: bool = False) -> tuple[Any, ...]:
     """One rank's inputs."""
-    args = allreduce_rms_norm.make_inputs({"T": T, "D": D, "residual": residual}, dtype=dtype, device=device, seed=seed)
-    return *args, gather
+    return *allreduce_rms_norm.drawn(draw, T=T, D=D, residual=residual), gather
 
 
-reduce_scatter_rms_norm.builds(builds)
+reduce_scatter_rms_norm.builds(BUILDS)
 
 
-def _refuses(
-    x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
-) -> str | None:
-    return refuses_shared(x_TD, residual_SD, weight_D, group_name)
-
-
-@reduce_scatter_rms_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@reduce_scatter_rms_norm.provider(
+    "triton", devices=("cuda",), triton=True,
+    refuses=(refuses_shared, lambda residual_SD: refuses_rows(residual=residual_SD)),
+)  # fmt: skip
 def reduce_scatter_rms_norm_triton(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -90,9 +76,6 @@ def reduce_scatter_rms_norm_triton(
 def reduce_scatter_rms_norm_collective(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
-    sum_SD = reduce_scatter_rows(x_TD, group_name)
-    if residual_SD is not None:
-        normed_SD, total_SD = add_rms_norm(sum_SD, residual_SD, weight_D, eps)
-    else:
-        normed_SD, total_SD = rms_norm(sum_SD, weight_D, eps), sum_SD
+    summed_SD = reduce_scatter_rows(x_TD, group_name)
+    normed_SD, total_SD = normed_sum(summed_SD, residual_SD, weight_D, eps, rms_norm, add_rms_norm)
     return _gathered(normed_SD, x_TD, group_name) if gather else normed_SD, total_SD

@@ -6,28 +6,21 @@ Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; `quantize` fo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
-from .quantize import (
-    empty_quantized,
-    quantize,
-    quantized_cost,
-    refuses_scheme,
-    row_builds,
-    row_config,
-    scheme,
-    store_quantized,
-)
-from .rms_norm import inverse_rms, refuses_norm, rms_norm, weighted
+from .contract import Build, contract
+from .draw import Draw
+from .quantize import empty_quantized, quantize, refuses_scheme, row_builds, row_config, scheme, store_quantized
+from .rms_norm import inverse_rms, norm_weight, refuses_norm, rms_norm, row_total, weighted
 from .tape import call
 
 
-@contract()
+@contract(flops=lambda x_TD: 7 * x_TD.numel())
 def rms_norm_quant(
     x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -39,80 +32,67 @@ def rms_norm_quant(
     return quantize.meaning(rms_norm.meaning(x_TD, weight_D, eps), dtype, group, scale)
 
 
-@rms_norm_quant.costs
-def cost(
-    x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
-) -> Cost:
-    quantized = quantized_cost(x_TD, group)
-    return Cost(bytes=quantized.bytes + weight_D.nbytes, flops=quantized.flops + 4 * x_TD.numel())
-
-
 @rms_norm_quant.inputs(
-    examples=(
-        {"T": 1, "D": 16}, {"T": 3, "D": 33, "group": 16}, {"T": 0, "D": 8}, {"T": 2, "D": 40, "static": True},
-        {"T": 5, "D": 576, "int8": True},
-    ),
+    examples=quantize.examples,
     shapes={
         "deepseek-v3 prefill": {"T": 4096, "D": 7168, "group": 128}, "llama-3-70b decode": {"T": 64, "D": 8192},
     },
-    sizes={
-        "T": (0, 6), "D": (1, 300), "group": [0, 16, 128], "int8": [False, True], "static": [False, True],
-        "wide": [False, True],
-    },
+    sizes={**quantize.sizes, "wide": [False, True]},
     rows=(0,),
 )  # fmt: skip
 def make(
-    T: int, D: int, group: int = 0, int8: bool = False, static: bool = False, wide: bool = False, *,
-    dtype: torch.dtype, device: str, seed: int,
-) -> tuple[Tensor, Tensor, float, torch.dtype, int, Tensor | None]:  # fmt: skip
-    """`wide` makes the weight float32, as Gemma's."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TD = torch.randn(T, D, generator=generator, device=device).to(dtype)
-    weight_D = 1 + 0.1 * torch.randn(D, generator=generator, device=device)
-    return x_TD, weight_D if wide else weight_D.to(dtype), 1e-5, *scheme(group, int8, static, device)
+    draw: Draw, T: int, D: int, group: int = 0, int8: bool = False, static: bool = False, wide: bool = False
+) -> tuple[Any, ...]:
+    return draw(T, D), norm_weight(draw, D, wide), 1e-5, *scheme(group, int8, static, draw.device)
 
 
 @triton.jit
 def _rms_norm_quant_kernel(
-    x_ptr, weight_ptr, out_ptr, scale_ptr, static_ptr, x_stride, D, groups, eps, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, LIMIT: tl.constexpr, STATIC: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, static_ptr, total_ptr, x_stride, residual_stride, D, groups,
+    eps, GROUP: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)  # [BLOCK]
-    x = tl.load(x_ptr + row * x_stride + column, mask=column < D, other=0.0)
+    residual_at = residual_ptr + row * residual_stride if residual_ptr is not None else None
+    total_at = total_ptr + row * D if total_ptr is not None else None
+    total = row_total(x_ptr + row * x_stride, residual_at, total_at, column, D)
     weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
-    normed = weighted(x, inverse_rms(x, D, eps), weight).to(tl.float32)
+    normed = weighted(total, inverse_rms(total, D, eps), weight).to(tl.float32)
     store_quantized(normed, out_ptr + row * D, scale_ptr + row * groups, static_ptr, D, GROUP, BLOCK, LIMIT, STATIC)
 
 
-@rms_norm_quant.builds
-def builds(dtype: str) -> Iterator[Build]:
-    return row_builds(_rms_norm_quant_kernel, {"eps": "fp32"})
+def norm_quant_builds(**constants: Any) -> Iterator[Build]:
+    """Yield the kernel's builds, with None for the pointers that are not in use."""
+    return row_builds(_rms_norm_quant_kernel, {"eps": "fp32"}, **constants)
 
 
-def _refuses(
-    x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
-) -> str | None:
-    return refuses_norm(x_TD, weight_D, eps) or refuses_scheme(dtype, group, scale)
+rms_norm_quant.builds(norm_quant_builds(residual_ptr=None, total_ptr=None))
 
 
-@rms_norm_quant.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+def launch_norm_quant(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (*quantize(rms_norm(s), …), s) with s = x, + residual where given."""
+    width, stride = x_TD.shape[-1], 0 if residual_TD is None else residual_TD.stride(-2)
+    out, scales = empty_quantized(x_TD, dtype, group)
+    total = None if residual_TD is None else torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    if rows := x_TD.numel() // width:
+        _rms_norm_quant_kernel[(rows,)](
+            x_TD, residual_TD, weight_D, out, scales, scale, total, x_TD.stride(-2), stride, width, scales.shape[-1],
+            eps, **row_config(width, dtype, group, scale is not None),
+        )  # fmt: skip
+    return out, scales, x_TD if total is None else total
+
+
+@rms_norm_quant.provider("triton", devices=("cuda",), refuses=(refuses_norm, refuses_scheme), triton=True)
 def rms_norm_quant_triton(
     x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    width = x_TD.shape[-1]
-    out, scales = empty_quantized(x_TD, dtype, group)
-    if rows := x_TD.numel() // width:
-        _rms_norm_quant_kernel[(rows,)](
-            x_TD, weight_D, out, scales, scale, x_TD.stride(-2), width, scales.shape[-1], eps,
-            **row_config(width, dtype, group, scale is not None),
-        )  # fmt: skip
-    return out, scales
+    return launch_norm_quant(x_TD, None, weight_D, eps, dtype, group, scale)[:2]
 
 
 @rms_norm_quant.provider("composed", devices=("cpu",))
-def rms_norm_quant_composed(
-    x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def rms_norm_quant_composed(x_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any) -> tuple[Tensor, Tensor]:
     """The norm by its own kernel, then quantize's meaning, which has none here."""
-    return call(quantize.meaning, rms_norm.direct(x_TD, weight_D, eps), dtype, group, scale)
+    return call(quantize.meaning, rms_norm.direct(x_TD, weight_D, eps), *scheme)

@@ -5,17 +5,18 @@ Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; the half-split layout 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 
 
-@contract()
+@contract(flops=lambda x_THD, cos_TR: 3 * x_THD.shape[:-1].numel() * cos_TR.shape[-1])
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     """Return x with its first R columns as x * cos + cat(-x[..., R/2:R], x[..., :R/2]) * sin, the rest as they are.
 
@@ -37,12 +38,6 @@ def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = Fals
     return torch.cat(((x * cos + turned * sin).to(x_THD.dtype), x_THD[..., R:]), -1)
 
 
-@rope.costs
-def cost(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Cost:
-    flops = 3 * x_THD.numel() // x_THD.shape[-1] * cos_TR.shape[-1]
-    return Cost(bytes=2 * x_THD.nbytes + cos_TR.nbytes + sin_TR.nbytes, flops=flops)
-
-
 @rope.inputs(
     examples=(
         {"T": 1, "H": 1, "D": 8}, {"T": 3, "H": 5, "D": 80}, {"T": 0, "H": 2, "D": 16}, {"T": 7, "H": 9, "D": 64},
@@ -60,18 +55,15 @@ def cost(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = Fals
     },
     rows=(0, 1, 2),
 )  # fmt: skip
-def make(
-    T: int, H: int, D: int, kind: str = "whole", *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, Tensor, Tensor, bool]:
+def make(draw: Draw, T: int, H: int, D: int, kind: str = "whole") -> tuple[Any, ...]:
     """`kind`: about half of the columns turn where it is partial; the halves of cos and sin are alike in pairs only."""
-    generator = torch.Generator(device).manual_seed(seed)
-    joined = torch.randn(T, (H + 2) * D, generator=generator, device=device).to(dtype)
+    joined = draw(T, (H + 2) * D)
     R = max(D // 4 * 2, 2) if "partial" in kind else D
-    angles_TR = torch.rand(T, R, generator=generator, device=device) * 6.3
+    angles_TR = draw.uniform(T, R) * 6.3
     if "interleaved" in kind:
         angles_TR = angles_TR[:, : R // 2].repeat(1, 2)
     x_THD = joined[:, : H * D].unflatten(1, (H, D))
-    return x_THD, angles_TR.cos().to(dtype), angles_TR.sin().to(dtype), "interleaved" in kind
+    return x_THD, angles_TR.cos().to(draw.dtype), angles_TR.sin().to(draw.dtype), "interleaved" in kind
 
 
 @triton.jit
@@ -119,13 +111,13 @@ def config(H: int, D: int) -> dict[str, int]:
     return {"BLOCK": block, "HEADS": min(triton.next_power_of_2(H), max(2048 // block, 1)), "num_warps": 4}
 
 
-@rope.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for heads, width, interleaved in ((9, 64, False), (32, 128, False), (1, 256, False), (128, 64, True)):
-        yield Build(_rope_kernel, {"INTERLEAVED": interleaved, **config(heads, width)})
+rope.builds(
+    Build(_rope_kernel, {"INTERLEAVED": interleaved, **config(heads, width)})
+    for heads, width, interleaved in ((9, 64, False), (32, 128, False), (1, 256, False), (128, 64, True))
+)
 
 
-def refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> str | None:
+def refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> str | None:
     if x_THD.dim() != 3 or x_THD.stride(2) != 1:
         return f"x must be (T, H, D) contiguous in D, got {tuple(x_THD.shape)}, strides {x_THD.stride()}"
     return refuses_angles(x_THD.shape[2], cos_TR, sin_TR)

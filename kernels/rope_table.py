@@ -6,13 +6,16 @@ M-RoPE: Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import contract
+from .draw import Draw
 
 
-@contract()
+@contract(flops=lambda positions_T, speeds_F: 5 * positions_T.shape[-1] * speeds_F.numel())
 def rope_table(
     positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -35,22 +38,13 @@ def rope_table(
     return (angles_TD.cos() * scaling).to(dtype), (angles_TD.sin() * scaling).to(dtype)
 
 
-@rope_table.costs
-def cost(
-    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
-) -> Cost:
-    angles = positions_T.shape[-1] * speeds_F.numel()
-    return Cost(bytes=positions_T.nbytes + speeds_F.nbytes + 4 * angles * dtype.itemsize, flops=5 * angles)
-
-
 @rope_table.inputs(
     examples=({"T": 1, "F": 32}, {"T": 5, "F": 7}, {"T": 0, "F": 4}),
     shapes={"llama-3-8b prefill": {"T": 4096, "F": 64}, "smollm2-135m decode": {"T": 1, "F": 32}},
     sizes={"T": (0, 9), "F": (1, 64)},
     rows=(0,),
 )
-def make(T: int, F: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, float, torch.dtype]:
-    generator = torch.Generator(device).manual_seed(seed)
-    positions_T = torch.randint(8192, (T,), generator=generator, device=device)
-    speeds_F = 10000.0 ** (-torch.arange(F, dtype=torch.float32, device=device) / F)
-    return positions_T, speeds_F, 1.0, dtype
+def make(draw: Draw, T: int, F: int) -> tuple[Any, ...]:
+    positions_T = draw.integers(0, 8192, T)
+    speeds_F = 10000.0 ** (-torch.arange(F, dtype=torch.float32, device=draw.device) / F)
+    return positions_T, speeds_F, 1.0, draw.dtype

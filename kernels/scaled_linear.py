@@ -10,13 +10,15 @@ https://arxiv.org/abs/2209.05433.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
+from .draw import Draw
 from .gemm_tiles import config, configs, grid, load_tile, program_tile, refuses_operands, store_tile
 from .quantize import LIMITS, TRITON_TYPES, quantize_rows
 from .quantize_weight import expand_blocks, quantize_weight, weight_scale
@@ -24,7 +26,7 @@ from .quantize_weight import expand_blocks, quantize_weight, weight_scale
 BLOCK = 128
 
 
-@contract()
+@contract(flops=lambda x_TK, w_NK: 2 * x_TK.numel() * w_NK.shape[0])
 def scaled_linear(
     x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
 ) -> Tensor:
@@ -66,21 +68,10 @@ def check(x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, bias_
 
 
 @scaled_linear.tuned_by
-def key(
-    x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
-) -> tuple[int, int, int, str]:
+def key(x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor) -> tuple[int, int, int, str]:
     """Return (T, N, K, kind): the kind is the dtype, and "blocks" where scales change along K."""
     blocks = " blocks" if x_scale_TG.shape[1] > 1 or w_scale.shape[1] > 1 else ""
     return x_TK.shape[0], *w_NK.shape, str(x_TK.dtype).removeprefix("torch.") + blocks
-
-
-@scaled_linear.costs
-def cost(
-    x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
-) -> Cost:
-    T, (N, K) = x_TK.shape[0], w_NK.shape
-    read = x_TK.nbytes + x_scale_TG.nbytes + w_NK.nbytes + w_scale.nbytes + (0 if bias_N is None else bias_N.nbytes)
-    return Cost(bytes=read + T * N * dtype.itemsize, flops=2 * T * N * K)
 
 
 @scaled_linear.inputs(
@@ -104,17 +95,16 @@ def cost(
     rows=(0, 1),
 )  # fmt: skip
 def make(
-    T: int, N: int, K: int, format: str = "float8_e4m3fn", x_group: int = 0, rows: int = 0, columns: int = 0,
-    bias: bool = False, *, dtype: torch.dtype, device: str, seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype, Tensor | None]:  # fmt: skip
+    draw: Draw, T: int, N: int, K: int, format: str = "float8_e4m3fn", x_group: int = 0, rows: int = 0,
+    columns: int = 0, bias: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
     """The weight is scaled in (rows, columns): (128, 128) or, whatever `columns` says, (1, 0) or (0, 0)."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TK, w_NK, bias_N = (torch.randn(s, generator=generator, device=device) for s in ((T, K), (N, K), (N,)))
+    w_NK = draw.normal(N, K)
     blocks = (128, 128) if (rows, columns) == (128, 128) else (min(rows, 1), 0)
     scale = weight_scale(w_NK, format, *blocks)
     return (
-        *quantize_rows(x_TK, getattr(torch, format), x_group), quantize_weight(w_NK, scale, format, *blocks), scale,
-        dtype, bias_N.to(dtype) if bias else None,
+        *quantize_rows(draw.normal(T, K), getattr(torch, format), x_group),
+        quantize_weight(w_NK, scale, format, *blocks), scale, draw.dtype, draw(N) if bias else None,
     )  # fmt: skip
 
 
@@ -191,14 +181,13 @@ def _blockwise_kernel(
 def builds(dtype: str) -> Iterator[Build]:
     for source, pointer in TRITON_TYPES.items():
         types = {"x_ptr": pointer, "w_ptr": pointer, "xs_ptr": "*fp32", "ws_ptr": "*fp32"}
-        shared = {"BLOCK_K": BLOCK, "BIAS": True, "SUM": _sum_type(source)}
-        least = 89 if source.is_floating_point else 80
+        shared = {"BLOCK_K": BLOCK, "BIAS": True, "SUM": sum_type(source)}
         for chosen in configs(1):
-            yield Build(_channelwise_kernel, {**shared, **chosen}, types, least)
-            yield Build(_blockwise_kernel, {**shared, **chosen, "W_BLOCKS": True}, types, least)
+            yield Build(_channelwise_kernel, {**shared, **chosen}, types)
+            yield Build(_blockwise_kernel, {**shared, **chosen, "W_BLOCKS": True}, types)
 
 
-def _sum_type(dtype: torch.dtype) -> tl.dtype:
+def sum_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float32 if dtype.is_floating_point else tl.int32
 
 
@@ -213,7 +202,7 @@ def lacks_float8(x: Tensor) -> bool:
 
 
 def _refuses(
-    x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
+    x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None
 ) -> str | None:
     if lacks_float8(x_TK):
         return "float8 needs compute capability 8.9"
@@ -231,7 +220,7 @@ def scaled_linear_triton(
     out_TN = torch.empty(T, N, dtype=dtype, device=x_TK.device)
     if not T or not N:
         return out_TN
-    chosen = {**config(T, N, 1), "BLOCK_K": BLOCK, "BIAS": bias_N is not None, "SUM": _sum_type(x_TK.dtype)}
+    chosen = {**config(T, N, 1), "BLOCK_K": BLOCK, "BIAS": bias_N is not None, "SUM": sum_type(x_TK.dtype)}
     pointers = (x_TK, x_scale_TG, w_NK, w_scale, bias_N, out_TN, T, N, K, x_TK.stride(0), x_scale_TG.stride(0))
     ws_stride = w_scale.stride(0) if w_scale.shape[0] > 1 else 0
     blocks = scales_blocks(w_scale, N, K)

@@ -16,7 +16,7 @@ from .scaled_linear import check, gpu_before, lacks_float8, scaled_linear, scale
 
 
 def _refuses(
-    x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
+    x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None
 ) -> str | None:
     T, (N, K), cuda = x_TK.shape[0], w_NK.shape, x_TK.device.type == "cuda"
     if x_TK.dim() != 2 or x_TK.stride() != (K, 1) or w_NK.stride() != (K, 1) or not w_scale.is_contiguous():

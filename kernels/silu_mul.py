@@ -6,16 +6,18 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract, refuses_rows
+from .contract import Build, contract, refuses_rows
+from .draw import Draw
 
 
-@contract()
+@contract(flops=lambda x_TI2: 3 * x_TI2.numel())
 def silu_mul(x_TI2: Tensor) -> Tensor:
     """Return silu(x[..., :I]) * x[..., I:] for x (T, 2·I): (T, I) in x's dtype, float32 or wider inside.
 
@@ -25,25 +27,14 @@ def silu_mul(x_TI2: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(x_TI2.dtype)
 
 
-@silu_mul.costs
-def cost(x_TI2: Tensor) -> Cost:
-    return gated_cost(x_TI2)
-
-
-def gated_cost(x_TI2: Tensor) -> Cost:
-    """Return the cost of a gated activation."""
-    return Cost(bytes=x_TI2.nbytes * 3 // 2, flops=3 * x_TI2.numel())
-
-
 @silu_mul.inputs(
     examples=({"T": 1, "I": 8}, {"T": 3, "I": 33}, {"T": 0, "I": 16}, {"T": 5, "I": 1536}),
     shapes={"llama-3-8b prefill": {"T": 4096, "I": 14336}, "llama-3-70b decode": {"T": 64, "I": 28672}},
     sizes={"T": (0, 9), "I": (1, 1100)},
     rows=(0,),
 )
-def make(T: int, I: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return (torch.randn(T, 2 * I, generator=generator, device=device).to(dtype),)
+def make(draw: Draw, T: int, I: int) -> tuple[Any, ...]:
+    return (draw(T, 2 * I),)
 
 
 @triton.jit
@@ -87,9 +78,7 @@ def gated_builds(kind: str, interleaved: bool = False) -> Iterator[Build]:
         yield Build(_gated_kernel, constants, {"alpha": "fp32", "limit": "fp32"})
 
 
-@silu_mul.builds
-def builds(dtype: str) -> Iterator[Build]:
-    return gated_builds("silu")
+silu_mul.builds(gated_builds("silu"))
 
 
 def refuses_gated(x_TI2: Tensor) -> str | None:

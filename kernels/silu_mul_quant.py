@@ -5,7 +5,6 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202; `quantize` for the schem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,22 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
-from .quantize import (
-    empty_quantized,
-    quantize,
-    quantized_cost,
-    refuses_scheme,
-    row_builds,
-    row_config,
-    scheme,
-    store_quantized,
-)
+from .contract import contract
+from .draw import Draw
+from .quantize import empty_quantized, quantize, refuses_scheme, row_builds, row_config, scheme, store_quantized
 from .silu_mul import gated, refuses_gated, silu_mul
 from .tape import call
 
 
-@contract()
+@contract(flops=lambda x_TI2: 9 * x_TI2.numel() // 2)
 def silu_mul_quant(
     x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -44,14 +35,6 @@ def silu_mul_quant(
             raise ValueError(f"silu_mul_quant: row_T is {row_T.dtype}, wanted int32 or int64 with -1 for padding")
         activated_TI = activated_TI.masked_fill((row_T < 0).unsqueeze(-1), 0)
     return quantize.meaning(activated_TI, dtype, group, scale)
-
-
-@silu_mul_quant.costs
-def cost(
-    x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
-) -> Cost:
-    quantized = quantized_cost(x_TI2[..., ::2], group)
-    return Cost(bytes=quantized.bytes + x_TI2.nbytes // 2, flops=quantized.flops + 3 * x_TI2.numel())
 
 
 @silu_mul_quant.inputs(
@@ -70,16 +53,14 @@ def cost(
     rows=(0, 4),
 )  # fmt: skip
 def make(
-    T: int, I: int, group: int = 0, int8: bool = False, static: bool = False, padded: bool = False, *,
-    dtype: torch.dtype, device: str, seed: int,
-) -> tuple[Tensor, torch.dtype, int, Tensor | None, Tensor | None]:  # fmt: skip
+    draw: Draw, T: int, I: int, group: int = 0, int8: bool = False, static: bool = False, padded: bool = False
+) -> tuple[Any, ...]:
     """`padded`: about a third of the rows are padding, and hold NaN."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TI2 = torch.randn(T, 2 * I, generator=generator, device=device).to(dtype)
-    row_T = torch.randint(-1, 2, (T,), generator=generator, device=device, dtype=torch.int32) if padded else None
+    x_TI2 = draw(T, 2 * I)
+    row_T = draw.integers(-1, 2, T, dtype=torch.int32) if padded else None
     if row_T is not None:
         x_TI2[row_T < 0] = torch.nan
-    return x_TI2, *scheme(group, int8, static, device), row_T
+    return x_TI2, *scheme(group, int8, static, draw.device), row_T
 
 
 @triton.jit
@@ -106,22 +87,18 @@ def config(I: int, dtype: torch.dtype, group: int, static: bool) -> dict[str, ob
     return row_config(min(I, 1024) if group else I, dtype, group, static)
 
 
-@silu_mul_quant.builds
-def builds(dtype: str) -> Iterator[Build]:
-    return row_builds(_silu_mul_quant_kernel, {"row_ptr": "*i32"}, (1024, 14336), config, PADDED=True)
+silu_mul_quant.builds(row_builds(_silu_mul_quant_kernel, {"row_ptr": "*i32"}, (1024, 14336), config, PADDED=True))
 
 
-def _refuses(
-    x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
-) -> str | None:
+def _refuses(x_TI2: Tensor, group: int, row_T: Tensor | None) -> str | None:
     if row_T is not None and (row_T.dtype not in (torch.int32, torch.int64) or not row_T.is_contiguous()):
         return f"row_T must be contiguous int32 or int64, got {row_T.dtype}, strides {row_T.stride()}"
     if not group and x_TI2.shape[-1] > 2 * 16384:
         return f"{x_TI2.shape[-1] // 2} columns under one scale do not fit in registers, wanted groups or at most 16384"
-    return refuses_gated(x_TI2) or refuses_scheme(dtype, group, scale)
+    return None
 
 
-@silu_mul_quant.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@silu_mul_quant.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_gated, refuses_scheme), triton=True)
 def silu_mul_quant_triton(
     x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -136,7 +113,7 @@ def silu_mul_quant_triton(
     return out, scales
 
 
-def _padded(x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Any = None, row_T: Any = None) -> str | None:
+def _padded(row_T: Any) -> str | None:
     return "rows of padding need the op as a whole" if row_T is not None else None
 
 

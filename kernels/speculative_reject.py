@@ -8,7 +8,7 @@ https://arxiv.org/abs/2302.01318, algorithm 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract
+from .draw import Draw
 from .sampling_noise import ACCEPT, DRAW, RECOVER, draw_key, draw_keys, gumbel, gumbel_noise, uniform, uniform_noise
 
 
@@ -79,10 +80,7 @@ def speculative_reject(
 
 
 @speculative_reject.costs
-def cost(
-    draft_ids_N: Tensor, draft_probs_NV: Tensor | None, starts_R1: Tensor, logits_MV: Tensor, temperature_R: Tensor,
-    seeds_R: Tensor, positions_R: Tensor,
-) -> Cost:  # fmt: skip
+def cost(draft_probs_NV: Tensor | None, logits_MV: Tensor, seeds_R: Tensor) -> Cost:
     probs = 0 if draft_probs_NV is None else 4 * len(seeds_R) * logits_MV.shape[1]
     return Cost(bytes=logits_MV.nbytes + probs + 32 * len(logits_MV), flops=4 * logits_MV.numel())
 
@@ -98,26 +96,23 @@ def cost(
     },
     sizes={"R": (0, 5), "V": (1, 300), "drafted": (0, 4), "certain": [False, True]},
 )  # fmt: skip
-def make(
-    R: int, V: int, drafted: int = 0, certain: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor | None, ...]:
+def make(draw: Draw, R: int, V: int, drafted: int = 0, certain: bool = False) -> tuple[Any, ...]:
     """`drafted` is the most a request has, and the first has it; every third is greedy; the draft is close."""
-    generator = torch.Generator().manual_seed(seed)
-    counts_R = torch.randint(drafted + 1, (R,), generator=generator)
+    counts_R = draw.integers(0, drafted + 1, R)
     counts_R[:1] = drafted
     drafts = int(counts_R.sum())
     starts_R1 = torch.nn.functional.pad(counts_R.cumsum(0), (1, 0))
-    logits_MV = 2 * torch.randn(drafts + R, V, generator=generator)
-    row_N = torch.arange(drafts) + torch.repeat_interleave(torch.arange(R), counts_R)
-    draft_NV = (logits_MV[row_N] + torch.randn(drafts, V, generator=generator)).softmax(-1)
-    ids_N = torch.multinomial(draft_NV, 1, generator=generator)[:, 0] if drafts else torch.zeros(0, dtype=torch.int64)
-    greedy_R = torch.arange(R) % 3 == 1
-    ids_N = torch.where(greedy_R.repeat_interleave(counts_R), logits_MV[row_N].to(dtype).argmax(-1), ids_N)
-    temperature_R = torch.rand(R, generator=generator).add(0.2).masked_fill(greedy_R, 0.0)
-    seeds_R = torch.randint(-(2**63), 2**63 - 1, (R,), generator=generator)
+    logits_MV = 2 * draw.normal(drafts + R, V)
+    each_R = torch.arange(R, device=draw.device)
+    row_N = torch.arange(drafts, device=draw.device) + torch.repeat_interleave(each_R, counts_R)
+    draft_NV = (logits_MV[row_N] + draw.normal(drafts, V)).softmax(-1)
+    ids_N = torch.multinomial(draft_NV, 1, generator=draw.generator)[:, 0] if drafts else draw.permutation(0)
+    greedy_R = each_R % 3 == 1
+    ids_N = torch.where(greedy_R.repeat_interleave(counts_R), logits_MV[row_N].to(draw.dtype).argmax(-1), ids_N)
+    temperature_R = draw.uniform(R).add(0.2).masked_fill(greedy_R, 0.0)
+    seeds_R = draw.integers(-(2**63), 2**63 - 1, R)
     probs_NV = None if certain else draft_NV
-    made = (ids_N, probs_NV, starts_R1, logits_MV.to(dtype), temperature_R, seeds_R, torch.arange(R) * 7)
-    return tuple(t if t is None else t.to(device) for t in made)
+    return ids_N, probs_NV, starts_R1, logits_MV.to(draw.dtype), temperature_R, seeds_R, each_R * 7
 
 
 @triton.jit
@@ -226,19 +221,15 @@ def config(V: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(block // 256, 1)}
 
 
-@speculative_reject.builds
-def builds(dtype: str) -> Iterator[Build]:
-    known = dict.fromkeys(("ids_ptr", "starts_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr", "counts_ptr"), "*i64")
-    known |= dict.fromkeys(("probs_ptr", "temperature_ptr", "normalizer_ptr"), "*fp32") | {"accepted_ptr": "*i32"}
-    for certain in (False, True):
-        for kernel in (_accept_kernel, _finish_kernel):
-            yield Build(kernel, {"CERTAIN": certain, **config(151936)}, known)
+_TYPES = dict.fromkeys(("ids_ptr", "starts_ptr", "seeds_ptr", "positions_ptr", "tokens_ptr", "counts_ptr"), "*i64")
+_TYPES |= dict.fromkeys(("probs_ptr", "temperature_ptr", "normalizer_ptr"), "*fp32") | {"accepted_ptr": "*i32"}
+speculative_reject.builds(
+    Build(kernel, {"CERTAIN": certain, **config(151936)}, _TYPES)
+    for certain in (False, True) for kernel in (_accept_kernel, _finish_kernel)
+)  # fmt: skip
 
 
-def _refuses(
-    draft_ids_N: Tensor, draft_probs_NV: Tensor | None, starts_R1: Tensor, logits_MV: Tensor, temperature_R: Tensor,
-    seeds_R: Tensor, positions_R: Tensor,
-) -> str | None:  # fmt: skip
+def _refuses(draft_probs_NV: Tensor | None, logits_MV: Tensor) -> str | None:
     if logits_MV.stride(-1) != 1 or (draft_probs_NV is not None and draft_probs_NV.stride(-1) != 1):
         return "logits and probabilities must be contiguous in V"
     return None

@@ -5,16 +5,17 @@ Source: OpenAI 2025, https://arxiv.org/abs/2508.10925, section 2; https://github
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import Build, Cost, contract
-from .silu_mul import gated_builds, gated_cost, launch_gated, refuses_gated
+from .contract import contract
+from .draw import Draw
+from .silu_mul import gated_builds, launch_gated, refuses_gated
 
 
-@contract()
+@contract(flops=lambda x_TI2: 3 * x_TI2.numel())
 def swiglu_clamped(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False) -> Tensor:
     """Return (u + 1) · g · sigmoid(alpha · g), g = min(gate, limit), u = up clamped to ±limit: (T, I) in x's dtype.
 
@@ -27,11 +28,6 @@ def swiglu_clamped(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, inte
     return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(x_TI2.dtype)
 
 
-@swiglu_clamped.costs
-def cost(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False) -> Cost:
-    return gated_cost(x_TI2)
-
-
 @swiglu_clamped.inputs(
     examples=(
         {"T": 1, "I": 8}, {"T": 3, "I": 33, "interleaved": True}, {"T": 0, "I": 16}, {"T": 5, "I": 1536, "limit": 0.5},
@@ -40,23 +36,13 @@ def cost(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, interleaved: b
     sizes={"T": (0, 9), "I": (1, 1100), "limit": [0.5, 7.0], "interleaved": [False, True]},
     rows=(0,),
 )  # fmt: skip
-def make(
-    T: int, I: int, limit: float = 7.0, interleaved: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, float, float, bool]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(T, 2 * I, generator=generator, device=device).to(dtype), 1.702, limit, interleaved
+def make(draw: Draw, T: int, I: int, limit: float = 7.0, interleaved: bool = False) -> tuple[Any, ...]:
+    return draw(T, 2 * I), 1.702, limit, interleaved
 
 
-@swiglu_clamped.builds
-def builds(dtype: str) -> Iterator[Build]:
-    for interleaved in (False, True):
-        yield from gated_builds("swiglu_clamped", interleaved)
+swiglu_clamped.builds(build for interleaved in (False, True) for build in gated_builds("swiglu_clamped", interleaved))
 
 
-def _refuses(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False) -> str | None:
-    return refuses_gated(x_TI2)
-
-
-@swiglu_clamped.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@swiglu_clamped.provider("triton", devices=("cuda",), refuses=refuses_gated, triton=True)
 def swiglu_clamped_triton(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False) -> Tensor:
     return launch_gated(x_TI2, "swiglu_clamped", alpha, limit, interleaved)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import cpp
 from .add_rms_norm import add_rms_norm
+from .contract import refuses_rows
 from .gather_rows import gather_rows
 from .rms_norm import rms_norm
 from .rope import refuses_rope, rope
@@ -33,18 +34,12 @@ def _one_dtype(*tensors: Tensor) -> str | None:
     return None
 
 
-def _rows(x: Tensor) -> str | None:
-    if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
-        return f"wanted rows (T, D) contiguous in D, or a contiguous tensor; strides are {x.stride()}"
-    return None
+def _refuses_rms_norm(x_TD: Tensor, weight_D: Tensor) -> str | None:
+    return _one_dtype(x_TD, weight_D) or refuses_rows(x=x_TD)
 
 
-def _refuses_rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
-    return _one_dtype(x_TD, weight_D) or _rows(x_TD)
-
-
-def _refuses_add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> str | None:
-    return _one_dtype(x_TD, residual_TD, weight_D) or _rows(x_TD) or _rows(residual_TD)
+def _refuses_add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> str | None:
+    return _one_dtype(x_TD, residual_TD, weight_D) or refuses_rows(x=x_TD, residual=residual_TD)
 
 
 @rms_norm.provider("cpp", devices=("cpu",), refuses=_refuses_rms_norm)
@@ -70,7 +65,7 @@ def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: f
     return out, total
 
 
-def _refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> str | None:
+def _refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> str | None:
     if interleaved or cos_TR.shape[-1] != x_THD.shape[-1]:
         return f"it turns whole heads in halves, got {cos_TR.shape[-1]} of {x_THD.shape[-1]} columns, {interleaved=}"
     return refuses_rope(x_THD, cos_TR, sin_TR) or _one_dtype(x_THD, cos_TR, sin_TR)
@@ -87,7 +82,7 @@ def rope_cpp(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = 
 
 
 def _refuses_rope_table(
-    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
+    positions_T: Tensor, speeds_F: Tensor, dtype: torch.dtype, sections: list[int] | None
 ) -> str | None:
     if sections is not None:
         return f"it takes one position a token, got sections {sections}"
@@ -113,11 +108,7 @@ def rope_table_cpp(
     return cos, sin
 
 
-def _refuses_silu_mul(x_TI2: Tensor) -> str | None:
-    return _one_dtype(x_TI2) or _rows(x_TI2)
-
-
-@silu_mul.provider("cpp", devices=("cpu",), refuses=_refuses_silu_mul)
+@silu_mul.provider("cpp", devices=("cpu",), refuses=lambda x_TI2: _one_dtype(x_TI2) or refuses_rows(x=x_TI2))
 def silu_mul_cpp(x_TI2: Tensor) -> Tensor:
     width = x_TI2.shape[-1]
     out = empty((*x_TI2.shape[:-1], width // 2), x_TI2.dtype)

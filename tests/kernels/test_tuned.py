@@ -21,7 +21,11 @@ Tables = Callable[[str, list[list[Any]]], None]
 @pytest.fixture
 def op() -> Contract:
     """A contract of three providers that say their names; "even" takes even rows only."""
-    record = Contract(name="op", meaning=torch.clone, seam=False, mutates=(), opaque=False)
+
+    def meaning(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    record = Contract(name="op", meaning=meaning, fake=meaning, flops=lambda x: 0, seam=False, mutates=(), opaque=False)
     record.providers.append(Provider(name="torch", call=lambda x: "torch"))
     record.tuned_by(lambda x: (x.shape[0], x.shape[1], "kind"))
     refuses = lambda x: "odd rows" if x.shape[0] % 2 else None  # noqa: E731
