@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .contract import Cost, contract
+from .draw import Draw
 from .linear import PANEL, pack_linear, packed_shape
 from .tape import Kernel, empty, launch
 
@@ -28,7 +29,7 @@ def gather_packed_rows(packed: Tensor, index_T: Tensor, num_rows: int, width: in
 
 
 @gather_packed_rows.costs
-def cost(packed: Tensor, index_T: Tensor, num_rows: int, width: int) -> Cost:
+def cost(packed: Tensor, index_T: Tensor, width: int) -> Cost:
     return Cost(bytes=index_T.nbytes + 2 * index_T.numel() * width * packed.element_size(), flops=0)
 
 
@@ -41,10 +42,8 @@ def cost(packed: Tensor, index_T: Tensor, num_rows: int, width: int) -> Cost:
     sizes={"V": (1, 80), "T": (0, 9), "D": (1, 200)},
     rows=(1,),
 )
-def make(V: int, T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, int, int]:
-    generator = torch.Generator(device).manual_seed(seed)
-    table_VD = torch.randn(V, D, generator=generator, device=device).to(dtype)
-    return pack_linear(table_VD), torch.randint(V, (T,), generator=generator, device=device), V, D
+def make(draw: Draw, V: int, T: int, D: int) -> tuple[Tensor, Tensor, int, int]:
+    return pack_linear(draw(V, D)), draw.integers(0, V, T), V, D
 
 
 def _refuses(packed: Tensor, index_T: Tensor, num_rows: int, width: int) -> str | None:

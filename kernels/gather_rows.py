@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Build, Cost, contract
+from .draw import Draw
 
 
 @contract()
@@ -32,10 +33,8 @@ def cost(table_VD: Tensor, index_T: Tensor) -> Cost:
     sizes={"V": (1, 20), "T": (0, 9), "D": (1, 1100)},
     rows=(1,),
 )
-def make(V: int, T: int, D: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    table_VD = torch.randn(V, D, generator=generator, device=device).to(dtype)
-    return table_VD, torch.randint(V, (T,), generator=generator, device=device)
+def make(draw: Draw, V: int, T: int, D: int) -> tuple[Tensor, Tensor]:
+    return draw(V, D), draw.integers(0, V, T)
 
 
 @triton.jit

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import Cost, contract
+from .contract import contract
+from .draw import Draw
 
 PANEL = 32
 
@@ -31,12 +32,7 @@ def pack_linear(weight_NK: Tensor) -> Tensor:
     return padded.reshape(panels, PANEL, words, per_word).permute(0, 2, 1, 3).contiguous()
 
 
-@pack_linear.costs
-def pack_cost(weight_NK: Tensor) -> Cost:
-    return Cost(bytes=2 * weight_NK.nbytes, flops=0)
-
-
-@contract(opaque=True)
+@contract(opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features)
 def linear_packed(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None = None) -> Tensor:
     """Return x wᵀ + bias: (…, N) in x's dtype, for x (…, K) and w packed by `pack_linear`; sums in float32.
 
@@ -46,21 +42,13 @@ def linear_packed(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tenso
     return torch.nn.functional.linear(x_TK, weight_NK, bias_N)
 
 
-@linear_packed.costs
-def cost(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None = None) -> Cost:
-    rows = x_TK.numel() // max(x_TK.shape[-1], 1)
-    moved = x_TK.nbytes + packed.nbytes + rows * out_features * x_TK.element_size()
-    return Cost(bytes=moved, flops=2 * rows * out_features * x_TK.shape[-1])
-
-
 @pack_linear.inputs(
     examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}),
     shapes={"smollm2-135m": {"N": 3072, "K": 576}},
     sizes={"N": (1, 80), "K": (1, 80)},
 )
-def make_weight(N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return ((torch.randn(N, K, generator=generator, device=device) * K**-0.5).to(dtype),)
+def make_weight(draw: Draw, N: int, K: int) -> tuple[Tensor]:
+    return ((draw.normal(N, K) * K**-0.5).to(draw.dtype),)
 
 
 @linear_packed.inputs(
@@ -74,8 +62,5 @@ def make_weight(N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -
     sizes={"T": (0, 20), "N": (1, 80), "K": (1, 200)},
     rows=(0,),
 )
-def make(T: int, N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor, int]:
-    (weight_NK,) = make_weight(N, K, dtype=dtype, device=device, seed=seed)
-    generator = torch.Generator(device).manual_seed(seed + 1)
-    x_TK = torch.randn(T, K, generator=generator, device=device).to(dtype)
-    return x_TK, pack_linear(weight_NK), N
+def make(draw: Draw, T: int, N: int, K: int) -> tuple[Tensor, Tensor, int]:
+    return draw(T, K), pack_linear(*make_weight(draw, N, K)), N
