@@ -16,6 +16,7 @@ from .contract import Build, contract
 from .draw import Draw
 from .sampling_noise import DRAW, draw_key, draw_keys, gumbel, gumbel_noise
 from .sampling_triton import refuses_logits
+from .tokenwise_cpu import argmax_rows
 
 
 @contract(flops=lambda logits_RV: 40 * logits_RV.numel())
@@ -46,20 +47,19 @@ def make(draw: Draw, R: int, V: int) -> tuple[Any, ...]:
     return logits_RV, temperature_R, seeds_R, torch.arange(R, device=draw.device)
 
 
-@gumbel_sample.provider("numpy", devices=("cpu",))
-def gumbel_sample_numpy(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
-    """Make noise for drawn rows only; numpy's argmax: 0.17 ms against torch's 2.8 ms for 32 x 49,152 in bfloat16."""
-    wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+@gumbel_sample.provider("cpp", devices=("cpu",))
+def gumbel_sample_cpp(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
+    """Make noise for drawn rows only."""
     drawn = (temperature_R > 0).nonzero().squeeze(-1)
-    if len(drawn) == len(wide_RV):
-        noise_RV = gumbel_noise(draw_keys(seeds_R, positions_R), logits_RV.shape[1]).to(wide_RV.dtype)
-        hot_R1 = temperature_R.unsqueeze(-1).to(wide_RV.dtype)
-        return torch.from_numpy(torch.addcdiv(noise_RV, wide_RV, hot_R1, out=noise_RV).numpy().argmax(-1))
-    tokens_R = torch.from_numpy(wide_RV.numpy().argmax(-1))
-    if len(drawn):
-        options = (t[drawn] for t in (temperature_R, seeds_R, positions_R))
-        tokens_R[drawn] = gumbel_sample_numpy(wide_RV[drawn], *options)
-    return tokens_R
+    if len(drawn) < len(logits_RV):
+        tokens_R = argmax_rows(logits_RV)
+        if len(drawn):
+            options = (t[drawn] for t in (temperature_R, seeds_R, positions_R))
+            tokens_R[drawn] = gumbel_sample_cpp(logits_RV[drawn], *options)
+        return tokens_R
+    wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    noise_RV = gumbel_noise(draw_keys(seeds_R, positions_R), logits_RV.shape[1]).to(wide_RV.dtype)
+    return argmax_rows(torch.addcdiv(noise_RV, wide_RV, temperature_R.unsqueeze(-1).to(wide_RV.dtype), out=noise_RV))
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-// Row-wise ops on the CPU: rms_norm, add_rms_norm, rope, silu_mul, gather_rows, rope_table; float32 and bfloat16.
+// Row-wise ops on the CPU: rms_norm, add_rms_norm, rope, silu_mul, gather_rows, rope_table, argmax; float32 and
+// bfloat16.
 //
 // Arithmetic is float32; a result is rounded where the op's meaning rounds it, so this file is compiled with
 // -ffp-contract=off: rope, and all of a norm but its sum, then have the meaning's bits. Rows never share work, so a
@@ -186,6 +187,30 @@ int64_t silu_mul(const T* x, T* out, int64_t rows, int64_t I, int64_t ldx, int64
     return 0;
 }
 
+// The first greatest of n elements, a NaN above all: each lane's own first, then the first of those.
+inline bool above(float a, float b) { return a > b || (a != a && b == b); }
+
+template <class T>
+int64_t first_greatest(const T* x, int64_t n) {
+    Vec best = splat(get(x, Part{1})[0]);
+    IntVec at = {};  // of each lane, the number of vectors before its best one
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+        const Vec v = get(x + i, Whole{});
+        const IntVec more = (v > best) | ((v != v) & (best == best));
+        best = more ? v : best;
+        at = more ? IntVec{} + int32_t(i / kLanes) : at;
+    }
+    int64_t found = 0;
+    float greatest = get(x, Part{1})[0];
+    const auto take = [&](float value, int64_t i) {
+        const bool equal = !above(greatest, value) && i < found;
+        if (above(value, greatest) || equal) greatest = value, found = i;
+    };
+    for (int j = 0; j < kLanes && n >= kLanes; ++j) take(best[j], int64_t(at[j]) * kLanes + j);
+    for (int64_t i = n / kLanes * kLanes; i < n; ++i) take(get(x + i, Part{1})[0], i);
+    return found;
+}
+
 }  // namespace
 
 // dtype: 0 float32, 1 bfloat16. Strides and sizes in elements; the last dimension is contiguous.
@@ -228,6 +253,16 @@ extern "C" int64_t seamwise_gather(const int64_t* index, const char* table, char
         if (index[r] < 0 || index[r] >= table_rows) return 1 + r;
     over_rows(rows, 2 * row_bytes, threads, [&](int64_t r) {
         std::memcpy(out + r * row_bytes, table + index[r] * table_stride, row_bytes);
+    });
+    return 0;
+}
+
+// out (rows) = the first greatest of each row of x (rows, n), n > 0, whose rows are `stride` elements apart.
+extern "C" int64_t seamwise_argmax(int64_t dtype, const void* x, int64_t* out, int64_t rows, int64_t n, int64_t stride,
+                                   int64_t threads) {
+    over_rows(rows, n * (dtype == 0 ? 4 : 2), threads, [&](int64_t r) {
+        out[r] = dtype == 0 ? first_greatest((const float*)x + r * stride, n)
+                            : first_greatest((const BFloat16*)x + r * stride, n);
     });
     return 0;
 }

@@ -23,7 +23,7 @@ def _kernel(symbol: str) -> Kernel:
 
 
 _NORM, _ROPE, _SILU_MUL = _kernel("seamwise_norm"), _kernel("seamwise_rope"), _kernel("seamwise_silu_mul")
-_ROPE_TABLE, _GATHER = _kernel("seamwise_rope_table"), _kernel("seamwise_gather")
+_ROPE_TABLE, _GATHER, _ARGMAX = map(_kernel, ("seamwise_rope_table", "seamwise_gather", "seamwise_argmax"))
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -136,4 +136,16 @@ def gather_rows_cpp(table_VD: Tensor, index_T: Tensor) -> Tensor:
     )  # fmt: skip
     if wrong:
         raise ValueError(f"gather_rows: index {int(index_T.flatten()[wrong - 1])}, wanted 0 to {table_VD.shape[0] - 1}")
+    return out
+
+
+def argmax_rows(x_RV: Tensor) -> Tensor:
+    """Return what torch.argmax does, the first greatest of each row, int64 (R,), a NaN above all."""
+    if x_RV.dtype not in _DTYPES or refuses_rows(x=x_RV) or not x_RV.shape[1]:
+        return x_RV.argmax(-1)
+    out = empty(x_RV.shape[:1], torch.int64)
+    launch(
+        _ARGMAX, _DTYPES[x_RV.dtype], x_RV.data_ptr(), out.data_ptr(), *x_RV.shape, x_RV.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return out

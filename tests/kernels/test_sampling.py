@@ -16,6 +16,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 
 from seamwise.kernels import gumbel_sample, logprobs, penalize, speculative_reject, truncate_logits
 from seamwise.kernels.sampling_noise import ACCEPT, DRAW, RECOVER, draw_keys, gumbel_noise, uniform_noise
+from seamwise.kernels.tokenwise_cpu import argmax_rows
 
 MASK64 = (1 << 64) - 1
 
@@ -123,6 +124,16 @@ def test_noise_is_its_published_parts() -> None:
             for token in (0, 1, 49):
                 bits = fmix32(fmix32(token ^ (key & 0xFFFFFFFF)) ^ (key >> 32)) & 0x7FFFFFFF
                 assert float(uniform[r, token]) == pytest.approx((bits + 0.5) * 2.0**-31, rel=1e-6)
+
+
+@given(width=st.integers(1, 70), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_argmax_is_torchs_with_ties_nans_and_infinities(width: int, seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor([float("-inf"), float("nan"), -1.0, 0.0, 2.0, float("inf")], dtype=dtype)
+    picks = torch.randint(6, (5, width + 3), generator=generator)
+    picks[:3] = torch.where(picks[:3] == 1, 0, picks[:3])  # rows without a NaN too
+    rows = values[picks][:, :width]
+    assert torch.equal(argmax_rows(rows), rows.argmax(-1))
 
 
 def test_noise_is_gumbel_and_rows_are_independent() -> None:
