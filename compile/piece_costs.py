@@ -32,7 +32,7 @@ def _cost_of(module: GraphModule, tokens: int) -> dict[str, int]:
             continue
         args, out = map_arg(node.args, lambda n: _sized(value(n), tokens)), _sized(value(node), tokens)
         if (record := contract_of(node.target)) is not None:
-            cost = record.cost(*args)
+            cost = record.cost(*args, results=out)
             num_bytes, flops = num_bytes + cost.bytes, flops + cost.flops
             continue
         given = [a for a in torch.utils._pytree.tree_leaves((args, out)) if isinstance(a, Tensor)]

@@ -141,13 +141,9 @@ class Contract:
         raise ValueError(f"{self.name}: no provider named {requested!r}; it has: {names}")
 
     def provider(
-        self,
-        name: str,
-        *,
-        devices: tuple[str, ...] | None = None,
-        refuses: Callable[..., str | None] | Sequence[Callable[..., str | None]] = (),
-        triton: bool = False,
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        self, name: str, *, devices: tuple[str, ...] | None = None,
+        refuses: Callable[..., str | None] | Sequence[Callable[..., str | None]] = (), triton: bool = False,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
         """Register the decorated function as a provider, before the meaning and after earlier registrations.
 
         `refuses`, one function or several, name the parameters that they read; the first reason counts.
@@ -189,15 +185,10 @@ class Contract:
         return function
 
     def inputs(
-        self,
-        *,
-        examples: Iterable[Mapping[str, Any]],
-        shapes: Mapping[str, Mapping[str, Any]] | None = None,
-        sizes: Mapping[str, tuple[int, int] | list[Any]] | None = None,
-        rows: tuple[int, ...] = (),
-        dtypes: tuple[torch.dtype, ...] = (),
-        fp4: tuple[int, ...] = (),
-    ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
+        self, *, examples: Iterable[Mapping[str, Any]], shapes: Mapping[str, Mapping[str, Any]] | None = None,
+        sizes: Mapping[str, tuple[int, int] | list[Any]] | None = None, rows: tuple[int, ...] = (),
+        dtypes: tuple[torch.dtype, ...] = (), fp4: tuple[int, ...] = (),
+    ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:  # fmt: skip
         """Register `make(draw, sizes…) -> args`, whose tensors come from `draw` (draw.py).
 
         examples  small edge cases, for tests
@@ -229,11 +220,15 @@ class Contract:
             return ()
         return self._builds(dtype)
 
-    def cost(self, *args: Any) -> Cost:
-        """Return what a call moves and computes: each argument and result once, where nothing else is registered."""
+    def cost(self, *args: Any, results: Any = None) -> Cost:
+        """Return what a call moves and computes: each argument and result once, where nothing else is registered.
+
+        Results that are known already need not be inferred from the arguments, which takes a millisecond.
+        """
         if self._cost is not None:
             return self._cost(*args)
-        results = self.fake(*tree_map_only(Tensor, lambda t: t.to("meta"), args))
+        if results is None:
+            results = self.fake(*tree_map_only(Tensor, lambda t: t.to("meta"), args))
         moved = sum(t.nbytes for t in tree_leaves((args, results)) if isinstance(t, Tensor))
         return Cost(bytes=moved, flops=self.flops(*args))
 
@@ -252,13 +247,9 @@ class Contract:
 
 
 def contract(
-    *,
-    seam: bool = False,
-    opaque: bool = False,
-    mutates: tuple[str, ...] = (),
-    fake: Callable[..., Any] | None = None,
+    *, seam: bool = False, opaque: bool = False, mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None,
     flops: Callable[..., int] = lambda *args: 0,
-) -> Callable[[Callable[..., Any]], Contract]:
+) -> Callable[[Callable[..., Any]], Contract]:  # fmt: skip
     """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
 
     The op must return fresh tensors, never views of its arguments. `fake` replaces the meaning for shape

@@ -10,7 +10,7 @@ import sys
 import tokenize
 from pathlib import Path
 
-LIMIT = 19_240  # the aim is 15,000: what is added has to be paid for by what gets simpler
+LIMIT = 18_830  # the aim is 15,000: what is added has to be paid for by what gets simpler
 SOURCE = ("kernels", "passes", "compile", "model_defs", "runtime", "bench", "seamwise")
 SUFFIXES = (".py", ".cpp", ".h")
 _LAYOUT = (

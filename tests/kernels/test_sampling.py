@@ -97,6 +97,26 @@ def test_equals_of_a_threshold_stay_together() -> None:
     assert torch.equal(cut(tied, top_k=2, top_p=0.5), tied)
 
 
+@pytest.mark.parametrize("digits", [0, 3])  # logits that tie in thousands, and hardly any
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_need_more_than_the_first_look(dtype: torch.dtype, digits: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 9000, generator=generator).round(decimals=digits).to(dtype)
+    logits[:, 7:2000:3] = -math.inf
+    temperature = torch.tensor([0.1, 0.5, 1.0, 3.0, 0.0])
+    options = (
+        torch.tensor([0, 0, 0, 0, 2]),
+        torch.tensor([0.9, 0.99, 0.97, 0.6, 0.9]),
+        torch.tensor([0, 0, 0.01, 0, 0]),
+    )
+    whole = truncate_logits.run("partial", logits, temperature, *options)
+    assert torch.equal(whole, truncate_logits.meaning(logits, temperature, *options))
+    assert (whole > -math.inf).sum(-1)[1:4].min() > 1024
+    for row in range(5):
+        alone = truncate_logits.run("partial", *(t[row : row + 1] for t in (logits, temperature, *options)))
+        assert torch.equal(alone[0], whole[row])
+
+
 def test_noise_is_its_published_parts() -> None:
     """The 64-bit key and the 32 bits of a token, by arithmetic on Python's integers."""
 
