@@ -24,7 +24,7 @@ if __name__ != "kernels":
     from .kv_copy_blocks import kv_copy_blocks
     from .layer_norm import layer_norm
     from .linear import linear_packed, pack_linear
-    from .linear_int4 import linear_int4, pack_group_values, pack_int4_panels
+    from .linear_int import linear_int, pack_group_values, pack_int_panels
     from .logprobs import logprobs
     from .lora import lora_expand, lora_shrink
     from .merge_states import merge_states
@@ -83,7 +83,7 @@ __all__ = [
     "kv_append",
     "kv_copy_blocks",
     "layer_norm",
-    "linear_int4",
+    "linear_int",
     "linear_packed",
     "logprobs",
     "lora_expand",
@@ -99,7 +99,7 @@ __all__ = [
     "mxfp4_linear",
     "norm_between_linears",
     "pack_group_values",
-    "pack_int4_panels",
+    "pack_int_panels",
     "pack_linear",
     "penalize",
     "qk_norm_rope",
