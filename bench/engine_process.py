@@ -129,9 +129,9 @@ def llama_cpp(job: dict[str, Any]) -> Generate:
         produced = [[token] for token in run(rows)]
         for step in range(tokens - 1):
             rows = [(s, len(p) + step, produced[s][-1], True) for s, p in enumerate(prompts)]
-            for sequence, token in zip(produced, run(rows), strict=True):
-                sequence.append(token)
-        return [len(sequence) for sequence in produced]
+            for known, token in zip(produced, run(rows), strict=True):
+                known.append(token)
+        return [len(known) for known in produced]
 
     return generate
 

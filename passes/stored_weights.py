@@ -85,7 +85,7 @@ def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[st
     with inserting(graph, first, like=node) as proxy:
         weight, scale, zero = (proxy(placeholders[r]) if r in placeholders else None for r in _DEQUANTIZED)
         (*experts, N, K), scheme = like.shape, held.scheme
-        if held.zero is not None and held.zero.dtype == torch.int32:
+        if zero is not None and held.zero is not None and held.zero.dtype == torch.int32:
             zero = _unpacked(zero, N)
         if len(held.scale.shape) == 1:
             scale, zero = (None if t is None else aten.reshape.default(t, [1, 1]) for t in (scale, zero))
