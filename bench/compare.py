@@ -62,18 +62,20 @@ def run_engine(job: Mapping[str, Any], *, python: str, preload: Sequence[str], h
     return report
 
 
-def available(engine: str, python: str) -> str | None:
-    """Return why a peer cannot be run by this interpreter, or None."""
+def available(engine: str, python: str, model: str) -> str | None:
+    """Return why a peer cannot be run by this interpreter on this model, or None."""
+    if engine == "llama_cpp" and not model.endswith(".gguf"):
+        return f"it reads .gguf files, not {model}; name one: --peer-model llama_cpp=FILE"
     if python != sys.executable:
         return None if Path(python).exists() else f"no interpreter at {python}"
     return None if importlib.util.find_spec(engine) else f"{engine} is not installed"
 
 
 def compare(
-    model: str, peers: Mapping[str, str], *, workloads: Sequence[str], vocab_size: int, settings: Mapping[str, Any],
-    startup: bool,
+    model: str, peers: Mapping[str, str], *, models: Mapping[str, str], workloads: Sequence[str], vocab_size: int,
+    settings: Mapping[str, Any], startup: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run Seamwise, the peers ({engine: interpreter}) and Seamwise again.
+    """Run Seamwise, the peers ({engine: interpreter}) and Seamwise again; `models` are those of peers with another.
 
     Returns {"figures": {engine: {workload: {figure: median}}}, "absent": {engine: reason}, "runs": all reports}.
     """
@@ -85,11 +87,11 @@ def compare(
         }
         for name in workloads
     }
-    absent = {name: why for name, python in peers.items() if (why := available(name, python))}
+    absent = {name: why for name, python in peers.items() if (why := available(name, python, models.get(name, model)))}
     present = {name: python for name, python in peers.items() if name not in absent}
     reports: dict[str, list[dict[str, Any]]] = {}
     for engine, python in [("seamwise", sys.executable), *present.items(), ("seamwise", sys.executable)]:
-        given = {"engine": engine, "model": model, "workloads": drawn, **settings}
+        given = {"engine": engine, "model": models.get(engine, model), "workloads": drawn, **settings}
         how: dict[str, Any] = {"python": python, "preload": preloads(python) if engine == "vllm" else []}
         try:
             reports[engine] = reports.get(engine, []) + _measure(given, how, startup and engine not in reports)

@@ -1,18 +1,21 @@
 """One engine in one process, for fair comparison: `python engine_process.py JOB.json`; the last line it prints is JSON.
 
 It runs alone, also by an interpreter where only the peer is installed: it imports nothing of Seamwise unless the engine
-is Seamwise. JOB: engine, model, dtype, threads, max_model_len, repeats, and workloads as {name: {tokens, prompts}} with
-prompts[run][request] lists of token ids; run 0 is the warm-up. Without workloads it measures start-up alone.
+is Seamwise. JOB: engine, model, dtype, quantization, threads, max_model_len, repeats, and workloads as {name: {tokens,
+prompts}} with prompts[run][request] lists of token ids; run 0 is the warm-up. Without workloads it measures start-up
+alone.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,10 @@ def seamwise(job: dict[str, Any]) -> Generate:
     torch.set_num_threads(job["threads"])
     from seamwise import LLM, SamplingParams
 
-    llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64)
+    llm = LLM(
+        job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64,
+        quantization=job["quantization"],
+    )  # fmt: skip
 
     def generate(prompts: list[list[int]], tokens: int) -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -69,7 +75,68 @@ def vllm(job: dict[str, Any]) -> Generate:
     return generate
 
 
-ENGINES = {"seamwise": seamwise, "transformers": transformers, "vllm": vllm}
+def llama_cpp(job: dict[str, Any]) -> Generate:
+    """llama.cpp by its C interface, as its example "batched": a sequence for each request, one batch a step.
+
+    The model is a .gguf, in whose kinds it computes. What all prompts begin with is computed once and copied, as
+    llama-batched-bench -pps does. Source: https://github.com/ggml-org/llama.cpp/tree/master/examples/batched.
+    """
+    import llama_cpp as library  # type: ignore[import-not-found]
+    import numpy as np
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # its level is what llama.cpp prints
+    library.llama_backend_init()
+    model = library.llama_model_load_from_file(job["model"].encode(), library.llama_model_default_params())
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot read {job['model']}")
+    sequences = max((len(run) for w in job["workloads"].values() for run in w["prompts"]), default=1)
+    options = library.llama_context_default_params()
+    options.n_seq_max, options.n_ctx = sequences, sequences * job["max_model_len"]
+    options.n_threads = options.n_threads_batch = job["threads"]
+    context = library.llama_init_from_model(model, options)
+    if not context:
+        raise RuntimeError(f"llama.cpp has no context of {options.n_ctx} tokens")
+    most, vocab_size = options.n_batch, library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    batch, memory = library.llama_batch_init(most, 0, 1), library.llama_get_memory(context)
+
+    def run(rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Compute (sequence, position, token, whether its next is wanted); return the likeliest next ones."""
+        nexts = []
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
+            batch.n_tokens = len(part)
+            for i, (sequence, position, token, wanted) in enumerate(part):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            if error := library.llama_decode(context, batch):
+                raise RuntimeError(f"llama_decode of {len(part)} tokens: {error}")
+            for i in (i for i, row in enumerate(part) if row[3]):
+                logits = np.ctypeslib.as_array(library.llama_get_logits_ith(context, i), shape=(vocab_size,))
+                nexts.append(int(logits.argmax()))
+        return nexts
+
+    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
+        library.llama_memory_clear(memory, False)
+        shared = 0
+        if len(prompts) > 1:  # each computes its last token itself, whose logits it needs
+            alike = (len({*column}) == 1 for column in zip(*(p[:-1] for p in prompts), strict=False))
+            shared = sum(takewhile(bool, alike))
+        if shared:
+            run([(0, i, token, False) for i, token in enumerate(prompts[0][:shared])])
+            for sequence in range(1, len(prompts)):
+                library.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+        rows = [(s, i, p[i], i == len(p) - 1) for s, p in enumerate(prompts) for i in range(shared, len(p))]
+        produced = [[token] for token in run(rows)]
+        for step in range(tokens - 1):
+            rows = [(s, len(p) + step, produced[s][-1], True) for s, p in enumerate(prompts)]
+            for known, token in zip(produced, run(rows), strict=True):
+                known.append(token)
+        return [len(known) for known in produced]
+
+    return generate
+
+
+ENGINES = {"seamwise": seamwise, "transformers": transformers, "vllm": vllm, "llama_cpp": llama_cpp}
 
 
 def timed(generate: Generate, prompts: list[list[int]], tokens: int) -> float:

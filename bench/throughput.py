@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from .compare import compare, plot, print_table, table
-from .engine_process import measure
+from .engine_process import ENGINES, measure
 from .machine import machine
 from .workloads import WORKLOADS, greedy
+
+PEERS = [name for name in ENGINES if name != "seamwise"]
 
 
 def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
@@ -24,7 +26,7 @@ def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]
     llm = LLM(
         options.model, dtype=options.dtype, device=options.device, entry=options.entry,
         enforce_eager=options.enforce_eager, max_model_len=options.max_model_len, max_num_seqs=64,
-        load_format=options.load_format,
+        load_format=options.load_format, quantization=options.quantization,
     )  # fmt: skip
     vocab_size = llm.engine.runner.config.vocab_size
 
@@ -44,18 +46,21 @@ def beside(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     from seamwise.runtime.hub import resolve_model
 
     directory = resolve_model(options.model)
-    given = dict(p.partition("=")[::2] for p in options.peer_python)
-    peers = {name: given.get(name, sys.executable) for name in options.compare.split(",")}
-    if unknown := set(peers) - {"transformers", "vllm"}:
-        raise ValueError(f"--compare: no peer {sorted(unknown)[0]!r}; there are: transformers, vllm")
+    pythons, models = (dict(p.partition("=")[::2] for p in g) for g in (options.peer_python, options.peer_model))
+    peers = {name: pythons.get(name, sys.executable) for name in options.compare.split(",")}
+    if unknown := set(peers) - {*PEERS}:
+        raise ValueError(f"--compare: no peer {sorted(unknown)[0]!r}; there are: {', '.join(PEERS)}")
+    if unknown := {*pythons, *models} - {*peers}:
+        raise ValueError(f"--peer-python, --peer-model: {sorted(unknown)[0]!r} is not compared with")
     settings = {
         "dtype": "bfloat16" if options.dtype == "auto" else options.dtype, "threads": torch.get_num_threads(),
-        "max_model_len": options.max_model_len, "repeats": options.repeats,
+        "max_model_len": options.max_model_len, "repeats": options.repeats, "quantization": options.quantization,
     }  # fmt: skip
     vocab_size = ModelConfig.from_directory(directory).vocab_size
     report = compare(
-        str(directory), peers, workloads=names, vocab_size=vocab_size, settings=settings, startup=options.startup
-    )
+        str(directory), peers, models=models, workloads=names, vocab_size=vocab_size, settings=settings,
+        startup=options.startup,
+    )  # fmt: skip
     report["table"] = table(report["figures"])
     print_table(report["table"], report["absent"])
     if options.plot:
@@ -71,14 +76,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--entry", default="auto", choices=["auto", "own", "transformers"])
+    parser.add_argument("--quantization", help="Seamwise's: as in `seamwise serve`")
     parser.add_argument("--load-format", default="auto", help="dummy: seeded random weights")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--compare", metavar="PEERS", help="transformers,vllm: run these beside Seamwise on the CPU")
+    parser.add_argument("--compare", metavar="PEERS", help=f"{','.join(PEERS)}: run these beside Seamwise on the CPU")
     parser.add_argument(
         "--peer-python", action="append", default=[], metavar="PEER=PATH", help="the interpreter that has a peer"
+    )
+    parser.add_argument(
+        "--peer-model", action="append", default=[], metavar="PEER=PATH", help="a peer's model, where another"
     )
     parser.add_argument("--startup", action="store_true", help="with --compare: also cold and warm start, peak memory")
     parser.add_argument("--json", type=Path)
@@ -91,11 +100,11 @@ def main(arguments: list[str]) -> int:
         if options.device not in ("auto", "cpu") or options.entry != "auto" or options.enforce_eager:
             raise ValueError("--compare runs on the CPU with defaults: leave out --device, --entry and --enforce-eager")
         report = beside(options, names)
-    elif options.plot or options.startup or options.peer_python:
-        raise ValueError("--plot, --startup and --peer-python belong to --compare")
+    elif options.plot or options.startup or options.peer_python or options.peer_model:
+        raise ValueError("--plot, --startup, --peer-python and --peer-model belong to --compare")
     else:
         report = {"results": alone(options, names)}
     if options.json:
-        head = {"machine": machine(), "model": options.model, "dtype": options.dtype}
+        head = {"machine": machine()} | {n: getattr(options, n) for n in ("model", "dtype", "quantization")}
         options.json.write_text(json.dumps(head | report, indent=1))
     return 0

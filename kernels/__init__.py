@@ -27,9 +27,9 @@ if __name__ != "kernels":
     from .layer_norm import layer_norm as layer_norm
     from .linear import linear_packed as linear_packed
     from .linear import pack_linear as pack_linear
-    from .linear_int4 import linear_int4 as linear_int4
-    from .linear_int4 import pack_group_values as pack_group_values
-    from .linear_int4 import pack_int4_panels as pack_int4_panels
+    from .linear_int import linear_int as linear_int
+    from .linear_int import pack_group_values as pack_group_values
+    from .linear_int import pack_int_panels as pack_int_panels
     from .logprobs import logprobs as logprobs
     from .lora import lora_expand as lora_expand
     from .lora import lora_shrink as lora_shrink

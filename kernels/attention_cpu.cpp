@@ -15,7 +15,6 @@
 #include "attention_cpu_plan.h"
 #include "attention_cpu_state.h"
 #include "cpu_gemm.h"
-#include "cpu_threads.h"
 
 namespace {
 

@@ -1,11 +1,10 @@
 // What one attention call is, and how it is cut into tasks. No task's bits depend on the cut: see attention_cpu.cpp.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <vector>
 
 #include "cpu_simd.h"
+#include "cpu_threads.h"
 
 constexpr int kTile = 64;         // keys of one softmax tile: part of the arithmetic
 constexpr int kTaskRows = 192;    // query rows that share one packed tile; packing is then 2 % of a prefill's time
@@ -39,22 +38,6 @@ struct Task {
     float* kept;      // the states of every tile and row
 
     int64_t work() const { return int64_t(num_queries) * (tile_end - tile_begin); }
-};
-
-// Scratch of one thread; it only grows, so a steady call allocates nothing.
-struct Scratch {
-    float* data = nullptr;
-    int64_t capacity = 0;
-    ~Scratch() { std::free(data); }
-    float* reserve(int64_t floats) {
-        if (floats > capacity) {
-            std::free(data);
-            capacity = (floats + floats / 4 + 1023) / 1024 * 1024;
-            data = (float*)std::aligned_alloc(64, capacity * sizeof(float));
-            if (!data) throw std::bad_alloc();
-        }
-        return data;
-    }
 };
 
 // 0, or 2^32 * (1 query_starts, 2 seq_lens, 3 block_table) + the request at which that input is wrong.

@@ -1,6 +1,8 @@
-// The OpenMP runtime that torch loaded, called by its own entry point: see cpp.py.
+// The OpenMP runtime that torch loaded, called by its own entry point (see cpp.py), and scratch memory of a thread.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 
@@ -22,3 +24,19 @@ void parallel_for(int64_t num_threads, int64_t count, Body body) {
         },
         &job, unsigned(num_threads), 0);
 }
+
+// Scratch of one thread; it only grows, so a steady call allocates nothing.
+struct Scratch {
+    float* data = nullptr;
+    int64_t capacity = 0;
+    ~Scratch() { std::free(data); }
+    float* reserve(int64_t floats) {
+        if (floats > capacity) {
+            std::free(data);
+            capacity = (floats + floats / 4 + 1023) / 1024 * 1024;
+            data = (float*)std::aligned_alloc(64, capacity * sizeof(float));
+            if (!data) throw std::bad_alloc();
+        }
+        return data;
+    }
+};

@@ -22,24 +22,36 @@ def dequantize_weight(
     stored: Tensor, scale: Tensor, zero: Tensor | None, format: str, rows: int, columns: int, width: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return (stored - zero) · scale: the weight (N, width) in `dtype`, multiplied in the scale's dtype.
+    """Return (stored - zero) · scale, or stored · scale + zero: the weight (N, width) in `dtype`.
 
     stored  (N, K) float8_e4m3fn or int8, or int32 (N, ⌈K/8⌉) for int4; width is K
-    scale   one for each block of (rows, columns) weights, 0 meaning all; zero: int8 of the scale's shape, or None
+    scale   one for each block of (rows, columns) weights, 0 meaning all; it is computed with in the scale's dtype
+    zero    of the scale's shape: int8, taken from what is stored; floating, added to the weight; or None
     Raises ValueError for another format.
     """
     if format not in FORMATS:
         raise ValueError(f"dequantize_weight: format {format!r} is not one of {', '.join(FORMATS)}")
     plain = unpack_int4(stored, width) if format == "int4" else stored
-    shape, wide = (stored.shape[0], width), scale.dtype
-    values_NK = plain.to(wide)
-    if zero is not None:
-        values_NK = values_NK - expand_blocks(zero.to(wide), shape, rows, columns)
-    return (values_NK * expand_blocks(scale, shape, rows, columns)).to(dtype)
+
+    def every(blocks: Tensor) -> Tensor:
+        return expand_blocks(blocks.to(scale.dtype), (stored.shape[0], width), rows, columns)
+
+    values_NK = plain.to(scale.dtype)
+    if zero is not None and not zero.is_floating_point():
+        values_NK = values_NK - every(zero)
+    weight_NK = values_NK * every(scale)
+    if zero is not None and zero.is_floating_point():
+        weight_NK = weight_NK + every(zero)
+    return weight_NK.to(dtype)
 
 
-@dequantize_weight.inputs(examples=weight_scale.examples, shapes=weight_scale.shapes, sizes=weight_scale.sizes)
-def make(draw: Draw, **sizes: Any) -> tuple[Any, ...]:
+@dequantize_weight.inputs(
+    examples=(*weight_scale.examples, {"N": 3, "K": 70, "format": "int4", "rows": 1, "columns": 32, "offset": True}),
+    shapes=weight_scale.shapes,
+    sizes={**weight_scale.sizes, "offset": [False, True]},
+)
+def make(draw: Draw, offset: bool = False, **sizes: Any) -> tuple[Any, ...]:
     weight_NK, *form = weight_scale.drawn(draw, **sizes)
     scale = weight_scale(weight_NK, *form)
-    return quantize_weight(weight_NK, scale, *form), scale, None, *form, sizes["K"], draw.dtype
+    zero = draw.normal(*scale.shape) if offset else None
+    return quantize_weight(weight_NK, scale, *form), scale, zero, *form, sizes["K"], draw.dtype

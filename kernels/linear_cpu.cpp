@@ -1,21 +1,18 @@
 // Linear layer over weights packed once: y (M, N) = x (M, K) wᵀ + bias, float32 or bfloat16, float32 sums; and, for
-// bfloat16 rows, over int4 weights with scales.
+// bfloat16 rows, over int4 and int8 weights with scales.
 //
-// Packed weight: panels of 32 output columns; a panel holds, one after the other, the 32-bit words of its columns: one
-// float, or the two bfloat16 of inputs (2i, 2i + 1), exactly what VDPBF16PS multiplies. Columns beyond N and an odd last
-// input are zeros. An int4 word is a byte of four bits of each: inputs (2i, 2i + 1) of columns 0 … 15 in the low halves
-// of its 32 bytes, of columns 16 … 31 in the high ones. A table in a register makes them bfloat16, exactly.
+// Packed weight: panels of 32 output columns; a panel holds, one after the other, the words of its columns, as
+// linear_words.h has them. Columns beyond N and an odd last input are zeros.
 // Every output is summed in the order of K, whatever M, the threads or the block: batch invariant in bits. So K is
 // never split over threads; panels are narrow instead, and 576 columns make 18 of them.
 //
 // One panel at a time, because it is one stream: a core's prefetchers then read weights as fast as a plain loop does.
 // Measured on Zen 4, one row, weights in DRAM: 62 GB/s; two panels side by side 57, with software prefetch 52.
-#include "cpu_gemm.h"
 #include "cpu_threads.h"
+#include "linear_words.h"
 
 namespace {
 
-constexpr int kPanel = 32, kVecs = kPanel / kLanes;
 constexpr int kBlockRows = kLanes == 16 ? 8 : 2;  // x kVecs sums, in registers
 constexpr int64_t kChunkBytes = 384 << 10;        // of x, which stays in the L2 cache while panels pass
 constexpr int64_t kSerialBytes = 96 << 10;        // of weights, times passes, below which one thread is faster
@@ -26,79 +23,11 @@ struct Linear {
     char* y;
     int64_t M, N, K, words, x_stride, y_stride;  // strides in bytes
     int64_t panel_bytes, terms;                  // terms: words summed apart from the rest
-    const float *scale = nullptr, *offset = nullptr;  // of int4: (panels, groups, 32), offset may be null
+    const float *scale = nullptr, *offset = nullptr;  // of integers: (panels, groups, 32), offset may be null
     float* x_sums = nullptr;                          // (M, groups), where there are offsets
     int64_t groups = 0;
 
     const char* panel(int64_t p) const { return packed + p * panel_bytes; }
-};
-
-struct Singles {  // a word is a float
-    using Element = float;
-    static constexpr int kPerWord = 1, kWordBytes = 4;
-    static constexpr bool kScaled = false;
-    static void weights(const char* w, Vec* out) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) out[v] = in_register(load(w + v * kLanes * 4));
-    }
-    static Vec multiply_add(Vec sum, Vec w, Vec x) { return sum + w * x; }
-    static void put(float* y, Vec v, int columns) {
-        if (columns == kLanes) store(y, v);
-        else std::memcpy(y, &v, columns * sizeof(float));
-    }
-};
-
-struct Pairs {  // a word is two bfloat16
-    using Element = BFloat16;
-    static constexpr int kPerWord = 2, kWordBytes = 4;
-    static constexpr bool kScaled = false;
-    static void weights(const char* w, Vec* out) { Singles::weights(w, out); }
-#if defined(__AVX512BF16__)
-    static Vec multiply_add(Vec sum, Vec w, Vec x) {
-        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
-    }
-    static void put(BFloat16* y, Vec v, int columns) {
-        _mm256_mask_storeu_epi16(y, 0xffffu >> (kLanes - columns), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-    }
-#else
-    static Vec low(Vec pair) { return (Vec)((IntVec)pair << 16); }
-    static Vec high(Vec pair) { return (Vec)((IntVec)pair & (int32_t)0xffff0000); }
-    static Vec multiply_add(Vec sum, Vec w, Vec x) {
-        sum += low(w) * low(x);
-        return sum + high(w) * high(x);
-    }
-    static void put(BFloat16* y, Vec v, int columns) {
-        float row[kLanes];
-        store(row, v);
-        narrow(row, y, columns);
-    }
-#endif
-};
-
-// The bfloat16 of -8 … 7, twice, so that an index needs no mask.
-alignas(64) constexpr uint16_t kInt4[32] = {
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-
-struct Nibbles : Pairs {  // a word is two int4, made bfloat16
-    static constexpr int kWordBytes = 1;
-    static constexpr bool kScaled = true;
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-    static void weights(const char* w, Vec* out) {
-        const __m512i table = _mm512_load_si512(kInt4), bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)w));
-        out[0] = in_register((Vec)_mm512_permutexvar_epi16(bytes, table));
-        out[1] = in_register((Vec)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
-    }
-#else
-    static void weights(const char* w, Vec* out) {
-        uint16_t wide[2][kPanel];
-        for (int j = 0; j < kPanel; ++j) {
-            wide[0][j] = kInt4[(uint8_t)w[j] & 15];
-            wide[1][j] = kInt4[(uint8_t)w[j] >> 4];
-        }
-        std::memcpy(out, wide, sizeof(wide));
-    }
-#endif
 };
 
 inline void widen(const float* in, float* out, int n) { std::memcpy(out, in, n * sizeof(float)); }
@@ -110,11 +39,12 @@ inline Vec splat_word(const char* x) {
     return (Vec)(word - IntVec{});
 }
 
-// y of R rows and one panel. `ahead` is asked for, half a panel, unless it is null.
+// y of R rows and one panel, whose words are at w. `ahead` is asked for, half a panel, unless it is null.
 template <class Words, int R>
-void block(const Linear& c, int64_t m, int64_t panel, const char* ahead) {
+void block(const Linear& c, int64_t m, int64_t panel, const char* w, const char* ahead) {
     using Element = typename Words::Element;
-    const char *x = c.x + m * c.x_stride, *w = c.panel(panel);
+    const char* x = c.x + m * c.x_stride;
+    const int64_t ahead_bytes = c.panel_bytes / c.words / 2;
     const int64_t first_column = panel * kPanel, whole = c.K / Words::kPerWord;
     const int columns = int(c.N - first_column < kPanel ? c.N - first_column : kPanel);
     alignas(64) float start[kPanel] = {}, total[R][kPanel];
@@ -140,7 +70,7 @@ void block(const Linear& c, int64_t m, int64_t panel, const char* ahead) {
         const int64_t last = end < whole ? end : whole;
         if (ahead)
             for (int64_t i = begin; i < last; ++i) {
-                __builtin_prefetch(ahead + 16 * Words::kWordBytes * i, 0, 2);
+                __builtin_prefetch(ahead + ahead_bytes * i, 0, 2);
                 add(i, splat_word<4>);
             }
         else
@@ -178,21 +108,34 @@ void block(const Linear& c, int64_t m, int64_t panel, const char* ahead) {
 }
 
 template <class Words, int R>
-inline void block_of(int rows, const Linear& c, int64_t m, int64_t panel, const char* ahead) {
-    if (rows == R) return block<Words, R>(c, m, panel, ahead);
-    if constexpr (R > 1) block_of<Words, R - 1>(rows, c, m, panel, ahead);
+inline void block_of(int rows, const Linear& c, int64_t m, int64_t panel, const char* w, const char* ahead) {
+    if (rows == R) return block<Words, R>(c, m, panel, w, ahead);
+    if constexpr (R > 1) block_of<Words, R - 1>(rows, c, m, panel, w, ahead);
 }
 
 // Rows [m0, m1) of one panel, in blocks of equal height. While they share it, the next panel comes from memory.
 template <class Words>
-void sweep(const Linear& c, int64_t m0, int64_t m1, int64_t panel, bool more) {
+void sweep(const Linear& c, int64_t m0, int64_t m1, int64_t panel, const char* w, bool more) {
     const int64_t rows = m1 - m0, blocks = (rows + kBlockRows - 1) / kBlockRows;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = m0 + rows * b / blocks, last = m0 + rows * (b + 1) / blocks;
         const bool fetch = more && blocks > 1 && b < 2;
         const char* ahead = fetch ? c.panel(panel + 1) + b * c.panel_bytes / 2 : nullptr;
-        block_of<Words, kBlockRows>(int(last - first), c, first, panel, ahead);
+        block_of<Words, kBlockRows>(int(last - first), c, first, panel, w, ahead);
     }
+}
+
+// Returns a panel of integers as bfloat16 words, in memory of this thread.
+template <class Words>
+const char* unpack(const Linear& c, int64_t panel) {
+    static thread_local Scratch scratch;
+    float* to = scratch.reserve(c.words * kPanel);
+    for (int64_t i = 0; i < c.words; ++i) {
+        Vec words[kVecs];
+        Words::weights(c.panel(panel) + i * kPanel * Words::kWordBytes, words);
+        for (int v = 0; v < kVecs; ++v) store(to + i * kPanel + v * kLanes, words[v]);
+    }
+    return (const char*)to;
 }
 
 template <class Words>
@@ -210,9 +153,29 @@ int64_t run(const Linear& c, int64_t num_threads) {
         const int64_t chunk = task / shares, share = task % shares;
         const int64_t m0 = c.M * chunk / chunks, m1 = c.M * (chunk + 1) / chunks;
         const int64_t last = panels * (share + 1) / shares;
-        for (int64_t p = panels * share / shares; p < last; ++p) sweep<Words>(c, m0, m1, p, p + 1 < last);
+        for (int64_t p = panels * share / shares; p < last; ++p) {
+            if constexpr (Words::kScaled) {
+                if (m1 - m0 > kBlockRows) {  // several blocks of rows read it: it is unpacked once
+                    sweep<Unpacked>(c, m0, m1, p, unpack<Words>(c, p), p + 1 < last);
+                    continue;
+                }
+            }
+            sweep<Words>(c, m0, m1, p, c.panel(p), p + 1 < last);
+        }
     });
     return 0;
+}
+
+float sum(const BFloat16* x, int64_t count) {
+    constexpr int kStep = 2 * kLanes;
+    const Vec ones = (Vec)(0x3f803f80 - IntVec{});
+    Vec total{};
+    for (int64_t k = 0; k < count; k += kStep) {
+        BFloat16 part[kStep] = {};
+        if (count - k < kStep) std::memcpy(part, x + k, (count - k) * sizeof(BFloat16));
+        total = Pairs::multiply_add(total, ones, load(count - k < kStep ? part : x + k));
+    }
+    return horizontal_sum(total);
 }
 
 }  // namespace
@@ -251,25 +214,22 @@ extern "C" int64_t seamwise_linear(int64_t dtype, const char* x, const char* pac
     return dtype == 0 ? run<Singles>(c, num_threads) : run<Pairs>(c, num_threads);
 }
 
-// y = x wᵀ + bias for bfloat16 x and w = int4 · scale + offset, groups of `group` inputs sharing both. x_sums (M, groups)
-// is scratch, used where offset is not null.
-extern "C" int64_t seamwise_linear_int4(const char* x, const char* packed, const float* scale, const float* offset,
-                                        float* x_sums, const void* bias, char* y, int64_t M, int64_t N, int64_t K,
-                                        int64_t group, int64_t x_stride, int64_t y_stride, int64_t num_threads) {
+// y = x wᵀ + bias for bfloat16 x and w = int · scale + offset, groups of `group` inputs sharing both; bits: 4 or 8.
+// x_sums (M, groups) is scratch, used where offset is not null.
+extern "C" int64_t seamwise_linear_int(int64_t bits, const char* x, const char* packed, const float* scale,
+                                       const float* offset, float* x_sums, const void* bias, char* y, int64_t M, int64_t N,
+                                       int64_t K, int64_t group, int64_t x_stride, int64_t y_stride, int64_t num_threads) {
     const int64_t words = (K + 1) / 2, groups = (K + group - 1) / group;
     if (offset)
-        for (int64_t i = 0; i < M * groups; ++i) {
-            float sum = 0;
-            const int64_t first = i % groups * group, last = first + group < K ? first + group : K;
-            for (int64_t k = first; k < last; ++k) {
-                float value;
-                widen((const BFloat16*)(x + i / groups * x_stride) + k, &value, 1);
-                sum += value;
+        parallel_for(M > kBlockRows ? num_threads : 1, M, [&](int64_t m) {
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t count = K - g * group < group ? K - g * group : group;
+                x_sums[m * groups + g] = sum((const BFloat16*)(x + m * x_stride) + g * group, count);
             }
-            x_sums[i] = sum;
-        }
-    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, words * kPanel, group / 2, scale, offset, x_sums, groups};
-    return run<Nibbles>(c, num_threads);
+        });
+    const int64_t panel_bytes = words * kPanel * bits / 4;
+    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, panel_bytes, group / 2, scale, offset, x_sums, groups};
+    return bits == 4 ? run<Nibbles>(c, num_threads) : run<Bytes>(c, num_threads);
 }
 
 // out (tokens, K) = rows of w (N, K) at `index`, from its panels. Returns 0, or 1 + the first token whose index lies

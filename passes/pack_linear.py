@@ -3,7 +3,7 @@
 before: y = linear(x, w, bias)
 after:  y = linear_packed(x, pack_linear(w), N, bias)      pack_linear(w) is a derived tensor: computed at load
 before: y = w4a16_linear(x, q, scale, zero, group, bias)
-after:  y = linear_int4(x, pack_int4_panels(q), scale', -zero · scale', group, N, bias)
+after:  y = linear_int(x, pack_int_panels(q), scale', -zero · scale', group, N, bias)   (an offset stays as it is)
 before: x = gather_rows(w, ids); y = linear(x', w)
 after:  p = pack_linear(w); x = gather_packed_rows(p, ids, V, D); y = linear_packed(x', p, V) (one weight, held once)
 Fires where the packed op has a kernel for the layer's device and dtype; elsewhere the weight is read as it is.
@@ -18,10 +18,10 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import (
     gather_packed_rows,
     gather_rows,
-    linear_int4,
+    linear_int,
     linear_packed,
     pack_group_values,
-    pack_int4_panels,
+    pack_int_panels,
     pack_linear,
     w4a16_linear,
 )
@@ -37,7 +37,7 @@ def pack(module: GraphModule, report: Report) -> None:
     shared: dict[Any, Node] = {}  # weights that are packed already, for an embedding
     for node in list(module.graph.nodes):
         if is_op(node, w4a16_linear.op):
-            _pack_int4(module, node, report)
+            _pack_int(module, node, report)
         if is_op(node, gather_rows.op) and _is_tied(node):
             table = node.args[0]  # read before the node goes
             shared[table] = _gather_packed(module, node)
@@ -88,21 +88,25 @@ def _why_not(node: Node) -> str | None:
     return reason and f"no kernel takes its input: {reason}"
 
 
-def _int4_arguments(shape: tuple[int, int], x: Any, packed: Any, scale: Any, zero: Any, group: int, bias: Any) -> Any:
-    offset = None if zero is None else pack_group_values(aten.neg.default(aten.mul.Tensor(zero, scale)))
-    return x, pack_int4_panels(packed, shape[1]), pack_group_values(scale), offset, group, shape[0], bias
+def _int_arguments(
+    shape: tuple[int, int], is_point: bool, x: Any, packed: Any, scale: Any, zero: Any, group: int, bias: Any
+) -> Any:
+    offset = aten.neg.default(aten.mul.Tensor(zero, scale)) if is_point else zero
+    offsets = None if offset is None else pack_group_values(offset)
+    return x, pack_int_panels(packed, shape[1]), pack_group_values(scale), offsets, group, shape[0], bias
 
 
-def _pack_int4(module: GraphModule, node: Node, report: Report) -> None:
+def _pack_int(module: GraphModule, node: Node, report: Report) -> None:
     given: Any = (*node.args, None)[:6]
     known: Any = [value(a) if isinstance(a, Node) else a for a in given]
     shape = (known[1].shape[0], known[0].shape[-1])
-    if reason := _unserved(linear_int4, _int4_arguments(shape, *known)):
+    is_point = known[3] is not None and not known[3].is_floating_point()
+    if reason := _unserved(linear_int, _int_arguments(shape, is_point, *known)):
         report.misses.append(Miss(place(node), node.name, reason))
         return
     with inserting(module.graph, node, like=node) as proxy:
         proxied: Any = [proxy(a) if isinstance(a, Node) else a for a in given]
-        y = linear_int4(*_int4_arguments(shape, *proxied))
+        y = linear_int(*_int_arguments(shape, is_point, *proxied))
     replace(node, y.node)
     module.graph.erase_node(node)
     report.matched += 1

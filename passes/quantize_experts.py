@@ -29,9 +29,10 @@ def quantize_experts(module: GraphModule, report: Report) -> None:
             continue
         stored, scale = (flat.args[0] for flat in plain.args[:2])  # type: ignore[union-attr]
         format, _, columns = form = plain.args[3:6]
-        reason = why_unserved(form, plain.args[2] is not None, bool(stored.meta["quantizes_input"]))  # type: ignore[arg-type,union-attr]
-        if reason is not None or format == "int4":
-            report.misses.append(Miss(place(node), node.name, reason or "int4 weights of experts have no kernel"))
+        quantizes_input = bool(stored.meta["quantizes_input"])  # type: ignore[union-attr]
+        reason = why_unserved(form, plain.args[2] is not None, quantizes_input)  # type: ignore[arg-type]
+        if reason is not None or format == "int4" or not quantizes_input:
+            report.misses.append(Miss(place(node), node.name, reason or f"{format} weights of experts have no kernel"))
             continue
         x, _, order, starts, top_k, *bias = node.args
         with inserting(module.graph, node, like=node) as proxy:

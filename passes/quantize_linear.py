@@ -1,7 +1,7 @@
 """Let linear layers read their weights as they are stored.
 
 before: y = linear(x, dequantize_weight(q, s), bias)         or a cat of such weights along their rows
-after:  y = w4a16_linear(x, q, s, zero, group, bias)         int4 weights
+after:  y = w4a16_linear(x, q, s, zero, group, bias)         int4 weights, and int8 ones whose inputs stay as they are
         xq, xs = quantize(x); y = scaled_linear(xq, xs, q, s, dtype, bias)      float8 and int8 weights
 A checkpoint may hold the scale that a layer's input is quantized with; joined layers take their largest one.
 A layer whose form no kernel serves keeps its dequantized weight, computed at load, and is a miss. Equal quantizations
@@ -53,8 +53,8 @@ def _parts(weight: Any) -> list[Node] | None:
 def why_unserved(form: tuple[str, int, int], has_zero: bool, quantizes_input: bool) -> str | None:
     """Return why no kernel reads a weight of this format whose scales serve blocks of (rows, columns), or None."""
     format, rows, columns = form
-    if format == "int4":
-        return None if rows == 1 else f"int4 weights share a scale over {rows} rows, wanted 1"
+    if _keeps_input(format, quantizes_input):
+        return None if rows == 1 else f"{format} weights share a scale over {rows} rows, wanted 1"
     if not quantizes_input:
         return f"{format} weights have no kernel for inputs that stay as they are"
     if has_zero:
@@ -63,14 +63,18 @@ def why_unserved(form: tuple[str, int, int], has_zero: bool, quantizes_input: bo
     return None if (rows, columns) in served else f"scales of blocks of ({rows}, {columns}) have no kernel"
 
 
+def _keeps_input(format: str, quantizes_input: bool) -> bool:
+    return format == "int4" or (format == "int8" and not quantizes_input)
+
+
 def _why_not(parts: list[Node]) -> str | None:
     if plain := [p.name for p in parts if not is_op(p, dequantize_weight.op)]:
         return f"it joins quantized weights with {', '.join(plain)}, which is not quantized"
     forms = {tuple(p.args[3:6]) for p in parts}
     if len(forms) > 1:
         return f"it joins weights stored in different forms: {', '.join(map(str, sorted(forms)))}"
-    if len({p.args[2] is None for p in parts}) > 1:
-        return "it joins weights with and without zero points"
+    if len({None if p.args[2] is None else value(p.args[2]).is_floating_point() for p in parts}) > 1:  # type: ignore[arg-type]
+        return "it joins weights with and without zero points, or with offsets"
     inputs = {(_quantizes_input(p), _input_scale(p) is None) for p in parts}
     if len(inputs) > 1:
         return "it joins weights whose inputs are quantized in different ways"
@@ -100,7 +104,8 @@ def _rewrite(module: GraphModule, node: Node, parts: list[Node], quantized: dict
     _, _, zero, format, rows, columns, _, _ = parts[0].args
     x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
     key = (x, format, columns, *map(_input_scale, parts))
-    if format != "int4" and key not in quantized:
+    keeps_input = _keeps_input(format, _quantizes_input(parts[0]))  # type: ignore[arg-type]
+    if not keeps_input and key not in quantized:
         static = _joined_input_scale(module, parts)
         with inserting(module.graph, node, like=node) as proxy:
             given = None if static is None else proxy(static)
@@ -124,7 +129,7 @@ def _rewrite(module: GraphModule, node: Node, parts: list[Node], quantized: dict
 
         given_bias = None if bias is None else proxy(bias)  # type: ignore[arg-type]
         scales = [wide(p) for p in parts]
-        if format == "int4":
+        if keeps_input:
             zeros = None if zero is None else argument(2)
             y = w4a16_linear(rows_of(proxy(x)), argument(0), joined(scales), zeros, columns, given_bias)  # type: ignore[arg-type]
         else:
@@ -165,7 +170,7 @@ def promised(stored: Mapping[str, StoredWeight]) -> int:
 
 
 def _agree(held: Sequence[StoredWeight]) -> bool:
-    alike = {(h.scheme, h.zero is None, h.quantizes_input, h.input_scale is None) for h in held}
+    alike = {(h.scheme, h.zero and h.zero.dtype, h.quantizes_input, h.input_scale is None) for h in held}
     scheme, first = held[0].scheme, held[0]
     meet = scheme.rows < 2 or all(h.stored.shape[0] % scheme.rows == 0 for h in held[:-1])
     form = (scheme.format, scheme.rows, scheme.columns)

@@ -37,7 +37,7 @@ class StoredWeight:
     """How a checkpoint holds a weight (N, K), or experts' stacked ones (E, N, K): in a scheme, as these tensors.
 
     scale        one for each block of the scheme, or (1,) for the whole
-    zero         int8 of the scale's shape; for int4 int32 (⌈N/8⌉, …), packed along N
+    zero         int8 of the scale's shape, for int4 int32 (⌈N/8⌉, …), packed along N; or float32, an offset
     input_scale  (1,), what the layer's input is divided by; without, each row or group by its own
     quantizes_input  whether the layer's input is quantized too
     """
@@ -85,7 +85,7 @@ def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[st
     with inserting(graph, first, like=node) as proxy:
         weight, scale, zero = (proxy(placeholders[r]) if r in placeholders else None for r in _DEQUANTIZED)
         (*experts, N, K), scheme = like.shape, held.scheme
-        if scheme.format == "int4" and zero is not None:
+        if zero is not None and held.zero is not None and held.zero.dtype == torch.int32:
             zero = _unpacked(zero, N)
         if len(held.scale.shape) == 1:
             scale, zero = (None if t is None else aten.reshape.default(t, [1, 1]) for t in (scale, zero))

@@ -101,7 +101,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--load-format", default="auto", help="auto, safetensors, pt, npz, gguf; dummy: random weights")
     parser.add_argument(
-        "--quantization", help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load; gguf: keep Q4_0 packed"
+        "--quantization",
+        help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load; gguf: keep integers packed",
     )
     parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: keys and values in float8")
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")

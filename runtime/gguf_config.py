@@ -69,7 +69,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         "gguf_kinds": {
             name.removesuffix(".weight"): tensor.kind
             for stored, tensor in tensors.items()
-            if len(tensor.shape) == 2 and (name := huggingface_name(stored)) != "model.embed_tokens.weight"
+            if len(tensor.shape) == 2
+            and ((name := huggingface_name(stored)) != "model.embed_tokens.weight" or "output.weight" not in tensors)
         },
         "eos_token_id": sorted({metadata[k] for e in _ENDS if (k := f"tokenizer.ggml.{e}") in metadata}),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),

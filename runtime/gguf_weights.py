@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint_files import StoredTensor
 from .gguf import GgufHeader, GgufTensor, read_gguf_header
-from .gguf_quants import KINDS, unpack_q4_0
+from .gguf_quants import KINDS, PACKED
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -53,7 +53,7 @@ def huggingface_name(name: str) -> str:
 
 
 def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
-    kind = KINDS.get(tensor.kind)
+    kind, form = KINDS.get(tensor.kind), PACKED.get(tensor.kind)
     heads = _paired_heads(header.metadata, name)
     if heads is not None and (type(heads) is not int or heads < 1 or tensor.shape[0] % (2 * heads)):
         raise ValueError(f"{header.path}: {name} has {tensor.shape[0]} rows, which {heads!r} heads do not divide")
@@ -69,11 +69,15 @@ def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
         return kind.values(read()).view(tensor.shape)
 
     def load_packed(part: int) -> Tensor:
-        return unpack_q4_0(read())[part].view(tensor.shape[0], -1)
+        assert kind is not None and form is not None
+        return form.parts(read().view(-1, kind.num_bytes))[part].view(tensor.shape[0], -1)
 
     packed = {}
-    if tensor.kind == "Q4_0" and len(tensor.shape) == 2:
-        for part, (end, dtype, values) in enumerate((("_packed", torch.int32, 8), ("_scale", torch.float32, 32))):
+    if form is not None and len(tensor.shape) == 2:
+        stored = (torch.int32, 8) if form.format == "int4" else (torch.int8, 1)
+        floats = (torch.float32, form.group)
+        ends = {"_packed": stored, "_scale": floats} | ({"_offset": floats} if form.has_offset else {})
+        for part, (end, (dtype, values)) in enumerate(ends.items()):
             packed[end] = StoredTensor(
                 shape=(tensor.shape[0], tensor.shape[1] // values), stored_dtype=tensor.kind, dtype=dtype,
                 load=partial(load_packed, part),

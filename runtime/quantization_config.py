@@ -20,6 +20,8 @@ from typing import Any
 from seamwise.model_defs.hf_config import Reader
 from seamwise.passes import Scheme
 
+from .gguf_quants import PACKED
+
 _FORMATS = {("int", 8): "int8", ("float", 8): "float8_e4m3fn", ("int", 4): "int4"}
 _LAYOUTS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 _FP8_OPTIONS = {
@@ -41,13 +43,16 @@ class Rule:
     """How the weights of the layers that a target names are stored.
 
     targets  names of modules, "re:" and a pattern that their start matches, or names of classes
-    scale    how the name of a scale ends, after the weight's
+    stored, scale  how the names of what is stored and of its scale end, after the weight's
+    has_zero, has_offset  whether there are zero points, or offsets
     """
 
     targets: tuple[str, ...]
     scheme: Scheme
+    stored: str = ""
     scale: str = "_scale"
     has_zero: bool = False
+    has_offset: bool = False
     quantizes_input: bool = False
     has_input_scale: bool = False
 
@@ -77,18 +82,24 @@ def read_quantization(raw: Mapping[str, Any], where: str) -> Quantization | None
 
 
 def packed_gguf(raw: Mapping[str, Any]) -> Quantization:
-    """Return how a GGUF file holds the linear layers that kernels read as they are, those in Q4_0.
+    """Return how a GGUF file holds the linear layers, and a tied head, that kernels read as they are.
 
-    Q4_1 and Q4_K add a minimum, Q8_0 has a scale for each 32 inputs: no contract's weight has these.
+    Raises ValueError where there are none.
     """
     kinds = raw.get("gguf_kinds", {})
-    if not (targets := tuple(name for name, kind in kinds.items() if kind == "Q4_0")):
+    if not (served := sorted({*kinds.values()} & {*PACKED})):
         found = ", ".join(sorted({*kinds.values()})) or "no GGUF file"
         raise ValueError(
-            f"quantization='gguf': wanted linear layers in Q4_0, which kernels read as it is; this model is in {found};"
-            " leave the option out, and weights are dequantized"
+            f"quantization='gguf': wanted linear layers in {', '.join(PACKED)}, which kernels read as they are; this"
+            f" model is in {found}; leave the option out, and weights are dequantized"
         )
-    return Quantization(rules=(Rule(targets=targets, scheme=Scheme("int4", 1, 32)),))
+    return Quantization(rules=tuple(_gguf_rule(kinds, kind) for kind in served))
+
+
+def _gguf_rule(kinds: Mapping[str, str], kind: str) -> Rule:
+    form, targets = PACKED[kind], tuple(name for name, one in kinds.items() if one == kind)
+    scheme = Scheme(form.format, 1, form.group)
+    return Rule(targets=targets, scheme=scheme, stored="_packed", has_offset=form.has_offset)
 
 
 def _fp8(read: Reader) -> Quantization:
@@ -161,8 +172,9 @@ def _rule(read: Reader) -> Rule:
     scheme = Scheme(format, *_weight_blocks(weights, format))
     inputs = Reader(read.part("input_activations"), f"{read.where}: input_activations")
     return Rule(
-        targets=tuple(_names(read, read.raw.get("targets"))), scheme=scheme, has_zero=not symmetric,
-        quantizes_input=bool(inputs.raw), has_input_scale=bool(inputs.raw) and _has_input_scale(inputs, scheme),
+        targets=tuple(_names(read, read.raw.get("targets"))), scheme=scheme,
+        stored="_packed" if format == "int4" else "", has_zero=not symmetric, quantizes_input=bool(inputs.raw),
+        has_input_scale=bool(inputs.raw) and _has_input_scale(inputs, scheme),
     )  # fmt: skip
 
 

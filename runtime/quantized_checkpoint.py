@@ -14,7 +14,7 @@ from seamwise.passes import Held, StoredWeight
 
 from .quantization_config import Quantization, Rule
 
-_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int32}
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -29,10 +29,12 @@ def stored_weights(quantization: Quantization, model: nn.Module) -> dict[str, St
     for name, module in model.named_modules():
         classes = {c.__name__ for c in type(module).__mro__} | {getattr(module, "published_class", "Module")}
         weight = getattr(module, "weight", None)
-        if "Linear" in classes and isinstance(weight, nn.Parameter) and id(weight) not in tied:
+        own_linear = "Linear" in classes and id(weight) not in tied
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2:
             rule, targets = _rule_of(quantization, name, classes)
-            met |= targets
-            stored |= {n: _stored(n, weight.shape, rule) for n in (f"{name}.weight",) if rule}
+            if own_linear or name in targets:  # a tied head is stored as the embedding: where that is named
+                met |= targets
+                stored |= {n: _stored(n, weight.shape, rule) for n in (f"{name}.weight",) if rule}
         for leaf, parts in _EXPERT_PARTS.items():
             weight = getattr(module, leaf, None)
             if isinstance(weight, nn.Parameter) and weight.dim() == 3:
@@ -65,7 +67,7 @@ def _specific(target: str, name: str, classes: set[str]) -> int:
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """Return the ids of parameters that several modules share: a tied head is the embedding, which stays as it is."""
+    """Return the ids of parameters that several modules share: a tied head is the embedding."""
     owners = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
     return {one for one in owners if owners.count(one) > 1} if len(set(owners)) < len(owners) else set()
 
@@ -77,20 +79,23 @@ def _stored(name: str, shape: torch.Size, rule: Rule, parts: int = 1) -> StoredW
     """
     (*experts, N, K), scheme = shape, rule.scheme
     rows, columns, packed = scheme.rows, scheme.columns, scheme.format == "int4"
-    if experts and (rule.has_zero or rule.has_input_scale or not rows or N // parts % rows):
+    if experts and (rule.has_zero or rule.has_offset or rule.has_input_scale or not rows or N // parts % rows):
         raise ValueError(
             f"quantization_config: {name}, experts of {N // parts} rows in {rule}, is not served; wanted channels,"
             " groups or blocks that divide the rows, no zero points and no input scales"
         )
     scales = (*experts, -(-N // rows) if rows else 1, -(-K // columns) if columns else 1) if rows or columns else (1,)
-    zero = ((-(-N // 8), scales[1]), torch.int32) if packed and rule.has_zero else (scales, torch.int8)
+    zero = None
+    if rule.has_offset:
+        zero = Held(f"{name}_offset", scales, torch.float32)
+    elif rule.has_zero:
+        form = ((-(-N // 8), scales[1]), torch.int32) if packed else (scales, torch.int8)
+        zero = Held(f"{name}_zero_point", *form)
     return StoredWeight(
         scheme=scheme,
-        stored=Held(f"{name}_packed", (*experts, N, -(-K // 8)), torch.int32)
-        if packed
-        else Held(name, tuple(shape), _DTYPES[scheme.format]),
+        stored=Held(f"{name}{rule.stored}", (*experts, N, -(-K // 8) if packed else K), _DTYPES[scheme.format]),
         scale=Held(f"{name}{rule.scale}", scales),
-        zero=Held(f"{name}_zero_point", *zero) if rule.has_zero else None,
+        zero=zero,
         input_scale=Held(f"{name.removesuffix('weight')}input_scale", (1,)) if rule.has_input_scale else None,
         quantizes_input=rule.quantizes_input,
     )

@@ -13,17 +13,17 @@ from torch import Tensor
 from seamwise.kernels import (
     huge_pages,
     linear_cpu,
-    linear_int4,
+    linear_int,
     linear_packed,
     pack_group_values,
-    pack_int4_panels,
+    pack_int_panels,
     pack_linear,
     tape,
     w4a16_linear,
 )
 from seamwise.kernels.contract import CONTRACTS
 
-linear_int4_file = sys.modules["seamwise.kernels.linear_int4"]
+linear_int_file = sys.modules["seamwise.kernels.linear_int"]
 PORTABLE = ("-std=c++17", "-O2", "-march=x86-64-v3", "-fno-strict-aliasing", "-shared", "-fPIC")  # no AVX-512
 
 
@@ -37,7 +37,7 @@ def keep_thread_count() -> Iterator[None]:
 @pytest.fixture
 def portable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the code that machines without AVX-512 BF16 get."""
-    for module, symbol in ((linear_cpu, "seamwise_linear"), (linear_int4_file, "seamwise_linear_int4")):
+    for module, symbol in ((linear_cpu, "seamwise_linear"), (linear_int_file, "seamwise_linear_int")):
         monkeypatch.setattr(module, "_LINEAR", tape.Kernel("linear_cpu.cpp", symbol, flags=PORTABLE))
 
 
@@ -186,18 +186,19 @@ def test_huge_pages_never_overlap_and_are_freed_with_their_tensors() -> None:
 @settings(max_examples=40)
 @given(
     st.integers(0, 20), st.integers(1, 100), st.sampled_from([8, 33, 64, 200]), st.sampled_from([0, 2, 32]),
-    st.booleans(), st.integers(0, 9),
+    st.booleans(), st.sampled_from(["int4", "int8"]), st.integers(0, 9),
 )  # fmt: skip
-@example(9, 70, 200, 32, True, 0)
-def test_int4_panels_are_w4a16_linear(T: int, N: int, K: int, group: int, zero: bool, seed: int) -> None:
-    sizes = {"T": T, "N": N, "K": K, "group": group, "zero": zero, "bias": zero}
+@example(9, 70, 200, 32, True, "int4", 0)
+@example(9, 70, 200, 32, True, "int8", 0)
+def test_panels_are_w4a16_linear(T: int, N: int, K: int, group: int, zero: bool, format: str, seed: int) -> None:
+    sizes = {"T": T, "N": N, "K": K, "group": group, "zero": zero, "bias": zero, "format": format}
     args = CONTRACTS["w4a16_linear"].make_inputs(sizes, dtype=torch.bfloat16, device="cpu", seed=seed)
     x, packed, scale, zero_NG, _, bias = args
     offset = None if zero_NG is None else pack_group_values(-(zero_NG * scale).float())
-    given_ = (x, pack_int4_panels(packed, K), pack_group_values(scale), offset, group, N, bias)
+    given_ = (x, pack_int_panels(packed, K), pack_group_values(scale), offset, group, N, bias)
     exact = w4a16_linear.meaning(*widen(args))
-    torch.testing.assert_close(linear_int4.run("cpp", *given_).double(), exact, rtol=0.01, atol=0.01 * K**0.5)
+    torch.testing.assert_close(linear_int.run("cpp", *given_).double(), exact, rtol=0.01, atol=0.01 * K**0.5)
 
 
-def test_int4_panels_on_machines_without_bfloat16_vectors(portable: None) -> None:
-    test_int4_panels_are_w4a16_linear()
+def test_integer_panels_on_machines_without_bfloat16_vectors(portable: None) -> None:
+    test_panels_are_w4a16_linear()

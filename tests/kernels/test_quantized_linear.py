@@ -14,10 +14,17 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from seamwise.compile.derive import evaluate
-from seamwise.kernels import mxfp4_linear, quantize, quantize_weight, scaled_linear, w4a16_linear, weight_scale
+from seamwise.kernels import (
+    dequantize_weight,
+    mxfp4_linear,
+    quantize,
+    quantize_weight,
+    scaled_linear,
+    w4a16_linear,
+    weight_scale,
+)
 from seamwise.kernels.mxfp4_linear import dequantize_mxfp4
 from seamwise.kernels.quantize_weight import FORMATS, expand_blocks, pack_int4, unpack_int4
-from seamwise.kernels.w4a16_linear import dequantize_int4
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +111,7 @@ def test_int4_is_laid_out_as_compressed_tensors_does() -> None:
     assert torch.equal(pack_int4(values), packed) and torch.equal(unpack_int4(packed, 12), values)
     assert torch.equal(unpack_int4(torch.tensor([[185, 6]], dtype=torch.int32).T, 2).T, zero)
     scale = torch.tensor([[0.0123, 0.5], [0.3, 0.0077]]).bfloat16()
-    weight = dequantize_int4(packed, scale, zero, 8, 12)
+    weight = dequantize_weight(packed, scale, zero, "int4", 1, 8, 12, torch.bfloat16)
     for n in range(2):
         for k in range(12):
             assert weight[n, k] == (values[n, k].bfloat16() - zero[n, k // 8]) * scale[n, k // 8]
@@ -204,8 +211,12 @@ def test_wrong_weights_are_named() -> None:
         w4a16_linear(x, packed, scale, None, 0)
     with pytest.raises(ValueError, match=r"packed is \(5, 8\), wanted \(5, 9\)"):
         w4a16_linear(torch.zeros(2, 65), packed, scale, None, 64)
-    with pytest.raises(ValueError, match="zero int8"):
-        w4a16_linear(x, packed, scale, torch.ones(5, 2), 32)
+    with pytest.raises(ValueError, match=r"packed is \(5, 8\), wanted \(5, 64\)"):
+        w4a16_linear(x, packed.to(torch.int8), scale, None, 32)
+    with pytest.raises(ValueError, match=r"packed is torch\.int16"):
+        w4a16_linear(x, packed.to(torch.int16), scale, None, 32)
+    with pytest.raises(ValueError, match=r"zero is torch\.int32, wanted int8 or an offset"):
+        w4a16_linear(x, packed, scale, torch.ones(5, 2, dtype=torch.int32), 32)
     with pytest.raises(ValueError, match="33 columns, wanted a multiple of 32"):
         mxfp4_linear(torch.zeros(2, 33), torch.zeros(5, 16, dtype=torch.uint8), torch.zeros(5, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"scale is \(5, 1\), wanted \(5, 2\)"):

@@ -88,9 +88,10 @@ LAYOUTS = {
     "W4A16": Layout(kind="int4", columns=128),
     "W4A16_ASYM": Layout(kind="int4", columns=64, asymmetric=True),
     "W4A16 channel": Layout(kind="int4"),
+    "W8A16 groups": Layout(kind="int8", columns=64),
+    "W8A16_ASYM": Layout(kind="int8", asymmetric=True),
 }
 UNSERVED = {  # no kernel reads them: layers keep dequantized weights
-    "W8A16 groups": Layout(kind="int8", columns=64),
     "W8A16 float8": Layout(kind="float8"),
     "W8A8 small blocks": Layout(kind="float8", rows=64, columns=64, inputs="dynamic", method="fp8"),
     "W8A8 asymmetric": Layout(kind="int8", inputs="dynamic", asymmetric=True),

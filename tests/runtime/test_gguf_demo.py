@@ -64,6 +64,30 @@ def test_perplexity_is_that_of_the_bfloat16_conversion(path: Path, demo_model: P
     assert 1 < got < 50
 
 
+@pytest.mark.slow
+def test_packed_logits_are_within_the_budget_of_the_dequantized_model(
+    path: Path, demo_model: Path, pack_dir: Path
+) -> None:
+    """Layers read Q4_1 and the tied head Q8_0; the truth is transformers' dequantized model in float64.
+
+    Greedy text then agrees with the truth's up to near-ties: a token that is chosen is as likely, within the budget.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(demo_model)(TEXT[:500]).input_ids)
+    plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16).eval()(tokens[None]).logits[0]
+        exact = plain.double()(tokens[None]).logits[0]
+    runner = ModelRunner.load(path, dtype=torch.bfloat16, device="cpu", pack_dir=pack_dir, quantization="gguf")
+    assert runner.program.providers["linear_int:cpp"] == 4 * 30 + 1
+    got = logits(runner, tokens)
+    error, budget = (got - exact).abs().max(), 2 * (theirs - exact).abs().max()
+    assert error <= budget, (error, budget)
+    chosen = exact.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
+    assert (exact.amax(1) - chosen <= 2 * error).all()
+
+
 def perplexity(tokens: Tensor, logits_TV: Tensor) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits_TV[:-1].float(), tokens[1:]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 
-def write_gguf(model: Any, path: Path, kind: str = "F32", tokenizer: dict[str, Any] | None = None) -> None:
-    """Write a Llama, Qwen2 or Qwen3 of transformers; its matrices as `kind`, the rest in float32."""
+def write_gguf(
+    model: Any, path: Path, kind: str = "F32", tokenizer: dict[str, Any] | None = None, kinds: Mapping[str, str] = {}
+) -> None:
+    """Write a Llama, Qwen2 or Qwen3 of transformers; its matrices as `kind` or as `kinds` names them, else float32."""
     config = model.config
     writer = GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers), writer.add_context_length(config.max_position_embeddings)
@@ -33,12 +36,34 @@ def write_gguf(model: Any, path: Path, kind: str = "F32", tokenizer: dict[str, A
         values = tensor.float().numpy()
         if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
             values = pair_rows(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        wanted = GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        wanted = kinds.get(name, kind) if values.ndim > 1 else "F32"
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
-        writer.add_tensor(stored, gguf.quantize(values, wanted), raw_dtype=wanted)
+        writer.add_tensor(stored, encode(values, wanted), raw_dtype=GGMLQuantizationType[wanted])
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
     writer.close()
+
+
+def encode(values: np.ndarray, kind: str) -> np.ndarray:
+    """Return the bytes of a matrix, row by row: those of the gguf package, which writes no kind of 256 values a block.
+
+    For these they are random, and the same for the same row; scales are such that values are of the size of 1/16.
+    """
+    of = GGMLQuantizationType[kind]
+    if kind not in _RANDOM:
+        return gguf.quantize(values, of)
+    block, num_bytes = gguf.GGML_QUANT_SIZES[of]
+    rows = []
+    for row in values:
+        seed = list(row[:8].tobytes())
+        raw = np.random.default_rng(seed).integers(0, 256, (len(row) // block, num_bytes), dtype=np.uint8)
+        for at, scale in _RANDOM[kind].items():
+            raw[:, at : at + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+        rows.append(raw.reshape(-1))
+    return np.stack(rows)
+
+
+_RANDOM = {"Q4_K": {0: 2e-4, 2: 1.5e-3}, "Q6_K": {208: 3e-5}}  # where in a block float16 scales stand
 
 
 def write_tokenizer(writer: GGUFWriter, described: dict[str, Any]) -> None:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from laws import check, check_rows, refusal
 
-from seamwise.kernels import mxfp4_linear, scaled_linear, w4a16_linear
+from seamwise.kernels import dequantize_weight, mxfp4_linear, scaled_linear, w4a16_linear
 from seamwise.kernels.contract import Contract
 from seamwise.kernels.mxfp4_linear import dequantize_mxfp4
-from seamwise.kernels.w4a16_linear import dequantize_int4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = {"x_group": 128, "rows": 128, "columns": 128}
@@ -24,6 +23,7 @@ BLOCKS = {"x_group": 128, "rows": 128, "columns": 128}
         (scaled_linear, {"N": 200, "K": 272, "rows": 1, "bias": True}), (scaled_linear, {"N": 200, "K": 272, **BLOCKS}),
         (scaled_linear, {"N": 140, "K": 272, "format": "int8", **BLOCKS}),
         (w4a16_linear, {"N": 140, "K": 200, "group": 128, "zero": True}), (mxfp4_linear, {"N": 140, "K": 160}),
+        (w4a16_linear, {"N": 140, "K": 200, "group": 32, "offset": True, "format": "int8"}),
     ],
 )  # fmt: skip
 def test_every_tile_size(contract: Contract, sizes: dict[str, Any], T: int) -> None:
@@ -54,7 +54,7 @@ def test_every_int4_weight(group: int) -> None:
         {"T": 1, "N": 70, "K": K, "group": group, "zero": True}, dtype=torch.bfloat16, device=DEVICE
     )
     got = w4a16_linear.run("triton", torch.eye(K, device=DEVICE, dtype=torch.bfloat16), packed, scale, zero, group)
-    assert torch.equal(got.T, dequantize_int4(packed, scale, zero, group, K))
+    assert torch.equal(got.T, dequantize_weight(packed, scale, zero, "int4", 1, group, K, torch.bfloat16))
 
 
 def test_groups_that_no_step_divides_are_refused() -> None:

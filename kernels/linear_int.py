@@ -1,7 +1,8 @@
-"""Linear layers over int4 weights packed once for CPUs, with float scales and offsets for groups of inputs.
+"""Linear layers over int4 or int8 weights packed once for CPUs, with float scales and offsets for groups of inputs.
 
-The layout is that of kernels/linear.py with four bits an element: panels of 32 columns, whose words of two inputs are
-32 bytes, columns 0 … 15 in their low halves, 16 … 31 in the high ones. One row reads a quarter of bfloat16's bytes.
+The layout is that of kernels/linear.py with fewer bits an element: panels of 32 columns, whose words of two inputs are
+32 bytes of int4, columns 0 … 15 in their low halves, 16 … 31 in the high ones, or 64 bytes of int8. One row reads a
+quarter or half of bfloat16's bytes, and both are exact in bfloat16: only sums round.
 Source: kernels/w4a16_linear.py for the weights; VPERMW as a table of 16 values, https://www.felixcloutier.com/x86/vpermw.
 """
 
@@ -16,29 +17,35 @@ from .linear import PANEL
 from .quantize_weight import unpack_int4
 from .tape import Kernel, empty, launch
 
-_LINEAR = Kernel("linear_cpu.cpp", "seamwise_linear_int4")
+_LINEAR = Kernel("linear_cpu.cpp", "seamwise_linear_int")
 
 
 @contract(opaque=True)
-def pack_int4_panels(packed: Tensor, in_features: int) -> Tensor:
-    """Return int4 weights, int32 (N, ⌈K/8⌉) as `w4a16_linear` has them, as panels: uint8 (⌈N/32⌉, ⌈K/2⌉, 32)."""
-    values_NK = unpack_int4(packed, in_features) + 8
+def pack_int_panels(stored: Tensor, in_features: int) -> Tensor:
+    """Return integers as panels of 32 rows.
+
+    int32 (N, ⌈K/8⌉), int4 as `w4a16_linear` has it: uint8 (⌈N/32⌉, ⌈K/2⌉, 32); int8 (N, K): int8 (⌈N/32⌉, ⌈K/2⌉, 64)
+    """
+    int4 = stored.dtype == torch.int32
+    values_NK = (unpack_int4(stored, in_features) + 8).to(torch.uint8) if int4 else stored
     N, K = values_NK.shape
-    padded = torch.nn.functional.pad(values_NK, (0, -K % 2, 0, -N % PANEL), value=8).to(torch.uint8)
-    halves = padded.reshape(-1, 2, PANEL // 2, -(-K // 2), 2).permute(0, 3, 1, 2, 4).flatten(3)
-    return halves[:, :, 0] | halves[:, :, 1] << 4
+    padded = torch.nn.functional.pad(values_NK, (0, -K % 2, 0, -N % PANEL), value=8 if int4 else 0)
+    words = (
+        padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+    )  # (P, word, column, input)
+    return words[..., :PANEL] | words[..., PANEL:] << 4 if int4 else words
 
 
-@pack_int4_panels.provider("huge_pages", devices=("cpu",))
-def pack_into_huge_pages(packed: Tensor, in_features: int) -> Tensor:
+@pack_int_panels.provider("huge_pages", devices=("cpu",))
+def pack_into_huge_pages(stored: Tensor, in_features: int) -> Tensor:
     """The same, where the kernel reads fastest."""
-    panels = pack_int4_panels.meaning(packed, in_features)
+    panels = pack_int_panels.meaning(stored, in_features)
     return huge_pages.empty(tuple(panels.shape), panels.dtype).copy_(panels)
 
 
-@pack_int4_panels.costs
-def pack_cost(packed: Tensor, in_features: int) -> Cost:
-    return Cost(bytes=2 * packed.nbytes, flops=0)
+@pack_int_panels.costs
+def pack_cost(stored: Tensor, in_features: int) -> Cost:
+    return Cost(bytes=2 * stored.nbytes, flops=0)
 
 
 @contract(opaque=True)
@@ -56,18 +63,19 @@ def pack_values_cost(values_NG: Tensor) -> Cost:
 
 
 @contract(opaque=True)
-def linear_int4(
+def linear_int(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
     bias_N: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return x wᵀ + bias: (T, N) in x's dtype, for w = int4 · scale + offset; sums in float32 or wider.
+    """Return x wᵀ + bias: (T, N) in x's dtype, for w = int · scale + offset; sums in float32 or wider.
 
-    panels  uint8 of `pack_int4_panels`; scale and offset float32 of `pack_group_values`; group 0: one a row
-    Moves T·K + T·N elements, N·K/2 bytes and the scales, and takes 2·T·N·K flops.
+    panels  of `pack_int_panels`; scale and offset float32 of `pack_group_values`; group 0: one a row
+    Moves T·K + T·N elements, N·K/2 bytes of int4 or N·K of int8, and the scales, and takes 2·T·N·K flops.
     """
     K, wide = x_TK.shape[1], scale_PGC.dtype
-    halves = torch.stack((panels & 15, panels >> 4), 2).unflatten(3, (-1, 2))  # (P, words, half, column, input)
-    values_NK = halves.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 2)[:, :K].to(wide) - 8
+    int4 = panels.dtype == torch.uint8
+    words = torch.cat((panels & 15, panels >> 4), 2) if int4 else panels
+    values_NK = words.unflatten(2, (PANEL, 2)).transpose(1, 2).flatten(2).flatten(0, 1)[:, :K].to(wide) - 8 * int4
 
     def of_columns(values_PGC: Tensor) -> Tensor:
         return values_PGC.transpose(1, 2).flatten(0, 1).repeat_interleave(group or K, 1)[:, :K]
@@ -79,7 +87,7 @@ def linear_int4(
     return (out_TN if bias_N is None else out_TN + bias_N.to(wide)).to(x_TK.dtype)
 
 
-@linear_int4.costs
+@linear_int.costs
 def cost(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
     bias_N: Tensor | None = None,
@@ -89,17 +97,21 @@ def cost(
     return Cost(bytes=read + T * out_features * x_TK.element_size(), flops=2 * T * out_features * K)
 
 
-def _int4(N: int, K: int, generator: torch.Generator, device: str) -> Tensor:
+def _stored(N: int, K: int, int8: bool, generator: torch.Generator, device: str) -> Tensor:
+    if int8:
+        return torch.randint(-128, 128, (N, K), generator=generator, device=device).to(torch.int8)
     return torch.randint(-(2**31), 2**31, (N, -(-K // 8)), generator=generator, device=device).to(torch.int32)
 
 
-@pack_int4_panels.inputs(
-    examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}),
-    shapes={"smollm2-135m": {"N": 3072, "K": 576}},
-    sizes={"N": (1, 80), "K": (1, 80)},
+@pack_int_panels.inputs(
+    examples=({"N": 33, "K": 7}, {"N": 64, "K": 64}, {"N": 1, "K": 1}, {"N": 33, "K": 7, "int8": True}),
+    shapes={"smollm2-135m": {"N": 3072, "K": 576}, "smollm2-135m head": {"N": 49152, "K": 576, "int8": True}},
+    sizes={"N": (1, 80), "K": (1, 80), "int8": [False, True]},
 )
-def make_weight(N: int, K: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, int]:
-    return _int4(N, K, torch.Generator(device).manual_seed(seed), device), K
+def make_weight(
+    N: int, K: int, int8: bool = False, *, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Tensor, int]:
+    return _stored(N, K, int8, torch.Generator(device).manual_seed(seed), device), K
 
 
 @pack_group_values.inputs(
@@ -111,32 +123,34 @@ def make_values(N: int, G: int, *, dtype: torch.dtype, device: str, seed: int) -
     return (torch.randn(N, G, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype),)
 
 
-@linear_int4.inputs(
+@linear_int.inputs(
     examples=(
         {"T": 1, "N": 33, "K": 7}, {"T": 13, "N": 64, "K": 96, "group": 32, "offset": True}, {"T": 0, "N": 32, "K": 16},
-        {"T": 9, "N": 20, "K": 80, "group": 32, "bias": True},
+        {"T": 9, "N": 20, "K": 80, "group": 32, "bias": True}, {"T": 1, "N": 33, "K": 7, "int8": True},
+        {"T": 20, "N": 64, "K": 97, "group": 16, "offset": True, "int8": True},
     ),
     shapes={
         "smollm2-135m decode": {"T": 1, "N": 3072, "K": 576, "group": 32},
         "smollm2-135m batch": {"T": 32, "N": 3072, "K": 576, "group": 32},
+        "smollm2-135m head": {"T": 1, "N": 49152, "K": 576, "group": 32, "int8": True},
         "llama-3-8b decode": {"T": 1, "N": 28672, "K": 4096, "group": 128},
     },
     sizes={
         "T": (0, 20), "N": (1, 80), "K": [1, 8, 33, 64, 200], "group": [0, 2, 32, 128], "offset": [False, True],
-        "bias": [False, True],
+        "bias": [False, True], "int8": [False, True],
     },
     rows=(0,),
 )  # fmt: skip
 def make(
-    T: int, N: int, K: int, group: int = 0, offset: bool = False, bias: bool = False, *, dtype: torch.dtype,
-    device: str, seed: int,
+    T: int, N: int, K: int, group: int = 0, offset: bool = False, bias: bool = False, int8: bool = False, *,
+    dtype: torch.dtype, device: str, seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, Tensor | None]:  # fmt: skip
     generator = torch.Generator(device).manual_seed(seed)
     groups = -(-K // group) if group else 1
     x_TK, scale_NG, offset_NG, bias_N = (
         torch.randn(s, generator=generator, device=device) for s in ((T, K), (N, groups), (N, groups), (N,))
     )
-    panels = pack_int4_panels.meaning(_int4(N, K, generator, device), K)
+    panels = pack_int_panels.meaning(_stored(N, K, int8, generator, device), K)
     return (
         x_TK.to(dtype), panels, pack_group_values.meaning(scale_NG),
         pack_group_values.meaning(offset_NG) if offset else None, group, N, bias_N.to(dtype) if bias else None,
@@ -154,7 +168,10 @@ def _refuses(
     if scale_PGC.dtype != torch.float32:
         return f"scales must be float32, got {scale_PGC.dtype}"
     blocks, groups = -(-out_features // PANEL), -(-x_TK.shape[1] // group) if group else 1
-    wanted = ((blocks, -(-x_TK.shape[1] // 2), PANEL), (blocks, groups, PANEL), (blocks, groups, PANEL))
+    columns = {torch.uint8: PANEL, torch.int8: 2 * PANEL}.get(panels.dtype)
+    if columns is None:
+        return f"panels must be uint8 of int4 or int8, got {panels.dtype}"
+    wanted = ((blocks, -(-x_TK.shape[1] // 2), columns), (blocks, groups, PANEL), (blocks, groups, PANEL))
     for tensor, shape in zip((panels, scale_PGC, offset_PGC), wanted, strict=True):
         if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_contiguous()):
             return f"wanted contiguous panels {shape}, got {tuple(tensor.shape)}"
@@ -163,8 +180,8 @@ def _refuses(
     return None
 
 
-@linear_int4.provider("cpp", devices=("cpu",), refuses=_refuses)
-def linear_int4_cpp(
+@linear_int.provider("cpp", devices=("cpu",), refuses=_refuses)
+def linear_int_cpp(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
     bias_N: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -172,8 +189,9 @@ def linear_int4_cpp(
     out_TN = empty((T, out_features), x_TK.dtype)
     sums_TG = empty((T, scale_PGC.shape[1]), torch.float32) if offset_PGC is not None else None
     launch(
-        _LINEAR, x_TK.data_ptr(), panels.data_ptr(), scale_PGC.data_ptr(),
-        *(0 if a is None else a.data_ptr() for a in (offset_PGC, sums_TG, bias_N)), out_TN.data_ptr(), T, out_features,
-        K, group or K + K % 2, 2 * x_TK.stride(0), 2 * out_features, torch.get_num_threads(),
+        _LINEAR, 8 if panels.dtype == torch.int8 else 4, x_TK.data_ptr(), panels.data_ptr(),
+        scale_PGC.data_ptr(), *(0 if a is None else a.data_ptr() for a in (offset_PGC, sums_TG, bias_N)),
+        out_TN.data_ptr(), T, out_features, K, group or K + K % 2, 2 * x_TK.stride(0), 2 * out_features,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out_TN
