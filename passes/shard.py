@@ -100,7 +100,7 @@ def _grouped_linear(s: Sharder, node: Node) -> Placement:
 def _moe_align(s: Sharder, node: Node) -> Placement:
     """Number the experts from the rank's first: those of other ranks are then no experts."""
     readers = [user for item in node.users for user in item.users if is_op(user, grouped_linear.op)]
-    if any(isinstance(r.args[1], Node) and s.styles.get(r.args[1].name) == EXPERTS for r in readers):
+    if any(s.style(r.args[1]) == EXPERTS for r in readers):
         chosen, experts = node.args[:2]
         cut = s.even(node, -1, experts)  # type: ignore[arg-type]
         start = cut.width * s.parallel.rank
