@@ -6,7 +6,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import pairwise
+from operator import or_
 from pathlib import Path
 
 from seamwise import passes
@@ -22,7 +24,7 @@ from .live_bytes import live_bytes
 from .lower import choose_providers
 from .piece_costs import piece_costs
 from .plugins import discovered, placed_into
-from .program import Program
+from .program import Program, TokenRange
 from .shard_plan import styles_of
 from .split import Piece, Seam, split
 from .structure import with_quantized_experts
@@ -116,10 +118,17 @@ def ordered_passes(quantization: str | None = None) -> list[list[Pass]]:
     return placed_into((RAISE, weights, (*FUSE, *FUSE_QUANT), LOWER), discovered())
 
 
+def range_starts(config: PipelineConfig) -> list[int]:
+    """Return where the ranges of numbers of tokens begin that have graphs of their own: 1, and passes' thresholds."""
+    running = [p for group in ordered_passes() for p in group if p.name not in config.disabled]
+    return sorted({1, *(n for p in running if (n := p.from_tokens(config.parallel)) is not None)})
+
+
 def rewrite(
-    captured: Captured, structure: Structure, config: PipelineConfig, ledger: Ledger, validator: Validator | None = None
-) -> list[Report]:
-    """Run every pass over a captured graph, in place, and return their reports."""
+    captured: Captured, structure: Structure, config: PipelineConfig, ledger: Ledger,
+    validator: Validator | None = None, from_tokens: int = 1,
+) -> list[Report]:  # fmt: skip
+    """Run every pass for steps of so many tokens over a captured graph, in place, and return their reports."""
     reports: list[Report] = []
     with ledger.stage("raise"):
         passes.canonicalize(captured.module)
@@ -132,11 +141,11 @@ def rewrite(
     groups = ordered_passes(config.quantization)
     for stage, group in zip(("raise", "quantize", "fuse", "lower"), groups, strict=True):
         with ledger.stage(stage):
-            reports += _run(group, captured, structure, config, validator)
+            reports += _run(group, captured, structure, config, validator, from_tokens)
         if stage == "raise" and config.parallel is not None:  # before weights are quantized: each rank its own part
             with ledger.stage("shard"):
                 entry = passes.shard(config.parallel, styles_of(captured, config.parallel))
-                reports += _run([entry], captured, structure, config, validator)
+                reports += _run([entry], captured, structure, config, validator, from_tokens)
                 structure = replace(structure, all_reduces=count_all_reduces(captured.module))
     return reports
 
@@ -150,38 +159,39 @@ def compile_graph(
     """
     if config.validate and validator is None:
         raise ValueError("compile_graph: validate=True needs a validator, with step inputs to run the graph on")
-    module = captured.module
-    reports = rewrite(captured, structure, config, ledger, validator)
-    with ledger.stage("lower"):
-        recipes = hoist(captured)  # before split: a derived weight belongs to no piece
-        chosen = choose_providers(module, config.providers)
-        verify(module, "lower", lowered=True)
-    with ledger.stage("split"):
-        steps = split(module)
-        for item in steps:
-            if isinstance(item, Piece):
-                verify(item.module, "split", lowered=True, piece=True)
+    starts, made = range_starts(config), list[_Step]()
+    graphs = [captured, *(captured.copy() for _ in starts[1:])]
+    validators = [validator, *(validator and replace(validator, captured=graph) for graph in graphs[1:])]
+    for first, graph, check in zip(starts, graphs, validators, strict=True):
+        reports = rewrite(graph, structure, config, ledger, check, first)
+        with ledger.stage("lower"):
+            recipes = hoist(graph)  # before split: a derived weight belongs to no piece
+            chosen = choose_providers(graph.module, config.providers)
+            verify(graph.module, "lower", lowered=True)
+        with ledger.stage("split"):
+            steps = split(graph.module)
+            for item in steps:
+                if isinstance(item, Piece):
+                    verify(item.module, "split", lowered=True, piece=True)
+        made.append(_Step(first=first, graph=graph, steps=steps, recipes=recipes, reports=reports, providers=chosen))
     with ledger.stage("generate"):
-        program = _generate(captured, steps, recipes)
+        program = _generate(made)
     with ledger.stage("compile"):
-        _compile(program, steps, config)
-    program.reports, program.providers = reports, dict(sorted(chosen.items()))
-    program.collectives, program.weight_bytes = collectives_of(module), weight_bytes(module)
-    program.local_inputs, program.kv_bytes = local_inputs(module), kv_bytes(module)
-    program.token_bytes, program.logit_bytes = live_bytes(module)
+        _compile(program, [item for step in made for item in step.steps], config)
     return program
 
 
 def _run(
-    group: Sequence[Pass], captured: Captured, structure: Structure, config: PipelineConfig, validator: Validator | None
-) -> list[Report]:
+    group: Sequence[Pass], captured: Captured, structure: Structure, config: PipelineConfig,
+    validator: Validator | None, from_tokens: int,
+) -> list[Report]:  # fmt: skip
     reports = []
-    asked = config.parallel and {"sequence_parallel": config.parallel.sequence, "async_tp": config.parallel.overlap}
-    unasked = [name for name in ("sequence_parallel", "async_tp") if not (asked and asked[name])]
     for entry in group:
-        if entry.name in (*config.disabled, *unasked):
+        least = entry.from_tokens(config.parallel)
+        if entry.name in config.disabled or least is None or least > from_tokens:
             continue
         report = entry.apply(captured.module, structure, diff=config.diffs)
+        report.from_tokens = from_tokens
         verify(captured.module, entry.name)
         if report.expected is not None and report.matched < report.expected and entry.name not in config.allow_missed:
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
@@ -201,7 +211,7 @@ def _run(
 
 def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig) -> None:
     """Give each distinct piece with enough loose ops to Inductor, once."""
-    repeats = Counter(program.calls)
+    repeats: Counter[str] = reduce(or_, (Counter(each.calls) for each in program.ranges))  # most in one step
     distinct = {f"piece_{item.digest}": item for item in steps if isinstance(item, Piece)}
     for name, item in distinct.items():
         loose = len(loose_ops(item.module))
@@ -216,23 +226,57 @@ def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig
             program.packages[name] = compile_piece(item.module, folder / f"{name}.pt2")
 
 
-def _generate(captured: Captured, steps: list[Piece | Seam], recipes: dict[str, Recipe]) -> Program:
-    source, names, calls = Source(), {}, []
-    for item in steps:
-        if not isinstance(item, Piece):
-            continue
-        if item.digest not in names:
-            names[item.digest] = f"piece_{item.digest}"
-            source.add_piece(names[item.digest], item)
-        calls.append(names[item.digest])
-    output = next(iter(captured.graph.find_nodes(op="output")))
-    outputs = [n.name for n in output.args[0]]
-    source.add_step(steps, captured.inputs, list(recipes), outputs)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """The lowered graph of the steps of one range of numbers of tokens, from `first` on."""
+
+    first: int
+    graph: Captured
+    steps: list[Piece | Seam]
+    recipes: dict[str, Recipe]
+    reports: list[Report]
+    providers: Counter[str]
+
+
+def _generate(made: Sequence[_Step]) -> Program:
+    """Write one program of all ranges: equal pieces are written, equal weights held, and equal reports told once."""
+    source, written, places, ranges = Source(), set[str](), dict[str, int](), list[TokenRange]()
+    recipes: dict[str, Recipe] = {}
+    reports, told = list[Report](), set[tuple[str, int, int | None]]()
+    for step in made:
+        index, calls = {}, []
+        for name, recipe in step.recipes.items():
+            if (key := str(recipe)) not in places:
+                places[key] = len(recipes)
+                recipes[name if name not in recipes else f"{name}_from_{step.first}"] = recipe
+            index[name] = places[key]
+        for item in step.steps:
+            if isinstance(item, Piece):
+                calls.append(name := f"piece_{item.digest}")
+                if name not in written:
+                    source.add_piece(name, item)
+                written.add(name)
+        (output,) = step.graph.graph.find_nodes(op="output")
+        function = "step" if step.first == 1 else f"step_from_{step.first}"
+        source.add_step(function, step.steps, step.graph.inputs, index, [n.name for n in output.args[0]])
+        found = collectives_of(step.graph.module)
+        ranges.append(TokenRange(first=step.first, function=function, calls=calls, collectives=found))
+        news = [r for r in step.reports if (r.name, r.matched, r.expected) not in told]
+        told |= {(r.name, r.matched, r.expected) for r in news}
+        reports += news
+    first, module, live = made[0], made[0].graph.module, [live_bytes(step.graph.module) for step in made]
     return Program(
         source=source.text(),
-        calls=calls,
-        num_seams=sum(isinstance(a, Seam) and not isinstance(b, Seam) for a, b in pairwise([*steps, None])),
-        num_seam_calls=sum(isinstance(item, Seam) for item in steps),
+        ranges=ranges,
+        num_seams=sum(isinstance(a, Seam) and not isinstance(b, Seam) for a, b in pairwise([*first.steps, None])),
+        num_seam_calls=sum(isinstance(item, Seam) for item in first.steps),
         recipes=recipes,
-        inputs=captured.inputs,
+        inputs=first.graph.inputs,
+        reports=reports,
+        providers=dict(sorted(first.providers.items())),
+        weight_bytes=weight_bytes(module),
+        kv_bytes=kv_bytes(module),
+        token_bytes=max(tokens for tokens, _ in live),
+        logit_bytes=max(logits for _, logits in live),
+        local_inputs=local_inputs(module),
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from seamwise.passes.sharder import EXPERTS, STYLES, WHOLE, Parallel
+from seamwise.passes import Parallel
+from seamwise.passes.sharder import EXPERTS, STYLES, WHOLE
 
 from .capture import Captured
 

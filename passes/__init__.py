@@ -32,10 +32,9 @@ from .raise_moe import RAISE_MOE
 from .raise_rms_norm import RAISE_RMS_NORM
 from .raise_rope import RAISE_ROPE
 from .raise_swiglu import RAISE_SWIGLU
-from .rewrite import Pass, Report, Structure, pattern_pass
+from .rewrite import Parallel, Pass, Report, Structure, pattern_pass
 from .sequence_parallel import SEQUENCE_PARALLEL
 from .shard import shard
-from .sharder import Parallel
 from .stored_weights import Held, StoredWeight, stored_weights
 
 __all__ = [

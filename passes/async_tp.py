@@ -70,4 +70,7 @@ def _promised(s: Structure) -> int:
     return 0 if s.quantized_linears else max(s.all_reduces - 1 - 2 * s.sparse_mlps, 0)
 
 
-ASYNC_TP = Pass(name="async_tp", rewrite=rewrite, expect=_promised)
+ASYNC_TP = Pass(
+    name="async_tp", rewrite=rewrite, expect=_promised,
+    from_tokens=lambda parallel: parallel.sequence if parallel and parallel.overlap else None,
+)  # fmt: skip

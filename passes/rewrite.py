@@ -6,7 +6,7 @@ import difflib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,37 @@ class Structure:
     all_reduces: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """How ranks share a model.
+
+    size, rank, group  of the process group, which is known by its name
+    experts  whole experts on each rank, rather than a part of every expert
+    sequence  fewest tokens of the steps in which each rank has a share of the rows between attention and MLPs; 0: none
+    overlap  these shares travel while GEMMs run; needs sequence
+    plan     pattern of a module's or parameter's path -> style, one of STYLES; None: the model's own
+    """
+
+    size: int
+    rank: int
+    group: str
+    experts: bool = False
+    sequence: int = 0
+    overlap: bool = False
+    plan: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank={self.rank} of size={self.size}: wanted 0 to {self.size - 1}")
+        if self.overlap and not self.sequence:
+            raise ValueError("enable_async_tp needs enable_sequence_parallel, whose shares of rows it overlaps")
+
+
 @dataclass(slots=True, kw_only=True)
 class Report:
     """One pass's remark: how often it matched, what was promised, each miss with its reason, its time.
 
+    from_tokens  fewest tokens of the steps whose graph it was applied to
     diff         the first place that changed, as lines of a unified diff; empty unless asked for
     certificate  how it was validated: cases, lossy, max_error; None where it was not
     """
@@ -70,6 +97,7 @@ class Report:
     name: str
     matched: int = 0
     expected: int | None = None
+    from_tokens: int = 1
     misses: list[Miss] = field(default_factory=list)
     elapsed_ms: float = 0.0
     certificate: dict[str, Any] | None = None
@@ -80,12 +108,15 @@ class Report:
 class Pass:
     """`rewrite(module, report)` changes the graph in place; `expect(structure)` is the promised count.
 
+    `from_tokens(parallel)` is the fewest tokens of the steps that it is for, None where it is not asked for: steps of
+    fewer have a graph without it. `parallel`: how ranks share the model, None on one rank.
     A `lossy` pass rounds on purpose (quantization): validation measures its error and does not refuse it.
     """
 
     name: str
     rewrite: Callable[[GraphModule, Report], None]
     expect: Callable[[Structure], int] | None = None
+    from_tokens: Callable[[Parallel | None], int | None] = lambda parallel: 1
     lossy: bool = False
 
     def apply(self, module: GraphModule, structure: Structure, *, diff: bool = False) -> Report:

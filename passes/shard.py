@@ -20,8 +20,8 @@ from seamwise.kernels import attention, gather_rows, grouped_linear, kv_append, 
 
 from .graph import aten, infer, is_op, value
 from .placement import OWNED, PARTIAL, Cut, Placement, Unplaceable, sections_of
-from .rewrite import Pass, Report
-from .sharder import COLUMNS, EXPERTS, GATHERED, ROWS, VOCABULARY, Parallel, Sharder
+from .rewrite import Parallel, Pass, Report
+from .sharder import COLUMNS, EXPERTS, GATHERED, ROWS, VOCABULARY, Sharder
 
 
 def shard(parallel: Parallel, styles: Mapping[str, str]) -> Pass:

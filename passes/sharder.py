@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from .graph import aten, infer, is_op, is_weight, value
 from .placement import GATED, OWNED, PARTIAL, Cut, Placement, Unplaceable, follow, is_tensor, keeps_partial
+from .rewrite import Parallel
 from .stored_parts import held_by, part_of
 
 _COLLECTIVES = torch.ops._c10d_functional
@@ -22,32 +23,6 @@ ROWS = ("rowwise", "rowwise_split_input")
 EXPERTS, VOCABULARY = "grouped_gemm", "embedding_rowwise"
 WHOLE = ("replicate", "replicated_with_grad_allreduce")
 STYLES = (*WHOLE, *COLUMNS, *ROWS, EXPERTS, VOCABULARY)  # transformers' names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parallel:
-    """How ranks share a model.
-
-    size, rank, group  of the process group, which is known by its name
-    experts  whole experts on each rank, rather than a part of every expert
-    sequence  between attention and MLPs, a share of the rows on each rank
-    overlap  these shares travel while GEMMs run; needs sequence
-    plan     pattern of a module's or parameter's path -> style, one of STYLES; None: the model's own
-    """
-
-    size: int
-    rank: int
-    group: str
-    experts: bool = False
-    sequence: bool = False
-    overlap: bool = False
-    plan: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ValueError(f"rank={self.rank} of size={self.size}: wanted 0 to {self.size - 1}")
-        if self.overlap and not self.sequence:
-            raise ValueError("enable_async_tp needs enable_sequence_parallel, whose shares of rows it overlaps")
 
 
 @dataclass(slots=True)

@@ -161,7 +161,8 @@ def explain(arguments: list[str]) -> int:
     parser.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
     parser.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
     parser.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
-    parser.add_argument("--sp", action="store_true", help="with --tp: each rank norms its share of the rows")
+    parser.add_argument("--sp", type=int, nargs="?", const=1, default=0, metavar="TOKENS",
+                        help="with --tp: each rank norms its share of the rows, in steps of at least as many tokens")
     parser.add_argument("--async-tp", action="store_true", help="with --sp: rows travel while others are multiplied")
     options = parser.parse_args(arguments)
     if options.validate and options.tp > 1:
@@ -183,7 +184,8 @@ def explain(arguments: list[str]) -> int:
         config = ModelConfig.from_directory(resolve_model(options.model))
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
         ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep}
-        ranks |= {"enable_sequence_parallel": options.sp, "enable_async_tp": options.async_tp}
+        ranks |= {"enable_sequence_parallel": options.sp != 0, "enable_async_tp": options.async_tp}
+        ranks["sp_min_token_num"] = options.sp or 1
         with fake_group(options.tp) if options.tp > 1 else nullcontext():
             settings = RunnerConfig.for_model(config, pipeline=chosen, **ranks, **_loading(options))
             program, _ = load_program(config, settings, ledger)
