@@ -1,7 +1,8 @@
 """What stands between two matrices that ranks share out: GEMM, sum over the ranks, norm of shares, GEMM; overlapped.
 
-The rows go in chunks: while one chunk's sum, or its normed rows, travel, another chunk's GEMM runs. Source: Wang et al.
-2022, https://doi.org/10.1145/3567955.3567959; asynchronous tensor parallelism in torch,
+The rows go in chunks: while one chunk's sum, or its normed rows, travel, another chunk's GEMM runs. Where ranks share
+memory, torch's own GEMMs do so (provider "symmetric"), which the tests here run by torch's fallbacks, without a GPU.
+Source: Wang et al. 2022, https://doi.org/10.1145/3567955.3567959; asynchronous tensor parallelism in torch,
 https://discuss.pytorch.org/t/distributed-w-torchtitan-introducing-async-tensor-parallelism-in-pytorch/209487.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from .add_rms_norm import add_rms_norm
-from .collectives import group_size
+from .collectives import group_size, shared_memory
 from .contract import Cost, contract
 from .reduce_scatter_rms_norm import reduce_scatter_rms_norm
 from .rms_norm import rms_norm
@@ -77,6 +78,39 @@ def make(
     return draw(T, K), draw(D, K), *norm[:-1], draw(N, D), draw(N) if bias else None
 
 
+def _refuses(
+    x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
+    up_ND: Tensor, bias_N: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    if not group_name or shared_memory(group_name) is None:
+        return f"the ranks of group {group_name!r} share no memory; call share_memory on every rank first"
+    return None
+
+
+@norm_between_linears.provider("symmetric", devices=("cuda",), refuses=_refuses)
+def norm_between_linears_symmetric(
+    x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
+    up_ND: Tensor, bias_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """torch's GEMMs that exchange each rank's rows while others are multiplied; their workspace grows at first use."""
+    import torch.distributed._symmetric_memory  # defines the ops
+
+    rows = x_TK.shape[0]
+    if not rows:
+        return norm_between_linears.meaning(x_TK, down_DK, residual_SD, weight_D, eps, group_name, up_ND, bias_N)
+    padded = pad(x_TK, (0, 0, 0, -rows % group_size(group_name)))
+    total_SD = torch.ops.symm_mem.fused_matmul_reduce_scatter(padded, down_DK.t(), "sum", 0, group_name)
+    normed_SD, total_SD = _normed(total_SD, residual_SD, weight_D, eps)
+    _, (made,) = torch.ops.symm_mem.fused_all_gather_matmul(normed_SD, [up_ND.t()], 0, group_name, return_A=False)
+    return (made if bias_N is None else made + bias_N)[:rows], total_SD
+
+
+def _normed(sum_SD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if residual_SD is None:
+        return rms_norm(sum_SD, weight_D, eps), sum_SD
+    return add_rms_norm(sum_SD, residual_SD, weight_D, eps)
+
+
 @norm_between_linears.provider("chunked")
 def norm_between_linears_chunked(
     x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
@@ -94,11 +128,7 @@ def norm_between_linears_chunked(
         sums.append(_OPS.reduce_scatter_tensor(summand, "sum", ranks, group_name))
     residuals = [None] * len(sums) if residual_SD is None else residual_SD.split(cut)
     for begun, residual_CD in zip(sums, residuals, strict=True):
-        total_CD = _OPS.wait_tensor(begun)
-        if residual_CD is None:
-            normed_CD = rms_norm(total_CD, weight_D, eps)
-        else:
-            normed_CD, total_CD = add_rms_norm(total_CD, residual_CD, weight_D, eps)
+        normed_CD, total_CD = _normed(_OPS.wait_tensor(begun), residual_CD, weight_D, eps)
         gathered.append(_OPS.all_gather_into_tensor(normed_CD, ranks, group_name))
         totals.append(total_CD)
     made = [linear(_OPS.wait_tensor(g), up_ND, bias_N).unflatten(0, (ranks, -1)) for g in gathered]
