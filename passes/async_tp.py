@@ -34,9 +34,8 @@ def rewrite(module: GraphModule, report: Report) -> None:
 
 
 def _rewrite(module: GraphModule, node: Node, before: Node, after: Node) -> None:
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
     for weight in filter(None, after.args[1:]):
-        lift(weight, node, order)  # type: ignore[arg-type]
+        lift(weight, node)  # type: ignore[arg-type]
     with inserting(module.graph, node, like=node) as proxy:
         given = (*before.args[:2], *node.args[1:5], *after.args[1:])
         x, down, *others = [proxy(a) if isinstance(a, Node) else a for a in given]

@@ -162,7 +162,7 @@ def pattern_pass(
                 match = pattern.match(node)
                 if isinstance(match, Miss):
                     continue
-                if reason := pattern.applies(match) or _unplaceable(module, match):
+                if reason := pattern.applies(match) or _unplaceable(match):
                     for inner in match.nodes:
                         refused[inner] = Miss(place(node), node.name, reason)
                     continue
@@ -187,19 +187,17 @@ def _furthest(patterns: Sequence[Pattern], node: Node) -> Miss:
     return max((p.explain(node) for p in patterns), key=lambda found: found[0])[1]
 
 
-def _unplaceable(module: GraphModule, match: Match) -> str | None:
+def _unplaceable(match: Match) -> str | None:
     """Return why the replacement cannot stand before the match's first output, or None."""
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    first = min(match.outputs, key=order.__getitem__)
-    late = [n.name for n in match.inputs if order[n] > order[first] and not is_weight(n)]
+    first = min(match.outputs)
+    late = [n.name for n in match.inputs if n > first and not is_weight(n)]
     return f"{', '.join(late)} is computed after {first.name}, which the replacement must give" if late else None
 
 
 def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any]) -> None:
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    first = min(match.outputs, key=order.__getitem__)
+    first = min(match.outputs)
     for node in match.inputs:
-        lift(node, first, order)
+        lift(node, first)
     with inserting(module.graph, first, like=match.outputs[0]) as proxy:
         results = replacement(*map(proxy, match.inputs), **match.scalars)
         results = results if isinstance(results, (list, tuple)) else [results]
@@ -209,9 +207,9 @@ def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any])
         module.graph.erase_node(old) if not old.users else None
 
 
-def lift(node: Node, first: Node, order: dict[Node, int]) -> None:
+def lift(node: Node, first: Node) -> None:
     """Move a node that does not read `first`, and what it is computed from, ahead of it where they stand after."""
-    if order[node] > order[first]:
+    if node > first:
         for source in node.all_input_nodes:
-            lift(source, first, order)
+            lift(source, first)
         first.prepend(node)

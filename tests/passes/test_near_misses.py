@@ -100,10 +100,13 @@ MISSES: list[tuple[Pass, Callable[..., Any], tuple[Tensor, ...], str]] = [
         passes.FUSE_ROPE_KV_WRITE, lambda k, *to: (kv_append(k, k, *to), to[0].clone())[1], (heads, *caches, slots),
         "its keys are not rope's result",
     ),
-    (passes.QUANTIZE_LINEAR, lambda x, q, s: F.linear(x.expand(2, T, D), dense(q, s)), (x, stored, scales), "input is"),
     (
-        passes.QUANTIZE_LINEAR, lambda x, q, s, w: F.linear(x, torch.cat([dense(q, s), w])), (x, stored, scales, square),
-        "which is not quantized",
+        passes.QUANTIZE_LINEAR, lambda x, q, s: F.linear(x.expand(2, T, D), dense(q, s)), (x, stored, scales),
+        "its input is (2, ",
+    ),
+    (
+        passes.QUANTIZE_LINEAR, lambda x, q, s, w: F.linear(x, torch.cat([dense(q, s), w])),
+        (x, stored, scales, square), "which is not quantized",
     ),
     (
         passes.QUANTIZE_LINEAR, lambda x, q, s: F.linear(x, dense(q, s, q[:, :1])), (x, stored, scales),
