@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from seamwise.kernels import tape
 from seamwise.kernels.contract import CONTRACTS, contract_of
@@ -138,8 +138,3 @@ def _provider(contract: str, name: str) -> Any:
     if not record.seam and (name == "cpp" or not record.reads_values):
         return found
     return partial(tape.call, found, seam=contract if record.seam else "", launches=name in tape.LAUNCHING)
-
-
-def piece_source(module: GraphModule) -> str:
-    """Return a piece as torch's own printed code, for people."""
-    return module.print_readable(print_output=False)
