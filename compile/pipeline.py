@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import pairwise
 from operator import or_
 from pathlib import Path
 
@@ -15,16 +14,15 @@ from seamwise import passes
 from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured
-from .codegen import Source
-from .collectives import collectives_of, communicates, count_all_reduces, kv_bytes, local_inputs, weight_bytes
-from .derive import Recipe, hoist
+from .collectives import communicates, count_all_reduces
+from .derive import hoist
+from .generate import LoweredStep, generate
 from .inductor import compile_piece, loose_ops
 from .ledger import Ledger
-from .live_bytes import live_bytes
 from .lower import choose_providers
 from .piece_costs import piece_costs
 from .plugins import discovered, placed_into
-from .program import Program, TokenRange
+from .program import Program
 from .shard_plan import styles_of
 from .split import Piece, Seam, split
 from .structure import with_quantized_experts
@@ -159,7 +157,7 @@ def compile_graph(
     """
     if config.validate and validator is None:
         raise ValueError("compile_graph: validate=True needs a validator, with step inputs to run the graph on")
-    starts, made = range_starts(config), list[_Step]()
+    starts, made = range_starts(config), list[LoweredStep]()
     graphs = [captured, *(captured.copy() for _ in starts[1:])]
     validators = [validator, *(validator and replace(validator, captured=graph) for graph in graphs[1:])]
     for first, graph, check in zip(starts, graphs, validators, strict=True):
@@ -173,9 +171,11 @@ def compile_graph(
             for item in steps:
                 if isinstance(item, Piece):
                     verify(item.module, "split", lowered=True, piece=True)
-        made.append(_Step(first=first, graph=graph, steps=steps, recipes=recipes, reports=reports, providers=chosen))
+        made.append(
+            LoweredStep(first=first, graph=graph, steps=steps, recipes=recipes, reports=reports, providers=chosen)
+        )
     with ledger.stage("generate"):
-        program = _generate(made)
+        program = generate(made)
     with ledger.stage("compile"):
         _compile(program, [item for step in made for item in step.steps], config)
     return program
@@ -224,59 +224,3 @@ def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig
         elif wanted[config.inductor]:
             folder = Path(tempfile.mkdtemp(prefix="seamwise-"))
             program.packages[name] = compile_piece(item.module, folder / f"{name}.pt2")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """The lowered graph of the steps of one range of numbers of tokens, from `first` on."""
-
-    first: int
-    graph: Captured
-    steps: list[Piece | Seam]
-    recipes: dict[str, Recipe]
-    reports: list[Report]
-    providers: Counter[str]
-
-
-def _generate(made: Sequence[_Step]) -> Program:
-    """Write one program of all ranges: equal pieces are written, equal weights held, and equal reports told once."""
-    source, written, places, ranges = Source(), set[str](), dict[str, int](), list[TokenRange]()
-    recipes: dict[str, Recipe] = {}
-    reports, told = list[Report](), set[tuple[str, int, int | None]]()
-    for step in made:
-        index, calls = {}, []
-        for name, recipe in step.recipes.items():
-            if (key := str(recipe)) not in places:
-                places[key] = len(recipes)
-                recipes[name if name not in recipes else f"{name}_from_{step.first}"] = recipe
-            index[name] = places[key]
-        for item in step.steps:
-            if isinstance(item, Piece):
-                calls.append(name := f"piece_{item.digest}")
-                if name not in written:
-                    source.add_piece(name, item)
-                written.add(name)
-        (output,) = step.graph.graph.find_nodes(op="output")
-        function = "step" if step.first == 1 else f"step_from_{step.first}"
-        source.add_step(function, step.steps, step.graph.inputs, index, [n.name for n in output.args[0]])
-        found = collectives_of(step.graph.module)
-        ranges.append(TokenRange(first=step.first, function=function, calls=calls, collectives=found))
-        news = [r for r in step.reports if (r.name, r.matched, r.expected) not in told]
-        told |= {(r.name, r.matched, r.expected) for r in news}
-        reports += news
-    first, module, live = made[0], made[0].graph.module, [live_bytes(step.graph.module) for step in made]
-    return Program(
-        source=source.text(),
-        ranges=ranges,
-        num_seams=sum(isinstance(a, Seam) and not isinstance(b, Seam) for a, b in pairwise([*first.steps, None])),
-        num_seam_calls=sum(isinstance(item, Seam) for item in first.steps),
-        recipes=recipes,
-        inputs=first.graph.inputs,
-        reports=reports,
-        providers=dict(sorted(first.providers.items())),
-        weight_bytes=weight_bytes(module),
-        kv_bytes=kv_bytes(module),
-        token_bytes=max(tokens for tokens, _ in live),
-        logit_bytes=max(logits for _, logits in live),
-        local_inputs=local_inputs(module),
-    )

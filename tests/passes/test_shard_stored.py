@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from quantized_checkpoints import LAYOUTS, NO_PASSES, UNSERVED, dequantizations, dequantized, save_quantized
 from test_shard import compiled
 from torch import Tensor
 
 from seamwise.passes.placement import Unplaceable
 from seamwise.runtime.config import ModelConfig
+from seamwise.runtime.distributed import fake_group
 from seamwise.runtime.loading import load_step_weights
 from seamwise.runtime.runner_config import RunnerConfig
 
@@ -85,6 +87,15 @@ def test_a_rank_reads_its_part_as_it_is_stored(name: str, architecture: str, tmp
     assert reports["quantize_experts"].matched == 2 * ("Moe" in architecture)
     read = str(program.recipes)
     assert "dequantize_weight" not in read and ("input_scale" in read) == (layout.inputs == "static")
+
+
+def test_each_range_of_tokens_reads_the_same_stored_weights(tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["FP8"], torch.float32, **SIZES)
+    with fake_group(2):
+        group = str(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+        whole, split = (compiled(tmp_path, 2, sequence=n, group=group) for n in (0, 9))
+    assert len(whole.ranges) == 1 and len(split.ranges) == 2 and "input_scale" in str(whole.recipes)
+    assert split.recipes == whole.recipes
 
 
 def test_a_part_that_ends_in_a_block_is_refused(tmp_path: Path) -> None:
