@@ -1,4 +1,4 @@
-"""One program of the lowered graphs of all ranges of numbers of tokens: its text, its weights, and what is told of it."""
+"""One program of the lowered graphs of all ranges of tokens: its text, its weights, and what is told of it."""
 
 from __future__ import annotations
 
