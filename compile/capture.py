@@ -35,6 +35,15 @@ class Captured:
     def graph(self) -> torch.fx.Graph:
         return self.module.graph
 
+    def copy(self) -> Captured:
+        """Return the same on a graph of its own."""
+        graph, known = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
+        graph.output(graph.graph_copy(self.graph, known))
+        for node in known.values():  # what a node remembers of others is of the new graph too
+            node.meta = {k: known[v] if isinstance(v, torch.fx.Node) else v for k, v in node.meta.items()}
+        module = torch.fx.GraphModule(torch.nn.Module(), graph)
+        return Captured(module=module, weights=dict(self.weights), inputs=self.inputs)
+
 
 def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> Captured:
     """Trace `model(**arguments)` once and return its graph.

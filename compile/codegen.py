@@ -16,12 +16,12 @@ The text is what runs, what a pack stores and what a person reads:
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from seamwise.kernels import tape
 from seamwise.kernels.contract import CONTRACTS, contract_of
@@ -50,10 +50,10 @@ class Source:
         self.functions.append(f"def {name}({arguments}):\n{body}    return ({results},)\n")
 
     def add_step(
-        self, steps: Sequence[Piece | Seam], inputs: Sequence[str], weights: Sequence[str], outputs: Sequence[str]
-    ) -> None:
-        """Add `step(run, w, *inputs) -> tuple`; `run[i]` is called for piece i, `w` holds the weights in order."""
-        index = {name: i for i, name in enumerate(weights)}
+        self, name: str, steps: Sequence[Piece | Seam], inputs: Sequence[str], index: Mapping[str, int],
+        outputs: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Add `name(run, w, *inputs) -> tuple`; `run[i]` is called for piece i, `index` is each weight's place in w."""
         lines, number = [], 0
         last = _last_uses(steps, outputs)
         for i, item in enumerate(steps):
@@ -67,7 +67,7 @@ class Source:
                 lines.append(f"del {', '.join(dead)}")
         lines.append(f"return ({', '.join(outputs)},)")
         body = "".join(f"    {line}\n" for line in lines)
-        self.functions.append(f"def step(run, w, {', '.join(inputs)}):\n{body}")
+        self.functions.append(f"def {name}(run, w, {', '.join(inputs)}):\n{body}")
 
     def _body(self, nodes: list[Node], keep: set[str]) -> str:
         position = {n: i for i, n in enumerate(nodes)}
@@ -138,8 +138,3 @@ def _provider(contract: str, name: str) -> Any:
     if not record.seam and (name == "cpp" or not record.reads_values):
         return found
     return partial(tape.call, found, seam=contract if record.seam else "", launches=name in tape.LAUNCHING)
-
-
-def piece_source(module: GraphModule) -> str:
-    """Return a piece as torch's own printed code, for people."""
-    return module.print_readable(print_output=False)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .program import Program
+from .program import Program, TokenRange
 
 
 def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
@@ -15,6 +15,7 @@ def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
         "passes": [
             {
                 "name": r.name,
+                "from_tokens": r.from_tokens,
                 "matched": r.matched,
                 "expected": r.expected,
                 "misses": [{"module": m.module, "node": m.node, "reason": m.reason} for m in r.misses],
@@ -23,6 +24,10 @@ def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
                 "diff": r.diff,
             }
             for r in program.reports
+        ],
+        "ranges": [
+            {"first": first, "last": last, "pieces": len(each.calls), "collectives": each.collectives}
+            for first, last, each in _ranges(program)
         ],
         "pieces": {
             "total": len(program.calls),
@@ -47,10 +52,14 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
         promised = "-" if r.expected is None else str(r.expected)
         word = "rounds on purpose" if r.certificate and r.certificate["lossy"] else "validated"
         sound = f"  {word}, error {r.certificate['max_error']:.0e}" if r.certificate else ""
-        lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}{sound}")
+        larger = f"  in steps from {r.from_tokens} tokens on" if r.from_tokens > 1 else ""
+        lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}{sound}{larger}")
         lines += [f"    missed {miss}" for miss in r.misses]
     lines.append(f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}")
     lines.append(f"seams: {program.num_seams}, with {program.num_seam_calls} calls")
+    for first, last, each in _ranges(program):
+        lines.append(f"steps of {first} to {last or 'any number of'} tokens: {len(each.calls)} pieces")
+        lines += [f"    {c['op']:36} {c['calls']:4} calls, {c['row_bytes']} B a row" for c in each.collectives]
     for name, count in Counter(program.calls).items():
         how = "compiled by Inductor" if name in program.packages else "kernels called by generated code"
         lines.append(f"    {name} runs {count} times a step, {program.loose_ops[name]} loose ops, {how}")
@@ -60,12 +69,17 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     lines.append(
         f"memory of a rank: {program.weight_bytes / 1e6:.1f} MB of weights, {program.kv_bytes} B a cached token"
     )
-    lines += [f"    {c['op']:36} {c['calls']:4} calls a step, {c['row_bytes']} B a row" for c in program.collectives]
     lines.append("providers:")
     lines += [f"    {name:28} {count:4} calls a step" for name, count in program.providers.items()]
     lines.append("start-up:")
     lines += [f"    {stage:20} {seconds:7.2f} s" for stage, seconds in startup_s.items()]
     return "\n".join(lines)
+
+
+def _ranges(program: Program) -> list[tuple[int, int | None, TokenRange]]:
+    """Return each range's first and last number of tokens; the last range has no last."""
+    lasts = [each.first - 1 for each in program.ranges[1:]]
+    return [(each.first, last, each) for each, last in zip(program.ranges, [*lasts, None], strict=True)]
 
 
 def _cost(cost: Mapping[str, int]) -> str:

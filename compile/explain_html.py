@@ -6,6 +6,8 @@ import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from .explain import as_json
@@ -28,7 +30,7 @@ def as_html(program: Program, startup_s: Mapping[str, float], title: str, least_
     `least_us(bytes, flops)` is the time that the machine's measured ceilings allow: the roofline.
     """
     report = as_json(program, startup_s)
-    calls = Counter(program.calls)
+    calls: Counter[str] = reduce(or_, (Counter(each.calls) for each in program.ranges))
     pieces = [
         (name, count, program.loose_ops.get(name, 0), "Inductor" if name in program.packages else "our kernels")
         for name, count in calls.items()
@@ -37,6 +39,10 @@ def as_html(program: Program, startup_s: Mapping[str, float], title: str, least_
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{len(program.calls)} pieces, {program.num_distinct} distinct; {program.num_seams} seams with"
         f" {program.num_seam_calls} calls; {len(program.recipes)} weights, {report['derived_weights']} derived.</p>",
+        *(
+            f"<p>Steps of {r['first']} to {r['last'] or 'any number of'} tokens: {r['pieces']} pieces.</p>"
+            for r in report["ranges"]
+        ),
         _picture(program, list(calls)),
         "<h2>Passes</h2>",
         _passes(report["passes"]),

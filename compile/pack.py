@@ -29,9 +29,9 @@ from torch import Tensor
 from seamwise.passes import Miss, Report
 
 from .plugins import digests
-from .program import Program
+from .program import Program, TokenRange
 
-FORMAT = 2
+FORMAT = 3
 DEFAULT_DIRECTORY = Path.home() / ".cache" / "seamwise" / "packs"
 
 
@@ -153,6 +153,7 @@ def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Te
         described = manifest["program"]
         described["inputs"] = tuple(described["inputs"])
         described["packages"] = {Path(n).stem: target / n for n in files if n.endswith(".pt2")}
+        described["ranges"] = [TokenRange(**r) for r in described["ranges"]]
         described["reports"] = [
             Report(**{**r, "misses": [Miss(**m) for m in r["misses"]]}) for r in described["reports"]
         ]

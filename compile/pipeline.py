@@ -6,19 +6,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 from seamwise import passes
 from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured
-from .codegen import Source
-from .collectives import collectives_of, communicates, count_all_reduces, kv_bytes, local_inputs, weight_bytes
-from .derive import Recipe, hoist
+from .collectives import communicates, count_all_reduces
+from .derive import hoist
+from .generate import LoweredStep, generate
 from .inductor import compile_piece, loose_ops
 from .ledger import Ledger
-from .live_bytes import live_bytes
 from .lower import choose_providers
 from .piece_costs import piece_costs
 from .plugins import discovered, placed_into
@@ -116,10 +116,17 @@ def ordered_passes(quantization: str | None = None) -> list[list[Pass]]:
     return placed_into((RAISE, weights, (*FUSE, *FUSE_QUANT), LOWER), discovered())
 
 
+def range_starts(config: PipelineConfig) -> list[int]:
+    """Return where the ranges of numbers of tokens begin that have graphs of their own: 1, and passes' thresholds."""
+    running = [p for group in ordered_passes() for p in group if p.name not in config.disabled]
+    return sorted({1, *(n for p in running if (n := p.from_tokens(config.parallel)) is not None)})
+
+
 def rewrite(
-    captured: Captured, structure: Structure, config: PipelineConfig, ledger: Ledger, validator: Validator | None = None
-) -> list[Report]:
-    """Run every pass over a captured graph, in place, and return their reports."""
+    captured: Captured, structure: Structure, config: PipelineConfig, ledger: Ledger,
+    validator: Validator | None = None, from_tokens: int = 1,
+) -> list[Report]:  # fmt: skip
+    """Run every pass for steps of so many tokens over a captured graph, in place, and return their reports."""
     reports: list[Report] = []
     with ledger.stage("raise"):
         passes.canonicalize(captured.module)
@@ -132,11 +139,11 @@ def rewrite(
     groups = ordered_passes(config.quantization)
     for stage, group in zip(("raise", "quantize", "fuse", "lower"), groups, strict=True):
         with ledger.stage(stage):
-            reports += _run(group, captured, structure, config, validator)
+            reports += _run(group, captured, structure, config, validator, from_tokens)
         if stage == "raise" and config.parallel is not None:  # before weights are quantized: each rank its own part
             with ledger.stage("shard"):
                 entry = passes.shard(config.parallel, styles_of(captured, config.parallel))
-                reports += _run([entry], captured, structure, config, validator)
+                reports += _run([entry], captured, structure, config, validator, from_tokens)
                 structure = replace(structure, all_reduces=count_all_reduces(captured.module))
     return reports
 
@@ -150,38 +157,41 @@ def compile_graph(
     """
     if config.validate and validator is None:
         raise ValueError("compile_graph: validate=True needs a validator, with step inputs to run the graph on")
-    module = captured.module
-    reports = rewrite(captured, structure, config, ledger, validator)
-    with ledger.stage("lower"):
-        recipes = hoist(captured)  # before split: a derived weight belongs to no piece
-        chosen = choose_providers(module, config.providers)
-        verify(module, "lower", lowered=True)
-    with ledger.stage("split"):
-        steps = split(module)
-        for item in steps:
-            if isinstance(item, Piece):
-                verify(item.module, "split", lowered=True, piece=True)
+    starts, made = range_starts(config), list[LoweredStep]()
+    graphs = [captured, *(captured.copy() for _ in starts[1:])]
+    validators = [validator, *(validator and replace(validator, captured=graph) for graph in graphs[1:])]
+    for first, graph, check in zip(starts, graphs, validators, strict=True):
+        reports = rewrite(graph, structure, config, ledger, check, first)
+        with ledger.stage("lower"):
+            recipes = hoist(graph)  # before split: a derived weight belongs to no piece
+            chosen = choose_providers(graph.module, config.providers)
+            verify(graph.module, "lower", lowered=True)
+        with ledger.stage("split"):
+            steps = split(graph.module)
+            for item in steps:
+                if isinstance(item, Piece):
+                    verify(item.module, "split", lowered=True, piece=True)
+        made.append(
+            LoweredStep(first=first, graph=graph, steps=steps, recipes=recipes, reports=reports, providers=chosen)
+        )
     with ledger.stage("generate"):
-        program = _generate(captured, steps, recipes)
+        program = generate(made)
     with ledger.stage("compile"):
-        _compile(program, steps, config)
-    program.reports, program.providers = reports, dict(sorted(chosen.items()))
-    program.collectives, program.weight_bytes = collectives_of(module), weight_bytes(module)
-    program.local_inputs, program.kv_bytes = local_inputs(module), kv_bytes(module)
-    program.token_bytes, program.logit_bytes = live_bytes(module)
+        _compile(program, [item for step in made for item in step.steps], config)
     return program
 
 
 def _run(
-    group: Sequence[Pass], captured: Captured, structure: Structure, config: PipelineConfig, validator: Validator | None
-) -> list[Report]:
+    group: Sequence[Pass], captured: Captured, structure: Structure, config: PipelineConfig,
+    validator: Validator | None, from_tokens: int,
+) -> list[Report]:  # fmt: skip
     reports = []
-    asked = config.parallel and {"sequence_parallel": config.parallel.sequence, "async_tp": config.parallel.overlap}
-    unasked = [name for name in ("sequence_parallel", "async_tp") if not (asked and asked[name])]
     for entry in group:
-        if entry.name in (*config.disabled, *unasked):
+        least = entry.from_tokens(config.parallel)
+        if entry.name in config.disabled or least is None or least > from_tokens:
             continue
         report = entry.apply(captured.module, structure, diff=config.diffs)
+        report.from_tokens = from_tokens
         verify(captured.module, entry.name)
         if report.expected is not None and report.matched < report.expected and entry.name not in config.allow_missed:
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
@@ -201,7 +211,7 @@ def _run(
 
 def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig) -> None:
     """Give each distinct piece with enough loose ops to Inductor, once."""
-    repeats = Counter(program.calls)
+    repeats: Counter[str] = reduce(or_, (Counter(each.calls) for each in program.ranges))  # most in one step
     distinct = {f"piece_{item.digest}": item for item in steps if isinstance(item, Piece)}
     for name, item in distinct.items():
         loose = len(loose_ops(item.module))
@@ -214,25 +224,3 @@ def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig
         elif wanted[config.inductor]:
             folder = Path(tempfile.mkdtemp(prefix="seamwise-"))
             program.packages[name] = compile_piece(item.module, folder / f"{name}.pt2")
-
-
-def _generate(captured: Captured, steps: list[Piece | Seam], recipes: dict[str, Recipe]) -> Program:
-    source, names, calls = Source(), {}, []
-    for item in steps:
-        if not isinstance(item, Piece):
-            continue
-        if item.digest not in names:
-            names[item.digest] = f"piece_{item.digest}"
-            source.add_piece(names[item.digest], item)
-        calls.append(names[item.digest])
-    output = next(iter(captured.graph.find_nodes(op="output")))
-    outputs = [n.name for n in output.args[0]]
-    source.add_step(steps, captured.inputs, list(recipes), outputs)
-    return Program(
-        source=source.text(),
-        calls=calls,
-        num_seams=sum(isinstance(a, Seam) and not isinstance(b, Seam) for a, b in pairwise([*steps, None])),
-        num_seam_calls=sum(isinstance(item, Seam) for item in steps),
-        recipes=recipes,
-        inputs=captured.inputs,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,27 +18,40 @@ from . import codegen
 from .derive import Recipe
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRange:
+    """Steps of `first` tokens up to the next range's first.
+
+    function  of the program; calls: the function at each piece, in order
+    collectives  op, calls a step and bytes a row, of what ranks say to each other
+    """
+
+    first: int
+    function: str
+    calls: list[str]
+    collectives: list[dict[str, Any]]
+
+
 @dataclass(slots=True, kw_only=True)
 class Program:
     """What compiling gives: text, numbers and Inductor's packages, so a pack can hold it.
 
-    source     the generated module: one function for each distinct piece, and `step`
-    calls      the function that runs at each piece of the step, in order
+    source     the generated module: one function for each distinct piece, and one for the steps of each range
+    ranges     of numbers of tokens, from 1 on: several where a pass is for larger steps only
     num_seams  places where the graph is cut; num_seam_calls: ops that run there eagerly
     recipes    name of each weight the step reads -> how it follows from the checkpoint's parameters, in call order
     inputs     names of the step's inputs, in call order
     loose_ops  how many ops of each distinct piece have no kernel of ours; packages: those that Inductor compiled
     piece_costs   distinct piece -> tokens, bytes and flops of steps of some sizes
-    collectives   op, calls a step and bytes a row, of what ranks say to each other; weight_bytes, kv_bytes: of
-                  this rank's weights, and of the cache for a token; token_bytes, logit_bytes: most alive at once
-                  of a step's values, for each of its tokens and for each row of logits
+    weight_bytes, kv_bytes  of this rank's weights, and of the cache for a token
+    token_bytes, logit_bytes  most alive at once of a step's values, for each of its tokens and each row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
                is not in the model's dtype, None: as it is stored
     """
 
     source: str
-    calls: list[str]
+    ranges: list[TokenRange]
     num_seams: int
     num_seam_calls: int
     recipes: dict[str, Recipe]
@@ -50,7 +64,6 @@ class Program:
     loose_ops: dict[str, int] = field(default_factory=dict)
     packages: dict[str, Path] = field(default_factory=dict)
     piece_costs: dict[str, list[dict[str, int]]] = field(default_factory=dict)
-    collectives: list[dict[str, Any]] = field(default_factory=list)
     weight_bytes: int = 0
     kv_bytes: int = 0
     token_bytes: int = 0
@@ -58,8 +71,17 @@ class Program:
     local_inputs: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @property
+    def calls(self) -> list[str]:
+        """The function at each piece of the smallest steps, in order."""
+        return self.ranges[0].calls
+
+    @property
+    def collectives(self) -> list[dict[str, Any]]:
+        return self.ranges[0].collectives
+
+    @property
     def num_distinct(self) -> int:
-        return len(set(self.calls))
+        return len({name for each in self.ranges for name in each.calls})
 
 
 class Executable:
@@ -73,12 +95,22 @@ class Executable:
             functions |= {name: load_piece(path) for name, path in program.packages.items()}
         self.program = program
         self.weights = list(weights)
-        self.pieces: list[Callable[..., tuple[Any, ...]]] = [functions[name] for name in program.calls]
-        self._step = functions["step"]
+        self._firsts = [each.first for each in program.ranges]
+        self._steps: list[tuple[Callable[..., Any], list[Callable[..., Any]]]] = [
+            (functions[each.function], [functions[name] for name in each.calls]) for each in program.ranges
+        ]
+        self._tokens = program.inputs.index("token_ids")
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run one step on the flattened inputs, in the program's order; return the logits."""
-        recording = tape.current()
-        pieces = self.pieces if recording is None else [partial(recording.piece, p) for p in self.pieces]
-        (logits,) = self._step(pieces, self.weights, *inputs)
+        """Run one step on the flattened inputs, in the program's order; return the logits.
+
+        Raises ValueError for a number of tokens in no range.
+        """
+        tokens = inputs[self._tokens].shape[0]
+        if tokens < self._firsts[0]:
+            raise ValueError(f"a step of {tokens} tokens: the program is for {self._firsts[0]} or more")
+        step, pieces = self._steps[bisect_right(self._firsts, tokens) - 1]
+        if (recording := tape.current()) is not None:
+            pieces = [partial(recording.piece, p) for p in pieces]
+        (logits,) = step(pieces, self.weights, *inputs)
         return logits

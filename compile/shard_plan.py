@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from seamwise.passes.sharder import EXPERTS, STYLES, WHOLE, Parallel
+from seamwise.passes import Parallel
+from seamwise.passes.sharder import EXPERTS, STYLES, WHOLE
 
 from .capture import Captured
 
@@ -37,7 +38,7 @@ def styles_of(captured: Captured, parallel: Parallel) -> dict[str, str]:
     for placeholder, name in captured.weights.items():
         if name.endswith(_BIASES):
             continue
-        path = name.removesuffix(".weight")
+        path = name.removesuffix("_packed").removesuffix(".weight")
         style = next((style for pattern, style in plan.items() if fnmatchcase(path, pattern)), None)
         if style is not None and parallel.experts and ".experts." in path:
             style = EXPERTS

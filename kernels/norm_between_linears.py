@@ -1,7 +1,8 @@
 """What stands between two matrices that ranks share out: GEMM, sum over the ranks, norm of shares, GEMM; overlapped.
 
-The rows go in chunks: while one chunk's sum, or its normed rows, travel, another chunk's GEMM runs. Source: Wang et al.
-2022, https://doi.org/10.1145/3567955.3567959; asynchronous tensor parallelism in torch,
+The rows go in chunks: while one chunk's sum, or its normed rows, travel, another chunk's GEMM runs. Where ranks share
+memory, torch's own GEMMs do so (provider "symmetric"), which the tests here run by torch's fallbacks, without a GPU.
+Source: Wang et al. 2022, https://doi.org/10.1145/3567955.3567959; asynchronous tensor parallelism in torch,
 https://discuss.pytorch.org/t/distributed-w-torchtitan-introducing-async-tensor-parallelism-in-pytorch/209487.
 """
 
@@ -15,7 +16,7 @@ from torch.nn.functional import linear, pad
 
 from .add_rms_norm import add_rms_norm
 from .allreduce_rms_norm import normed_sum
-from .collectives import group_size
+from .collectives import group_size, shared_memory
 from .contract import Cost, contract
 from .draw import Draw
 from .reduce_scatter_rms_norm import reduce_scatter_rms_norm
@@ -66,6 +67,30 @@ def make(draw: Draw, T: int, K: int, D: int, N: int, bias: bool = False, residua
     _, *norm, _ = reduce_scatter_rms_norm.drawn(draw, T=T, D=D, residual=residual)
     x_TK, down_DK, up_ND = ((draw.normal(*s) * s[1] ** -0.5).to(draw.dtype) for s in ((T, K), (D, K), (N, D)))
     return x_TK, down_DK, *norm, up_ND, draw(N) if bias else None
+
+
+def _refuses(group_name: str) -> str | None:
+    if not group_name or shared_memory(group_name) is None:
+        return f"the ranks of group {group_name!r} share no memory; call share_memory on every rank first"
+    return None
+
+
+@norm_between_linears.provider("symmetric", devices=("cuda",), refuses=_refuses)
+def norm_between_linears_symmetric(
+    x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
+    up_ND: Tensor, bias_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """torch's GEMMs that exchange each rank's rows while others are multiplied; their workspace grows at first use."""
+    import torch.distributed._symmetric_memory  # defines the ops
+
+    rows = x_TK.shape[0]
+    if not rows:
+        return norm_between_linears.meaning(x_TK, down_DK, residual_SD, weight_D, eps, group_name, up_ND, bias_N)
+    padded = pad(x_TK, (0, 0, 0, -rows % group_size(group_name)))
+    total_SD = torch.ops.symm_mem.fused_matmul_reduce_scatter(padded, down_DK.t(), "sum", 0, group_name)
+    normed_SD, total_SD = normed_sum(total_SD, residual_SD, weight_D, eps, rms_norm, add_rms_norm)
+    _, (made,) = torch.ops.symm_mem.fused_all_gather_matmul(normed_SD, [up_ND.t()], 0, group_name, return_A=False)
+    return (made if bias_N is None else made + bias_N)[:rows], total_SD
 
 
 @norm_between_linears.provider("chunked")

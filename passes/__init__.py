@@ -3,85 +3,48 @@
 Each pass's file starts with the graph before and after it. The order they run in is compile/pipeline.py.
 """
 
-from .async_tp import ASYNC_TP
-from .cancel_views import CANCEL_VIEWS
-from .canonicalize import canonicalize
-from .cse import CSE
-from .fuse_add_rms_norm import FUSE_ADD_RMS_NORM
-from .fuse_add_rms_norm_quant import FUSE_ADD_RMS_NORM_QUANT
-from .fuse_allreduce_rms_norm import FUSE_ALLREDUCE_RMS_NORM
-from .fuse_allreduce_rms_norm_quant import FUSE_ALLREDUCE_RMS_NORM_QUANT
-from .fuse_attention_quant import FUSE_ATTENTION_QUANT
-from .fuse_gate_up import FUSE_GATE_UP
-from .fuse_moe_route_quant import FUSE_MOE_ROUTE_QUANT
-from .fuse_moe_silu_mul_quant import FUSE_MOE_SILU_MUL_QUANT
-from .fuse_qk_norm_rope import FUSE_QK_NORM_ROPE
-from .fuse_qkv import FUSE_QKV
-from .fuse_rms_norm_quant import FUSE_RMS_NORM_QUANT
-from .fuse_rope_kv_write import FUSE_ROPE_KV_WRITE
-from .fuse_silu_mul_quant import FUSE_SILU_MUL_QUANT
-from .matcher import Match, Miss, Pattern
-from .pack_linear import PACK_LINEAR
-from .quantize_experts import QUANTIZE_EXPERTS
-from .quantize_kv import quantize_kv
-from .quantize_linear import QUANTIZE_LINEAR, promised
-from .quantize_weights import KEPT, SCHEMES, Scheme, quantize_weights
-from .raise_gather import RAISE_GATHER
-from .raise_layer_norm import RAISE_LAYER_NORM
-from .raise_moe import RAISE_MOE
-from .raise_rms_norm import RAISE_RMS_NORM
-from .raise_rope import RAISE_ROPE
-from .raise_swiglu import RAISE_SWIGLU
-from .rewrite import Pass, Report, Structure, pattern_pass
-from .sequence_parallel import SEQUENCE_PARALLEL
-from .shard import shard
-from .sharder import Parallel
-from .stored_weights import Held, StoredWeight, stored_weights
-
-__all__ = [
-    "ASYNC_TP",
-    "CANCEL_VIEWS",
-    "CSE",
-    "FUSE_ADD_RMS_NORM",
-    "FUSE_ADD_RMS_NORM_QUANT",
-    "FUSE_ALLREDUCE_RMS_NORM",
-    "FUSE_ALLREDUCE_RMS_NORM_QUANT",
-    "FUSE_ATTENTION_QUANT",
-    "FUSE_GATE_UP",
-    "FUSE_MOE_ROUTE_QUANT",
-    "FUSE_MOE_SILU_MUL_QUANT",
-    "FUSE_QKV",
-    "FUSE_QK_NORM_ROPE",
-    "FUSE_RMS_NORM_QUANT",
-    "FUSE_ROPE_KV_WRITE",
-    "FUSE_SILU_MUL_QUANT",
-    "KEPT",
-    "PACK_LINEAR",
-    "QUANTIZE_EXPERTS",
-    "QUANTIZE_LINEAR",
-    "RAISE_GATHER",
-    "RAISE_LAYER_NORM",
-    "RAISE_MOE",
-    "RAISE_RMS_NORM",
-    "RAISE_ROPE",
-    "RAISE_SWIGLU",
-    "SCHEMES",
-    "SEQUENCE_PARALLEL",
-    "Held",
-    "Match",
-    "Miss",
-    "Parallel",
-    "Pass",
-    "Pattern",
-    "Report",
-    "Scheme",
-    "StoredWeight",
-    "Structure",
-    "canonicalize",
-    "pattern_pass",
-    "promised",
-    "quantize_kv",
-    "quantize_weights",
-    "shard",
-    "stored_weights",
-]
+from .async_tp import ASYNC_TP as ASYNC_TP
+from .cancel_views import CANCEL_VIEWS as CANCEL_VIEWS
+from .canonicalize import canonicalize as canonicalize
+from .cse import CSE as CSE
+from .fuse_add_rms_norm import FUSE_ADD_RMS_NORM as FUSE_ADD_RMS_NORM
+from .fuse_add_rms_norm_quant import FUSE_ADD_RMS_NORM_QUANT as FUSE_ADD_RMS_NORM_QUANT
+from .fuse_allreduce_rms_norm import FUSE_ALLREDUCE_RMS_NORM as FUSE_ALLREDUCE_RMS_NORM
+from .fuse_allreduce_rms_norm_quant import FUSE_ALLREDUCE_RMS_NORM_QUANT as FUSE_ALLREDUCE_RMS_NORM_QUANT
+from .fuse_attention_quant import FUSE_ATTENTION_QUANT as FUSE_ATTENTION_QUANT
+from .fuse_gate_up import FUSE_GATE_UP as FUSE_GATE_UP
+from .fuse_moe_route_quant import FUSE_MOE_ROUTE_QUANT as FUSE_MOE_ROUTE_QUANT
+from .fuse_moe_silu_mul_quant import FUSE_MOE_SILU_MUL_QUANT as FUSE_MOE_SILU_MUL_QUANT
+from .fuse_qk_norm_rope import FUSE_QK_NORM_ROPE as FUSE_QK_NORM_ROPE
+from .fuse_qkv import FUSE_QKV as FUSE_QKV
+from .fuse_rms_norm_quant import FUSE_RMS_NORM_QUANT as FUSE_RMS_NORM_QUANT
+from .fuse_rope_kv_write import FUSE_ROPE_KV_WRITE as FUSE_ROPE_KV_WRITE
+from .fuse_silu_mul_quant import FUSE_SILU_MUL_QUANT as FUSE_SILU_MUL_QUANT
+from .matcher import Match as Match
+from .matcher import Miss as Miss
+from .matcher import Pattern as Pattern
+from .pack_linear import PACK_LINEAR as PACK_LINEAR
+from .quantize_experts import QUANTIZE_EXPERTS as QUANTIZE_EXPERTS
+from .quantize_kv import quantize_kv as quantize_kv
+from .quantize_linear import QUANTIZE_LINEAR as QUANTIZE_LINEAR
+from .quantize_linear import promised as promised
+from .quantize_weights import KEPT as KEPT
+from .quantize_weights import SCHEMES as SCHEMES
+from .quantize_weights import Scheme as Scheme
+from .quantize_weights import quantize_weights as quantize_weights
+from .raise_gather import RAISE_GATHER as RAISE_GATHER
+from .raise_layer_norm import RAISE_LAYER_NORM as RAISE_LAYER_NORM
+from .raise_moe import RAISE_MOE as RAISE_MOE
+from .raise_rms_norm import RAISE_RMS_NORM as RAISE_RMS_NORM
+from .raise_rope import RAISE_ROPE as RAISE_ROPE
+from .raise_swiglu import RAISE_SWIGLU as RAISE_SWIGLU
+from .rewrite import Parallel as Parallel
+from .rewrite import Pass as Pass
+from .rewrite import Report as Report
+from .rewrite import Structure as Structure
+from .rewrite import pattern_pass as pattern_pass
+from .sequence_parallel import SEQUENCE_PARALLEL as SEQUENCE_PARALLEL
+from .shard import shard as shard
+from .stored_weights import Held as Held
+from .stored_weights import StoredWeight as StoredWeight
+from .stored_weights import stored_weights as stored_weights

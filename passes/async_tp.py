@@ -34,9 +34,8 @@ def rewrite(module: GraphModule, report: Report) -> None:
 
 
 def _rewrite(module: GraphModule, node: Node, before: Node, after: Node) -> None:
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
     for weight in filter(None, after.args[1:]):
-        lift(weight, node, order)  # type: ignore[arg-type]
+        lift(weight, node)  # type: ignore[arg-type]
     with inserting(module.graph, node, like=node) as proxy:
         given = (*before.args[:2], *node.args[1:5], *after.args[1:])
         x, down, *others = [proxy(a) if isinstance(a, Node) else a for a in given]
@@ -70,4 +69,7 @@ def _promised(s: Structure) -> int:
     return 0 if s.quantized_linears else max(s.all_reduces - 1 - 2 * s.sparse_mlps, 0)
 
 
-ASYNC_TP = Pass(name="async_tp", rewrite=rewrite, expect=_promised)
+ASYNC_TP = Pass(
+    name="async_tp", rewrite=rewrite, expect=_promised,
+    from_tokens=lambda parallel: parallel.sequence if parallel and parallel.overlap else None,
+)  # fmt: skip

@@ -50,9 +50,8 @@ def _rewrite(module: GraphModule, total: Node, norm: Node) -> None:
     x, _, group = total.args[0].args  # type: ignore[union-attr]
     *summands, weight, eps = norm.args
     residual = next((s for s in summands if s is not total), None)
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    before = norm if residual is not None else min(total.users, key=order.__getitem__)
-    lift(weight, before, order)  # type: ignore[arg-type]
+    before = norm if residual is not None else min(total.users)
+    lift(weight, before)  # type: ignore[arg-type]
     with inserting(module.graph, before, like=total) as proxy:
 
         def rows(node: object) -> object:

@@ -50,10 +50,9 @@ def _equal(module: GraphModule, node: Node) -> list[Node]:
 
 def _rewrite(module: GraphModule, route: Node, quantizes: list[Node]) -> None:
     (logits, *how), (x, dtype, group, scale) = arguments(route), arguments(quantizes[0])
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    first = min((route, *quantizes), key=order.__getitem__)
+    first = min(route, *quantizes)
     for source in (logits, x, *how, scale):
-        lift(source, first, order) if isinstance(source, Node) else None
+        lift(source, first) if isinstance(source, Node) else None
     with inserting(module.graph, first, like=route) as proxy:
         given = [proxy(a) if isinstance(a, Node) else a for a in (x, logits, dtype, group, *how, scale)]
         all_results = moe_route_quant(*given)

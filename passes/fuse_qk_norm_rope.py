@@ -41,7 +41,7 @@ def fuse(module: GraphModule, report: Report) -> None:
         elif branch is not None and (query := waiting.pop(branch.joint, None)) is None:
             waiting[branch.joint] = branch
         elif branch is not None and query is not None:
-            if (reason := _why_not(query, branch) or _read_before(query, branch, module)) is not None:
+            if (reason := _why_not(query, branch) or _read_before(query, branch)) is not None:
                 report.misses.append(Miss(place(node), node.name, reason))
             else:
                 _replace(module, query, branch)
@@ -85,10 +85,9 @@ def _why_not(q: _Branch, k: _Branch) -> str | None:
     return None
 
 
-def _read_before(q: _Branch, k: _Branch, module: GraphModule) -> str | None:
+def _read_before(q: _Branch, k: _Branch) -> str | None:
     """Return which reader of q stands before k's rope, where both are made, or None."""
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    early = [u.name for u in q.rotated.users if order[u] < order[k.rotated]]
+    early = [u.name for u in q.rotated.users if u < k.rotated]
     return f"{early[0]} reads the queries before the keys are made" if early else None
 
 

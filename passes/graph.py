@@ -15,8 +15,6 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_flatten
 
-from seamwise.kernels.contract import contract_of
-
 aten = torch.ops.aten
 
 # Ops that only look at their argument's memory another way: free to keep, free to repeat.
@@ -62,12 +60,12 @@ def infer(node: Node) -> None:
     """Compute the fake value of a call_function node from its arguments."""
     assert node.op == "call_function" and callable(node.target), node.format_node()
     args, kwargs = fake_values(node.args), fake_values(node.kwargs)
-    if contract_of(node.target) is None:
+    # An op takes milliseconds on symbolic sizes, and equal layers ask the same.
+    leaves, structure = tree_flatten((args, kwargs))
+    mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+    if mode is None:
         node.meta["val"] = node.target(*args, **kwargs)
         return
-    # An op's meaning takes milliseconds on symbolic sizes, and equal layers ask the same.
-    leaves, structure = tree_flatten((args, kwargs))
-    mode = next(leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
     key = (node.target, structure, *map(_identity, leaves))
     known = _INFERRED.setdefault(mode, {})
     if key not in known:

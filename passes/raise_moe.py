@@ -33,7 +33,7 @@ def raise_moe(module: GraphModule, report: Report) -> None:
         logits, weights, normalize = found
         indices = [u for u in node.users if u.args[1] == 1]
         narrow = [u for i in indices for u in i.users if is_op(u, aten.to.dtype) and u.args[1] == torch.int32]
-        with inserting(module.graph, min(weights, *indices, key=list(module.graph.nodes).index), like=node) as proxy:
+        with inserting(module.graph, min(weights, *indices), like=node) as proxy:
             routed = moe_route(proxy(logits), node.args[1], "softmax", normalize)
             new_weights, experts = (operator.getitem(routed, i) for i in range(2))
             if value(weights).dtype != torch.float32:

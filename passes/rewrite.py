@@ -6,7 +6,7 @@ import difflib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,37 @@ class Structure:
     all_reduces: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """How ranks share a model.
+
+    size, rank, group  of the process group, which is known by its name
+    experts  whole experts on each rank, rather than a part of every expert
+    sequence  fewest tokens of the steps in which each rank has a share of the rows between attention and MLPs; 0: none
+    overlap  these shares travel while GEMMs run; needs sequence
+    plan     pattern of a module's or parameter's path -> style, one of STYLES; None: the model's own
+    """
+
+    size: int
+    rank: int
+    group: str
+    experts: bool = False
+    sequence: int = 0
+    overlap: bool = False
+    plan: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank={self.rank} of size={self.size}: wanted 0 to {self.size - 1}")
+        if self.overlap and not self.sequence:
+            raise ValueError("enable_async_tp needs enable_sequence_parallel, whose shares of rows it overlaps")
+
+
 @dataclass(slots=True, kw_only=True)
 class Report:
     """One pass's remark: how often it matched, what was promised, each miss with its reason, its time.
 
+    from_tokens  fewest tokens of the steps whose graph it was applied to
     diff         the first place that changed, as lines of a unified diff; empty unless asked for
     certificate  how it was validated: cases, lossy, max_error; None where it was not
     """
@@ -70,6 +97,7 @@ class Report:
     name: str
     matched: int = 0
     expected: int | None = None
+    from_tokens: int = 1
     misses: list[Miss] = field(default_factory=list)
     elapsed_ms: float = 0.0
     certificate: dict[str, Any] | None = None
@@ -80,12 +108,15 @@ class Report:
 class Pass:
     """`rewrite(module, report)` changes the graph in place; `expect(structure)` is the promised count.
 
+    `from_tokens(parallel)` is the fewest tokens of the steps that it is for, None where it is not asked for: steps of
+    fewer have a graph without it. `parallel`: how ranks share the model, None on one rank.
     A `lossy` pass rounds on purpose (quantization): validation measures its error and does not refuse it.
     """
 
     name: str
     rewrite: Callable[[GraphModule, Report], None]
     expect: Callable[[Structure], int] | None = None
+    from_tokens: Callable[[Parallel | None], int | None] = lambda parallel: 1
     lossy: bool = False
 
     def apply(self, module: GraphModule, structure: Structure, *, diff: bool = False) -> Report:
@@ -131,7 +162,7 @@ def pattern_pass(
                 match = pattern.match(node)
                 if isinstance(match, Miss):
                     continue
-                if reason := pattern.applies(match) or _unplaceable(module, match):
+                if reason := pattern.applies(match) or _unplaceable(match):
                     for inner in match.nodes:
                         refused[inner] = Miss(place(node), node.name, reason)
                     continue
@@ -156,19 +187,17 @@ def _furthest(patterns: Sequence[Pattern], node: Node) -> Miss:
     return max((p.explain(node) for p in patterns), key=lambda found: found[0])[1]
 
 
-def _unplaceable(module: GraphModule, match: Match) -> str | None:
+def _unplaceable(match: Match) -> str | None:
     """Return why the replacement cannot stand before the match's first output, or None."""
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    first = min(match.outputs, key=order.__getitem__)
-    late = [n.name for n in match.inputs if order[n] > order[first] and not is_weight(n)]
+    first = min(match.outputs)
+    late = [n.name for n in match.inputs if n > first and not is_weight(n)]
     return f"{', '.join(late)} is computed after {first.name}, which the replacement must give" if late else None
 
 
 def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any]) -> None:
-    order = {n: i for i, n in enumerate(module.graph.nodes)}
-    first = min(match.outputs, key=order.__getitem__)
+    first = min(match.outputs)
     for node in match.inputs:
-        lift(node, first, order)
+        lift(node, first)
     with inserting(module.graph, first, like=match.outputs[0]) as proxy:
         results = replacement(*map(proxy, match.inputs), **match.scalars)
         results = results if isinstance(results, (list, tuple)) else [results]
@@ -178,9 +207,9 @@ def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any])
         module.graph.erase_node(old) if not old.users else None
 
 
-def lift(node: Node, first: Node, order: dict[Node, int]) -> None:
+def lift(node: Node, first: Node) -> None:
     """Move a node that does not read `first`, and what it is computed from, ahead of it where they stand after."""
-    if order[node] > order[first]:
+    if node > first:
         for source in node.all_input_nodes:
-            lift(source, first, order)
+            lift(source, first)
         first.prepend(node)

@@ -46,4 +46,7 @@ def _why_not(node: Node, shared: dict[Node, None]) -> str | None:
     return f"its sum is read by {other.name}, which wants all rows" if other is not None else None
 
 
-SEQUENCE_PARALLEL = Pass(name="sequence_parallel", rewrite=rewrite, expect=lambda s: s.all_reduces)
+SEQUENCE_PARALLEL = Pass(
+    name="sequence_parallel", rewrite=rewrite, expect=lambda s: s.all_reduces,
+    from_tokens=lambda parallel: (parallel and parallel.sequence) or None,
+)  # fmt: skip

@@ -20,8 +20,8 @@ from seamwise.kernels import attention, gather_rows, grouped_linear, kv_append, 
 
 from .graph import aten, infer, is_op, value
 from .placement import OWNED, PARTIAL, Cut, Placement, Unplaceable, sections_of
-from .rewrite import Pass, Report
-from .sharder import COLUMNS, EXPERTS, GATHERED, ROWS, VOCABULARY, Parallel, Sharder
+from .rewrite import Parallel, Pass, Report
+from .sharder import COLUMNS, EXPERTS, GATHERED, ROWS, VOCABULARY, Sharder
 
 
 def shard(parallel: Parallel, styles: Mapping[str, str]) -> Pass:
@@ -100,7 +100,7 @@ def _grouped_linear(s: Sharder, node: Node) -> Placement:
 def _moe_align(s: Sharder, node: Node) -> Placement:
     """Number the experts from the rank's first: those of other ranks are then no experts."""
     readers = [user for item in node.users for user in item.users if is_op(user, grouped_linear.op)]
-    if any(isinstance(r.args[1], Node) and s.styles.get(r.args[1].name) == EXPERTS for r in readers):
+    if any(s.style(r.args[1]) == EXPERTS for r in readers):
         chosen, experts = node.args[:2]
         cut = s.even(node, -1, experts)  # type: ignore[arg-type]
         start = cut.width * s.parallel.rank

@@ -13,6 +13,8 @@ from torch.fx.node import map_arg
 
 from .graph import aten, infer, is_op, is_weight, value
 from .placement import GATED, OWNED, PARTIAL, Cut, Placement, Unplaceable, follow, is_tensor, keeps_partial
+from .rewrite import Parallel
+from .stored_parts import held_by, part_of
 
 _COLLECTIVES = torch.ops._c10d_functional
 GATHERED = ("colwise_gather_output", "colwise_rep")
@@ -21,32 +23,6 @@ ROWS = ("rowwise", "rowwise_split_input")
 EXPERTS, VOCABULARY = "grouped_gemm", "embedding_rowwise"
 WHOLE = ("replicate", "replicated_with_grad_allreduce")
 STYLES = (*WHOLE, *COLUMNS, *ROWS, EXPERTS, VOCABULARY)  # transformers' names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parallel:
-    """How ranks share a model.
-
-    size, rank, group  of the process group, which is known by its name
-    experts  whole experts on each rank, rather than a part of every expert
-    sequence  between attention and MLPs, a share of the rows on each rank
-    overlap  these shares travel while GEMMs run; needs sequence
-    plan     pattern of a module's or parameter's path -> style, one of STYLES; None: the model's own
-    """
-
-    size: int
-    rank: int
-    group: str
-    experts: bool = False
-    sequence: bool = False
-    overlap: bool = False
-    plan: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ValueError(f"rank={self.rank} of size={self.size}: wanted 0 to {self.size - 1}")
-        if self.overlap and not self.sequence:
-            raise ValueError("enable_async_tp needs enable_sequence_parallel, whose shares of rows it overlaps")
 
 
 @dataclass(slots=True)
@@ -71,7 +47,7 @@ class Sharder:
         """Rewrite every op in order; return the placeholders of the weights that were shared out."""
         nodes = list(self.module.graph.nodes)
         self.shapes = {n: tuple(value(n).shape) for n in nodes if is_tensor(n)}
-        self._last_part = [n for n in nodes if n.op == "placeholder"][-1]
+        self._last_part = next(n for n in nodes if n.op == "call_function" and not is_weight(n)).prev
         for node in nodes:
             if node.op == "output":
                 node.args = map_arg(node.args, self.whole)
@@ -144,23 +120,18 @@ class Sharder:
         if not is_weight(weight):
             raise Unplaceable(node, f"{weight} is computed in the step; only weights can be shared out")
         if (weight, cut) not in self._parts:
-            dim, size = cut.dim, value(weight).shape[cut.dim]
+            size = value(weight).shape[cut.dim]
             # Ahead of every call, where a pass that joins weights finds all of them.
-            add = self._ahead if weight.op == "placeholder" else partial(self.before, node)
+            add = self._ahead if held_by(weight).op == "placeholder" else partial(self.before, node)
             bounds = [(min(a, size), min(b, size)) for a, b in cut.bounds(self.parallel.rank, self.parallel.size)]
-            found = [add(aten.slice.Tensor, weight, dim, a, b) for a, b in bounds]
-            new = add(aten.cat.default, found, dim) if len(found) > 1 else found[0]
-            missing = padded - value(new).shape[dim] if padded else 0
-            if missing:
-                sides = [0, 0] * (-dim - 1)
-                new = add(aten.constant_pad_nd.default, new, [*sides, 0, missing])
-            self._parts[weight, cut] = new
+            self._parts[weight, cut] = part_of(node, weight, cut.dim, bounds, padded or cut.width, add)
         return self._parts[weight, cut]
 
     def style(self, weight: Any) -> str | None:
-        found = self.styles.get(weight.name) if isinstance(weight, Node) else None
+        held = held_by(weight)
+        found = self.styles.get(held.name) if isinstance(held, Node) else None
         if found is not None:
-            self.shared.add(weight.name)
+            self.shared.add(held.name)
         return found
 
     def even(self, node: Node, dim: int, n: int) -> Cut:

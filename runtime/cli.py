@@ -68,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     explain_.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
     explain_.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
     explain_.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
-    explain_.add_argument("--sp", action="store_true", help="with --tp: each rank norms its share of the rows")
+    explain_.add_argument(
+        "--sp", type=int, nargs="?", const=1, default=0, metavar="TOKENS",
+        help="with --tp: each rank norms its share of the rows, in steps of at least as many tokens",
+    )  # fmt: skip
     explain_.add_argument("--async-tp", action="store_true", help="with --sp: rows travel while others are multiplied")
 
     compile_ = command("compile", compile_pack, "compile a model into a pack, which loads without tracing or compiling")
@@ -197,7 +200,8 @@ def explain(options: argparse.Namespace) -> int:
         config = ModelConfig.from_directory(resolve_model(options.model))
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
         ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep}
-        ranks |= {"enable_sequence_parallel": options.sp, "enable_async_tp": options.async_tp}
+        ranks |= {"enable_sequence_parallel": options.sp != 0, "enable_async_tp": options.async_tp}
+        ranks["sp_min_token_num"] = options.sp or 1
         with fake_group(options.tp) if options.tp > 1 else nullcontext():
             settings = RunnerConfig.for_model(config, pipeline=chosen, **ranks, **_loading(options))
             program, _ = load_program(config, settings, ledger)

@@ -129,13 +129,8 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
 
     model = capture_model(config, options, ledger)
     pipeline, validator = options.pipeline, None
-    if pipeline.parallel is not None:
-        if any(report.name == "stored_weights" for report in model.reports):
-            raise ValueError(
-                "tensor_parallel_size: a checkpoint that is stored quantized cannot be shared out yet; use 1"
-            )
-        if pipeline.parallel.plan is None:
-            pipeline = replace(pipeline, parallel=replace(pipeline.parallel, plan=model.plan))
+    if pipeline.parallel is not None and pipeline.parallel.plan is None:
+        pipeline = replace(pipeline, parallel=replace(pipeline.parallel, plan=model.plan))
     if pipeline.validate:
         with ledger.stage("validate"):
             cases = draw_steps(config, KVCacheSpec.of(config, options))

@@ -128,7 +128,8 @@ class RunnerConfig:
         cls, config: ModelConfig, *, dtype: str | torch.dtype = "auto", device: str = "auto", entry: str = "auto",
         max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
         tensor_parallel_size: int = 1, tensor_parallel_plan: Mapping[str, str] | None = None,
-        enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, enable_async_tp: bool = False,
+        enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
+        enable_async_tp: bool = False,
         **options: Any,
     ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
@@ -141,6 +142,7 @@ class RunnerConfig:
         tensor_parallel_plan  pattern of a parameter's path -> transformers' style; default: the model's own
         enable_expert_parallel  ranks have whole experts, not a part of each
         enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
+        sp_min_token_num  with it: in steps of at least as many tokens; smaller ones have a program without
         enable_async_tp  with it: rows travel in chunks while others are multiplied
         """
         from seamwise.model_defs import has_definition
@@ -189,12 +191,16 @@ class RunnerConfig:
                 f"quantization={pipeline.quantization!r}: the checkpoint is quantized already, by its config.json's"
                 " quantization_config; leave the option out"
             )
+        if sp_min_token_num < 1 or (sp_min_token_num > 1 and not enable_sequence_parallel):
+            raise ValueError(
+                f"sp_min_token_num={sp_min_token_num}: wanted at least 1, and enable_sequence_parallel, which it limits"
+            )
         if tensor_parallel_size != 1:
             from .distributed import join_group
 
             parallel, device = join_group(
-                tensor_parallel_size, device, experts=enable_expert_parallel, sequence=enable_sequence_parallel,
-                overlap=enable_async_tp, plan=tensor_parallel_plan,
+                tensor_parallel_size, device, experts=enable_expert_parallel, overlap=enable_async_tp,
+                sequence=sp_min_token_num if enable_sequence_parallel else 0, plan=tensor_parallel_plan,
             )  # fmt: skip
             options["pipeline"] = replace(pipeline, parallel=parallel)
         elif tensor_parallel_plan or enable_expert_parallel or enable_sequence_parallel or enable_async_tp:

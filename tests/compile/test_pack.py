@@ -62,7 +62,7 @@ def test_no_pickle_is_in_a_pack(tiny_llama_dir: Path, tmp_path: Path, entry: str
         ("program.py", lambda b: b[: len(b) // 2], "program.py does not have the digest"),
         ("buffers.safetensors", lambda b: b[:-1] + b"\x7f", "buffers.safetensors does not have the digest"),
         ("manifest.json", lambda b: b[: len(b) // 2], "cannot be read"),
-        ("manifest.json", lambda b: b.replace(b'"format": 2', b'"format": 99'), "format 99, wanted 2"),
+        ("manifest.json", lambda b: b.replace(b'"format": 3', b'"format": 99'), "format 99, wanted 3"),
         ("manifest.json", lambda b: b.replace(b'"python": "', b'"python": "2'), "made for something else.*python"),
     ],
 )

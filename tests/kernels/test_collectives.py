@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from seamwise.kernels import (
     allreduce_rms_norm_quant,
     ep_combine,
     ep_dispatch,
+    norm_between_linears,
     quantize,
     reduce_scatter_rms_norm,
 )
@@ -65,6 +67,25 @@ def check_norms(rank: int, ranks: int, group: str) -> None:
     torch.testing.assert_close(kept, padded.float())
 
 
+def check_overlap(rank: int, ranks: int, group: str) -> None:
+    """What stands between two linear layers is the same by every provider; torch's fused GEMMs by its fallbacks."""
+    ours = import_module("seamwise.kernels.norm_between_linears")
+    torchs = import_module("torch.distributed._symmetric_memory")
+    library = torch.library.Library("symm_mem", "IMPL")
+    library.impl("fused_all_gather_matmul", torchs._fused_all_gather_matmul_fallback, "CPU")
+    library.impl("fused_matmul_reduce_scatter", torchs._fused_matmul_reduce_scatter_fallback, "CPU")
+    for rows in (0, 1, 3, ROWS):
+        share = -(-rows // ranks)
+        x, down, up = draw(rank, rows, 12), draw(50 + rank, WIDTH, 12), draw(60 + rank, 5, WIDTH)
+        for residual, bias in ((None, None), (draw(70 + rank, share, WIDTH), draw(80, 5))):
+            args = (x, down, residual, 1 + draw(90, WIDTH), 1e-5, group, up, bias)
+            wanted = norm_between_linears.run("torch", *args)
+            for call in (ours.norm_between_linears_symmetric, ours.norm_between_linears_chunked):
+                torch.testing.assert_close(call(*args), wanted)
+            refused = next(p for p in norm_between_linears.providers if p.name == "symmetric").why_not
+            assert "runs on cuda" in str(refused("cpu", args)) and "share no memory" in str(refused("cuda", args))
+
+
 def check_experts(rank: int, ranks: int, group: str) -> None:
     """Rows that travel to their experts and back sum to what all experts in one place make of them."""
     tokens, num_experts, choices = 6, 8, 3
@@ -99,6 +120,7 @@ def work(rank: int, ranks: int, file: str) -> None:
     try:
         check_norms(rank, ranks, dist.group.WORLD.group_name)
         check_experts(rank, ranks, dist.group.WORLD.group_name)
+        check_overlap(rank, ranks, dist.group.WORLD.group_name)
     finally:
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from families import FAMILIES
+from hypothesis import given
+from hypothesis import strategies as st
 from test_shard import REDUCED, SHARED, calls
 from tiny_models import save_tiny
 from torch import Tensor
@@ -18,9 +21,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from seamwise import passes
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import BrokenPromise
+from seamwise.compile.program import Executable, Program, TokenRange
 from seamwise.compile.shard_plan import OWN_PLAN
 from seamwise.kernels import allreduce_rms_norm, dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
 from seamwise.passes import Structure
+from seamwise.runtime.cli import main
 from seamwise.runtime.config import ModelConfig
 from seamwise.runtime.distributed import fake_group
 from seamwise.runtime.loading import compile_model
@@ -97,6 +102,54 @@ def test_norms_between_linear_layers_overlap(case: str, reason: str | None) -> N
         if reason is None:
             (node,) = module.graph.find_nodes(op="call_function", target=norm_between_linears.op)
             assert [tuple(v.shape) for v in node.meta["val"]] == [(5, 6), (3, 16)] and node.args[7] is not None
+
+
+def test_a_threshold_splits_the_tokens_into_ranges(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each range's graph keeps its promises; weights are held once, pieces that are the same are written once."""
+    config = ModelConfig.from_directory(tiny_llama_dir)
+    options = {"dtype": "float32", "device": "cpu", "tensor_parallel_size": 2, "enable_sequence_parallel": True}
+    with fake_group(2):
+        both, small, large = (
+            compile_model(config, RunnerConfig.for_model(config, **options | changed), Ledger())[0]
+            for changed in ({"sp_min_token_num": 9}, {"enable_sequence_parallel": False}, {})
+        )
+        with pytest.raises(ValueError, match="sp_min_token_num=0: wanted at least 1"):
+            RunnerConfig.for_model(config, **options, sp_min_token_num=0)
+        with pytest.raises(ValueError, match=r"sp_min_token_num=9: wanted .* enable_sequence_parallel"):
+            RunnerConfig.for_model(config, **options | {"enable_sequence_parallel": False}, sp_min_token_num=9)
+    assert [r.first for r in both.ranges] == [1, 9] and len(small.ranges) == len(large.ranges) == 1
+    for each, alone in zip(both.ranges, (small, large), strict=True):
+        assert each.calls == alone.calls and each.collectives == alone.collectives
+    assert both.recipes == small.recipes == large.recipes
+    assert both.source.count("def piece_") == both.num_distinct == 6
+    assert both.token_bytes == max(small.token_bytes, large.token_bytes)
+    told = [(r.name, r.from_tokens) for r in both.reports if r.from_tokens > 1]
+    assert told == [("sequence_parallel", 9)]
+    assert all(r.matched >= (r.expected or 0) for r in both.reports)
+    command = ["explain", "--model", str(tiny_llama_dir), "--device", "cpu", "--no-pack", "--tp", "2", "--sp", "9"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "steps of 1 to 8 tokens: 3 pieces" in text and "steps of 9 to any number of tokens: 3 pieces" in text
+    assert "in steps from 9 tokens on" in text
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(r["first"], r["last"]) for r in found["ranges"]] == [(1, 8), (9, None)]
+
+
+@given(starts=st.sets(st.integers(2, 40)), tokens=st.integers(0, 50))
+def test_every_number_of_tokens_has_one_program(starts: set[int], tokens: int) -> None:
+    firsts = [1, *sorted(starts)]
+    source = "".join(f"def step_{n}(run, w, token_ids):\n    return ({n},)\n" for n in firsts)
+    ranges = [TokenRange(first=n, function=f"step_{n}", calls=[], collectives=[]) for n in firsts]
+    program = Program(
+        source=source, ranges=ranges, num_seams=0, num_seam_calls=0, recipes={}, inputs=("token_ids",)
+    )  # fmt: skip
+    executable = Executable(program, [])
+    if tokens == 0:
+        with pytest.raises(ValueError, match="a step of 0 tokens: the program is for 1 or more"):
+            executable(torch.zeros(0))
+    else:
+        assert executable(torch.zeros(tokens)) == max(n for n in firsts if n <= tokens)
 
 
 def test_sequence_parallelism_is_in_effect_or_an_error(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def compiled(
 ) -> Program:
     config = ModelConfig.from_directory(directory)
     pipeline = PipelineConfig(
-        parallel=Parallel(size=size, rank=rank, group="ranks", **options), disabled=disabled,
+        parallel=Parallel(size=size, rank=rank, **{"group": "ranks", **options}), disabled=disabled,
         allow_missed=("fuse_add_rms_norm_quant",),
     )  # fmt: skip
     settings = RunnerConfig.for_model(config, dtype="float32", device="cpu", entry=entry, pipeline=pipeline)

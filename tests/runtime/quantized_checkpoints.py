@@ -21,6 +21,7 @@ from tiny_models import save_tiny
 from torch import Tensor, nn
 
 from seamwise import ModelRunner, StepInput
+from seamwise.compile.derive import parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig, ordered_passes
 from seamwise.runtime.config import ModelConfig
@@ -240,9 +241,8 @@ def dequantized(
 def dequantizations(recipe: Any) -> Iterator[tuple[str, Any]]:
     """Yield the parameter and the recipe of each dequantized weight within a recipe; experts' are flat."""
     if isinstance(recipe, dict) and "dequantize_weight" in recipe.get("op", ""):
-        stored = recipe["args"][0]
-        stored = stored if "weight" in stored else stored["args"][0]
-        yield stored["weight"].removesuffix("_packed"), recipe
+        (stored,) = parameters_of(recipe["args"][0])
+        yield stored.removesuffix("_packed"), recipe
     elif isinstance(recipe, (dict, list)):
         for inner in recipe.get("args", ()) if isinstance(recipe, dict) else recipe:
             yield from dequantizations(inner)

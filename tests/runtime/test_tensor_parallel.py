@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from families import draw_tokens
+from quantized_checkpoints import LAYOUTS, save_quantized
 from step_inputs import Steps
 from tiny_models import assert_within_budget, save_tiny
 
@@ -29,6 +30,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": ("GraniteForCausalLM", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
 }
+DEEPSEEK = {
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 128,
+    "kv_lora_rank": 128, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 16,
+    "intermediate_size": 512,
+}  # fmt: skip
 SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1})  # the last one is replayed
 
 
@@ -74,17 +81,34 @@ def check_layout(runner: ModelRunner, ranks: int) -> None:
 
 
 def check_sequence(root: Path, ranks: int) -> None:
-    """With a share of the rows on each rank: of 1, 2, 3 and 38 rows, op by op in float64, recorded and not."""
-    cases = (("llama", "own", 0), ("mixtral", "own", 0), ("tied", "own", 3), ("qwen3", "transformers", 3))
+    """With a share of the rows on each rank: of 1, 2, 3 and 38 rows, op by op in float64, recorded and not; and only in
+    the larger of these steps."""
+    cases = (
+        ("llama", "own", 0, 1), ("mixtral", "own", 0, 1), ("tied", "own", 3, 9), ("qwen3", "transformers", 3, 1),
+    )  # fmt: skip
     import_module("seamwise.kernels.norm_between_linears").CHUNK_ROWS = 4  # 38 rows go in four chunks
-    for name, entry, overlapped in cases:
-        options = {"enable_sequence_parallel": True, "enable_async_tp": bool(overlapped)}
+    for name, entry, overlapped, least in cases:
+        options = {"enable_sequence_parallel": True, "enable_async_tp": bool(overlapped), "sp_min_token_num": least}
         runner = check_logits(root / name, name, entry, ranks, pipeline=PipelineConfig(validate=True), **options)
         reports = {r.name: r for r in runner.program.reports}
         for pass_name, matched in (("sequence_parallel", 5), *((("async_tp", overlapped),) if overlapped else ())):
             assert reports[pass_name].matched == matched and reports[pass_name].certificate["max_error"] < 1e-9
-        ops = {c["op"].rpartition(".")[2]: c["calls"] for c in runner.program.collectives}
+        assert [each.first for each in runner.program.ranges] == sorted({1, least})
+        ops = {c["op"].rpartition(".")[2]: c["calls"] for c in runner.program.ranges[-1].collectives}
         assert (ops["reduce_scatter_rms_norm"], ops.get("norm_between_linears", 0)) == (5 - overlapped, overlapped)
+
+
+def check_stored(root: Path, ranks: int) -> None:
+    """Checkpoints that are stored quantized: sharding is exact in float64, and logits are near one rank's."""
+    requests = draw_tokens(4, 19, 2, 33)
+    load = {"dtype": "float32", "device": "cpu", "pack_dir": None}
+    for name, experts in (("fp8", False), ("deepseek", True), ("w4a16", False)):
+        chosen = {"enable_expert_parallel": experts, "pipeline": PipelineConfig(validate=True)}
+        runner = ModelRunner.load(root / name, tensor_parallel_size=ranks, **load, **chosen)
+        reports = {r.name: r for r in runner.program.reports}
+        assert reports["shard"].certificate["max_error"] < 1e-9 and reports["quantize_linear"].matched > 0
+        ours, alone = (torch.cat(logits(r, requests)) for r in (runner, ModelRunner.load(root / name, **load)))
+        assert same_everywhere(ours) and float((ours - alone).abs().max() / alone.abs().max()) < 0.02, name
 
 
 def check_text(directory: Path, ranks: int) -> None:
@@ -129,6 +153,7 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
         if ranks == 2:
             check_logits(root / "mixtral", "mixtral", "own", ranks, enable_expert_parallel=True)
             check_sequence(root, ranks)
+            check_stored(root, ranks)
             check_text(root / "llama", ranks)
             check_packs(root / "llama", ranks, root / "packs")
             with pytest.raises(ValueError, match="tensor_parallel_size=3: the process group has 2 ranks"):
@@ -143,6 +168,12 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
 def test_ranks_equal_one(ranks: int, tmp_path: Path) -> None:
     for name, (architecture, changes) in MODELS.items():
         save_tiny(tmp_path / name, architecture, **changes)
+    sizes = {"num_key_value_heads": 4, "intermediate_size": 512}
+    for name, layout, architecture, changes in (
+        ("fp8", "fp8 blocks", "LlamaForCausalLM", sizes), ("w4a16", "W4A16", "LlamaForCausalLM", sizes),
+        ("deepseek", "fp8 blocks", "DeepseekV3ForCausalLM", DEEPSEEK),
+    ):  # fmt: skip
+        save_quantized(tmp_path / name, LAYOUTS[layout], torch.float32, architecture, **changes)
     names = [("llama", "own"), ("phi3", "own"), ("llama", "transformers")]
     if ranks == 2:
         names += [(name, "own") for name in MODELS if name not in ("llama", "phi3", "granite")]
