@@ -8,7 +8,6 @@ a provider asked for by name is used or refused, never replaced.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -241,9 +240,7 @@ class Contract:
     def drawn(self, draw: Draw, **sizes: Any) -> tuple[Any, ...]:
         """Draw one argument tuple, as part of another op's inputs."""
         assert self._inputs is not None, f"{self.name}: its file registers no inputs"
-        given = {"draw": draw, "dtype": draw.dtype, "device": draw.device, "seed": draw.seed}
-        named = inspect.signature(self._inputs).parameters
-        return self._inputs(**sizes, **{name: value for name, value in given.items() if name in named})
+        return self._inputs(draw, **sizes)
 
 
 def contract(

@@ -8,11 +8,14 @@ Source: kernels/w4a16_linear.py for the weights; VPERMW as a table of 16 values,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import huge_pages
-from .contract import Cost, contract
+from .contract import contract
+from .draw import Draw
 from .linear import PANEL
 from .quantize_weight import unpack_int4
 from .tape import Kernel, empty, launch
@@ -30,9 +33,7 @@ def pack_int_panels(stored: Tensor, in_features: int) -> Tensor:
     values_NK = (unpack_int4(stored, in_features) + 8).to(torch.uint8) if int4 else stored
     N, K = values_NK.shape
     padded = torch.nn.functional.pad(values_NK, (0, -K % 2, 0, -N % PANEL), value=8 if int4 else 0)
-    words = (
-        padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
-    )  # (P, word, column, input)
+    words = padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)  # (P, word, …)
     return words[..., :PANEL] | words[..., PANEL:] << 4 if int4 else words
 
 
@@ -41,11 +42,6 @@ def pack_into_huge_pages(stored: Tensor, in_features: int) -> Tensor:
     """The same, where the kernel reads fastest."""
     panels = pack_int_panels.meaning(stored, in_features)
     return huge_pages.empty(tuple(panels.shape), panels.dtype).copy_(panels)
-
-
-@pack_int_panels.costs
-def pack_cost(stored: Tensor, in_features: int) -> Cost:
-    return Cost(bytes=2 * stored.nbytes, flops=0)
 
 
 @contract(opaque=True)
@@ -57,12 +53,7 @@ def pack_group_values(values_NG: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-@pack_group_values.costs
-def pack_values_cost(values_NG: Tensor) -> Cost:
-    return Cost(bytes=values_NG.nbytes + 4 * values_NG.numel(), flops=0)
-
-
-@contract(opaque=True)
+@contract(opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features)
 def linear_int(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
     bias_N: Tensor | None = None,
@@ -87,20 +78,10 @@ def linear_int(
     return (out_TN if bias_N is None else out_TN + bias_N.to(wide)).to(x_TK.dtype)
 
 
-@linear_int.costs
-def cost(
-    x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
-    bias_N: Tensor | None = None,
-) -> Cost:  # fmt: skip
-    read = sum(a.nbytes for a in (x_TK, panels, scale_PGC, offset_PGC, bias_N) if a is not None)
-    T, K = x_TK.shape
-    return Cost(bytes=read + T * out_features * x_TK.element_size(), flops=2 * T * out_features * K)
-
-
-def _stored(N: int, K: int, int8: bool, generator: torch.Generator, device: str) -> Tensor:
+def _stored(draw: Draw, N: int, K: int, int8: bool) -> Tensor:
     if int8:
-        return torch.randint(-128, 128, (N, K), generator=generator, device=device).to(torch.int8)
-    return torch.randint(-(2**31), 2**31, (N, -(-K // 8)), generator=generator, device=device).to(torch.int32)
+        return draw.integers(-128, 128, N, K, dtype=torch.int8)
+    return draw.integers(-(2**31), 2**31, N, -(-K // 8), dtype=torch.int32)
 
 
 @pack_int_panels.inputs(
@@ -108,10 +89,8 @@ def _stored(N: int, K: int, int8: bool, generator: torch.Generator, device: str)
     shapes={"smollm2-135m": {"N": 3072, "K": 576}, "smollm2-135m head": {"N": 49152, "K": 576, "int8": True}},
     sizes={"N": (1, 80), "K": (1, 80), "int8": [False, True]},
 )
-def make_weight(
-    N: int, K: int, int8: bool = False, *, dtype: torch.dtype, device: str, seed: int
-) -> tuple[Tensor, int]:
-    return _stored(N, K, int8, torch.Generator(device).manual_seed(seed), device), K
+def make_weight(draw: Draw, N: int, K: int, int8: bool = False) -> tuple[Tensor, int]:
+    return _stored(draw, N, K, int8), K
 
 
 @pack_group_values.inputs(
@@ -119,8 +98,8 @@ def make_weight(
     shapes={"smollm2-135m": {"N": 3072, "G": 18}},
     sizes={"N": (1, 80), "G": (1, 20)},
 )
-def make_values(N: int, G: int, *, dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor]:
-    return (torch.randn(N, G, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype),)
+def make_values(draw: Draw, N: int, G: int) -> tuple[Tensor]:
+    return (draw(N, G),)
 
 
 @linear_int.inputs(
@@ -142,19 +121,11 @@ def make_values(N: int, G: int, *, dtype: torch.dtype, device: str, seed: int) -
     rows=(0,),
 )  # fmt: skip
 def make(
-    T: int, N: int, K: int, group: int = 0, offset: bool = False, bias: bool = False, int8: bool = False, *,
-    dtype: torch.dtype, device: str, seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, Tensor | None]:  # fmt: skip
-    generator = torch.Generator(device).manual_seed(seed)
-    groups = -(-K // group) if group else 1
-    x_TK, scale_NG, offset_NG, bias_N = (
-        torch.randn(s, generator=generator, device=device) for s in ((T, K), (N, groups), (N, groups), (N,))
-    )
-    panels = pack_int_panels.meaning(_stored(N, K, int8, generator, device), K)
-    return (
-        x_TK.to(dtype), panels, pack_group_values.meaning(scale_NG),
-        pack_group_values.meaning(offset_NG) if offset else None, group, N, bias_N.to(dtype) if bias else None,
-    )  # fmt: skip
+    draw: Draw, T: int, N: int, K: int, group: int = 0, offset: bool = False, bias: bool = False, int8: bool = False
+) -> tuple[Any, ...]:
+    scale_PGC, offset_PGC = (pack_group_values.meaning(draw.normal(N, -(-K // group) if group else 1)) for _ in "so")
+    panels = pack_int_panels.meaning(_stored(draw, N, K, int8), K)
+    return draw(T, K), panels, scale_PGC, offset_PGC if offset else None, group, N, draw(N) if bias else None
 
 
 def _refuses(

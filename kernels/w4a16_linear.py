@@ -8,19 +8,21 @@ https://github.com/vllm-project/compressed-tensors; offsets are the minima of GG
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import Build, Cost, contract
+from .contract import Build, contract
 from .dequantize_weight import dequantize_weight
+from .draw import Draw
 from .gemm_tiles import config, configs, grid, program_tile, refuses_operands, store_tile
 from .quantize_weight import quantize_weight, weight_scale
 
 
-@contract()
+@contract(flops=lambda x_TK, packed: 2 * x_TK.numel() * packed.shape[0])
 def w4a16_linear(
     x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None = None
 ) -> Tensor:
@@ -57,20 +59,9 @@ def check(
 
 
 @w4a16_linear.tuned_by
-def key(
-    x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None = None
-) -> tuple[int, int, int]:
+def key(x_TK: Tensor, packed: Tensor) -> tuple[int, int, int]:
     """Return (T, N, K)."""
     return x_TK.shape[0], packed.shape[0], x_TK.shape[1]
-
-
-@w4a16_linear.costs
-def cost(
-    x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None = None
-) -> Cost:
-    T, K, N = *x_TK.shape, packed.shape[0]
-    read = sum(a.nbytes for a in (x_TK, packed, scale_NG, zero_NG, bias_N) if a is not None)
-    return Cost(bytes=read + T * N * x_TK.element_size(), flops=2 * T * N * K)
 
 
 @w4a16_linear.inputs(
@@ -94,20 +85,17 @@ def cost(
     rows=(0,),
 )  # fmt: skip
 def make(
-    T: int, N: int, K: int, group: int = 0, zero: bool = False, bias: bool = False, format: str = "int4",
-    offset: bool = False, *, dtype: torch.dtype, device: str, seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int, Tensor | None]:  # fmt: skip
-    """Return arguments with zero points, or else with offsets, where they are asked for."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x_TK, w_NK, bias_N = (torch.randn(s, generator=generator, device=device) for s in ((T, K), (N, K), (N,)))
-    scale_NG = weight_scale(w_NK * K**-0.5, format, 1, group)
-    zero_NG = torch.randint(-8, 8, scale_NG.shape, generator=generator, device=device, dtype=torch.int8)
+    draw: Draw, T: int, N: int, K: int, group: int = 0, zero: bool = False, bias: bool = False, format: str = "int4",
+    offset: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Draw zero points, or else offsets, where they are asked for."""
+    x_TK, w_NK, bias_N = draw(T, K), draw.normal(N, K) * K**-0.5, draw(N)
+    scale_NG = weight_scale(w_NK, format, 1, group)
+    zero_NG = draw.integers(-8, 8, *scale_NG.shape, dtype=torch.int8) if zero else None
     if offset and not zero:
-        zero_NG = (8 * scale_NG * torch.randn(scale_NG.shape, generator=generator, device=device)).to(dtype)
-    return (
-        x_TK.to(dtype), quantize_weight(w_NK * K**-0.5, scale_NG, format, 1, group), scale_NG.to(dtype),
-        zero_NG if zero or offset else None, group, bias_N.to(dtype) if bias else None,
-    )  # fmt: skip
+        zero_NG = (8 * scale_NG * draw.normal(*scale_NG.shape)).to(draw.dtype)
+    packed = quantize_weight(w_NK, scale_NG, format, 1, group)
+    return x_TK, packed, scale_NG.to(draw.dtype), zero_NG, group, bias_N if bias else None
 
 
 @triton.jit
@@ -175,7 +163,7 @@ def builds(dtype: str) -> Iterator[Build]:
 
 
 def _refuses(
-    x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None = None
+    x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None
 ) -> str | None:
     if group % 64 and group not in (16, 32):
         return f"group must be 16, 32 or a multiple of 64, or 0 for the row, got {group}"
