@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--entry", default="auto", choices=["auto", "own", "transformers"])
-    parser.add_argument("--quantization", help="Seamwise's: as in `seamwise serve`")
+    parser.add_argument("--quantization", help="Seamwise's: as LLM takes it")
     parser.add_argument("--load-format", default="auto", help="dummy: seeded random weights")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)

@@ -93,7 +93,7 @@ def _compile(source: Path, target: Path, flags: tuple[str, ...], compiler: str) 
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{source.stem}-", suffix=".so")
     except OSError as error:
-        raise RuntimeError(f"cannot write the folder of compiled kernels: {error}; pass another cache_dir") from error
+        raise RuntimeError(f"cannot write compiled kernels to {target.parent}: {error}; make it writable") from error
     os.close(descriptor)
     try:
         _run([compiler, *flags, "-o", temporary, str(source)], f"{source} does not compile")

@@ -70,7 +70,7 @@ def test_a_compiler_that_does_not_run_is_named(source: Path, tmp_path: Path) -> 
 
 def test_unwritable_cache_folder_is_named(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RuntimeError, match="cache_dir"):
+    with pytest.raises(RuntimeError, match=r"file/cache: .* make it writable"):
         cpp.load(source, cache_dir=tmp_path / "file" / "cache")
 
 
