@@ -20,7 +20,7 @@ from functools import partial
 
 import torch
 
-from seamwise.compile.record import recorder_for
+from seamwise.compile.recorders import recorder_for
 
 from .gpu_deepseek_rank import DEEPSEEK_R1, TINY_RANK, Rank, Step
 from .gpu_rows import Context, Lazy, Row

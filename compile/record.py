@@ -125,13 +125,6 @@ class CPURecorder(Recorder):
             return tape, function(*given)
 
 
-def recorder_for(device: torch.device) -> Recorder:
-    """Return the recorder of a device."""
-    from .record_cuda import CUDAGraphRecorder
-
-    return CUDAGraphRecorder() if device.type == "cuda" else CPURecorder()
-
-
 class OntoTape(TorchDispatchMode):
     """Puts every op that computes onto the tape; views need none, for memory stays where it is. Seams are calls."""
 

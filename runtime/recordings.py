@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from seamwise.compile.program import Program
-from seamwise.compile.record import Recording, recorder_for
+from seamwise.compile.record import Recording
+from seamwise.compile.recorders import recorder_for
 
 from .runner_config import RunnerConfig
 from .static_inputs import StaticInputs

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seamwise.compile.record import CPURecorder, RecordingRefused, recorder_for
+from seamwise.compile.record import CPURecorder, RecordingRefused
+from seamwise.compile.recorders import recorder_for
 from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul, tape
 from seamwise.kernels.pool import Pool
 from seamwise.kernels.tape import Tape, recording
