@@ -33,7 +33,9 @@ def quantize_rows(
     width, limit = wide_TD.shape[-1], LIMITS[dtype]
     group = group or width
     groups = -(-width // group)
-    grouped = torch.nn.functional.pad(wide_TD, (0, groups * group - width)).unflatten(-1, (groups, group))
+    padding = groups * group - width
+    padded = torch.nn.functional.pad(wide_TD, (0, padding)) if padding else wide_TD  # no pad: no copy
+    grouped = padded.unflatten(-1, (groups, group))
     largest = grouped.abs().amax(-1)
     scale_TG = largest.clamp(min=_LEAST) / limit if scale is None else torch.zeros_like(largest) + scale
     ratio = (grouped / scale_TG.unsqueeze(-1)).flatten(-2)[..., :width]
