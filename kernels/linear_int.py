@@ -29,19 +29,29 @@ def pack_int_panels(stored: Tensor, in_features: int) -> Tensor:
 
     int32 (N, ⌈K/8⌉), int4 as `w4a16_linear` has it: uint8 (⌈N/32⌉, ⌈K/2⌉, 32); int8 (N, K): int8 (⌈N/32⌉, ⌈K/2⌉, 64)
     """
+    padded = _padded(stored, in_features)
+    words = padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)  # (P, W, column · input)
+    return words[..., :PANEL] | words[..., PANEL:] << 4 if stored.dtype == torch.int32 else words
+
+
+def _padded(stored: Tensor, in_features: int) -> Tensor:
+    """Return integers (N, K), 0 … 15 of int4, with whole panels and words."""
     int4 = stored.dtype == torch.int32
     values_NK = (unpack_int4(stored, in_features) + 8).to(torch.uint8) if int4 else stored
     N, K = values_NK.shape
-    padded = torch.nn.functional.pad(values_NK, (0, -K % 2, 0, -N % PANEL), value=8 if int4 else 0)
-    words = padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)  # (P, word, …)
-    return words[..., :PANEL] | words[..., PANEL:] << 4 if int4 else words
+    return torch.nn.functional.pad(values_NK, (0, -K % 2, 0, -N % PANEL), value=8 if int4 else 0)
 
 
 @pack_int_panels.provider("huge_pages", devices=("cpu",))
 def pack_into_huge_pages(stored: Tensor, in_features: int) -> Tensor:
-    """The same, where the kernel reads fastest."""
-    panels = pack_int_panels.meaning(stored, in_features)
-    return huge_pages.empty(tuple(panels.shape), panels.dtype).copy_(panels)
+    """The same, where the kernel reads fastest; a word of two inputs moves as one int16."""
+    padded = _padded(stored, in_features)
+    words = padded.contiguous().view(torch.int16).unflatten(0, (-1, PANEL)).transpose(1, 2)
+    if stored.dtype != torch.int32:
+        return huge_pages.empty(tuple(words.shape), torch.int16).copy_(words).view(torch.int8)
+    pairs = words.contiguous().view(torch.uint8)
+    out = huge_pages.empty(tuple(words.shape), torch.uint8)
+    return torch.bitwise_or(pairs[..., :PANEL], pairs[..., PANEL:] << 4, out=out)
 
 
 @contract(opaque=True)

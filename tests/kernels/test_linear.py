@@ -202,3 +202,12 @@ def test_panels_are_w4a16_linear(T: int, N: int, K: int, group: int, zero: bool,
 
 def test_integer_panels_on_machines_without_bfloat16_vectors(portable: None) -> None:
     test_panels_are_w4a16_linear()
+
+
+@pytest.mark.parametrize("columns", [7, 32])
+def test_int8_panels_of_any_view(columns: int) -> None:
+    matrix = torch.randint(-128, 127, (65, 33), dtype=torch.int8)
+    views = (matrix[:64, :columns], matrix[1:34, 1 : 1 + columns], matrix.t()[1:33, :columns])
+    for stored in (*views, matrix.flatten()[1 : 1 + 32 * columns].view(32, columns)):
+        packed = pack_int_panels.run("huge_pages", stored, columns)
+        assert torch.equal(packed, pack_int_panels.meaning(stored, columns))
