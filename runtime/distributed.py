@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/distributed.html, https://docs.pytorch.org/
 from __future__ import annotations
 
 import atexit
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ def join_group(size: int, device: str, **chosen: Any) -> tuple[Parallel, str]:
                 " …`, or call torch.distributed.init_process_group in each first"
             )
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        atexit.register(_leave)
+        atexit.register(leave_group)
     rank, found, backend = dist.get_rank(), dist.get_world_size(), str(dist.get_backend())
     if found != size:
         raise ValueError(f"tensor_parallel_size={size}: the process group has {found} ranks; wanted as many")
@@ -49,10 +50,15 @@ def join_group(size: int, device: str, **chosen: Any) -> tuple[Parallel, str]:
     return Parallel(size=size, rank=rank, group=str(group.group_name), **chosen), device
 
 
-def _leave() -> None:
-    """Leave the group that join_group made, its threads ended, before the interpreter is torn down."""
+def leave_group() -> None:
+    """End the default process group, at least 50 ms before the interpreter may end.
+
+    A thread of gloo's drops a collective's tensors after its caller has gone on, and needs the GIL for it: if it still
+    waits when the interpreter ends, the process aborts (torch 2.13, ProcessGroupGloo::runLoop). So it is let in.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from seamwise.kernels import (
     quantize,
     reduce_scatter_rms_norm,
 )
+from seamwise.runtime.distributed import leave_group
 
 ROWS, WIDTH = 8, 40
 
@@ -122,7 +123,7 @@ def work(rank: int, ranks: int, file: str) -> None:
         check_experts(rank, ranks, dist.group.WORLD.group_name)
         check_overlap(rank, ranks, dist.group.WORLD.group_name)
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.slow
