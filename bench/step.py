@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
             f" + other kernels {row['other_kernels_us'] / 1e3:.2f} + host {row['host_us'] / 1e3:.2f}"
         )
     if options.json:
-        head = {"machine": machine(), "model": options.model, "read_gb_per_s": read_gb_per_s}
+        head = {"machine": machine(), "model": Path(options.model).name, "read_gb_per_s": read_gb_per_s}
         head |= {"copy_gb_per_s": ceilings.copy_gb_per_s, "bf16_gflop_per_s": peak}
         options.json.write_text(json.dumps(head | {"rows": rows}, indent=1))
     return 0

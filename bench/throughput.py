@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> int:
     else:
         report = {"results": alone(options, names)}
     if options.json:
-        head = {"machine": machine()} | {n: getattr(options, n) for n in ("model", "dtype", "quantization")}
+        head = {"machine": machine(), "model": Path(options.model).name}
+        head |= {n: getattr(options, n) for n in ("dtype", "quantization")}
         options.json.write_text(json.dumps(head | report, indent=1))
     return 0
