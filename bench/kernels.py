@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import seamwise.kernels  # noqa: F401  (registers every contract)
-from seamwise.compile.record_cuda import CUDAGraphRecorder
+from seamwise.compile.record.cuda_graphs import CUDAGraphRecorder
 from seamwise.kernels.contract import CONTRACTS, Contract
 
 from .machine import machine

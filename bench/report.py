@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_goals import judge
-from .gpu_rows import Row, read_rows
+from seamwise.bench.gpu.goals import judge
+from seamwise.bench.gpu.rows import Row, read_rows
+
 from .roofline import plot_roofline, pyplot
 from .timing import Ceilings
 

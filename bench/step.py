@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from seamwise.runtime.batch import ragged_step
-from seamwise.runtime.hub import resolve_model
-from seamwise.runtime.runner import ModelRunner
-from seamwise.runtime.step import StepInput
+from seamwise.runtime.build.step import StepInput, ragged_step
+from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.weights.hub import resolve_model
 
 from .machine import machine
 from .timing import measure_ceilings, read_rate

@@ -42,8 +42,8 @@ def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]
 
 def beside(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """Run the workloads in Seamwise and in peers, a process each; print the table."""
-    from seamwise.runtime.config import ModelConfig
-    from seamwise.runtime.hub import resolve_model
+    from seamwise.runtime.build.model_config import ModelConfig
+    from seamwise.runtime.weights.hub import resolve_model
 
     directory = resolve_model(options.model)
     pythons, models = (dict(p.partition("=")[::2] for p in g) for g in (options.peer_python, options.peer_model))

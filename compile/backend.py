@@ -19,10 +19,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from seamwise import passes
+from seamwise.compile.check.verify import verify
 from seamwise.passes import Report, Structure
 from seamwise.passes.graph import sweep, writes
-
-from .verify import verify
 
 PASSES = (
     passes.RAISE_RMS_NORM,

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from seamwise.kernels import tape
 from seamwise.kernels.contract import CONTRACTS, contract_of
+from seamwise.kernels.cpu import tape
 from seamwise.passes.graph import value
 
 from .split import Piece, Seam

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from seamwise.compile.explain.collectives import collectives_of, kv_bytes, local_inputs, weight_bytes
+from seamwise.compile.explain.live_bytes import live_bytes
 from seamwise.passes import Report
 
 from .capture import Captured
 from .codegen import Source
-from .collectives import collectives_of, kv_bytes, local_inputs, weight_bytes
 from .derive import Recipe
-from .live_bytes import live_bytes
 from .program import Program, TokenRange
 from .split import Piece, Seam
 

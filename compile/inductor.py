@@ -19,8 +19,8 @@ from torch.export import Dim
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental import _config as fx_config
 
-from seamwise.kernels import tape
 from seamwise.kernels.contract import contract_of
+from seamwise.kernels.cpu import tape
 from seamwise.passes.graph import VIEWS, aten, value
 
 # Views cost nothing, a GEMM and a gather run a library kernel either way: none of these is a reason to compile.

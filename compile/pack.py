@@ -184,5 +184,5 @@ def _digest_folder(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".py", ".cpp", ".h", ".json"):
-            total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]

@@ -11,23 +11,23 @@ from operator import or_
 from pathlib import Path
 
 from seamwise import passes
+from seamwise.compile.check.validate import Validator
+from seamwise.compile.check.verify import verify
+from seamwise.compile.explain.collectives import communicates, count_all_reduces
+from seamwise.compile.explain.piece_costs import piece_costs
 from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured
-from .collectives import communicates, count_all_reduces
 from .derive import hoist
 from .generate import LoweredStep, generate
 from .inductor import compile_piece, loose_ops
 from .ledger import Ledger
 from .lower import choose_providers
-from .piece_costs import piece_costs
 from .plugins import discovered, placed_into
 from .program import Program
 from .shard_plan import styles_of
 from .split import Piece, Seam, split
 from .structure import with_quantized_experts
-from .validate import Validator
-from .verify import verify
 
 # An order constraint is a comment on its line.
 RAISE = (

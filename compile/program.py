@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from seamwise.kernels import tape
+from seamwise.kernels.cpu import tape
 from seamwise.passes import Report
 
 from . import codegen

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from seamwise.passes import Parallel
-from seamwise.passes.sharder import EXPERTS, STYLES, WHOLE
+from seamwise.passes.shard.sharder import EXPERTS, STYLES, WHOLE
 
 from .capture import Captured
 

@@ -12,23 +12,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from seamwise.runtime.llm import LLM
-    from seamwise.runtime.outputs import CompletionOutput, RequestOutput
-    from seamwise.runtime.runner import ModelRunner
-    from seamwise.runtime.sampling_params import SamplingParams
-    from seamwise.runtime.step import StepInput, StepOutput
+    from seamwise.runtime.build.step import StepInput, StepOutput
+    from seamwise.runtime.engine.outputs import CompletionOutput, RequestOutput
+    from seamwise.runtime.runner.runner import ModelRunner
+    from seamwise.runtime.sampling.params import SamplingParams
+    from seamwise.runtime.serve.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "CompletionOutput", "ModelRunner", "RequestOutput", "SamplingParams", "StepInput", "StepOutput"]
 
 _HOMES = {
-    "LLM": "llm",
-    "CompletionOutput": "outputs",
-    "RequestOutput": "outputs",
-    "ModelRunner": "runner",
-    "SamplingParams": "sampling_params",
-    "StepInput": "step",
-    "StepOutput": "step",
+    "LLM": "serve.llm",
+    "CompletionOutput": "engine.outputs",
+    "RequestOutput": "engine.outputs",
+    "ModelRunner": "runner.runner",
+    "SamplingParams": "sampling.params",
+    "StepInput": "build.step",
+    "StepOutput": "build.step",
 }
 
 

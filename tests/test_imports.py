@@ -20,6 +20,11 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf"},
     ),
 }
+# The rooms of runtime/, one way: what stands later may be imported by what stands earlier, never the other way round.
+ROOMS = (
+    {"serve"}, {"engine"}, {"scheduler", "sampling", "kv"}, {"runner"}, {"build"}, {"text"}, {"weights"},
+    {"distributed"},
+)  # fmt: skip
 # Two places hand over to code outside the table by name, at run time: the command line to bench.
 ENVIRONMENT = {"environ", "getenv", "putenv"}
 
@@ -50,9 +55,46 @@ def violations(path: Path, folder: str) -> list[str]:
     return found
 
 
+def upward(path: Path, room: str) -> list[str]:
+    """Return what a file of a room of runtime/ imports from a room above it."""
+    level = next(i for i, rooms in enumerate(ROOMS) if room in rooms)
+    above = {other for rooms in ROOMS[:level] for other in rooms}
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("seamwise.runtime."):
+            other = (node.module or "").split(".")[2]
+            if other in above:
+                found.append(f"{path.name}:{node.lineno} imports {other}/, which stands above {room}/")
+    return found
+
+
 @pytest.mark.parametrize("folder", TABLE)
 def test_folder_keeps_the_table(folder: str) -> None:
-    assert [v for path in sorted((ROOT / folder).glob("*.py")) for v in violations(path, folder)] == []
+    assert [v for path in sorted((ROOT / folder).rglob("*.py")) for v in violations(path, folder)] == []
+
+
+@pytest.mark.parametrize("room", sorted({room for rooms in ROOMS for room in rooms}))
+def test_rooms_import_one_way(room: str) -> None:
+    assert [v for path in sorted((ROOT / "runtime" / room).rglob("*.py")) for v in upward(path, room)] == []
+
+
+def test_every_room_is_in_the_order() -> None:
+    folders = {p.parent.name for p in (ROOT / "runtime").glob("*/__init__.py")}
+    assert folders == {room for rooms in ROOMS for room in rooms}
+
+
+def test_no_contract_shares_its_name_with_a_module() -> None:
+    import seamwise.kernels
+    from seamwise.kernels.contract import CONTRACTS
+
+    modules = {p.stem for p in (ROOT / "kernels").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert modules.isdisjoint(CONTRACTS) and seamwise.kernels.rms_norm is CONTRACTS["rms_norm"]
+
+
+def test_an_import_from_above_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text("def f():\n    from seamwise.runtime.serve.llm import LLM")
+    assert upward(path, "runner") == ["planted.py:2 imports serve/, which stands above runner/"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from seamwise.bench import workloads
 from seamwise.bench.compare import compare, table
 from seamwise.bench.engine_process import ENGINES
-from seamwise.runtime.cli import main
+from seamwise.runtime.serve.cli import main
 
 
 @pytest.mark.slow

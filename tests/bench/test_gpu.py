@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from seamwise.bench import gpu, gpu_correctness, gpu_kernels, gpu_runs, gpu_steps, report, timing
-from seamwise.bench.gpu_goals import GOALS
-from seamwise.bench.gpu_rows import Absent, Context, Lazy, Results, Row, read_rows
-from seamwise.bench.gpu_runs import PLAN
+from seamwise.bench import report, timing
+from seamwise.bench.gpu import command as gpu
+from seamwise.bench.gpu import correctness as gpu_correctness
+from seamwise.bench.gpu import kernels as gpu_kernels
+from seamwise.bench.gpu import runs as gpu_runs
+from seamwise.bench.gpu import steps as gpu_steps
+from seamwise.bench.gpu.goals import GOALS
+from seamwise.bench.gpu.rows import Absent, Context, Lazy, Results, Row, read_rows
+from seamwise.bench.gpu.runs import PLAN
 from seamwise.kernels import tuned
 from seamwise.kernels.contract import CONTRACTS
-from seamwise.runtime.cli import main
+from seamwise.runtime.serve.cli import main
 
 HEAD: Row = {"machine": {"commit": "c" * 40, "torch": "2.x", "triton": "3.x"}, "device": "cpu", "shapes": "tiny"}
 
@@ -71,7 +76,7 @@ def test_a_finished_run_resumes_to_nothing(whole: Path) -> None:
     work = context(whole)
     for work.extras in (False, True):
         for stage in ("environment", "kernels", "steps", "runs", "deepseek"):
-            assert list(__import__(f"seamwise.bench.gpu_{stage}", fromlist=["rows"]).rows(work)) == []
+            assert list(__import__(f"seamwise.bench.gpu.{stage}", fromlist=["rows"]).rows(work)) == []
     assert whole.read_text() == before
 
 

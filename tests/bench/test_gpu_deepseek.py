@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from seamwise import kernels
-from seamwise.bench.gpu_deepseek import BACK_GB_PER_S, OUT_GB_PER_S, network
-from seamwise.bench.gpu_deepseek_rank import TINY_RANK, Rank, Step
-from seamwise.compile.record import CPURecorder
+from seamwise.bench.gpu.deepseek import BACK_GB_PER_S, OUT_GB_PER_S, network
+from seamwise.bench.gpu.deepseek_rank import TINY_RANK, Rank, Step
+from seamwise.compile.record.recorder import CPURecorder
 
 
 def test_the_network_model() -> None:

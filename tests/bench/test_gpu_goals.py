@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from seamwise.bench.gpu_goals import judge
-from seamwise.bench.gpu_rows import Row
+from seamwise.bench.gpu.goals import judge
+from seamwise.bench.gpu.rows import Row
 
 HEAD: Row = {"machine": {"commit": "c" * 40, "torch": "2.x", "triton": "3.x"}, "device": "cpu", "shapes": "tiny"}
 

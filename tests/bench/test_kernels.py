@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from seamwise.kernels.contract import CONTRACTS
-from seamwise.runtime.cli import main
+from seamwise.runtime.serve.cli import main
 
 
 def test_list_names_every_contract_with_its_cost(capsys: pytest.CaptureFixture[str]) -> None:

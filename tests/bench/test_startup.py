@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seamwise.runtime.cli import main
+from seamwise.runtime.serve.cli import main
 
 
 def test_depth_adds_no_distinct_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

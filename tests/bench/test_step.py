@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seamwise.runtime.cli import main
+from seamwise.runtime.serve.cli import main
 
 
 def test_parts_add_up_to_the_step(tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

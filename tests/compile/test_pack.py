@@ -13,7 +13,7 @@ from step_inputs import Steps, whole
 
 from seamwise import ModelRunner, StepInput
 from seamwise.compile import pack
-from seamwise.runtime.cli import main
+from seamwise.runtime.serve.cli import main
 
 
 def load(model: Path, packs: Path | None, **options: Any) -> ModelRunner:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from seamwise import ModelRunner
+from seamwise.compile.check.verify import BrokenGraph, verify
 from seamwise.compile.derive import evaluate, parameters_of
-from seamwise.compile.explain import as_json, as_text
+from seamwise.compile.explain.text import as_json, as_text
 from seamwise.compile.pipeline import BrokenPromise, PipelineConfig
-from seamwise.compile.verify import BrokenGraph, verify
 from seamwise.model_defs import blocks
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from seamwise.compile.record import CPURecorder, RecordingRefused
-from seamwise.compile.recorders import recorder_for
-from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul, tape
-from seamwise.kernels.pool import Pool
-from seamwise.kernels.tape import Tape, recording
+from seamwise.compile.record.recorder import CPURecorder, RecordingRefused
+from seamwise.compile.record.recorders import recorder_for
+from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul
+from seamwise.kernels.cpu import tape
+from seamwise.kernels.cpu.pool import Pool
+from seamwise.kernels.cpu.tape import Tape, recording
 
 
 def chain(x: Tensor, weight: Tensor, factor: float) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_record import Layers, slots_of, spans
 
-from seamwise.compile import record_cuda
-from seamwise.kernels.tape import Tape, recording
+from seamwise.compile.record import cuda_graphs as record_cuda
+from seamwise.kernels.cpu.tape import Tape, recording
 
 
 @pytest.fixture(autouse=True)

@@ -11,18 +11,18 @@ import torch
 from torch.fx import GraphModule
 
 from seamwise.compile import pipeline
-from seamwise.compile.bisect import ulp_histogram
+from seamwise.compile.check.bisect import ulp_histogram
+from seamwise.compile.check.validate import TOLERANCE, InvalidRewrite
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
-from seamwise.compile.validate import TOLERANCE, InvalidRewrite
 from seamwise.kernels import add_rms_norm
 from seamwise.passes import FUSE_ADD_RMS_NORM, Report
-from seamwise.runtime.bisect import bisect, parse_run
-from seamwise.runtime.cli import main
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.drawn_steps import CASES
-from seamwise.runtime.loading import compile_model
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.runtime.build.bisect import bisect, parse_run
+from seamwise.runtime.build.drawn_steps import CASES
+from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
+from seamwise.runtime.serve.cli import main
 
 
 def compiled(path: Path, entry: str, dtype: str = "float32") -> Any:

@@ -22,7 +22,7 @@ from seamwise.kernels import (
     merge_states,
     quantize,
 )  # fmt: skip
-from seamwise.kernels.attention import key_ranges
+from seamwise.kernels.attn.attention import key_ranges
 
 PROVIDERS = {"torch": torch.float64, "cpp": torch.float32}
 close = {"rtol": 1e-12, "atol": 1e-12}

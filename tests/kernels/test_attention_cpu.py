@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seamwise.kernels import attention, attention_cpu, cpp, kv_append
-from seamwise.kernels.tape import Kernel
+from seamwise.kernels import attention, kv_append
+from seamwise.kernels.cpu import attention_cpu, cpp
+from seamwise.kernels.cpu.tape import Kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -309,7 +310,7 @@ def test_threads_come_from_the_openmp_runtime_of_torch() -> None:
     """A second runtime would leave its idle threads spinning against torch's."""
     code = """
 import os, torch
-from seamwise.kernels.attention_cpu import _ATTENTION
+from seamwise.kernels.cpu.attention_cpu import _ATTENTION
 _ATTENTION.entry
 print("torch at", os.path.dirname(torch.__file__))
 """

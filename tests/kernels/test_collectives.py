@@ -23,7 +23,8 @@ from seamwise.kernels import (
     quantize,
     reduce_scatter_rms_norm,
 )
-from seamwise.runtime.distributed import leave_group
+from seamwise.kernels.comm import norm_between_linears as norm_between_linears_file
+from seamwise.runtime.distributed.group import leave_group
 
 ROWS, WIDTH = 8, 40
 
@@ -70,7 +71,6 @@ def check_norms(rank: int, ranks: int, group: str) -> None:
 
 def check_overlap(rank: int, ranks: int, group: str) -> None:
     """What stands between two linear layers is the same by every provider; torch's fused GEMMs by its fallbacks."""
-    ours = import_module("seamwise.kernels.norm_between_linears")
     torchs = import_module("torch.distributed._symmetric_memory")
     library = torch.library.Library("symm_mem", "IMPL")
     library.impl("fused_all_gather_matmul", torchs._fused_all_gather_matmul_fallback, "CPU")
@@ -81,7 +81,10 @@ def check_overlap(rank: int, ranks: int, group: str) -> None:
         for residual, bias in ((None, None), (draw(70 + rank, share, WIDTH), draw(80, 5))):
             args = (x, down, residual, 1 + draw(90, WIDTH), 1e-5, group, up, bias)
             wanted = norm_between_linears.run("torch", *args)
-            for call in (ours.norm_between_linears_symmetric, ours.norm_between_linears_chunked):
+            for call in (
+                norm_between_linears_file.norm_between_linears_symmetric,
+                norm_between_linears_file.norm_between_linears_chunked,
+            ):
                 torch.testing.assert_close(call(*args), wanted)
             refused = next(p for p in norm_between_linears.providers if p.name == "symmetric").why_not
             assert "runs on cuda" in str(refused("cpu", args)) and "share no memory" in str(refused("cuda", args))

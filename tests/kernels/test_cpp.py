@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seamwise.kernels import cpp
+from seamwise.kernels.cpu import cpp
 
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 

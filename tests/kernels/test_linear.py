@@ -1,6 +1,5 @@
 """The packed linear layer in C++: its meaning in float64 is the truth, laws hold in bits."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,20 +9,11 @@ from hypothesis import strategies as st
 from laws import widen
 from torch import Tensor
 
-from seamwise.kernels import (
-    huge_pages,
-    linear_cpu,
-    linear_int,
-    linear_packed,
-    pack_group_values,
-    pack_int_panels,
-    pack_linear,
-    tape,
-    w4a16_linear,
-)
+from seamwise.kernels import linear_int, linear_packed, pack_group_values, pack_int_panels, pack_linear, w4a16_linear
 from seamwise.kernels.contract import CONTRACTS
+from seamwise.kernels.cpu import huge_pages, linear_cpu, tape
+from seamwise.kernels.linear import linear_int as linear_int_file
 
-linear_int_file = sys.modules["seamwise.kernels.linear_int"]
 PORTABLE = ("-std=c++17", "-O2", "-march=x86-64-v3", "-fno-strict-aliasing", "-shared", "-fPIC")  # no AVX-512
 
 

@@ -17,7 +17,6 @@ from torch.testing import assert_close
 
 from seamwise.kernels import (
     grouped_linear,
-    grouped_linear_torch,
     grouped_mxfp4_linear,
     grouped_scaled_linear,
     moe_align,
@@ -29,6 +28,7 @@ from seamwise.kernels import (
     weight_scale,
 )
 from seamwise.kernels.contract import Contract
+from seamwise.kernels.moe import grouped_linear_torch
 
 BF16 = torch.bfloat16
 

@@ -23,8 +23,8 @@ from seamwise.kernels import (
     w4a16_linear,
     weight_scale,
 )
-from seamwise.kernels.mxfp4_linear import dequantize_mxfp4
-from seamwise.kernels.quantize_weight import FORMATS, expand_blocks, pack_int4, unpack_int4
+from seamwise.kernels.linear.mxfp4_linear import dequantize_mxfp4
+from seamwise.kernels.quant.quantize_weight import FORMATS, expand_blocks, pack_int4, unpack_int4
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

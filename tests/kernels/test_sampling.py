@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from seamwise.kernels import gumbel_sample, logprobs, penalize, speculative_reject, truncate_logits
-from seamwise.kernels.sampling_noise import ACCEPT, DRAW, RECOVER, draw_keys, gumbel_noise, uniform_noise
-from seamwise.kernels.tokenwise_cpu import argmax_rows
+from seamwise.kernels.cpu.tokenwise_cpu import argmax_rows
+from seamwise.kernels.sampling.sampling_noise import ACCEPT, DRAW, RECOVER, draw_keys, gumbel_noise, uniform_noise
 
 MASK64 = (1 << 64) - 1
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seamwise.kernels import add_rms_norm, gather_rows, linear_packed, pack_linear, silu_mul, tape
-from seamwise.kernels.pool import Pool
+from seamwise.kernels import add_rms_norm, gather_rows, linear_packed, pack_linear, silu_mul
+from seamwise.kernels.cpu import tape
+from seamwise.kernels.cpu.pool import Pool
 
 
 def weights() -> tuple[Tensor, Tensor, Tensor]:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seamwise.kernels import add_rms_norm, gather_rows, rms_norm, rope, rope_table, silu_mul, tape, tokenwise_cpu
+from seamwise.kernels import add_rms_norm, gather_rows, rms_norm, rope, rope_table, silu_mul
 from seamwise.kernels.contract import Contract
+from seamwise.kernels.cpu import tape, tokenwise_cpu
 
 PORTABLE = ("-std=c++17", "-O2", "-march=x86-64", "-ffp-contract=off", "-shared", "-fPIC")  # vectors of 4 floats
 drawn = settings(max_examples=50)

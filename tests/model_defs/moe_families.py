@@ -12,9 +12,9 @@ from step_inputs import Schedule, Steps, run_schedule
 from tiny_models import load_tiny, save_tiny
 from torch import Tensor, nn
 
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.kv_cache import KVCacheSpec
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.runtime.build.kv_spec import KVCacheSpec
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
 
 MLA = {
     "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,

@@ -11,7 +11,7 @@ from step_inputs import Steps, whole
 from tiny_models import load_tiny, save_tiny
 
 from seamwise.compile.capture import capture
-from seamwise.runtime.step import STEP_ARGUMENTS
+from seamwise.runtime.build.step import STEP_ARGUMENTS
 
 DIMS: dict[str, Any] = {
     "token_ids": ("T",), "positions": ("T",), "kv_caches": [[("N", None, None, None)] * 2] * 2, "slot_mapping": ("T",),

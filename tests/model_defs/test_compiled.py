@@ -13,7 +13,7 @@ from step_inputs import Steps
 from tiny_models import assert_within_budget, save_tiny
 
 from seamwise import ModelRunner
-from seamwise.runtime.step import StepInput
+from seamwise.runtime.build.step import StepInput
 
 DTYPES = [torch.float32, torch.bfloat16]
 PASSES = ("raise_rms_norm", "raise_rope", "raise_swiglu", "fuse_add_rms_norm", "fuse_gate_up", "fuse_qkv")

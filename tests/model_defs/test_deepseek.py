@@ -24,9 +24,9 @@ from seamwise.model_defs import build_model, deepseek
 from seamwise.model_defs.blocks import Cache, Table, Where
 from seamwise.model_defs.deepseek_mtp import deepseek_mtp
 from seamwise.model_defs.mla import LatentAttention
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.kv_cache import KVCacheSpec
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.runtime.build.kv_spec import KVCacheSpec
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
 
 DEEPSEEK = [name for name in MOE if name.startswith("deepseek")]
 R1 = {  # https://huggingface.co/deepseek-ai/DeepSeek-R1/blob/main/config.json

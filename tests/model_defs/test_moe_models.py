@@ -20,7 +20,7 @@ from tiny_models import SIZES, assert_within_budget, load_tiny, reference, save_
 from seamwise import ModelRunner
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.model_defs import build_model
-from seamwise.runtime.step import StepInput
+from seamwise.runtime.build.step import StepInput
 
 ENTRIES = ("own", "transformers")
 ONE_EACH = [name for name in MOE if "," not in name]

@@ -10,7 +10,7 @@ from plain_modules import load_weights
 from torch import Tensor, nn
 
 from seamwise.model_defs import build_model
-from seamwise.runtime.config import ModelConfig
+from seamwise.runtime.build.model_config import ModelConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -28,9 +28,9 @@ from seamwise.kernels import (
     weight_scale,
 )
 from seamwise.passes import FUSE_MOE_ROUTE_QUANT, FUSE_MOE_SILU_MUL_QUANT, Structure
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.loading import compile_model
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
 
 T, D, I, E, K = 5, 16, 12, 4, 2
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}

@@ -14,11 +14,11 @@ from seamwise import LLM, ModelRunner, StepInput
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig, rewrite
 from seamwise.passes import FUSE_RMS_NORM_QUANT, SCHEMES, Report
-from seamwise.passes.quantize_linear import QUANTIZE_LINEAR
-from seamwise.passes.quantize_weights import quantize_weights
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.loading import capture_model, compile_model
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.passes.quantization.quantize_linear import QUANTIZE_LINEAR
+from seamwise.passes.quantization.quantize_weights import quantize_weights
+from seamwise.runtime.build.loading import capture_model, compile_model
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
 
 FUSED = {"fuse_rms_norm_quant": 1, "fuse_add_rms_norm_quant": 3, "fuse_silu_mul_quant": 2, "fuse_attention_quant": 2}
 

@@ -25,11 +25,11 @@ from seamwise.compile.program import Executable, Program, TokenRange
 from seamwise.compile.shard_plan import OWN_PLAN
 from seamwise.kernels import allreduce_rms_norm, dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
 from seamwise.passes import Structure
-from seamwise.runtime.cli import main
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.distributed import fake_group
-from seamwise.runtime.loading import compile_model
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
+from seamwise.runtime.distributed.group import fake_group
+from seamwise.runtime.serve.cli import main
 
 
 def chain(case: str, group: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

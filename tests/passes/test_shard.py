@@ -20,12 +20,12 @@ from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Program
 from seamwise.passes import Parallel
-from seamwise.passes.placement import Cut, Unplaceable
-from seamwise.runtime.cli import main
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.distributed import fake_group
-from seamwise.runtime.loading import compile_model
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.passes.shard.placement import Cut, Unplaceable
+from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
+from seamwise.runtime.distributed.group import fake_group
+from seamwise.runtime.serve.cli import main
 
 GOLDEN = Path(__file__).with_name("golden")
 REDUCED, SHARED = "allreduce_rms_norm", "reduce_scatter_rms_norm"

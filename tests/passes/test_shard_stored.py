@@ -12,11 +12,11 @@ from quantized_checkpoints import LAYOUTS, NO_PASSES, UNSERVED, dequantizations,
 from test_shard import compiled
 from torch import Tensor
 
-from seamwise.passes.placement import Unplaceable
-from seamwise.runtime.config import ModelConfig
-from seamwise.runtime.distributed import fake_group
-from seamwise.runtime.loading import load_step_weights
-from seamwise.runtime.runner_config import RunnerConfig
+from seamwise.passes.shard.placement import Unplaceable
+from seamwise.runtime.build.loading import load_step_weights
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
+from seamwise.runtime.distributed.group import fake_group
 
 ONLY_RAISED = tuple(name for name in NO_PASSES if not name.startswith("raise"))
 SIZES = {"num_key_value_heads": 4, "intermediate_size": 512}

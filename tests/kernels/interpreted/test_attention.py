@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import check
 
-from seamwise.kernels import (
-    attention,
-    attention_cascade,
-    attention_partial,
-    attention_quant,
-    attention_triton,
-    merge_states,
-)  # fmt: skip
+from seamwise.kernels import attention, attention_cascade, attention_partial, attention_quant, merge_states
+from seamwise.kernels.attn import attention_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

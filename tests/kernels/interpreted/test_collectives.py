@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seamwise.kernels.allreduce_rms_norm import sum_norm
-from seamwise.kernels.allreduce_rms_norm_quant import sum_norm_quant
-from seamwise.kernels.quantize import quantize
+from seamwise.kernels.comm.allreduce_rms_norm import sum_norm
+from seamwise.kernels.comm.allreduce_rms_norm_quant import sum_norm_quant
+from seamwise.kernels.quant.quantize import quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -10,8 +10,8 @@ from laws import check
 from torch import Tensor
 
 from seamwise.kernels import mla_decode, mla_prefill
-from seamwise.kernels.mla_decode_triton import num_splits
-from seamwise.kernels.mla_prefill import absorbs
+from seamwise.kernels.attn.mla_decode_triton import num_splits
+from seamwise.kernels.attn.mla_prefill import absorbs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ from laws import check, check_rows, refusal
 
 from seamwise.kernels import dequantize_weight, mxfp4_linear, scaled_linear, w4a16_linear
 from seamwise.kernels.contract import Contract
-from seamwise.kernels.mxfp4_linear import dequantize_mxfp4
+from seamwise.kernels.linear.mxfp4_linear import dequantize_mxfp4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = {"x_group": 128, "rows": 128, "columns": 128}

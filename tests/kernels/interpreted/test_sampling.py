@@ -12,7 +12,7 @@ from laws import check
 from torch import Tensor
 
 from seamwise.kernels import gumbel_sample, logprobs, penalize, speculative_reject, truncate_logits
-from seamwise.kernels.sampling_noise import (
+from seamwise.kernels.sampling.sampling_noise import (
     ACCEPT,
     DRAW,
     RECOVER,

@@ -23,7 +23,7 @@ from seamwise.kernels import (
     silu_mul_quant,
     swiglu_clamped,
 )
-from seamwise.kernels.quantize import scheme
+from seamwise.kernels.quant.quantize import scheme
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEMES = [

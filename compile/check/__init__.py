@@ -1,0 +1,1 @@
+"""What holds a rewrite to its promise: the verifier, the validator, the interpreter, bisection."""

@@ -1,0 +1,1 @@
+"""What the compiler says of a program: text, JSON and HTML, costs, live memory and collectives."""

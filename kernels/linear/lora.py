@@ -1,0 +1,235 @@
+"""LoRA: low-rank updates of a linear layer by adapters, of which every token has its own or none.
+
+A program takes 16 neighbouring tokens and the adapters among them one after another: tokens of one request, or rows
+sorted by expert, mostly share one, and each adapter's weights are then read once a tile. Nothing needs to be sorted,
+and no row's sums depend on its neighbours.
+
+Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; batches of adapters: Chen et al. 2023 (Punica),
+https://arxiv.org/abs/2310.18547, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seamwise.kernels.contract import Build, Cost, contract, refuses_rows
+from seamwise.kernels.draw import Draw
+
+_CHUNK = 512  # columns of x a program; fixed, so that the order of the sums is
+
+
+@contract()
+def lora_shrink(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
+    """Return x[t] · a[adapter[t]]ᵀ: (T, R) in x's dtype, sums in float32 or wider; zeros where the adapter is -1.
+
+    x is (T, D), a (L, R, D) in x's dtype, adapter_T int32 or int64 (T,) below L, in any order. Experts with adapters of
+    their own are the same op: L adapters of E experts as a (L·E, R, D), adapter · E + expert as index, -1 kept.
+    Moves T·D + T·R elements and the adapters in use.
+    """
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    a_TRD = a_LRD[adapter_T.clamp(min=0).long()].to(wide)
+    s_TR = torch.bmm(a_TRD, x_TD.to(wide).unsqueeze(-1)).squeeze(-1)
+    return s_TR.masked_fill((adapter_T < 0).unsqueeze(-1), 0).to(x_TD.dtype)
+
+
+@contract()
+def lora_expand(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> Tensor:
+    """Return y[t] + scaling[adapter[t]] · (b[adapter[t]] · s[t]): (T, N) in y's dtype; y where the adapter is -1.
+
+    y is (T, N), s (T, R) and b (L, N, R) in y's dtype, scaling (L,) float32, adapter_T and experts as for
+    `lora_shrink`; float32 or wider until the one rounding. Moves 2·T·N + T·R elements and the adapters in use.
+    """
+    wide = torch.promote_types(y_TN.dtype, torch.float32)
+    index_T = adapter_T.clamp(min=0).long()
+    update_TN = torch.bmm(b_LNR[index_T].to(wide), s_TR.to(wide).unsqueeze(-1)).squeeze(-1)
+    update_TN = (update_TN * scaling_L[index_T].unsqueeze(-1)).masked_fill((adapter_T < 0).unsqueeze(-1), 0)
+    return (y_TN.to(wide) + update_TN).to(y_TN.dtype)
+
+
+@lora_shrink.costs
+def shrink_cost(x_TD: Tensor, a_LRD: Tensor) -> Cost:
+    return _cost(x_TD, a_LRD.shape[1], a_LRD, x_TD.nbytes)
+
+
+@lora_expand.costs
+def expand_cost(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor) -> Cost:
+    return _cost(y_TN, s_TR.shape[1], b_LNR, 2 * y_TN.nbytes)
+
+
+def _cost(wide_TD: Tensor, rank: int, weight: Tensor, moved: int) -> Cost:
+    """Count one adapter at least, or none without tokens: which are in use is a matter of values."""
+    adapters = min(wide_TD.shape[0], 1) * weight.shape[1] * weight.shape[2] * weight.element_size()
+    narrow = wide_TD.shape[0] * rank * wide_TD.element_size()
+    return Cost(bytes=moved + narrow + adapters, flops=2 * wide_TD.numel() * rank)
+
+
+@lora_shrink.inputs(
+    examples=(
+        {"T": 1, "D": 16, "R": 8, "L": 1}, {"T": 3, "D": 33, "R": 4, "L": 2}, {"T": 0, "D": 8, "R": 8, "L": 1},
+        {"T": 40, "D": 700, "R": 16, "L": 3},
+    ),
+    shapes={
+        "llama-3-8b prefill": {"T": 4096, "D": 4096, "R": 16, "L": 4},
+        "llama-3-70b decode": {"T": 64, "D": 8192, "R": 16, "L": 16},
+    },
+    sizes={"T": (0, 40), "D": (1, 600), "R": [4, 8, 16, 64], "L": (1, 5)},
+    rows=(0, 2),
+)  # fmt: skip
+def make_shrink(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
+    x_TD = draw(T, D)
+    a_LRD = (draw.normal(L, R, D) / D**0.5).to(draw.dtype)
+    return x_TD, a_LRD, draw.integers(-1, L, T, dtype=torch.int32)
+
+
+@lora_expand.inputs(examples=lora_shrink.examples, shapes=lora_shrink.shapes, sizes=lora_shrink.sizes, rows=(0, 1, 3))
+def make_expand(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
+    y_TN, s_TR = (draw(T, n) for n in (D, R))
+    b_LNR = (draw.normal(L, D, R) / R**0.5).to(draw.dtype)
+    adapter_T = draw.integers(-1, L, T, dtype=torch.int32)
+    return y_TN, s_TR, b_LNR, adapter_T, draw.uniform(L) + 0.5
+
+
+@triton.jit
+def _next_adapter(adapters, last):
+    """Return the least adapter of a tile above the last, or 2^31 - 1."""
+    return tl.min(tl.where(adapters > last, adapters, 2147483647), 0)
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr, a_ptr, adapter_ptr, part_ptr, x_stride, T, D, R, TOKENS: tl.constexpr, RANK: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write x · aᵀ over one chunk of the columns, at part (chunk, T, R)."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    rank = tl.arange(0, RANK)  # [RANK]
+    start = tl.program_id(1) * CHUNK
+    adapters = tl.load(adapter_ptr + token, mask=token < T, other=-1).to(tl.int32)
+    sums = tl.zeros([TOKENS, RANK], tl.float32)
+    adapter = _next_adapter(adapters, -1)
+    while adapter < 2147483647:
+        mine = (adapters == adapter)[:, None]
+        for offset in range(0, CHUNK, BLOCK):
+            column = start + offset + tl.arange(0, BLOCK)  # [BLOCK]
+            x_at = x_ptr + token[:, None].to(tl.int64) * x_stride + column[None, :]
+            x = tl.load(x_at, mask=mine & (column < D)[None, :], other=0.0)
+            a_at = a_ptr + (adapter.to(tl.int64) * R + rank[None, :]) * D + column[:, None]  # [BLOCK, RANK]
+            a = tl.load(a_at, mask=(rank < R)[None, :] & (column < D)[:, None], other=0.0)
+            sums = tl.dot(x, a, sums, input_precision="ieee")
+        adapter = _next_adapter(adapters, adapter)
+    row = (tl.program_id(1).to(tl.int64) * T + token)[:, None]
+    tl.store(part_ptr + row * R + rank[None, :], sums, mask=(token < T)[:, None] & (rank < R)[None, :])
+
+
+@triton.jit
+def _sum_kernel(part_ptr, out_ptr, chunks, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(chunks):
+        total += tl.load(part_ptr + index, mask=index < count, other=0.0)
+        part_ptr += count
+    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=index < count)
+
+
+@triton.jit
+def _expand_kernel(
+    y_ptr, s_ptr, b_ptr, adapter_ptr, scaling_ptr, out_ptr, y_stride, s_stride, T, N, R, TOKENS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    rank = tl.arange(0, RANK)  # [RANK]
+    inside = (token < T)[:, None] & (column < N)[None, :]
+    row = token[:, None].to(tl.int64)
+    adapters = tl.load(adapter_ptr + token, mask=token < T, other=-1).to(tl.int32)
+    y = tl.load(y_ptr + row * y_stride + column[None, :], mask=inside, other=0.0)
+    total = y.to(tl.float32)
+    adapter = _next_adapter(adapters, -1)
+    while adapter < 2147483647:
+        mine = (adapters == adapter)[:, None]
+        s = tl.load(s_ptr + row * s_stride + rank[None, :], mask=mine & (rank < R)[None, :], other=0.0)
+        b_at = b_ptr + (adapter.to(tl.int64) * N + column[None, :]) * R + rank[:, None]  # [RANK, BLOCK]
+        b = tl.load(b_at, mask=(rank < R)[:, None] & (column < N)[None, :], other=0.0)
+        update = tl.dot(s, b, input_precision="ieee") * tl.load(scaling_ptr + adapter)
+        total = tl.where(mine, total + update, total)
+        adapter = _next_adapter(adapters, adapter)
+    tl.store(out_ptr + row * N + column[None, :], total.to(y.dtype), mask=inside)
+
+
+def config(R: int, itemsize: int) -> dict[str, int]:
+    """Launch configuration of both kernels: the largest tile of an adapter that spills on no architecture."""
+    rank = max(triton.next_power_of_2(R), 16)
+    block = min(max((8192 if itemsize == 2 else 4096) // rank, 16), 128)
+    return {"TOKENS": 16, "RANK": rank, "BLOCK": block, "num_warps": 4}
+
+
+def _builds(kernel: object, constants: dict[str, int], types: dict[str, str], dtype: str) -> Iterator[Build]:
+    for rank in (16, 64, 256):
+        chosen = config(rank, 2 if dtype == "bf16" else 4)
+        yield Build(kernel, {**constants, **chosen}, {"adapter_ptr": "*i32", **types})
+
+
+@lora_shrink.builds
+def shrink_builds(dtype: str) -> Iterator[Build]:
+    yield from _builds(_shrink_kernel, {"CHUNK": _CHUNK}, {"part_ptr": "*fp32"}, dtype)
+    yield Build(_sum_kernel, {"BLOCK": 256, "num_warps": 4}, {"part_ptr": "*fp32"})
+
+
+@lora_expand.builds
+def expand_builds(dtype: str) -> Iterator[Build]:
+    yield from _builds(_expand_kernel, {}, {"scaling_ptr": "*fp32"}, dtype)
+
+
+def _refuses(wide_TD: Tensor, weight: Tensor, adapter_T: Tensor, **rows: Tensor) -> str | None:
+    if weight.dim() != 3 or not weight.is_contiguous() or weight.dtype != wide_TD.dtype or wide_TD.dim() != 2:
+        return f"adapters must be contiguous (L, ·, ·) of {wide_TD.dtype}, got {tuple(weight.shape)}, {weight.dtype}"
+    if adapter_T.dtype not in (torch.int32, torch.int64) or not adapter_T.is_contiguous():
+        return f"adapter_T must be contiguous int32 or int64, got {adapter_T.dtype}"
+    if wide_TD.dtype == torch.float64 or any(r.dtype != wide_TD.dtype for r in rows.values()):
+        return f"rows must share a dtype of at most 32 bits, got {wide_TD.dtype}, {[r.dtype for r in rows.values()]}"
+    return refuses_rows(**rows)
+
+
+def _refuses_shrink(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> str | None:
+    if a_LRD.shape[-1] != x_TD.shape[-1]:
+        return f"a has {a_LRD.shape[-1]} columns, x {x_TD.shape[-1]}"
+    return _refuses(x_TD, a_LRD, adapter_T, x=x_TD)
+
+
+def _refuses_expand(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> str | None:
+    if b_LNR.shape[-2:] != (y_TN.shape[-1], s_TR.shape[-1]) or scaling_L.dtype != torch.float32:
+        return f"b {tuple(b_LNR.shape)} does not take s {tuple(s_TR.shape)} to y {tuple(y_TN.shape)}"
+    return _refuses(y_TN, b_LNR, adapter_T, y=y_TN, s=s_TR)
+
+
+@lora_shrink.provider("triton", devices=("cuda",), refuses=_refuses_shrink, triton=True)
+def lora_shrink_triton(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
+    (tokens, width), rank = x_TD.shape, a_LRD.shape[1]
+    chunks = triton.cdiv(width, _CHUNK)
+    out = torch.empty((tokens, rank), dtype=x_TD.dtype, device=x_TD.device)
+    parts = torch.empty((chunks, tokens, rank), dtype=torch.float32, device=x_TD.device)
+    if tokens:
+        chosen = config(rank, x_TD.element_size())
+        _shrink_kernel[(triton.cdiv(tokens, chosen["TOKENS"]), chunks)](
+            x_TD, a_LRD, adapter_T, parts, x_TD.stride(0), tokens, width, rank, CHUNK=_CHUNK, **chosen
+        )
+        _sum_kernel[(triton.cdiv(out.numel(), 256),)](parts, out, chunks, out.numel(), BLOCK=256, num_warps=4)
+    return out
+
+
+@lora_expand.provider("triton", devices=("cuda",), refuses=_refuses_expand, triton=True)
+def lora_expand_triton(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> Tensor:
+    (tokens, width), rank = y_TN.shape, s_TR.shape[1]
+    out = torch.empty((tokens, width), dtype=y_TN.dtype, device=y_TN.device)
+    if tokens:
+        chosen = config(rank, y_TN.element_size())
+        _expand_kernel[(triton.cdiv(tokens, chosen["TOKENS"]), triton.cdiv(width, chosen["BLOCK"]))](
+            y_TN, s_TR, b_LNR, adapter_T, scaling_L, out, y_TN.stride(0), s_TR.stride(0), tokens, width, rank, **chosen
+        )
+    return out

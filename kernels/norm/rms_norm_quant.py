@@ -1,0 +1,107 @@
+"""RMSNorm and quantization of the normed rows, in one pass over memory.
+
+Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; `quantize` for the scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seamwise.kernels.contract import Build, contract
+from seamwise.kernels.cpu.tape import call
+from seamwise.kernels.draw import Draw
+from seamwise.kernels.quant.quantize import (
+    empty_quantized,
+    quantize,
+    refuses_scheme,
+    row_builds,
+    row_config,
+    scheme,
+    store_quantized,
+)
+
+from .rms_norm import inverse_rms, norm_weight, refuses_norm, rms_norm, row_total, weighted
+
+
+@contract(flops=lambda x_TD: 7 * x_TD.numel())
+def rms_norm_quant(
+    x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return quantize(rms_norm(x, weight, eps), dtype, group, scale): q (T, D) and scales (T, ⌈D/group⌉) float32.
+
+    The normed rows are rounded to x's dtype before they are quantized, so fused equals unfused. Moves T·D + D elements,
+    T·D bytes and the scales. Raises ValueError as `quantize` does.
+    """
+    return quantize.meaning(rms_norm.meaning(x_TD, weight_D, eps), dtype, group, scale)
+
+
+@rms_norm_quant.inputs(
+    examples=quantize.examples,
+    shapes={
+        "deepseek-v3 prefill": {"T": 4096, "D": 7168, "group": 128}, "llama-3-70b decode": {"T": 64, "D": 8192},
+    },
+    sizes={**quantize.sizes, "wide": [False, True]},
+    rows=(0,),
+)  # fmt: skip
+def make(
+    draw: Draw, T: int, D: int, group: int = 0, int8: bool = False, static: bool = False, wide: bool = False
+) -> tuple[Any, ...]:
+    return draw(T, D), norm_weight(draw, D, wide), 1e-5, *scheme(group, int8, static, draw.device)
+
+
+@triton.jit
+def _rms_norm_quant_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, scale_ptr, static_ptr, total_ptr, x_stride, residual_stride, D, groups,
+    eps, GROUP: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    residual_at = residual_ptr + row * residual_stride if residual_ptr is not None else None
+    total_at = total_ptr + row * D if total_ptr is not None else None
+    total = row_total(x_ptr + row * x_stride, residual_at, total_at, column, D)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0)
+    normed = weighted(total, inverse_rms(total, D, eps), weight).to(tl.float32)
+    store_quantized(normed, out_ptr + row * D, scale_ptr + row * groups, static_ptr, D, GROUP, BLOCK, LIMIT, STATIC)
+
+
+def norm_quant_builds(**constants: Any) -> Iterator[Build]:
+    """Yield the kernel's builds, with None for the pointers that are not in use."""
+    return row_builds(_rms_norm_quant_kernel, {"eps": "fp32"}, **constants)
+
+
+rms_norm_quant.builds(norm_quant_builds(residual_ptr=None, total_ptr=None))
+
+
+def launch_norm_quant(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (*quantize(rms_norm(s), …), s) with s = x, + residual where given."""
+    width, stride = x_TD.shape[-1], 0 if residual_TD is None else residual_TD.stride(-2)
+    out, scales = empty_quantized(x_TD, dtype, group)
+    total = None if residual_TD is None else torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    if rows := x_TD.numel() // width:
+        _rms_norm_quant_kernel[(rows,)](
+            x_TD, residual_TD, weight_D, out, scales, scale, total, x_TD.stride(-2), stride, width, scales.shape[-1],
+            eps, **row_config(width, dtype, group, scale is not None),
+        )  # fmt: skip
+    return out, scales, x_TD if total is None else total
+
+
+@rms_norm_quant.provider("triton", devices=("cuda",), refuses=(refuses_norm, refuses_scheme), triton=True)
+def rms_norm_quant_triton(
+    x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return launch_norm_quant(x_TD, None, weight_D, eps, dtype, group, scale)[:2]
+
+
+@rms_norm_quant.provider("composed", devices=("cpu",))
+def rms_norm_quant_composed(x_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any) -> tuple[Tensor, Tensor]:
+    """The norm by its own kernel, then quantize's meaning, which has none here."""
+    return call(quantize.meaning, rms_norm.direct(x_TD, weight_D, eps), *scheme)

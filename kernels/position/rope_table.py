@@ -1,0 +1,50 @@
+"""The cosines and sines that rotary position embedding needs for a step's positions.
+
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864; rounded where transformers' LlamaRotaryEmbedding rounds;
+M-RoPE: Wang et al. 2024, https://arxiv.org/abs/2409.12191, section 2.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seamwise.kernels.contract import contract
+from seamwise.kernels.draw import Draw
+
+
+@contract(flops=lambda positions_T, speeds_F: 5 * positions_T.shape[-1] * speeds_F.numel())
+def rope_table(
+    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of position · speed, times scaling: each (T, 2·F), both halves alike, as `rope` reads them.
+
+    positions (T,) are integers, speeds (F,) float32 radians a position; float32 until the last rounding, to dtype.
+    With `sections` (M-RoPE) positions are (3, T), of time, height and width, which the runs of so many speeds take in
+    turn: section i takes row i mod 3. Moves T + F + 4·T·F elements. Raises ValueError when sections do not fit.
+    """
+    angles_TF = positions_T.unsqueeze(-1).to(torch.float32) * speeds_F
+    if sections is not None:
+        if sum(sections) != speeds_F.shape[0] or positions_T.dim() != 2 or positions_T.shape[0] != 3:
+            raise ValueError(
+                f"rope_table: sections {sections} want positions (3, T) and {sum(sections)} speeds, got positions "
+                f"{tuple(positions_T.shape)} and {speeds_F.shape[0]} speeds"
+            )
+        parts = angles_TF.split(sections, -1)
+        angles_TF = torch.cat([part[i % 3] for i, part in enumerate(parts)], -1)
+    angles_TD = torch.cat((angles_TF, angles_TF), -1)
+    return (angles_TD.cos() * scaling).to(dtype), (angles_TD.sin() * scaling).to(dtype)
+
+
+@rope_table.inputs(
+    examples=({"T": 1, "F": 32}, {"T": 5, "F": 7}, {"T": 0, "F": 4}),
+    shapes={"llama-3-8b prefill": {"T": 4096, "F": 64}, "smollm2-135m decode": {"T": 1, "F": 32}},
+    sizes={"T": (0, 9), "F": (1, 64)},
+    rows=(0,),
+)
+def make(draw: Draw, T: int, F: int) -> tuple[Any, ...]:
+    positions_T = draw.integers(0, 8192, T)
+    speeds_F = 10000.0 ** (-torch.arange(F, dtype=torch.float32, device=draw.device) / F)
+    return positions_T, speeds_F, 1.0, draw.dtype

@@ -1,0 +1,1 @@
+"""Passes that join neighbouring ops into one contract."""

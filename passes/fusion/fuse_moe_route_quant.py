@@ -1,0 +1,67 @@
+"""Choose each token's experts and quantize its row for them in one launch.
+
+before: w, e = moe_route(linear(x, router), …); q, s = quantize(x, dtype, group, scale); h = grouped_scaled_linear(q, …)
+after:  w, e, q, s = moe_route_quant(x, linear(x, router), dtype, group, …, scale); h = …
+The norm cannot quantize x, which the router reads as it is. Saves a launch a layer, and rows are quantized while others
+are routed, which takes longer. Equal quantizations of x, as shared experts have one, become the same.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from seamwise.kernels import grouped_scaled_linear, moe_route, moe_route_quant, quantize
+from seamwise.passes.graph import VIEWS, aten, inserting, is_op, place, replace
+from seamwise.passes.matcher import Miss
+from seamwise.passes.rewrite import Pass, Report, lift
+
+from .fuse_quant import arguments
+
+
+def fuse(module: GraphModule, report: Report) -> None:
+    """Rewrite every routing to experts that read quantized rows; one whose router reads other rows is a miss."""
+    experts = module.graph.find_nodes(op="call_function", target=grouped_scaled_linear.op)
+    of_experts = [layer.args[0].args[0] for layer in experts]
+    for route in list(module.graph.find_nodes(op="call_function", target=moe_route.op)) if experts else []:
+        rows = _rows(route.args[0].args[0]) if is_op(route.args[0], aten.linear.default) else None
+        node = next((q for q in of_experts if is_op(q, quantize.op) and _rows(q.args[0]) is rows), None)
+        if node is None:
+            read = f"of {route.args[0]}" if rows is None else f"of a linear layer of {rows}"
+            report.misses.append(Miss(place(route), route.name, f"it routes by logits {read}, which no expert reads"))
+            continue
+        _rewrite(module, route, [node, *(q for q in _equal(module, node) if q is not node)])
+        report.matched += 1
+
+
+def _rows(x: Any) -> Any:
+    """Return what x is a view or another dtype of."""
+    while is_op(x, *VIEWS, aten.to.dtype):
+        x = x.args[0]
+    return x
+
+
+def _equal(module: GraphModule, node: Node) -> list[Node]:
+    found = module.graph.find_nodes(op="call_function", target=quantize.op)
+    return [q for q in found if arguments(q) == arguments(node)]
+
+
+def _rewrite(module: GraphModule, route: Node, quantizes: list[Node]) -> None:
+    (logits, *how), (x, dtype, group, scale) = arguments(route), arguments(quantizes[0])
+    first = min(route, *quantizes)
+    for source in (logits, x, *how, scale):
+        lift(source, first) if isinstance(source, Node) else None
+    with inserting(module.graph, first, like=route) as proxy:
+        given = [proxy(a) if isinstance(a, Node) else a for a in (x, logits, dtype, group, *how, scale)]
+        all_results = moe_route_quant(*given)
+        results = [operator.getitem(all_results, i).node for i in range(4)]
+    for old, at in ((route, 0), *((q, 2) for q in quantizes)):
+        for item in list(old.users):
+            replace(item, results[at + item.args[1]])  # type: ignore[index, operator]
+
+
+FUSE_MOE_ROUTE_QUANT = Pass(
+    name="fuse_moe_route_quant", rewrite=fuse, expect=lambda s: min(s.quantized_experts, s.routes)
+)

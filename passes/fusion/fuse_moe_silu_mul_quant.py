@@ -1,0 +1,38 @@
+"""Quantize in the kernel of the experts' gated activation; slots of no expert, the padding, are not read.
+
+before: h = grouped_scaled_linear(…, order, …); y = silu_mul(h); q, s = quantize(y, dtype, group, scale)
+after:  q, s = silu_mul_quant(h, dtype, group, scale, row)      row: each slot's expert, -1 where it has none here
+Without expert parallelism every slot has an expert, and row is None. With it a rank of R has one slot in R, and reads
+and computes that part of h only; the others' rows are zeros before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Node, Proxy
+
+from seamwise.kernels import grouped_scaled_linear, silu_mul, silu_mul_quant
+from seamwise.passes.graph import aten, is_op
+
+from .fuse_quant import quant_pass
+
+
+def _of_experts(activation: Node) -> bool:
+    return is_op(activation.args[0], grouped_scaled_linear.op)
+
+
+def _row(activation: Node, proxy: Callable[[Node], Proxy]) -> list[Proxy | None]:
+    """Return the op's last argument. Sharding numbers experts from the rank's first: others' are out of range."""
+    align = activation.args[0].args[4].args[0]  # type: ignore[union-attr]
+    chosen, experts, *mapped = align.args  # type: ignore[union-attr]
+    if mapped or not is_op(chosen, aten.sub.Tensor):
+        return [None]
+    slots = aten.reshape.default(proxy(chosen), [-1])  # type: ignore[arg-type]
+    return [aten.masked_fill.Scalar(slots, aten.ge.Scalar(slots, experts), -1)]
+
+
+FUSE_MOE_SILU_MUL_QUANT = quant_pass(
+    "fuse_moe_silu_mul_quant", silu_mul, silu_mul_quant, wanted=_of_experts, more=_row,
+    expect=lambda s: s.quantized_experts,
+)  # fmt: skip

@@ -1,0 +1,65 @@
+"""Make the linear layers of one module that read one tensor (query, key, value) a single GEMM.
+
+before: q = linear(x, wq); k = linear(x, wk); v = linear(x, wv)
+after:  y = linear(x, cat([wq, wk, wv], 0)); q, k, v = column slices of y (views)
+One pass over x and one kernel launch instead of three; the weight cat is a derived tensor, computed at load.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch.fx import GraphModule, Node
+
+from seamwise.passes.graph import aten, inserting, is_op, is_weight, place, replace, value
+from seamwise.passes.matcher import Miss
+from seamwise.passes.rewrite import Pass, Report
+
+
+def fuse_qkv(module: GraphModule, report: Report) -> None:
+    """Join every group of two or more sibling linears; a sibling that cannot join is a miss."""
+    siblings: defaultdict[tuple[Node, str], list[Node]] = defaultdict(list)
+    for node in module.graph.nodes:
+        # What fuse_gate_up joined stays as it is: it would meet the router of its mixture of experts here.
+        if is_op(node, aten.linear.default) and not is_op(node.args[1], aten.cat.default):
+            siblings[node.args[0], place(node).rpartition(".")[0]].append(node)
+    for (_, parent), group in siblings.items():
+        if len(group) < 2:
+            continue
+        reason = _why_not(group)
+        if reason is None:
+            _join(module, group)
+            report.matched += 1
+        else:
+            report.misses.append(Miss(parent, group[0].name, reason))
+
+
+def _why_not(group: list[Node]) -> str | None:
+    for node in group:
+        if not all(is_weight(n) for n in node.all_input_nodes[1:]):
+            return f"the weight of {node.name} is computed in the step; only weights can be joined ahead of it"
+        if len(node.args) != len(group[0].args):
+            return (
+                f"{node.name} has {len(node.args) - 2} bias, {group[0].name} has {len(group[0].args) - 2}: wanted alike"
+            )
+    dtypes = {value(n).dtype for n in group}
+    return f"results have dtypes {', '.join(map(str, dtypes))}: wanted one" if len(dtypes) > 1 else None
+
+
+def _join(module: GraphModule, group: list[Node]) -> None:
+    first = group[0]
+    with inserting(module.graph, first, like=first) as proxy:
+        weight = aten.cat.default([proxy(n.args[1]) for n in group], 0)  # type: ignore[arg-type]
+        bias = [aten.cat.default([proxy(n.args[2]) for n in group], 0)] if len(first.args) > 2 else []  # type: ignore[arg-type]
+        joined = aten.linear.default(proxy(first.args[0]), weight, *bias)  # type: ignore[arg-type]
+        columns, parts = 0, []
+        for node in group:
+            width = value(node).shape[-1]
+            parts.append(aten.slice.Tensor(joined, -1, columns, columns + width))
+            columns += width
+    for node, part in zip(group, parts, strict=True):
+        replace(node, part.node)
+        module.graph.erase_node(node)
+
+
+FUSE_QKV = Pass(name="fuse_qkv", rewrite=fuse_qkv, expect=lambda s: s.attentions + s.latent_attentions)

@@ -1,0 +1,119 @@
+"""Let the kernel that makes a tensor quantize it too: shared by the fuse_*_quant passes.
+
+before: y = op(…); q, s = quantize(y, dtype, group, scale)      y is read by nothing else
+after:  q, s, … = op_quant(…, dtype, group, scale)
+Saves one write and one read of y.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node, Proxy
+
+from seamwise.kernels import attention, quantize
+from seamwise.kernels.contract import Contract, contract_of
+from seamwise.passes.graph import aten, inserting, is_getitem, is_op, place, replace, value
+from seamwise.passes.matcher import Miss
+from seamwise.passes.rewrite import Pass, Report, Structure
+
+_RESHAPES = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)
+
+
+def quant_pass(
+    name: str,
+    producer: Contract,
+    fused: Contract,
+    *,
+    result: int | None = None,
+    others: tuple[tuple[int, int], ...] = (),
+    wanted: Callable[[Node], bool] = lambda source: True,
+    more: Callable[[Node, Callable[[Node], Proxy]], list[Any]] = lambda source, proxy: [],
+    expect: Callable[[Structure], int] | None = None,
+) -> Pass:
+    """Return the pass that joins `quantize` to `producer` as `fused`, which takes both ops' arguments in order.
+
+    result  which of the producer's results is quantized; None where it has one
+    others  (producer's result, fused op's result) of those that stay
+    wanted  which of the producer's nodes
+    more    makes what else the fused op takes, before the producer's node
+    """
+
+    def rewrite(module: GraphModule, report: Report) -> None:
+        for node in list(module.graph.find_nodes(op="call_function", target=quantize.op)):
+            source = _producer(node.args[0], producer, result)
+            if source is None or not wanted(source):
+                continue
+            if (reason := _why_not(node, source)) is not None:
+                report.misses.append(Miss(place(node), node.name, reason))
+                continue
+            _replace(module, node, source, fused, others, more)
+            report.matched += 1
+
+    return Pass(name=name, rewrite=rewrite, expect=expect)
+
+
+def _producer(made: Any, producer: Contract, result: int | None) -> Node | None:
+    """Return the producer's node behind a quantized value, looking through reshapes, or None."""
+    while is_op(made, *_RESHAPES):
+        made = made.args[0]
+    if result is not None:
+        if not is_getitem(made) or made.args[1] != result:
+            return None
+        made = made.args[0]
+    return made if is_op(made, producer.op) else None
+
+
+def _why_not(node: Node, source: Node) -> str | None:
+    inner, reader = node.args[0], node
+    while inner is not source:
+        assert isinstance(inner, Node)
+        if len(inner.users) > 1:
+            return _extra(inner, reader)
+        reader, inner = inner, inner.args[0]
+    if not is_getitem(reader) and len(source.users) > 1:
+        return _extra(source, reader)
+    return None
+
+
+def _extra(node: Node, reader: Node) -> str:
+    return f"{node.name} has an extra user {next(u for u in node.users if u is not reader).name}, so it must be kept"
+
+
+def _replace(
+    module: GraphModule, node: Node, source: Node, fused: Contract, others: tuple[tuple[int, int], ...],
+    more: Callable[[Node, Callable[[Node], Proxy]], list[Any]],
+) -> None:  # fmt: skip
+    with inserting(module.graph, source, like=source) as proxy:
+        given = [proxy(a) if isinstance(a, Node) else a for a in (*arguments(source), *arguments(node)[1:])]
+        both = fused(*given, *more(source, proxy))
+        results = [operator.getitem(both, i) for i in range(2)]
+        if _dim(node) > _rows_dim(source):  # a batch of one was added on the way
+            results = [aten.unsqueeze.default(r, 0) for r in results]
+        kept = [(old, operator.getitem(both, new)) for old, new in others]
+    for at, new in enumerate(results):
+        for user in [u for u in node.users if u.args[1] == at]:
+            replace(user, new.node)
+    for old, proxy_new in kept:
+        for user in [u for u in source.users if is_getitem(u) and u.args[1] == old]:
+            replace(user, proxy_new.node)
+
+
+def _dim(node: Node) -> int:
+    return int(value(node.args[0]).dim())  # type: ignore[arg-type]
+
+
+def _rows_dim(source: Node) -> int:
+    """Return the dimensions of what the fused op quantizes: attention's heads are columns of its rows."""
+    made = value(source)
+    shape = made.shape if isinstance(made, Tensor) else made[0].shape
+    return len(shape) - (contract_of(source.target) is attention)
+
+
+def arguments(node: Node) -> list[Any]:
+    """Return a call's positional arguments, with the defaults of those that are left out."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    return [*node.args, *(a.default_value for a in schema[len(node.args) :])]

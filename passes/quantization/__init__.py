@@ -1,0 +1,1 @@
+"""Passes that store weights and the KV cache quantized, and let products read them so."""

@@ -1,0 +1,185 @@
+"""Let linear layers read their weights as they are stored.
+
+before: y = linear(x, dequantize_weight(q, s), bias)         or a cat of such weights along their rows
+after:  y = w4a16_linear(x, q, s, zero, group, bias)         int4 weights, and int8 ones whose inputs stay as they are
+        xq, xs = quantize(x); y = scaled_linear(xq, xs, q, s, dtype, bias)      float8 and int8 weights
+A checkpoint may hold the scale that a layer's input is quantized with; joined layers take their largest one.
+A layer whose form no kernel serves keeps its dequantized weight, computed at load, and is a miss. Equal quantizations
+of one x are one node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, Proxy
+
+from seamwise.kernels import dequantize_weight, quantize, scaled_linear, w4a16_linear
+from seamwise.passes.graph import aten, inserting, is_op, is_weight, place, replace, value
+from seamwise.passes.matcher import Miss
+from seamwise.passes.rewrite import Pass, Report
+
+from .stored_weights import StoredWeight
+
+BLOCK = 128
+_ALONE = ("o_proj", "down_proj", "qkv_proj", "gate_up_proj")
+ACTIVATIONS = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def quantize_linears(module: GraphModule, report: Report) -> None:
+    """Rewrite every linear layer over dequantized weights; what cannot be served is a miss."""
+    quantized: dict[tuple[Any, ...], Node] = {}
+    for node in list(module.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        parts = _parts(node.args[1])
+        if parts is None:
+            continue
+        if (reason := _why_not(parts) or _shape(node.args[0])) is not None:
+            report.misses.append(Miss(place(node), node.name, reason))
+            continue
+        _rewrite(module, node, parts, quantized)
+        report.matched += 1
+
+
+def _parts(weight: Any) -> list[Node] | None:
+    """Return the weights that a weight joins, any of them dequantized, or None when none is."""
+    joined = is_op(weight, aten.cat.default) and (len(weight.args) < 2 or weight.args[1] == 0)
+    parts = list(weight.args[0]) if joined else [weight]
+    return parts if any(is_op(p, dequantize_weight.op) for p in parts) else None
+
+
+def why_unserved(form: tuple[str, int, int], has_zero: bool, quantizes_input: bool) -> str | None:
+    """Return why no kernel reads a weight of this format whose scales serve blocks of (rows, columns), or None."""
+    format, rows, columns = form
+    if _keeps_input(format, quantizes_input):
+        return None if rows == 1 else f"{format} weights share a scale over {rows} rows, wanted 1"
+    if not quantizes_input:
+        return f"{format} weights have no kernel for inputs that stay as they are"
+    if has_zero:
+        return f"{format} weights with zero points have no kernel"
+    served = {(1, 0), (0, 0), (BLOCK, BLOCK)}
+    return None if (rows, columns) in served else f"scales of blocks of ({rows}, {columns}) have no kernel"
+
+
+def _keeps_input(format: str, quantizes_input: bool) -> bool:
+    return format == "int4" or (format == "int8" and not quantizes_input)
+
+
+def _why_not(parts: list[Node]) -> str | None:
+    if plain := [p.name for p in parts if not is_op(p, dequantize_weight.op)]:
+        return f"it joins quantized weights with {', '.join(plain)}, which is not quantized"
+    forms = {tuple(p.args[3:6]) for p in parts}
+    if len(forms) > 1:
+        return f"it joins weights stored in different forms: {', '.join(map(str, sorted(forms)))}"
+    if len({None if p.args[2] is None else value(p.args[2]).is_floating_point() for p in parts}) > 1:  # type: ignore[arg-type]
+        return "it joins weights with and without zero points, or with offsets"
+    inputs = {(_quantizes_input(p), _input_scale(p) is None) for p in parts}
+    if len(inputs) > 1:
+        return "it joins weights whose inputs are quantized in different ways"
+    heights = [value(p).shape[0] for p in parts]
+    form: Any = next(iter(forms))
+    rows = form[1]
+    if rows > 1 and any(n % rows for n in heights[:-1]):
+        return f"it joins weights of {heights} rows, whose blocks of {rows} do not meet"
+    return why_unserved(form, parts[0].args[2] is not None, _quantizes_input(parts[0]))
+
+
+def _quantizes_input(part: Node) -> bool:
+    return bool(part.args[0].meta.get("quantizes_input", True))  # type: ignore[union-attr]
+
+
+def _input_scale(part: Node) -> Node | None:
+    scale: Node | None = part.args[0].meta.get("input_scale")  # type: ignore[union-attr]
+    return scale
+
+
+def _shape(x: Any) -> str | None:
+    shape = value(x).shape
+    return None if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1) else f"its input is {tuple(shape)}"
+
+
+def _rewrite(module: GraphModule, node: Node, parts: list[Node], quantized: dict[tuple[Any, ...], Node]) -> None:
+    _, _, zero, format, rows, columns, _, _ = parts[0].args
+    x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
+    key = (x, format, columns, *map(_input_scale, parts))
+    keeps_input = _keeps_input(format, _quantizes_input(parts[0]))  # type: ignore[arg-type]
+    if not keeps_input and key not in quantized:
+        static = _joined_input_scale(module, parts)
+        with inserting(module.graph, node, like=node) as proxy:
+            given = None if static is None else proxy(static)
+            both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0, given)  # type: ignore[arg-type,index]
+            quantized[key] = both.node
+    with inserting(module.graph, node, like=node) as proxy:
+
+        def joined(tensors: list[Proxy]) -> Proxy:
+            return aten.cat.default(tensors, 0) if len(tensors) > 1 else tensors[0]
+
+        def argument(at: int) -> Proxy:
+            return joined([proxy(p.args[at]) for p in parts])  # type: ignore[arg-type]
+
+        def wide(part: Node) -> Proxy:  # a checkpoint's scales may have any floating dtype
+            return aten.to.dtype(proxy(part.args[1]), torch.float32)  # type: ignore[arg-type]
+
+        batched = value(x).dim() == 3  # type: ignore[arg-type]
+
+        def rows_of(given: Proxy) -> Proxy:
+            return aten.squeeze.dim(given, 0) if batched else given
+
+        given_bias = None if bias is None else proxy(bias)  # type: ignore[arg-type]
+        scales = [wide(p) for p in parts]
+        if keeps_input:
+            zeros = None if zero is None else argument(2)
+            y = w4a16_linear(rows_of(proxy(x)), argument(0), joined(scales), zeros, columns, given_bias)  # type: ignore[arg-type]
+        else:
+            if rows == 0 and len(parts) > 1:  # one scale a tensor becomes one a channel
+                scales = [aten.expand.default(s, [value(p).shape[0], 1]) for s, p in zip(scales, parts, strict=True)]
+            q, s = (rows_of(operator.getitem(proxy(quantized[key]), i)) for i in range(2))
+            y = scaled_linear(q, s, argument(0), joined(scales), value(node).dtype, given_bias)
+        y = aten.unsqueeze.default(y, 0) if batched else y
+    replace(node, y.node)
+    module.graph.erase_node(node)
+
+
+def _joined_input_scale(module: GraphModule, parts: list[Node]) -> Node | None:
+    """Return the one scale, (1,) float32, of the input of joined layers: the largest, with which no value saturates."""
+    given = [s for s in map(_input_scale, parts) if s is not None]
+    if not given:
+        return None
+    # Ahead of every call: the op that makes the input may come to quantize it.
+    first = next(n for n in module.graph.nodes if n.op == "call_function" and not is_weight(n))
+    with inserting(module.graph, first, like=parts[0]) as proxy:
+        scales = [aten.to.dtype(proxy(s), torch.float32) for s in given]
+        one = aten.amax.default(aten.cat.default(scales, 0), [0], True) if len(scales) > 1 else scales[0]
+    return one.node
+
+
+def promised(stored: Mapping[str, StoredWeight]) -> int:
+    """Return how many linear layers over these weights get a kernel that reads them, joined ones counted once.
+
+    Counted where the names are those of attentions and gated MLPs; a layer with another name is no promise.
+    """
+    leaves = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), *((n,) for n in _ALONE)
+    count = 0
+    for parent in {name.removesuffix(".weight").rpartition(".")[0] for name in stored}:
+        for group in leaves:
+            held = [stored.get(f"{parent}.{leaf}.weight") for leaf in group]
+            count += all(h is not None for h in held) and _agree([h for h in held if h is not None])
+    return count
+
+
+def _agree(held: Sequence[StoredWeight]) -> bool:
+    alike = {(h.scheme, h.zero and h.zero.dtype, h.quantizes_input, h.input_scale is None) for h in held}
+    scheme, first = held[0].scheme, held[0]
+    meet = scheme.rows < 2 or all(h.stored.shape[0] % scheme.rows == 0 for h in held[:-1])
+    form = (scheme.format, scheme.rows, scheme.columns)
+    return len(alike) == 1 and meet and why_unserved(form, first.zero is not None, first.quantizes_input) is None
+
+
+QUANTIZE_LINEAR = Pass(
+    name="quantize_linear",
+    lossy=True,  # inputs are quantized too
+    rewrite=quantize_linears,  # after the joins: three linears are one by then, or two
+    expect=lambda s: s.quantized_linears,
+)

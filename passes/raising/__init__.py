@@ -1,0 +1,1 @@
+"""Passes that recognise an op written out by hand and name its contract."""

@@ -1,0 +1,1 @@
+"""Passes that share a model out over ranks: placements, the collectives they need, and overlap."""

@@ -1,0 +1,74 @@
+"""Overlap what ranks say to each other with the GEMMs before and after it.
+
+before: y, share = reduce_scatter_rms_norm(linear(x, down), residual, weight, eps, group, True); z = linear(y, up)
+after:  z, share = norm_between_linears(x, down, residual, weight, eps, group, up)
+The op takes its rows in chunks, and one chunk's rows travel while another's are multiplied. Experts are no such GEMM,
+and the head reads few of the rows: those sums stay as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from seamwise.kernels import dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
+from seamwise.passes.graph import aten, inserting, is_op, place, replace, value
+from seamwise.passes.matcher import Miss
+from seamwise.passes.rewrite import Pass, Report, Structure, lift
+
+
+def rewrite(module: GraphModule, report: Report) -> None:
+    """Rewrite every norm of shares between two linear layers; the others are misses."""
+    for node in list(module.graph.find_nodes(op="call_function", target=reduce_scatter_rms_norm.op)):
+        before = _without_batch(node.args[0])
+        rows = [u for item in node.users if item.args[1] == 0 for u in item.users]
+        readers = [u for r in rows for u in (r.users if is_op(r, aten.unsqueeze.default) else [r])]
+        if (reason := _why_not(before, readers)) is not None:
+            report.misses.append(Miss(place(node), node.name, reason))
+            continue
+        _rewrite(module, node, before, readers[0])
+        report.matched += 1
+
+
+def _rewrite(module: GraphModule, node: Node, before: Node, after: Node) -> None:
+    for weight in filter(None, after.args[1:]):
+        lift(weight, node)  # type: ignore[arg-type]
+    with inserting(module.graph, node, like=node) as proxy:
+        given = (*before.args[:2], *node.args[1:5], *after.args[1:])
+        x, down, *others = [proxy(a) if isinstance(a, Node) else a for a in given]
+        x = aten.squeeze.dim(x, 0) if value(before).dim() == 3 else x
+        both = norm_between_linears(x, down, *others)
+        results = [operator.getitem(both, i) for i in range(2)]
+        results[0] = aten.unsqueeze.default(results[0], 0) if value(after).dim() == 3 else results[0]
+    replace(after, results[0].node)
+    for item in [i for i in node.users if i.args[1] == 1]:
+        replace(item, results[1].node)
+
+
+def _without_batch(x: Any) -> Any:
+    return x.args[0] if is_op(x, aten.squeeze.dim) else x
+
+
+def _why_not(before: Node, readers: list[Node]) -> str | None:
+    if not is_op(before, aten.linear.default) or any(before.args[2:]) or len(before.users) > 1:
+        return f"it sums {before.name}, wanted what a linear layer without bias gives to nothing else"
+    if len(readers) != 1 or not is_op(readers[0], aten.linear.default):
+        return f"its rows are read by {', '.join(r.name for r in readers)}, wanted one linear layer"
+    weights = [layer.args[1] for layer in (before, readers[0])]
+    parts = [p for w in weights for p in (w.args[0] if is_op(w, aten.cat.default) else [w])]  # type: ignore[union-attr]
+    if any(is_op(p, dequantize_weight.op) for p in parts):
+        return "a layer's weight is quantized, which the op does not read"
+    return None
+
+
+def _promised(s: Structure) -> int:
+    """Return the sums but the last, which feeds the head, and those before and after experts."""
+    return 0 if s.quantized_linears else max(s.all_reduces - 1 - 2 * s.sparse_mlps, 0)
+
+
+ASYNC_TP = Pass(
+    name="async_tp", rewrite=rewrite, expect=_promised,
+    from_tokens=lambda parallel: parallel.sequence if parallel and parallel.overlap else None,
+)  # fmt: skip

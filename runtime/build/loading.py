@@ -1,0 +1,242 @@
+"""From a configuration to a compiled program, and from a checkpoint to the weights it reads."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from seamwise.compile.derive import evaluate, parameters_of
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.program import Program
+
+from seamwise.runtime.weights.checkpoint import Source, kept_dtypes, open_source, parameter_shapes, show_progress
+from .model_config import ModelConfig
+from .drawn_steps import draw_steps
+from .kv_spec import KVCacheSpec
+from seamwise.runtime.weights.quantized import stored_weights
+from .runner_config import RunnerConfig
+from .step import STEP_ARGUMENTS
+
+if TYPE_CHECKING:
+    from seamwise.compile.capture import Captured
+    from seamwise.passes import Report, StoredWeight, Structure
+
+_TRIM_BYTES = 32 << 20  # of weights read between two returns of freed memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturedModel:
+    """A traced model: its graph, what its structure promises, its computed buffers; of what a checkpoint holds, shapes,
+    tied names, and the dtypes that are not the model's; what was done to read weights that are stored quantized; its
+    own plan for ranks to share it."""
+
+    captured: Captured
+    structure: Structure
+    buffers: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    kept_dtypes: dict[str, torch.dtype | None]
+    reports: list[Report]
+    plan: dict[str, str] | None
+
+
+def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> CapturedModel:
+    """Build the module without weights and trace it on fake tensors."""
+    with ledger.stage("import compiler"):
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        from seamwise.compile.capture import capture
+        from seamwise.compile.structure import structure_of
+        from seamwise.model_defs import build_model
+    with ledger.stage("build model"):
+        model = build_model(config.architecture, config.raw, entry=options.entry, max_model_len=options.max_model_len)
+        shapes, tied = parameter_shapes(model)
+        buffers = {name: b for name, b in model.named_buffers() if name not in shapes}
+        structure = structure_of(model)
+        fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        with fake:
+            _make_fake(model, options)
+    with ledger.stage("capture"):
+        with fake:
+            arguments = _example_arguments(config, options)
+        captured = capture(model, arguments, _dims(config, options))
+    made = CapturedModel(
+        captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
+        kept_dtypes={**kept_dtypes(model)}, reports=[],
+        plan=getattr(model, "tp_plan", None),
+    )  # fmt: skip
+    if options.stored is not None:
+        made = _stored_quantized(made, stored_weights(options.stored, model))
+    if options.kv_cache_dtype == options.dtype:
+        return made
+    return _quantized_kv(made, options.stored is not None and options.stored.has_kv_scales)
+
+
+def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> CapturedModel:
+    """Let a model read weights as its checkpoint stores them."""
+    from seamwise import passes
+
+    report = passes.stored_weights(stored, model.captured.weights).apply(model.captured.module, model.structure)
+    held = [tensor for weight in stored.values() for tensor in weight.tensors.values()]
+    count, s = passes.promised(stored), model.structure
+    every = count == s.linears - 2 * s.attentions - s.latent_attentions - s.gate_up_pairs
+    dense = not any(len(shape) == 3 for shape in model.shapes.values())  # a router reads what experts do, as it is
+    inputs = every and dense and all(weight.quantizes_input for weight in stored.values())
+    return replace(
+        model,
+        structure=replace(s, quantized_linears=count, quantized_activations=inputs),
+        shapes={n: shape for n, shape in model.shapes.items() if n not in stored} | {t.name: t.shape for t in held},
+        kept_dtypes=model.kept_dtypes | {t.name: t.dtype for t in held},
+        reports=[report],
+    )
+
+
+def _quantized_kv(model: CapturedModel, has_scales: bool) -> CapturedModel:
+    """Let a model cache in float8, by scales that its checkpoint has, else ones."""
+    from seamwise import passes
+
+    weights = model.captured.weights
+    before = {*weights.values()}
+    report = passes.quantize_kv(weights).apply(model.captured.module, model.structure)
+    scales = [name for name in weights.values() if name not in before]
+    if has_scales and (other := [name for name in scales if name.endswith(".cache_scale")]):
+        raise ValueError(
+            f"kv_cache_scheme: its scales are of keys and values, this model caches latents ({other[0]}); use"
+            " entry='transformers', which expands them"
+        )
+    return replace(
+        model,
+        structure=replace(model.structure, quantized_caches=True),
+        buffers=model.buffers | ({} if has_scales else {name: torch.ones(1) for name in scales}),
+        shapes=model.shapes | (dict.fromkeys(scales, (1,)) if has_scales else {}),
+        kept_dtypes=model.kept_dtypes | (dict.fromkeys(scales, torch.float32) if has_scales else {}),
+        reports=[*model.reports, report],
+    )
+
+
+def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
+    """Capture a model and run the pipeline; return the program and the buffers that its weights read."""
+    from seamwise.compile.pipeline import compile_graph
+    from seamwise.compile.check.validate import Validator
+
+    model = capture_model(config, options, ledger)
+    pipeline, validator = options.pipeline, None
+    if pipeline.parallel is not None and pipeline.parallel.plan is None:
+        pipeline = replace(pipeline, parallel=replace(pipeline.parallel, plan=model.plan))
+    if pipeline.validate:
+        with ledger.stage("validate"):
+            cases = draw_steps(config, KVCacheSpec.of(config, options))
+            validator = Validator(model.captured, cases, model.buffers)
+    program = compile_graph(model.captured, model.structure, pipeline, ledger, validator)
+    program.parameters, program.tied = {name: list(shape) for name, shape in model.shapes.items()}, model.tied
+    program.kept_dtypes = {
+        n: None if d is None else str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()
+    }
+    program.reports = [*model.reports, *program.reports]
+    needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
+    return program, {name: b for name, b in model.buffers.items() if name in needed}
+
+
+def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]) -> list[Tensor]:
+    """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe."""
+    shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
+    source = open_source(
+        path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
+        seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
+        ranks=options.tensor_parallel_size,
+    )  # fmt: skip
+    readers = readers_of(source, buffers, options)
+    weights: dict[str, Tensor] = {}
+    freed_bytes = 0  # about as much is freed as is kept
+
+    def size(name: str) -> int:
+        return sum(math.prod(shapes.get(read, ())) for read in parameters_of(program.recipes[name]))
+
+    with torch.inference_mode():  # the largest first: what is read and then freed comes beside little else
+        for name in show_progress(sorted(program.recipes, key=size, reverse=True), "loading weights"):
+            weights[name] = evaluate(program.recipes[name], *readers)
+            freed_bytes += weights[name].nbytes
+            if freed_bytes > _TRIM_BYTES:
+                freed_bytes = 0
+                _return_freed_memory()
+    _return_freed_memory()
+    return [weights[name] for name in program.recipes]
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what glibc keeps between what is in use: 96 MiB after loading SmolLM2-135M's 257."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def readers_of(
+    source: Source, buffers: Mapping[str, Tensor], options: RunnerConfig
+) -> tuple[Callable[[str], Tensor], Callable[[str, int, int, int], Tensor]]:
+    """Return what `evaluate` reads with: a parameter or buffer by name, whole, and a range of one."""
+
+    def parameter(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name].to(options.device)
+        return source.read(name, dtype=options.dtype, device=options.device)
+
+    def part(name: str, dim: int, start: int, end: int) -> Tensor:
+        if name in buffers:
+            return buffers[name].narrow(dim, start, end - start).to(options.device)
+        return source.read(name, dtype=options.dtype, device=options.device, part=(dim, start, end))
+
+    return parameter, part
+
+
+def _make_fake(model: nn.Module, options: RunnerConfig) -> None:
+    """Give parameters fake tensors of the runner's dtype and device, tied ones the same, and buffers fake ones too."""
+    fakes: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if id(p) not in fakes:
+                fake = torch.empty(p.shape, dtype=options.dtype, device=options.device)
+                fakes[id(p)] = nn.Parameter(fake, requires_grad=False)
+            setattr(module, name, fakes[id(p)])
+        for name, b in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=options.device))
+
+
+def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, object]:
+    tokens, requests, blocks = 7, 3, 5
+    spec = KVCacheSpec.of(config, options)
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=options.device)
+
+    values: dict[str, object] = {
+        "token_ids": make((tokens,), torch.int64),
+        "positions": make((tokens,), torch.int64),
+        "kv_caches": [[make((blocks, *shape), spec.dtype) for shape in layer] for layer in spec.layers],
+        "slot_mapping": make((tokens,), torch.int64),
+        "block_table": make((requests, 4), torch.int32),
+        "seq_lens": make((requests,), torch.int32),
+        "query_starts": make((requests + 1,), torch.int32),
+        "logit_rows": make((2,), torch.int64),
+    }
+    return {name: values[name] for name in STEP_ARGUMENTS}
+
+
+def _dims(config: ModelConfig, options: RunnerConfig) -> dict[str, Any]:
+    layers = KVCacheSpec.of(config, options).layers
+    return {
+        "token_ids": ("T",),
+        "positions": ("T",),
+        "kv_caches": [[("N", *[None] * len(shape)) for shape in layer] for layer in layers],
+        "slot_mapping": ("T",),
+        "block_table": ("R", "B"),
+        "seq_lens": ("R",),
+        "query_starts": ("S",),
+        "logit_rows": ("L",),
+    }

@@ -1,0 +1,132 @@
+"""The model's own configuration, read from a Hugging Face directory without importing transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seamwise.model_defs.hf_config import Reader
+
+from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
+from seamwise.runtime.weights.quantization_config import read_quantization
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOST_PARAMETERS = 1 << 40  # no published model comes near
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What the runtime must know of a model; `raw` is config.json as read, or what it would hold.
+
+    num_kv_heads, head_dim  of the cached keys and values; with multi-head latent attention, of what latents expand to
+    latent_dim  width of a token's latent and its rotary key, 0 without multi-head latent attention
+    dtype    of the checkpoint, float32 where it does not say
+    eos_ids  ids that end generation: generation_config.json's, else config.json's
+    bos_id   the id that begins a text, where the model has one
+    """
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    latent_dim: int
+    dtype: torch.dtype
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    raw: dict[str, Any]
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> ModelConfig:
+        """Read config.json and generation_config.json, or a GGUF file where there is no config.json.
+
+        Raises ValueError naming the file and the wrong value.
+        """
+        if not directory.exists():
+            raise ValueError(f"model directory {directory} does not exist; wanted a Hugging Face model directory")
+        path = directory / "config.json"
+        if gguf := find_gguf(directory):
+            path, raw = gguf, read_gguf_config(gguf)
+        else:
+            raw = _read_json(path, required=True)
+        generation = _read_json(directory / "generation_config.json", required=False)
+        names = raw.get("architectures")
+        if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+            raise ValueError(
+                f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
+            )
+        read_quantization(raw, str(path))
+        read = Reader(raw, str(path))
+        heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
+        latent = raw.get("kv_lora_rank") is not None
+        rotary = read.size("qk_rope_head_dim") if latent else 0
+        config = cls(
+            architecture=names[0],
+            hidden_size=hidden,
+            num_layers=read.size("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=heads if latent else read.size("num_key_value_heads", heads),
+            head_dim=read.size("qk_nope_head_dim") + rotary if latent else read.size("head_dim", hidden // heads),
+            vocab_size=read.size("vocab_size"),
+            max_position_embeddings=read.size("max_position_embeddings"),
+            latent_dim=read.size("kv_lora_rank") + rotary if latent else 0,
+            dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
+            eos_ids=_token_ids("eos_token_id", generation, raw, directory),
+            bos_id=next(iter(_token_ids("bos_token_id", generation, raw, directory)), None),
+            raw=raw,
+        )
+        config._check(path)
+        return config
+
+    def _check(self, path: Path) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{path}: num_attention_heads={self.num_heads} is no multiple of"
+                f" num_key_value_heads={self.num_kv_heads}"
+            )
+        if "head_dim" not in self.raw and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"{path}: hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_heads}"
+            )
+        # A lower bound: embedding, the four projections of attention, and two matrices of the MLP.
+        projections = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        width = self.raw.get("intermediate_size")
+        mlp = 2 * self.hidden_size * width if isinstance(width, int) else 0
+        parameters = self.vocab_size * self.hidden_size + self.num_layers * (projections + mlp)
+        if parameters > _MOST_PARAMETERS:
+            raise ValueError(
+                f"{path}: describes a model of at least {parameters:.1e} parameters, wanted at most"
+                f" {_MOST_PARAMETERS:.1e}; hidden_size={self.hidden_size}, intermediate_size={width},"
+                f" num_hidden_layers={self.num_layers}, num_attention_heads={self.num_heads},"
+                f" head_dim={self.head_dim}, vocab_size={self.vocab_size}"
+            )
+
+
+def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
+    file, values = ("generation_config.json", generation) if generation.get(name) is not None else ("config.json", raw)
+    found = values.get(name)
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise ValueError(f"{directory / file}: {name} is {found!r}, wanted a token id or a list of them")
+    return tuple(ids)
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.exists():
+        if required:
+            raise ValueError(f"{path.parent}: has no {path.name}; wanted a Hugging Face model directory")
+        return {}
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path}: holds {type(read).__name__}, wanted an object")
+    return read

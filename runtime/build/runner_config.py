@@ -1,0 +1,225 @@
+"""How a runner is built: device, dtype, entry, compiler and cache options, resolved and checked once."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seamwise.compile import pack
+from seamwise.compile.pipeline import PipelineConfig
+
+from seamwise.runtime.weights.formats import check_load_format
+from .model_config import ModelConfig
+from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
+
+_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float": torch.float32,
+    "half": torch.float16,
+}  # fmt: skip
+_ELSEWHERE = {  # options that users of vLLM and transformers ask for, and what there is instead
+    "trust_remote_code": "code inside a checkpoint is never run; entry='transformers' runs transformers' own classes",
+    "pipeline_parallel_size": "there is no pipeline parallelism; use tensor_parallel_size",
+    "max_seq_len_to_capture": "use cudagraph_capture_sizes, in tokens, and max_recorded_requests",
+    "compilation_config": "use cudagraph_mode, cudagraph_capture_sizes and pipeline=PipelineConfig(…)",
+    "enable_chunked_prefill": "prompts are always computed in chunks of at most max_num_batched_tokens",
+    "swap_space": "preempted requests are computed again",
+    "device_map": "use device",
+    "torch_dtype": "use dtype",
+    "attn_implementation": "attention is always Seamwise's",
+}
+_MODES = {
+    "none": (), "piecewise": ("piecewise",), "full_decode_only": ("full",), "full_and_piecewise": ("full", "piecewise"),
+}  # fmt: skip
+_KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """Options of ModelRunner.load, in effect or refused.
+
+    dtype          of weights and activations
+    kv_cache_dtype  of the KV cache: the same, or float8_e4m3fn
+    device         "cpu" or "cuda[:n]"
+    entry          "own": Seamwise's definition; "transformers": the checkpoint's own class
+    max_model_len  longest request in tokens, prompt and output together
+    block_size     tokens in a KV cache block
+    load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
+    enforce_eager  record nothing: every step runs op by op
+    stored         how the checkpoint holds quantized weights, where the graph reads them so
+    cudagraph_mode  what is recorded (in CUDA graphs; on a CPU, on tapes): "full_decode_only": steps that decode one
+                   token a request; "piecewise": every step, between seams; "full_and_piecewise": each by what it is;
+                   "none". Default: "full_and_piecewise" on CUDA; "full_decode_only" on a CPU
+    max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
+    cudagraph_capture_sizes  numbers of tokens that piecewise recordings are padded to; larger steps run op by op
+    max_recorded_bytes  memory of recordings; what would take more runs op by op
+    pipeline       what differs from the default compiler pipeline
+    pack_dir       where compiled models are kept; None compiles every time
+    pack_name      the pack in pack_dir to use and write; None: named by its key
+    offline        neither trace nor compile: a pack that is missing or does not fit is an error
+    """
+
+    dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
+    device: str
+    entry: str
+    max_model_len: int
+    block_size: int = 16
+    load_format: str = "auto"
+    seed: int = 0
+    stored: Quantization | None = None
+    enforce_eager: bool = False
+    cudagraph_mode: str | None = None
+    max_recorded_requests: int = 256
+    cudagraph_capture_sizes: tuple[int, ...] | None = None
+    max_recorded_bytes: int = 2 << 30
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    pack_dir: Path | None = pack.DEFAULT_DIRECTORY
+    pack_name: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size={self.block_size}: wanted a power of two (16 is the default)")
+        check_load_format(self.load_format)
+        if self.cudagraph_mode not in (None, *_MODES):
+            raise ValueError(f"cudagraph_mode={self.cudagraph_mode!r}: wanted one of {', '.join(map(repr, _MODES))}")
+        if self.enforce_eager and self.cudagraph_mode not in (None, "none"):
+            raise ValueError(f"enforce_eager and cudagraph_mode={self.cudagraph_mode!r} contradict; leave one out")
+        sizes = self.capture_sizes
+        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+            raise ValueError(f"cudagraph_capture_sizes={sizes}: wanted rising numbers of tokens, from 1 up")
+        if self.pack_dir is None and (self.offline or self.pack_name):
+            raise ValueError("offline and pack_name need a pack_dir, got pack_dir=None")
+        if self.pipeline.parallel is not None and self.pack_name:
+            raise ValueError("pack_name: every rank has a pack of its own, found by its key; leave the name out")
+
+    @property
+    def recorded_modes(self) -> tuple[str, ...]:
+        """What is recorded: of "full" (uniform decode) and "piecewise" (any step), those in effect."""
+        default = "full_decode_only" if torch.device(self.device).type == "cpu" else "full_and_piecewise"
+        nothing = self.enforce_eager or not self.max_recorded_requests
+        return () if nothing else _MODES[self.cudagraph_mode or default]
+
+    @property
+    def capture_sizes(self) -> tuple[int, ...]:
+        """Numbers of tokens that piecewise recordings are padded to. Default: vLLM's, up to 512."""
+        if self.cudagraph_capture_sizes is not None:
+            return tuple(self.cudagraph_capture_sizes)
+        return (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of the longest request."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return 1 if self.pipeline.parallel is None else self.pipeline.parallel.size
+
+    @classmethod
+    def for_model(
+        cls, config: ModelConfig, *, dtype: str | torch.dtype = "auto", device: str = "auto", entry: str = "auto",
+        max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
+        tensor_parallel_size: int = 1, tensor_parallel_plan: Mapping[str, str] | None = None,
+        enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
+        enable_async_tp: bool = False,
+        **options: Any,
+    ) -> RunnerConfig:  # fmt: skip
+        """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
+
+        quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load; "gguf": keep
+                      those of a GGUF file packed where a kernel reads them so
+        kv_cache_dtype  "fp8" (or "fp8_e4m3"): keys and values in float8, by the checkpoint's scales or as they are;
+                      "auto": so where the checkpoint has scales, else the model's dtype
+        tensor_parallel_size  ranks of the default process group, each with its part of the model
+        tensor_parallel_plan  pattern of a parameter's path -> transformers' style; default: the model's own
+        enable_expert_parallel  ranks have whole experts, not a part of each
+        enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
+        sp_min_token_num  with it: in steps of at least as many tokens; smaller ones have a program without
+        enable_async_tp  with it: rows travel in chunks while others are multiplied
+        """
+        from seamwise.model_defs import has_definition
+
+        check_options(options)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+            raise ValueError(f"device={device!r}: wanted 'auto', 'cpu', 'cuda' or 'cuda:0'")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+        if dtype == "auto":
+            dtype = config.dtype
+        if isinstance(dtype, str):
+            if dtype not in _DTYPES:
+                raise ValueError(f"dtype={dtype!r}: wanted 'auto' or one of {', '.join(_DTYPES)}")
+            dtype = _DTYPES[dtype]
+        if kv_cache_dtype not in _KV_DTYPES:
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: wanted one of {', '.join(map(repr, _KV_DTYPES))}")
+        stored = read_quantization(config.raw, config.architecture)
+        if quantization == "gguf":
+            stored, quantization = packed_gguf(config.raw), None
+        scaled = stored is not None and stored.has_kv_scales
+        kv_dtype = dtype if kv_cache_dtype == "auto" and not scaled else torch.float8_e4m3fn
+        own = has_definition(config.architecture)
+        if entry == "auto":
+            entry = "own" if own else "transformers"
+        if entry not in ("own", "transformers"):
+            raise ValueError(f"entry={entry!r}: wanted 'auto', 'own' or 'transformers'")
+        if entry == "own" and not own:
+            raise ValueError(
+                f"entry='own': Seamwise has no definition of {config.architecture}; use entry='transformers'"
+            )
+        limit = config.max_position_embeddings
+        if max_model_len is None:
+            max_model_len = limit
+        if type(max_model_len) is not int or not 1 <= max_model_len <= limit:
+            raise ValueError(
+                f"max_model_len={max_model_len!r}: wanted 1 to {limit} (the model's max_position_embeddings)"
+            )
+        pipeline = options.get("pipeline", PipelineConfig())
+        if quantization is not None:
+            options["pipeline"] = pipeline = replace(pipeline, quantization=quantization)
+        if pipeline.quantization and config.raw.get("quantization_config"):
+            raise ValueError(
+                f"quantization={pipeline.quantization!r}: the checkpoint is quantized already, by its config.json's"
+                " quantization_config; leave the option out"
+            )
+        if sp_min_token_num < 1 or (sp_min_token_num > 1 and not enable_sequence_parallel):
+            raise ValueError(
+                f"sp_min_token_num={sp_min_token_num}: wanted at least 1, and enable_sequence_parallel, which it limits"
+            )
+        if tensor_parallel_size != 1:
+            from seamwise.runtime.distributed.group import join_group
+
+            parallel, device = join_group(
+                tensor_parallel_size, device, experts=enable_expert_parallel, overlap=enable_async_tp,
+                sequence=sp_min_token_num if enable_sequence_parallel else 0, plan=tensor_parallel_plan,
+            )  # fmt: skip
+            options["pipeline"] = replace(pipeline, parallel=parallel)
+        elif tensor_parallel_plan or enable_expert_parallel or enable_sequence_parallel or enable_async_tp:
+            raise ValueError(
+                "tensor_parallel_plan, enable_expert_parallel, enable_sequence_parallel and enable_async_tp need a"
+                " tensor_parallel_size above 1"
+            )
+        return cls(
+            dtype=dtype, kv_cache_dtype=kv_dtype, stored=stored, device=device, entry=entry,
+            max_model_len=max_model_len, **options,
+        )  # fmt: skip
+
+
+def check_options(options: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raise ValueError for a name that is no option of RunnerConfig.for_model, nor one of others."""
+    asked = {*inspect.signature(RunnerConfig.for_model).parameters} - {"config", "options"}
+    known = sorted(asked | {*RunnerConfig.__slots__} - {"stored"} | {*others})
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+            hint = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(known)}"
+            raise ValueError(f"there is no option {name!r}; {_ELSEWHERE.get(name, hint)}")

@@ -1,0 +1,1 @@
+"""The groups of ranks that share a model."""

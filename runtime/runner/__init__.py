@@ -1,0 +1,1 @@
+"""The importable model runner: one step of a model on one rank."""

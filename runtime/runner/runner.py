@@ -1,0 +1,147 @@
+"""The importable model runner: weights, compiled pieces and KV cache; no scheduler, no tokenizer, no globals.
+
+runner = ModelRunner.load("path/to/model", device="cpu")
+runner.allocate_kv(num_blocks=512)
+logits = runner.step(StepInput(...)).logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seamwise.compile import pack
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.program import Executable, Program
+from seamwise.compile.record.recorder import Recording
+from seamwise.runtime.build.kv_spec import KVCacheSpec
+from seamwise.runtime.build.loading import load_step_weights
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.packs import load_program, open_pack
+from seamwise.runtime.build.progress import shown_ledger
+from seamwise.runtime.build.runner_config import RunnerConfig
+from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput
+from seamwise.runtime.distributed.group import smallest
+
+from .recordings import CapturePlan, Recordings, RecordingStats
+from .update_weights import update_weights
+
+
+class ModelRunner:
+    """One model, ready to step. Several may live in one process; nothing is shared between them but code.
+
+    config     the model's own configuration
+    program    what was compiled: passes' reports, pieces, generated source
+    startup_s  seconds by stage of start-up
+    buffers    what recipes read that no checkpoint holds
+    """
+
+    def __init__(
+        self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger,
+        buffers: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.buffers = buffers
+        self.options = options
+        self.executable = executable
+        self.startup_s = ledger.seconds
+        self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
+        self.kv_caches: list[list[Tensor]] = []
+        self._caches_flat: list[Tensor] = []
+        ranks = options.tensor_parallel_size > 1
+        agree = partial(smallest, device=options.device) if ranks else int
+        self._recordings = Recordings(executable.program, options, agree)
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> ModelRunner:
+        """Load a Hugging Face model directory, compiling it or taking its pack, or a pack of `seamwise compile`.
+
+        Options are the fields of RunnerConfig. Raises ValueError for a directory, configuration or checkpoint that
+        cannot be served, naming what is wrong.
+        """
+        with shown_ledger("start-up") as ledger:
+            path = Path(path)
+            if pack.is_pack(path):
+                path, options = open_pack(path, options)
+            with ledger.stage("read config"):
+                config = ModelConfig.from_directory(Path(path))
+                settings = RunnerConfig.for_model(config, **options)
+            program, buffers = load_program(config, settings, ledger)
+            with ledger.stage("load weights"):
+                weights = load_step_weights(Path(path), settings, program, buffers)
+            with ledger.stage("bind"):
+                executable = Executable(program, weights)
+        return cls(config, settings, executable, ledger, buffers)
+
+    @property
+    def program(self) -> Program:
+        return self.executable.program
+
+    @property
+    def block_size(self) -> int:
+        return self.options.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the KV cache, the null block included; 0 before allocate_kv."""
+        return self.kv_caches[0][0].shape[0] if self.kv_caches else 0
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the KV cache. Raises ValueError for fewer than 2 blocks (block 0 is the null block)."""
+        if num_blocks < 2:
+            raise ValueError(f"allocate_kv: got num_blocks={num_blocks}, wanted at least 2 (block 0 holds padding)")
+        self.kv_caches = self.kv_spec.allocate(num_blocks, self.options.device)
+        self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
+        self._recordings.clear()
+
+    @torch.inference_mode()
+    def step(self, batch: StepInput) -> StepOutput:
+        """Run the model over one ragged batch: write its keys and values to the cache, return the wanted logits.
+
+        A step that cudagraph_mode has recorded is replayed; its recording is made when its size is first seen.
+        """
+        if not self.kv_caches:
+            raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
+        batch.check()
+        logits = self._recordings.run(self.executable, batch, self._flat)
+        if logits is None:
+            logits = self.executable(*self._flat(self._on_device(batch)))
+        return StepOutput(logits=logits)
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; recordings stay valid.
+
+        What the KV cache holds was computed with the old ones. See update_weights.py for what is refused.
+        """
+        update_weights(self.executable, self.options, self.buffers, weights)
+
+    def recording(self, num_requests: int) -> Recording:
+        """Return the recorded decode step of that many requests. Raises KeyError before such a step has run."""
+        return self._recordings["full", num_requests]
+
+    def capture_plan(self) -> CapturePlan:
+        """Return what may be recorded, and the memory it takes. str() of it is for people."""
+        return self._recordings.plan
+
+    @property
+    def recording_stats(self) -> RecordingStats:
+        """How steps ran until now, and what is recorded."""
+        return self._recordings.stats
+
+    def _on_device(self, batch: StepInput) -> StepInput:
+        if torch.device(self.options.device).type == "cpu":
+            return batch
+        moved = {n: getattr(batch, n).to(self.options.device) for n in STEP_ARGUMENTS if n != "kv_caches"}
+        return StepInput(**moved)
+
+    def _flat(self, batch: StepInput) -> list[Tensor]:
+        """Return the step's tensors flattened in the program's order."""
+        flat: list[Tensor] = []
+        for name in STEP_ARGUMENTS:
+            flat += self._caches_flat if name == "kv_caches" else [getattr(batch, name)]
+        return flat

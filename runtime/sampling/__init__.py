@@ -1,0 +1,1 @@
+"""Sampling parameters, and from logits to tokens by them."""

@@ -1,0 +1,1 @@
+"""The ways in: `LLM`, the command line, and what a terminal shows."""

@@ -1,0 +1,202 @@
+"""`LLM`: a model, offline, in two lines, with vLLM's names."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seamwise.runtime.build.runner_config import check_options
+from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.engine.outputs import RequestOutput
+from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.scheduler.scheduler import SchedulerConfig
+from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
+from seamwise.runtime.weights.hub import resolve_model
+
+Prompt = str | Mapping[str, Any]
+
+
+class LLM:
+    """Loads a model and generates for lists of prompts.
+
+    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
+             for one of several GGUF files
+    tokenizer  another directory or GGUF file to take the tokenizer from
+    dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
+    device   "auto" (CUDA when there is one), "cpu", "cuda[:n]"
+    max_model_len  longest request, prompt and output together; default: what the model allows
+    max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
+    kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
+                   gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
+    **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
+               kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
+
+    With tensor_parallel_size above 1 this is one of as many processes (`torchrun --nproc-per-node N`). Each makes the
+    same calls with the same arguments, and gets the same outputs.
+    """
+
+    def __init__(
+        self, model: str | Path, *, tokenizer: str | Path | None = None, dtype: str | torch.dtype = "auto",
+        device: str = "auto", max_model_len: int | None = None, seed: int = 0, max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
+        gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
+        num_gpu_blocks_override: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
+        check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
+        if type(seed) is not int:
+            raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
+        limits = SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
+        directory = resolve_model(model)
+        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
+        self.tokenizer = Tokenizer(home) if has_tokenizer(home) else None
+        runner = ModelRunner.load(  # after the tokenizer: what reading that frees is used again
+            directory, dtype=dtype, device=device, max_model_len=max_model_len, seed=seed, **options
+        )
+        blocks = num_gpu_blocks_override or _num_blocks(runner, limits, gpu_memory_utilization, kv_cache_memory_bytes)
+        if runner.options.tensor_parallel_size > 1:
+            from seamwise.runtime.distributed.group import smallest
+
+            blocks = smallest(blocks, runner.options.device)
+        longest = -(-runner.options.max_model_len // runner.block_size) + 1
+        if blocks < longest:
+            raise ValueError(
+                f"the KV cache would have {blocks} blocks of {runner.block_size} tokens, one request of max_model_len="
+                f"{runner.options.max_model_len} needs {longest}; lower max_model_len or give it more memory"
+            )
+        runner.allocate_kv(blocks)
+        self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
+        self._ids = itertools.count()
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; nothing is compiled again.
+
+        The prefix cache is forgotten. Raises ValueError for weights that do not fit, all named, nothing being changed;
+        RuntimeError while requests run.
+        """
+        self.engine.reset_prefix_cache()
+        self.engine.runner.update_weights(weights)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the KV cache holds. Raises RuntimeError while requests run."""
+        self.engine.reset_prefix_cache()
+
+    def get_tokenizer(self) -> Any:
+        """Return the transformers tokenizer of the model."""
+        return self._tokenizer().full
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Continue each prompt: a string, {"prompt": str} or {"prompt_token_ids": [int]}. Outputs are in its order.
+
+        Raises ValueError for a prompt that cannot be served, naming its index, before anything is computed.
+        """
+        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        params = _for_each(sampling_params, len(many))
+        requests = []
+        for i, (prompt, p) in enumerate(zip(many, params, strict=True)):
+            try:
+                text, ids = self._prompt(prompt)
+                self.engine.check(ids, p)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}" if len(many) > 1 else str(error)) from None
+            requests.append((text, ids, p))
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
+        chat_template: str | None = None, add_generation_prompt: bool = True, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answer a conversation (a list of {"role", "content"}) or a list of them, by the model's chat template."""
+        if isinstance(messages, (str, Mapping)) or not messages:
+            raise ValueError(f"chat: got {messages!r}, wanted a list of {{'role': …, 'content': …}}")
+        conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        tokenizer = self._tokenizer()
+        prompts: list[Prompt] = []
+        for i, conversation in enumerate(conversations):
+            try:
+                ids = tokenizer.apply_chat_template(
+                    conversation, chat_template=chat_template, add_generation_prompt=add_generation_prompt
+                )
+            except ValueError as error:
+                raise ValueError(f"conversation {i}: {error}" if len(conversations) > 1 else str(error)) from error
+            prompts.append({"prompt_token_ids": ids})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError('this model directory has no tokenizer; pass tokenizer=, or {"prompt_token_ids": […]}')
+        return self.tokenizer
+
+    def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self._tokenizer().encode(prompt)
+        if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), str):
+            return prompt["prompt"], self._tokenizer().encode(prompt["prompt"])
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        try:
+            return None, [index(t) for t in ids]  # type: ignore[union-attr]  # numpy's and torch's whole numbers too
+        except TypeError:
+            wanted = 'a string, {"prompt": str} or {"prompt_token_ids": [int, …]}'
+            raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
+
+    def _run(
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        """Run requests to completion; when interrupted, none of them stays in the engine."""
+        from tqdm import tqdm
+
+        ids = [f"llm-{next(self._ids)}" for _ in requests]
+        done: dict[str, RequestOutput] = {}
+        try:
+            for request_id, (text, tokens, params) in zip(ids, requests, strict=True):
+                self.engine.add_request(request_id, tokens, params, prompt=text)
+            with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
+                while len(done) < len(ids):
+                    for output in self.engine.step():
+                        if output.finished:
+                            done[output.request_id] = output
+                            bar.update()
+        except BaseException:
+            for request_id in ids:
+                self.engine.abort_request(request_id)
+            raise
+        return [done[request_id] for request_id in ids]
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"got {len(params)} sampling_params for {count} prompts; wanted one, or one for each")
+    return list(params)
+
+
+def _num_blocks(runner: ModelRunner, limits: SchedulerConfig, utilization: float, budget_bytes: int | None) -> int:
+    """Return how many blocks to allocate: enough for every sequence at full length, within the memory budget."""
+    spec = runner.kv_spec
+    if budget_bytes is not None:
+        return spec.blocks_within(budget_bytes)
+    if torch.device(runner.options.device).type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(runner.options.device)
+        budget_bytes = int(free_bytes - (1 - utilization) * total_bytes) - runner.capture_plan().total_bytes
+    else:
+        import os
+
+        budget_bytes = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * runner.options.tensor_parallel_size)
+        )
+    needed = limits.max_num_seqs * -(-runner.options.max_model_len // runner.block_size) + 1
+    return min(needed, spec.blocks_within(budget_bytes))

@@ -1,0 +1,1 @@
+"""Checkpoints of every published format, quantized ones included, and where they come from."""

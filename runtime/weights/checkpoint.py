@@ -1,0 +1,213 @@
+"""A model's weights, tensor by tensor, from any published format, checked against the model before any is read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .experts import stack_experts
+from .files import StoredTensor
+from .formats import check_load_format, find_tensors
+
+# What old checkpoints store though the model computes it: Llama's, saved by transformers before 4.31.
+# What packed ones repeat: a layer's shape.
+_COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".weight_shape")
+_OLDER_KV_SCALE = re.compile(r"\.([kv])_proj\.output_scale$")  # compressed-tensors' older names, as vLLM maps them
+_FLOATS = {None, torch.float64, torch.float32, torch.float16, torch.bfloat16}  # None: of any of these
+
+
+Part = tuple[int, int, int]  # dimension, start, end
+
+
+class Source(Protocol):
+    """Where weights come from: tensors by name, whole or a part of one, read when they are asked for."""
+
+    def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor: ...
+
+
+def open_source(
+    path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None, *,
+    dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
+    kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "", ranks: int = 1,
+) -> Source:  # fmt: skip
+    """Open what gives a model with these parameters its weights; reads headers only.
+
+    path         a directory, or one file
+    parameters   name -> shape, tied ones under one name
+    tied         other names of a parameter -> its name; a checkpoint may hold either or both
+    load_format  one of LOAD_FORMATS; "auto": the first format of FORMATS that the directory holds; "dummy": seeded
+                 random weights
+    kept_dtypes  those of tensors that are not read in `dtype`; None: any floating one, read as it is stored
+    within       the model is a part of the checkpoint: the tensors whose names begin so, and go on as parameters' do
+    ranks        each of as many reads its part
+
+    Raises ValueError when the checkpoint does not fit the model, or the model does not fit the machine.
+    """
+    check_load_format(load_format)
+    kept = dict(kept_dtypes or {})
+    needed = sum(math.prod(shape) * (kept.get(name) or dtype).itemsize for name, shape in parameters.items()) // ranks
+    memory = _memory_bytes(device)
+    if needed > memory:
+        raise ValueError(
+            f"{path}: the model has {needed / 1e9:.1f} GB of weights in {dtype}, {device} has {memory / 1e9:.1f} GB of"
+            " memory; use a smaller model or dtype"
+        )
+    if load_format == "dummy":
+        return DummyCheckpoint(parameters, seed, kept)
+    return Checkpoint.open(path, parameters, tied, load_format, kept, within)
+
+
+def parameter_shapes(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return name -> shape of what a checkpoint holds, and the other names of tied parameters -> their name.
+
+    That is every parameter, and every buffer that is persistent: the others are computed.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        kept = first.setdefault(id(tensor), name)
+        if kept == name:
+            shapes[name] = tuple(tensor.shape)
+        else:
+            tied[name] = kept
+    return shapes, tied
+
+
+def kept_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    """Return name -> dtype of what keeps its own whatever the model's is: buffers that a checkpoint holds."""
+    stored = module.state_dict(keep_vars=True)
+    return {name: buffer.dtype for name, buffer in module.named_buffers() if name in stored}
+
+
+def show_progress(items: Iterable[str], label: str) -> Iterable[str]:
+    """Return the items, with a progress bar on stderr when that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, unit="tensor", leave=False, disable=None)
+
+
+class Checkpoint:
+    """Tensors by name. `open` raises one ValueError that lists every missing, extra and mis-shaped tensor."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], kept_dtypes: Mapping[str, torch.dtype | None]) -> None:
+        self._tensors, self._kept_dtypes = tensors, kept_dtypes
+
+    @classmethod
+    def open(
+        cls, path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None,
+        load_format: str = "auto", kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "",
+    ) -> Checkpoint:  # fmt: skip
+        """Open a checkpoint for a model with these parameters, as open_source describes."""
+        found, problems, chosen = find_tensors(path, load_format)
+        wanted = {
+            name: tensor
+            for stored, whole in found.items()
+            if stored.startswith(within)
+            for name, tensor in _as_wanted(stored.removeprefix(within), whole, parameters).items()
+        }
+        found, unfit = by_parameter(wanted, parameters, tied or {})
+        label = f"{path}: the checkpoint does not fit the model that its configuration describes"
+        return cls.fitting(label, found, parameters, kept_dtypes or {}, chosen.dtypes, problems + unfit)
+
+    @classmethod
+    def fitting(
+        cls, label: str, found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]],
+        kept: Mapping[str, torch.dtype | None], dtypes: Iterable[Any], problems: list[str],
+    ) -> Checkpoint:  # fmt: skip
+        """Return the checkpoint of these tensors. Raises ValueError with all that does not fit, after the label."""
+        for name, shape in parameters.items():
+            if name not in found:
+                problems.append(f"missing {name}, shape {tuple(shape)}")
+            elif found[name].shape != tuple(shape):
+                problems.append(f"shape of {name} is {found[name].shape}, wanted {tuple(shape)}")
+            elif not _fits(found[name].dtype, kept.get(name)):
+                wanted = "one of " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+                if (exact := kept.get(name)) not in _FLOATS:
+                    wanted = str(exact).removeprefix("torch.")
+                problems.append(f"dtype of {name} is {found[name].stored_dtype}, wanted {wanted}")
+        # Modules that predict further tokens (DeepSeek-V3) stand behind the last layer; a model may do without.
+        left_out = tuple(n.removesuffix("eh_proj.weight") for n in found if n.endswith(".eh_proj.weight"))
+        extra = [n for n in found if n not in parameters and not n.endswith(_COMPUTED_SUFFIXES)]
+        extra = [n for n in extra if not (left_out and n.startswith(left_out))]
+        problems += [f"extra {name}" for name in extra]
+        if problems:
+            shown = "\n  ".join(problems[:20]) + ("\n  …" if len(problems) > 20 else "")
+            raise ValueError(f"{label} ({len(problems)} problems):\n  {shown}")
+        return cls({name: found[name] for name in parameters}, kept)
+
+    def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
+        """Read a tensor, or a part of it, into new memory, converted. Raises ValueError when the file is damaged."""
+        stored = self._tensors[name]
+        read = stored.load() if part is None else stored.load_part(*part)
+        return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
+
+
+def by_parameter(
+    found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Return tensors by the model's names, experts stacked and tied ones under one name; and what does not fit."""
+    tensors, problems = stack_experts(found, parameters)
+    for alias, name in tied.items():
+        if alias in tensors:
+            tensors.setdefault(name, tensors.pop(alias))
+            tensors.pop(alias, None)
+    return tensors, problems
+
+
+class DummyCheckpoint:
+    """Seeded random weights, the same for a name whatever else is read: norms and single scales are ones,
+    the rest small normal.
+
+    Bytes are drawn so that they are small numbers as floats of 4 bits and as exponents alike (MXFP4).
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Sequence[int]], seed: int, kept_dtypes: Mapping[str, torch.dtype | None]
+    ) -> None:
+        self._parameters, self._kept_dtypes = parameters, kept_dtypes
+        self._seed = seed
+
+    def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
+        if part is not None:
+            dim, start, end = part
+            return self.read(name, dtype=dtype, device=device).narrow(dim, start, end - start).clone()
+        shape, dtype = tuple(self._parameters[name]), self._kept_dtypes.get(name) or dtype
+        if len(shape) == 1 and name.endswith(("weight", "_scale")):
+            return torch.ones(shape, dtype=dtype, device=device)
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{name}".encode()).digest()[:7], "little")
+        generator = torch.Generator(device).manual_seed(seed)
+        if dtype == torch.uint8:
+            return torch.randint(112, 120, shape, generator=generator, dtype=dtype, device=device)
+        if not dtype.is_floating_point:
+            draw = torch.randint(-127, 128, (*shape, dtype.itemsize), generator=generator, device=device)
+            return draw.to(torch.int8).view(dtype).squeeze(-1)
+        wide = torch.float32 if dtype.itemsize == 1 else dtype
+        return torch.empty(shape, dtype=wide, device=device).normal_(0.0, 0.02, generator=generator).to(dtype)
+
+
+def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Sequence[int]]) -> dict[str, StoredTensor]:
+    """Return a tensor by the name that the model has for it, or what it may be read as where the model wants that."""
+    if (newer := _OLDER_KV_SCALE.sub(r".\1_scale", name)) in parameters:
+        return {newer: tensor}
+    packed = {f"{name}{end}": part for end, part in tensor.packed.items()}
+    return packed if packed.keys() & parameters.keys() else {name: tensor}
+
+
+def _fits(stored: torch.dtype | None, kept: torch.dtype | None) -> bool:
+    """Return whether a tensor may be read: any float as any float; what is quantized as nothing else."""
+    return stored is not None and (stored == kept or {stored, kept} <= _FLOATS)
+
+
+def _memory_bytes(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,98 @@
+"""The formats of checkpoints, and which files of a directory make one up: one file, or those that an index names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from seamwise.runtime.weights.gguf import quants as gguf_quants
+from seamwise.runtime.weights.gguf.weights import read_gguf
+
+from . import format_npz as checkpoint_npz
+from . import format_safetensors as checkpoint_safetensors
+from . import format_torch as checkpoint_torch
+from .files import StoredTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """file: the usual name in a directory; pattern: what another name may be; dtypes: those that `read` can load."""
+
+    file: str
+    pattern: str
+    read: Callable[[Path], dict[str, StoredTensor]]
+    dtypes: Iterable[object]
+
+    def find(self, path: Path) -> Path | None:
+        """Return the index or the one file of this format. Raises ValueError where there are several without index."""
+        if path.is_file():
+            return path if path.match(self.pattern) else None
+        for known in (path / f"{self.file}.index.json", path / self.file):
+            if known.is_file():
+                return known
+        others = sorted(path.glob(self.pattern))
+        if len(others) > 1:
+            names = ", ".join(p.name for p in others[:5])
+            raise ValueError(
+                f"{path}: holds {len(others)} files {self.pattern} ({names}) and no {self.file}.index.json; wanted one"
+            )
+        return others[0] if others else None
+
+
+# In the order in which "auto" looks for them.
+FORMATS = {
+    "safetensors": Format(
+        file="model.safetensors", pattern="*.safetensors", read=checkpoint_safetensors.read_safetensors,
+        dtypes=checkpoint_safetensors.DTYPES,
+    ),
+    "pt": Format(
+        file="pytorch_model.bin", pattern="pytorch_model*.bin", read=checkpoint_torch.read_torch,
+        dtypes=checkpoint_torch.DTYPES,
+    ),
+    "npz": Format(
+        file="model.npz", pattern="*.npz", read=checkpoint_npz.read_npz, dtypes=checkpoint_npz.DTYPES
+    ),
+    "gguf": Format(file="model.gguf", pattern="*.gguf", read=read_gguf, dtypes=gguf_quants.KINDS),
+}  # fmt: skip
+LOAD_FORMATS = ("auto", *FORMATS, "dummy")
+
+
+def check_load_format(load_format: str) -> None:
+    """Raise ValueError for an unknown load_format."""
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format={load_format!r}: wanted one of {', '.join(map(repr, LOAD_FORMATS))}")
+
+
+def find_tensors(path: Path, load_format: str) -> tuple[dict[str, StoredTensor], list[str], Format]:
+    """Return the tensors of a directory or file by name, what an index promises but no file holds, and the format.
+
+    load_format  "auto": the first of FORMATS that is there; or one of FORMATS
+    """
+    chosen = list(FORMATS.values()) if load_format == "auto" else [FORMATS[load_format]]
+    for one in chosen:
+        if (found := one.find(path)) is not None:
+            return (*(_indexed(found, one) if found.suffix == ".json" else (one.read(found), [])), one)
+    wanted = ", ".join(f"{one.file} (or {one.pattern})" for one in chosen)
+    raise ValueError(
+        f"{path}: has no checkpoint; wanted {wanted}, or an index of several, like {chosen[0].file}.index.json"
+    )
+
+
+def _indexed(index: Path, format: Format) -> tuple[dict[str, StoredTensor], list[str]]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index}: not an index of a checkpoint: {error!r}; download it again") from error
+    found: dict[str, StoredTensor] = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(
+                f"{index}: names {name!r}, which is not a file of {index.parent}; download what is missing"
+            )
+        stored = format.read(index.parent / name)
+        # A tensor that stands in two files is the one where the index says.
+        found |= {n: t for n, t in stored.items() if weight_map.get(n, name) == name}
+    return found, [f"{n} is not in {file}, where {index.name} says" for n, file in weight_map.items() if n not in found]

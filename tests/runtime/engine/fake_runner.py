@@ -1,0 +1,70 @@
+"""A runner without a model: its logits are a hash of the token history, read through the block table.
+
+Its cache holds token ids where a model's holds keys and values, so a wrong block, slot, position or length changes
+what it answers, and reading what was never written fails.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from seamwise.runtime.build.step import StepInput, StepOutput
+
+_UNWRITTEN = -1
+
+
+class FakeRunner:
+    """Deterministic logits of a request's history alone; `fail_at` are the steps that raise, half done."""
+
+    def __init__(
+        self, *, num_blocks: int, block_size: int, vocab_size: int = 24, max_model_len: int = 512,
+        eos_ids: tuple[int, ...] = (2,), max_tokens: int | None = None, fail_at: frozenset[int] = frozenset(),
+        sharpness: float = 2.0,
+    ) -> None:  # fmt: skip
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.options = SimpleNamespace(max_model_len=max_model_len, device="cpu")
+        self.config = SimpleNamespace(vocab_size=vocab_size, eos_ids=eos_ids)
+        self.startup_s = {"fake": 0.0}
+        self.cache = np.full((num_blocks, block_size), _UNWRITTEN, dtype=np.int64)
+        self.max_tokens, self.fail_at, self.sharpness = max_tokens, fail_at, sharpness
+        self.num_steps = 0
+        self.num_computed = 0
+
+    def step(self, batch: StepInput) -> StepOutput:
+        batch.check()
+        self.num_steps += 1
+        tokens, starts = batch.token_ids.numpy(), batch.query_starts.numpy()
+        slots, table, lengths = batch.slot_mapping.numpy(), batch.block_table.numpy(), batch.seq_lens.numpy()
+        assert len(tokens) == starts[-1] and (np.diff(starts) > 0).all()
+        assert self.max_tokens is None or len(tokens) <= self.max_tokens, "the step is over the token budget"
+        assert len(set(slots.tolist())) == len(slots), "two tokens of a step are written to one slot"
+        assert (slots >= self.block_size).all(), "the null block is written"
+        self.num_computed += len(tokens)
+        half = len(tokens) // 2 if self.num_steps in self.fail_at else len(tokens)
+        self.cache.reshape(-1)[slots[:half]] = tokens[:half]
+        if half < len(tokens):
+            self.cache.reshape(-1)[slots[half:]] = 1  # what a failed step leaves behind is not what was asked for
+        if self.num_steps in self.fail_at:
+            raise RuntimeError("the fake runner fails here, as told")
+        positions = batch.positions.numpy()
+        logits = []
+        for row in batch.logit_rows.tolist():
+            r = int(np.searchsorted(starts, row, side="right")) - 1
+            query = row - int(starts[r])
+            position = int(lengths[r]) - int(starts[r + 1] - starts[r]) + query
+            assert positions[row] == position, "positions and lengths disagree"
+            history = self.cache[table[r]].reshape(-1)[: position + 1]
+            assert (history != _UNWRITTEN).all(), "unwritten cache is read"
+            logits.append(self.logits_after(history.tolist()))
+        stacked = np.array(logits, dtype=np.float32).reshape(len(logits), self.config.vocab_size)
+        return StepOutput(logits=torch.from_numpy(stacked))
+
+    def logits_after(self, history: list[int]) -> np.ndarray:
+        """Return the next token's logits after a history: what the whole machinery must come down to."""
+        state = 1469598103934665603
+        for token in history:
+            state = (state ^ (token + 1)) * 1099511628211 % (1 << 64)
+        return np.random.Generator(np.random.Philox(state)).standard_normal(self.config.vocab_size) * self.sharpness

@@ -1,0 +1,286 @@
+"""The engine over a runner whose logits are a hash of the history: no schedule may change what a request gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from fake_runner import FakeRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.engine.outputs import RequestOutput
+from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.scheduler.scheduler import SchedulerConfig
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, the step before which it arrives, and the one before which it is aborted (None: never)."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    at: int
+    abort_at: int | None = None
+
+
+@st.composite
+def arrivals(draw: Any) -> list[Arrival]:
+    """Draw requests whose prompts often share their starts, whole blocks of them too."""
+    stem = draw(st.lists(st.integers(3, 6), min_size=1, max_size=24))
+    found = []
+    for _ in range(draw(st.integers(1, 6))):
+        prompt = stem[: draw(st.integers(0, len(stem)))] + draw(st.lists(st.integers(3, 6), min_size=1, max_size=9))
+        params = SamplingParams(
+            n=draw(st.sampled_from([1, 1, 1, 2])),
+            temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 1.5])),
+            top_k=draw(st.sampled_from([0, 3])),
+            top_p=draw(st.sampled_from([1.0, 0.8])),
+            repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+            presence_penalty=draw(st.sampled_from([0.0, 0.5])),
+            seed=draw(st.integers(0, 9)),
+            max_tokens=draw(st.integers(1, 14)),
+            ignore_eos=draw(st.booleans()),
+            logprobs=draw(st.sampled_from([None, None, 2])),
+            detokenize=False,
+        )
+        abort_at = draw(st.sampled_from([None, None, None, 4]))
+        found.append(Arrival(tuple(prompt), params, at=draw(st.integers(0, 8)), abort_at=abort_at))
+    return found
+
+
+def alone(arrival: Arrival, index: int, block_size: int) -> RequestOutput:
+    """Return what a request gets with an engine to itself, all of its prompt in one step."""
+    runner = FakeRunner(num_blocks=200, block_size=block_size)
+    engine = Engine(runner, None, SchedulerConfig(), enable_prefix_caching=False)
+    engine.add_request("alone", list(arrival.prompt), arrival.params)
+    output = None
+    while engine.has_unfinished_requests():
+        (output,) = engine.step()
+    assert output is not None
+    return output
+
+
+def tokens_needed(arrival: Arrival) -> int:
+    assert arrival.params.max_tokens is not None
+    return len(arrival.prompt) + arrival.params.max_tokens - 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=arrivals(),
+    block_size=st.sampled_from([1, 2, 4]),
+    spare_blocks=st.integers(0, 6),
+    budget=st.integers(1, 40),
+    max_num_seqs=st.integers(1, 5),
+    caching=st.booleans(),
+    fail_at=st.frozensets(st.integers(1, 12), max_size=3),
+)
+def test_every_request_gets_what_it_gets_alone(
+    requests: list[Arrival], block_size: int, spare_blocks: int, budget: int, max_num_seqs: int, caching: bool,
+    fail_at: frozenset[int],
+) -> None:  # fmt: skip
+    """Any arrivals, chunk budget, number of blocks down to the least, sharing, aborts and failing steps."""
+    blocks = 1 + spare_blocks + max(-(-tokens_needed(a) // block_size) for a in requests)
+    runner = FakeRunner(num_blocks=blocks, block_size=block_size, max_tokens=budget, fail_at=fail_at)
+    config = SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
+    engine = Engine(runner, None, config, enable_prefix_caching=caching)
+    outputs: dict[str, RequestOutput] = {}
+    step = 0
+    while engine.has_unfinished_requests() or any(a.at >= step for a in requests):
+        for i, arrival in enumerate(requests):
+            if arrival.at == step:
+                engine.add_request(str(i), list(arrival.prompt), arrival.params)
+            if arrival.abort_at == step and (aborted := engine.abort_request(str(i))):
+                outputs[str(i)] = aborted
+        try:
+            outputs |= {output.request_id: output for output in engine.step()}
+        except RuntimeError as error:
+            assert "as told" in str(error)
+        engine.scheduler.check()
+        step += 1
+        assert step < 2000, "the engine makes no progress"
+    for i, arrival in enumerate(requests):
+        wanted, got = alone(arrival, i, block_size), outputs[str(i)]
+        assert got.finished
+        for w, g in zip(wanted.outputs, got.outputs, strict=True):
+            if g.finish_reason == "abort":
+                assert g.token_ids == w.token_ids[: len(g.token_ids)]
+            else:
+                assert (g.token_ids, g.finish_reason, g.stop_reason) == (w.token_ids, w.finish_reason, w.stop_reason)
+                assert g.logprobs == w.logprobs
+    assert not engine.scheduler.pool.holders
+    assert engine.scheduler.pool.num_available == blocks - 1
+
+
+def run(engine: Engine) -> dict[str, RequestOutput]:
+    outputs = {}
+    while engine.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in engine.step()}
+    return outputs
+
+
+def make_engine(**options: Any) -> Engine:
+    settings = {"num_blocks": 64, "block_size": 4} | options
+    return Engine(FakeRunner(**settings), None, SchedulerConfig())
+
+
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False)
+
+
+def test_greedy_tokens_are_the_argmax_of_the_history() -> None:
+    engine = make_engine()
+    engine.add_request("a", [5, 3, 4], GREEDY)
+    history = [5, 3, 4]
+    for token in run(engine)["a"].outputs[0].token_ids:
+        assert token == int(engine.runner.logits_after(history).argmax())
+        history.append(token)
+    assert len(history) == 3 + 16
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    engine = make_engine()
+    prompt = list(range(3, 20))
+    engine.add_request("first", prompt, replace(GREEDY, max_tokens=1))
+    run(engine)
+    engine.runner.num_computed = 0
+    engine.add_request("second", prompt, replace(GREEDY, max_tokens=1))
+    output = run(engine)["second"]
+    assert output.metrics.num_cached_tokens == 16
+    assert engine.runner.num_computed == 1
+
+
+def test_a_wholly_cached_prompt_still_computes_its_last_token() -> None:
+    engine = make_engine()
+    for request_id in ("first", "second"):
+        engine.add_request(request_id, list(range(3, 19)), replace(GREEDY, max_tokens=1))
+        output = run(engine)[request_id]
+    assert output.metrics.num_cached_tokens == 12
+
+
+def test_requests_of_one_step_share_the_prefix_that_it_computes() -> None:
+    engine = make_engine()
+    for request_id in ("first", "second"):
+        engine.add_request(request_id, list(range(3, 19)), replace(GREEDY, max_tokens=1))
+    engine.step()
+    assert engine.runner.num_computed == 16 + 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], GREEDY, "no tokens"),
+        ([3, 24], GREEDY, "token id 24, wanted 0 to 23"),
+        ([3] * 60, GREEDY, "60 tokens, max_model_len is 60"),
+        ([3] * 9, replace(GREEDY, stop_token_ids=[99]), "token id 99"),
+        ([3] * 9, replace(GREEDY, logit_bias={24: 1.0}), "token id 24"),
+        ([3] * 9, SamplingParams(), "needs a tokenizer"),
+        ([3] * 9, replace(GREEDY, max_tokens=None, min_tokens=52), "room for 51"),
+        ([3] * 30, replace(GREEDY, max_tokens=20), "need 13 KV cache blocks of 4 tokens, the cache has 12"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_others_go_on(prompt: list[int], params: SamplingParams, words: str) -> None:
+    engine = make_engine(max_model_len=60, num_blocks=13)
+    engine.add_request("good", [3, 4], GREEDY)
+    engine.step()
+    with pytest.raises(ValueError, match=words):
+        engine.add_request("bad", prompt, params)
+    with pytest.raises(ValueError, match="'good' is in use"):
+        engine.add_request("good", [3], GREEDY)
+    outputs = run(engine)
+    assert list(outputs) == ["good"]
+    assert len(outputs["good"].outputs[0].token_ids) == 16
+
+
+def test_max_tokens_none_goes_on_to_max_model_len() -> None:
+    engine = make_engine(max_model_len=40)
+    engine.add_request("a", [3] * 7, replace(GREEDY, max_tokens=None))
+    output = run(engine)["a"].outputs[0]
+    assert (len(output.token_ids), output.finish_reason) == (33, "length")
+
+
+def biased(token: int, **options: Any) -> SamplingParams:
+    """Return greedy parameters that always choose one token, where it is allowed."""
+    return replace(GREEDY, logit_bias={token: 1e3}, **options)
+
+
+@pytest.mark.parametrize(
+    ("params", "count", "reason", "stop_reason"),
+    [
+        (biased(2, ignore_eos=False), 1, "stop", None),
+        (biased(2, ignore_eos=True), 16, "length", None),
+        (biased(7, stop_token_ids=[9, 7]), 1, "stop", 7),
+        (biased(2, ignore_eos=False, min_tokens=5), 6, "stop", None),
+        (biased(7, stop_token_ids=[7], min_tokens=5), 6, "stop", 7),
+        (biased(2, ignore_eos=False, min_tokens=16), 16, "length", None),
+    ],
+)
+def test_what_ends_an_output(params: SamplingParams, count: int, reason: str, stop_reason: int | None) -> None:
+    engine = make_engine(eos_ids=(1, 2))
+    engine.add_request("a", [3], params)
+    output = run(engine)["a"].outputs[0]
+    assert (len(output.token_ids), output.finish_reason, output.stop_reason) == (count, reason, stop_reason)
+
+
+def test_n_outputs_differ_and_are_reproducible() -> None:
+    params = SamplingParams(n=3, seed=1, temperature=2.0, ignore_eos=True, detokenize=False)
+    found = []
+    for _ in range(2):
+        engine = make_engine()
+        engine.add_request("a", [3, 4, 5], params)
+        output = run(engine)["a"]
+        assert [o.index for o in output.outputs] == [0, 1, 2]
+        found.append([tuple(o.token_ids) for o in output.outputs])
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 3
+
+
+def test_requests_without_a_seed_differ_and_follow_the_engine_seed() -> None:
+    params = SamplingParams(temperature=2.0, ignore_eos=True, detokenize=False)
+
+    def outputs(seed: int) -> list[list[int]]:
+        engine = Engine(FakeRunner(num_blocks=64, block_size=4), None, SchedulerConfig(), seed=seed)
+        for request_id in "abc":
+            engine.add_request(request_id, [3, 4, 5], params)
+        return [o.outputs[0].token_ids for o in run(engine).values()]
+
+    assert outputs(0) == outputs(0) != outputs(1)
+    assert len({tuple(o) for o in outputs(0)}) == 3
+
+
+def test_logprobs_are_of_the_raw_distribution_and_add_up() -> None:
+    engine = make_engine()
+    engine.add_request("a", [3, 4, 5], replace(GREEDY, logprobs=2, logit_bias={7: 1e3}, max_tokens=4))
+    output = run(engine)["a"].outputs[0]
+    assert output.token_ids == [7] * 4
+    assert output.logprobs is not None
+    assert all({1, 2} <= {lp.rank for lp in position.values()} for position in output.logprobs)
+    assert output.cumulative_logprob == pytest.approx(sum(position[7].logprob for position in output.logprobs))
+    assert output.cumulative_logprob < -1
+
+
+def test_abort_of_one_of_many() -> None:
+    engine = make_engine()
+    for request_id in "ab":
+        engine.add_request(request_id, [3, 4], GREEDY)
+    engine.step()
+    aborted = engine.abort_request("a")
+    assert aborted is not None and aborted.finished
+    assert (aborted.outputs[0].finish_reason, len(aborted.outputs[0].token_ids)) == ("abort", 1)
+    assert engine.abort_request("a") is None
+    assert list(run(engine)) == ["b"]
+
+
+def test_a_failing_step_loses_no_token() -> None:
+    engine = make_engine(fail_at=frozenset({3}))
+    engine.add_request("a", [3, 4, 5, 6, 3], GREEDY)
+    engine.step()
+    engine.step()
+    with pytest.raises(RuntimeError, match="as told"):
+        engine.step()
+    got = run(engine)["a"].outputs[0].token_ids
+    clean = make_engine()
+    clean.add_request("a", [3, 4, 5, 6, 3], GREEDY)
+    assert got == run(clean)["a"].outputs[0].token_ids

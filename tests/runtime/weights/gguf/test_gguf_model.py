@@ -1,0 +1,183 @@
+"""A model from a GGUF file is the model it was converted from: the same configuration, parameters and ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_modules import load_weights
+from tiny_gguf import write_gguf
+from tiny_models import save_tiny
+
+from seamwise import LLM, SamplingParams
+from seamwise.model_defs import build_model
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.weights.gguf.config import read_gguf_config
+from seamwise.runtime.weights.gguf.weights import read_gguf
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("LlamaForCausalLM", {}),
+    ("LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("LlamaForCausalLM", {"head_dim": 64, "max_position_embeddings": 131072, "rope_parameters": LLAMA3}),
+    ("Qwen2ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    ("Qwen3ForCausalLM", {"head_dim": 16, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "changes"), MODELS)
+def test_the_model_is_the_one_that_was_converted(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    model = save_tiny(tmp_path / "hf", architecture, **changes)
+    write_gguf(model, tmp_path / "tiny.gguf")
+    for path in (tmp_path / "tiny.gguf", tmp_path):
+        config = ModelConfig.from_directory(path)
+        assert config.architecture == architecture and config.dtype == torch.float32
+        for name, value in config.raw.items():
+            if name not in ("dtype", "eos_token_id", "bos_token_id") and hasattr(model.config, name):
+                assert value == getattr(model.config, name), name
+        assert config.raw.get("rope_parameters") == (LLAMA3 if "factor" in changes.get("rope_parameters", {}) else None)
+        module = build_model(config.architecture, config.raw)
+        load_weights(module, path, dtype=torch.float32, device="cpu")
+        wanted = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            assert torch.equal(parameter, wanted.pop(name)), name
+        assert not wanted
+
+
+def test_greedy_ids_of_a_quantized_file_are_those_of_its_dequantized_weights(tmp_path: Path, pack_dir: Path) -> None:
+    """The reference is transformers on the values that the gguf package dequantizes."""
+    (tmp_path / "hf").mkdir()
+    for kind in ("Q8_0", "Q4_1"):
+        model = save_tiny(tmp_path / "hf", "LlamaForCausalLM", hidden_size=64, intermediate_size=64)
+        path = tmp_path / f"{kind}.gguf"
+        write_gguf(model, path, kind)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    of = gguf.GGMLQuantizationType[kind]
+                    parameter.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(parameter.numpy(), of), of)))
+        llm = LLM(path, dtype="float32", device="cpu", max_num_seqs=2, pack_dir=pack_dir)
+        prompt = [5, 6, 7, 8]
+        greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+        ids = llm.generate({"prompt_token_ids": prompt}, greedy)[0].outputs[0].token_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids[:-1]])).logits[0, len(prompt) - 1 :]
+        chosen = logits.gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
+        assert float((logits.amax(1) - chosen).max()) < 1e-4
+
+
+def write_header(path: Path, architecture: str = "llama", tensors: tuple[str, ...] = (), **values: Any) -> None:
+    writer = GGUFWriter(path, architecture)
+    sizes = {"embedding_length": 32, "block_count": 1, "feed_forward_length": 48, "attention.head_count": 4}
+    for key, value in (sizes | {"context_length": 64, "attention.layer_norm_rms_epsilon": 1e-5} | values).items():
+        kind = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        (writer.add_bool if isinstance(value, bool) else kind[type(value)])(f"{architecture}.{key}", value)
+    for name in ("token_embd.weight", *tensors):
+        writer.add_tensor(name, np.zeros((97, 32), np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"architecture": "gpt2"}, "general.architecture is 'gpt2', wanted one of llama, qwen2, qwen3"),
+        ({"expert_count": 8}, "llama.expert_count is 8, which is not served"),
+        ({"attention.sliding_window": 4096}, "llama.attention.sliding_window is 4096"),
+        ({"attention.causal": False}, "llama.attention.causal is False"),
+        ({"rope.dimension_count": 4}, "the widths of heads .* differ"),
+        ({"attention.key_length": 16, "attention.value_length": 8}, "the widths of heads .* differ"),
+        ({"embedding_length": 1 << 30}, "hidden_size is 1073741824, wanted a whole number from 1 to"),
+        ({"block_count": 1 << 30}, "num_hidden_layers is 1073741824, wanted a whole number from 1 to"),
+        ({"attention.head_count": [4, 4]}, r"num_attention_heads is \[4, 4\]"),
+        ({"attention.head_count": 0}, "num_attention_heads is 0"),
+        ({"attention.head_count": 3, "attention.head_count_kv": 2}, "is no multiple of"),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": "x"}, "factor is 'x'"),
+        ({"tensors": ("rope_freqs.weight",)}, r"rope_freqs.weight is F32 \(97, 32\) .*, wanted F32 \(4,\) alone"),
+    ],
+)
+def test_what_is_not_served_is_named(values: dict[str, Any], named: str, tmp_path: Path) -> None:
+    write_header(tmp_path / "model.gguf", **values)
+    with pytest.raises(ValueError, match=named):
+        config = ModelConfig.from_directory(tmp_path)
+        build_model(config.architecture, config.raw)
+
+
+def test_harmless_keys_are_taken(tmp_path: Path) -> None:
+    harmless = {"expert_count": 0, "attention.causal": True, "tensor_data_layout": "Meta AI original pth"}
+    write_header(tmp_path / "model.gguf", vocab_size=97, **harmless, **{"rope.dimension_count": 8})
+    assert read_gguf_config(tmp_path / "model.gguf")["head_dim"] == 8
+
+
+@pytest.mark.parametrize(("kind", "found"), [({"type": "linear", "factor": 2.0}, "linear"), ({"type": "none"}, None)])
+def test_scaled_rope_is_told_in_hugging_faces_words(kind: dict[str, Any], found: str | None, tmp_path: Path) -> None:
+    scaling = {f"rope.scaling.{key}": value for key, value in kind.items()}
+    write_header(tmp_path / "model.gguf", **scaling, **{"rope.freq_base": 5e5})
+    raw = read_gguf_config(tmp_path / "model.gguf")
+    wanted = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5} if found else None
+    assert raw.get("rope_parameters") == wanted and raw["rope_theta"] == 5e5
+
+
+def test_a_part_of_a_file_is_refused(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "model-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.close()
+    with pytest.raises(ValueError, match="is one of 2 parts; join them with llama-gguf-split --merge"):
+        read_gguf(tmp_path / "model-00001-of-00002.gguf")
+
+
+def test_no_damage_to_a_model_does_more_than_raise_value_error(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Configuration, module, tokenizer and weights, all from one damaged file."""
+    from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
+
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    tokens = {"ggml.model": "gpt2", "ggml.pre": "smollm", "ggml.tokens": [chr(97 + i) for i in range(20)] + ["ab"]}
+    tokens |= {"ggml.token_type": [1] * 20 + [3], "ggml.merges": ["a b"], "ggml.eos_token_id": 20}
+    model = save_tiny(path.parent, "LlamaForCausalLM", vocab_size=21, num_hidden_layers=1)
+    (path.parent / "config.json").unlink()
+    (path.parent / "model.safetensors").unlink()
+    write_gguf(model, path, tokenizer=tokens)
+    whole = path.read_bytes()
+    header_end = whole.index(b"blk.0")
+
+    def loads_or_refuses(content: bytes) -> bool:
+        path.write_bytes(content)
+        try:
+            config = ModelConfig.from_directory(path)
+            if config.num_layers <= 2:  # a tall model takes long to build, and is refused when its weights are read
+                module = build_model(config.architecture, config.raw, entry="own")
+                load_weights(module, path, dtype=torch.float32, device="cpu")
+            if has_tokenizer(path):
+                Tokenizer(path).encode("abc 12")
+        except ValueError:
+            return False
+        return True
+
+    assert loads_or_refuses(whole)
+    at = st.integers(0, header_end)
+
+    @given(flips=st.lists(st.tuples(at, st.integers(1, 255)), min_size=1, max_size=3))
+    def flipped(flips: list[tuple[int, int]]) -> None:
+        damaged = bytearray(whole)
+        for i, bits in flips:
+            damaged[i] ^= bits
+        loads_or_refuses(bytes(damaged))
+
+    @given(start=at, length=st.integers(0, 16), put=st.binary(max_size=16))
+    def spliced(start: int, length: int, put: bytes) -> None:
+        loads_or_refuses(whole[:start] + put + whole[start + length :])
+
+    flipped()
+    spliced()
