@@ -10,8 +10,13 @@ import sys
 import tokenize
 from pathlib import Path
 
-LIMIT = 18_830  # the aim is 15,000: what is added has to be paid for by what gets simpler
-SOURCE = ("kernels", "passes", "compile", "model_defs", "runtime", "bench", "seamwise")
+# What everything this project is meant to do should fit in; a folder over its budget is a sign of a wrong design.
+BUDGETS = {
+    "kernels": 7_500, "passes": 2_400, "compile": 2_000, "model_defs": 1_600, "runtime": 9_500, "bench": 2_000,
+    "seamwise": 100,
+}  # fmt: skip
+LIMIT = 25_000
+SOURCE = tuple(BUDGETS)
 SUFFIXES = (".py", ".cpp", ".h")
 _LAYOUT = (
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
@@ -35,15 +40,18 @@ def code_lines(path: Path) -> int:
 def main() -> int:
     root = Path(__file__).parent.parent
     total = 0
-    print(f"{'folder':12} {'code':>6} {'lines':>6} {'files':>6}  longest, in code")
+    print(f"{'folder':12} {'code':>6} {'budget':>6} {'lines':>6} {'files':>6}  longest, in code")
     for name in (*SOURCE, "tests"):
         files = [p for p in (root / name).rglob("*") if p.suffix in SUFFIXES and "__pycache__" not in p.parts]
         sizes = {p: code_lines(p) for p in files}
         longest = max(sizes, key=sizes.__getitem__)
         lines = sum(len(p.read_text().splitlines()) for p in files)
-        print(f"{name:12} {sum(sizes.values()):6} {lines:6} {len(files):6}  {longest.name} {sizes[longest]}")
-        total += sum(sizes.values()) if name != "tests" else 0
-    print(f"{'source':12} {total:6}         limit {LIMIT}")
+        code = sum(sizes.values())
+        budget = BUDGETS.get(name, "")
+        over = "  over its budget" if name in BUDGETS and code > BUDGETS[name] else ""
+        print(f"{name:12} {code:6} {budget:>6} {lines:6} {len(files):6}  {longest.name} {sizes[longest]}{over}")
+        total += code if name != "tests" else 0
+    print(f"{'source':12} {total:6} {LIMIT:>6}")
     return int(total > LIMIT)
 
 
