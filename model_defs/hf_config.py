@@ -12,7 +12,7 @@ _LARGEST_SIZE = 1 << 24
 _LARGEST_DEPTH = 1 << 12
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Names of the models that came before the common ones.
-_OLDER_NAMES = {
+OLDER_NAMES = {
     "hidden_size": ("n_embd",),
     "num_hidden_layers": ("n_layer",),
     "num_attention_heads": ("n_head",),
@@ -88,7 +88,7 @@ class Reader:
         return str(got)
 
     def _get(self, name: str, default: Any) -> Any:
-        for known in (name, *_OLDER_NAMES.get(name, ())):
+        for known in (name, *OLDER_NAMES.get(name, ())):
             if self.raw.get(known) is not None:
                 return self.raw[known]
         if default is None:

@@ -51,7 +51,6 @@ def qwen2(raw: Mapping[str, Any]) -> CausalLM:
 def qwen3(raw: Mapping[str, Any]) -> CausalLM:
     """An RMSNorm on each query and key head before it is rotated."""
     read = Reader(raw, "qwen3")
-    read.size("head_dim")  # transformers' default is no quotient of sizes, so it must be there
     c = Sizes.from_hf(read)
     return _lm(read, c, _upper_windows(read, c.num_layers), lambda i: MLP(c), **_qwen3_attention(read, c))
 

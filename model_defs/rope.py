@@ -61,7 +61,7 @@ def softmax_scale(read: Reader) -> float:
 
 
 def _parameters(read: Reader) -> Reader:
-    found = {**read.part("rope_scaling"), **read.part("rope_parameters")}
+    found = {**(read.part("rope_scaling") or read.part("rope_parameters"))}
     for name in ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "max_model_len"):
         found.setdefault(name, read.raw.get(name))
     found.setdefault("rope_type", found.get("type"))

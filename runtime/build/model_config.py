@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from seamwise.model_defs.hf_config import Reader
+from seamwise.model_defs.hf_defaults import completed
 
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
@@ -20,7 +21,7 @@ _MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What the runtime must know of a model; `raw` is config.json as read, or what it would hold.
+    """What the runtime must know of a model; `raw` is config.json, completed, or what it would hold.
 
     num_kv_heads, head_dim  of the cached keys and values; with multi-head latent attention, of what latents expand to
     latent_dim  width of a token's latent and its rotary key, 0 without multi-head latent attention
@@ -62,6 +63,7 @@ class ModelConfig:
             raise ValueError(
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
+        raw = completed(names[0], raw)
         read_quantization(raw, str(path))
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
@@ -91,7 +93,7 @@ class ModelConfig:
                 f"{path}: num_attention_heads={self.num_heads} is no multiple of"
                 f" num_key_value_heads={self.num_kv_heads}"
             )
-        if "head_dim" not in self.raw and self.hidden_size % self.num_heads:
+        if self.raw.get("head_dim") is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"{path}: hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_heads}"
             )

@@ -16,6 +16,7 @@ from seamwise.model_defs.rope import Rope
 
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 64}
 
+PHI3 = {"original_max_position_embeddings": 64}  # its class has a default, which counts before the rope's own
 SLIDING = {"sliding_window": 9, "use_sliding_window": True}
 
 
@@ -120,10 +121,15 @@ def test_windows_of_configurations_without_layer_types(
         ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window is 0"),
         ("Qwen2ForCausalLM", {"layer_types": ["full_attention"]}, "wanted a list of 2 of 'full_attention' and"),
         ("Qwen2ForCausalLM", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types is .*chunked"),
-        ("Qwen3ForCausalLM", {}, "head_dim is missing"),
         ("Phi3ForCausalLM", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, wanted at most 1"),
-        ("Phi3ForCausalLM", {"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, "long_factor is 1 numbers, .* of 8"),
-        ("Phi3ForCausalLM", {"rope_scaling": LONGROPE | {"long_factor": [1, 2, 0, 4, 5, 6, 7, 8]}}, "long_factor is 0"),
+        (
+            "Phi3ForCausalLM", PHI3 | {"rope_scaling": LONGROPE | {"long_factor": [1.0]}},
+            "long_factor is 1 numbers, .* of 8",
+        ),
+        (
+            "Phi3ForCausalLM", PHI3 | {"rope_scaling": LONGROPE | {"long_factor": [1, 2, 0, 4, 5, 6, 7, 8]}},
+            "long_factor is 0",
+        ),
         ("Gemma2ForCausalLM", {"head_dim": 8, "hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
         ("Gemma2ForCausalLM", {"head_dim": 8, "final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
         ("Gemma3ForCausalLM", {"head_dim": 8, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),

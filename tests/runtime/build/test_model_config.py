@@ -34,7 +34,7 @@ def test_reads_sizes_and_fills_what_older_files_leave_out(tmp_path: Path) -> Non
     assert (config.architecture, config.hidden_size, config.num_layers) == ("LlamaForCausalLM", 64, 3)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 32)
     assert (config.vocab_size, config.max_position_embeddings, config.dtype) == (100, 512, torch.bfloat16)
-    assert (config.bos_id, config.eos_ids) == (1, ())
+    assert (config.bos_id, config.eos_ids) == (1, (2,))  # transformers' defaults for a Llama
     old = read(tmp_path, {"num_key_value_heads": ..., "torch_dtype": "float16"})
     assert (old.num_kv_heads, old.head_dim, old.dtype) == (4, 16, torch.float16)
     assert read(tmp_path, {}).dtype == torch.float32
@@ -60,7 +60,7 @@ def test_eos_is_generation_configs_before_configs(
         ({"architectures": ...}, "architectures is None, wanted a list of one class name"),
         ({"architectures": []}, r"architectures is \[\]"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
-        ({"hidden_size": ...}, "hidden_size is missing"),
+        ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": 0}, "hidden_size is 0, wanted a whole number"),
         ({"hidden_size": -64}, "hidden_size is -64"),
         ({"hidden_size": 64.0}, "hidden_size is 64.0"),
