@@ -14,6 +14,7 @@ from seamwise.model_defs.hf_defaults import completed
 
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
+from seamwise.runtime.weights.tied import has_own_head
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
@@ -64,6 +65,8 @@ class ModelConfig:
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
         raw = completed(names[0], raw)
+        if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
+            raw["tie_word_embeddings"] = False  # the file counts
         read_quantization(raw, str(path))
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
