@@ -48,7 +48,8 @@ def build_model(
 
     raw    config.json as read; what it leaves out is transformers' default
     entry  "own": the definition here; "transformers": the checkpoint's own class; "auto": the first there is
-    max_model_len  longest request in tokens, by which LongRoPE's table is chosen; default: max_position_embeddings
+    max_model_len  longest request in tokens, by which the tables of LongRoPE and "dynamic" RoPE are chosen; default:
+                   as trained, the shorter
 
     Raises ValueError for an architecture or a configuration that cannot be served.
     """

@@ -37,6 +37,10 @@ class Reader:
             raise ValueError(f"{self.where}: {name} is {got!r}, wanted a whole number from 1 to {limit}")
         return got
 
+    def count(self, name: str, default: int) -> int:
+        """Return a whole number, 0 included."""
+        return 0 if self.raw.get(name) == 0 and self.raw[name] is not False else self.size(name, default)
+
     def positive(self, name: str, default: float | None = None) -> float:
         """Return a positive finite number."""
         got = self._get(name, default)

@@ -11,6 +11,7 @@ import torch
 
 from seamwise.model_defs.hf_config import Reader
 from seamwise.model_defs.hf_defaults import completed
+from seamwise.model_defs.rope import context_lengths
 
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
@@ -26,6 +27,7 @@ class ModelConfig:
 
     num_kv_heads, head_dim  of the cached keys and values; with multi-head latent attention, of what latents expand to
     latent_dim  width of a token's latent and its rotary key, 0 without multi-head latent attention
+    default_len, longest  tokens of the longest request: where nobody asks for another, and that may be asked for
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
     bos_id   the id that begins a text, where the model has one
@@ -39,6 +41,8 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    default_len: int
+    longest: int
     latent_dim: int
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
@@ -71,6 +75,7 @@ class ModelConfig:
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
         latent = raw.get("kv_lora_rank") is not None
+        default_len, longest = context_lengths(raw)
         rotary = read.size("qk_rope_head_dim") if latent else 0
         config = cls(
             architecture=names[0],
@@ -81,6 +86,8 @@ class ModelConfig:
             head_dim=read.size("qk_nope_head_dim") + rotary if latent else read.size("head_dim", hidden // heads),
             vocab_size=read.size("vocab_size"),
             max_position_embeddings=read.size("max_position_embeddings"),
+            default_len=default_len,
+            longest=longest,
             latent_dim=read.size("kv_lora_rank") + rotary if latent else 0,
             dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
             eos_ids=_token_ids("eos_token_id", generation, raw, directory),

@@ -1,4 +1,4 @@
-"""A head that differs from the embedding is the head, whatever the configuration says; an equal one is the embedding."""
+"""A head that differs from the embedding is the head, whatever the configuration says."""
 
 from __future__ import annotations
 
