@@ -12,7 +12,6 @@ import torch
 from seamwise.model_defs.hf_config import Reader
 from seamwise.model_defs.hf_defaults import completed
 from seamwise.model_defs.rope import context_lengths
-
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 from seamwise.runtime.weights.tied import has_own_head
