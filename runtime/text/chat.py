@@ -116,7 +116,8 @@ def _flat(message: dict[str, Any]) -> dict[str, Any]:
 
 def _takes_parts(render: Any, messages: list[dict[str, Any]]) -> bool:
     """Return whether a template reads parts: with marks in place of the texts, none is printed as an object."""
-    marked, marks = [], []
+    marked: list[dict[str, Any]] = []
+    marks: list[dict[str, str]] = []
     for message in messages:
         if isinstance(message.get("content"), list):
             parts = [
