@@ -40,6 +40,20 @@ settings.register_profile(
 settings.load_profile("seamwise")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    parser.addoption(
+        "--instruction-set", default="native", choices=instruction_set.runnable(), help="of every CPU kernel in the run"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    instruction_set.use(config.getoption("--instruction-set"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
