@@ -52,9 +52,8 @@ class Field:
         return torch.full(self.shape(sizes), self.padding, dtype=self.dtype, device=device)
 
 
-def _tensor(dtype: torch.dtype, *dims: str, reader: Reader, optional: bool = False, **more: Any) -> Any:
-    declared = {"dtype": dtype, "dims": dims, "reader": reader, "optional": optional, **more}
-    return field(default=None, metadata=declared) if optional else field(metadata=declared)
+def _declared(dtype: torch.dtype, *dims: str, reader: Reader, **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "dims": dims, "reader": reader, **more}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,16 +93,22 @@ class StepInput:
     hidden_states   whether the output shall have them; the runner is loaded with return_hidden_states=True then
     """
 
-    token_ids: Tensor = _tensor(torch.int64, "T", reader="model")
-    positions: Tensor = _tensor(torch.int64, "T", "3T", reader="model")
-    slot_mapping: Tensor = _tensor(torch.int64, "T", reader="model", padding=-1)
-    block_table: Tensor = _tensor(torch.int32, "RB", reader="seams")
-    seq_lens: Tensor = _tensor(torch.int32, "R", reader="seams")
-    query_starts: Tensor = _tensor(torch.int32, "S", reader="seams")
-    logit_rows: Tensor = _tensor(torch.int64, "L", reader="model")
-    adapter_slots: Tensor | None = _tensor(torch.int32, "R", reader="adapters", optional=True)
-    request_slots: Tensor | None = _tensor(torch.int32, "R", reader="host", optional=True)
-    request_generations: Tensor | None = _tensor(torch.int64, "R", reader="host", optional=True)
+    token_ids: Tensor = field(metadata=_declared(torch.int64, "T", reader="model"))
+    positions: Tensor = field(metadata=_declared(torch.int64, "T", "3T", reader="model"))
+    slot_mapping: Tensor = field(metadata=_declared(torch.int64, "T", reader="model", padding=-1))
+    block_table: Tensor = field(metadata=_declared(torch.int32, "RB", reader="seams"))
+    seq_lens: Tensor = field(metadata=_declared(torch.int32, "R", reader="seams"))
+    query_starts: Tensor = field(metadata=_declared(torch.int32, "S", reader="seams"))
+    logit_rows: Tensor = field(metadata=_declared(torch.int64, "L", reader="model"))
+    adapter_slots: Tensor | None = field(
+        default=None, metadata=_declared(torch.int32, "R", reader="adapters", optional=True)
+    )
+    request_slots: Tensor | None = field(
+        default=None, metadata=_declared(torch.int32, "R", reader="host", optional=True)
+    )
+    request_generations: Tensor | None = field(
+        default=None, metadata=_declared(torch.int64, "R", reader="host", optional=True)
+    )
     further_groups: tuple[KVGroupInput, ...] = ()
     hidden_states: bool = False
 
@@ -138,12 +143,10 @@ class StepInput:
             raise ValueError(f"StepInput.request_slots names slot {twice} twice; wanted each request's own")
 
 
-FIELDS: dict[str, Field] = {
-    f.name: Field(name=f.name, **f.metadata) for f in fields(StepInput) if "dims" in f.metadata
-}
+FIELDS: dict[str, Field] = {f.name: Field(name=f.name, **f.metadata) for f in fields(StepInput) if "dims" in f.metadata}
 # Arguments of every model's forward, in order; kv_caches is a list of each layer's caches, the rest are tensors.
 _FORWARD = [name for name, declared in FIELDS.items() if declared.in_forward]
-STEP_ARGUMENTS = tuple(_FORWARD[: _FORWARD.index("slot_mapping")] + ["kv_caches"] + _FORWARD[2:])
+STEP_ARGUMENTS = (*_FORWARD[:2], "kv_caches", *_FORWARD[2:])
 
 
 def _unfit(name: str, declared: Field, tensor: Tensor, sizes: Mapping[str, int]) -> ValueError:
