@@ -28,4 +28,4 @@ def return_hidden_states(model: nn.Module) -> None:
         hidden = seen.pop()
         return logits_LV, hidden.reshape(-1, hidden.shape[-1])  # transformers' have a batch of one before them
 
-    model.forward = both  # type: ignore[method-assign]
+    model.forward = both

@@ -226,4 +226,5 @@ def empty_step() -> StepInput:
 def step_of_padding() -> StepInput:
     """Return the step of one row of padding, which no request owns and which stores nothing."""
     sizes = {"T": 1, "R": 1, "S": 2, "B": 1, "L": 1}
-    return StepInput(**{name: FIELDS[name].padded(sizes, "cpu") for name in STEP_ARGUMENTS if name in FIELDS})
+    parts: dict[str, Any] = {name: FIELDS[name].padded(sizes, "cpu") for name in STEP_ARGUMENTS if name in FIELDS}
+    return StepInput(**parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +41,10 @@ class StaticInputs:
     def views(self, tokens: int, requests: int) -> StepInput:
         """Return the starts of the buffers, as a step of so many tokens, all wanted, and requests."""
         sizes = {"T": tokens, "R": requests, "S": requests + 1, "L": tokens}
-        return StepInput(
-            **{name: buffer[: sizes[_BUFFERED[name].dims[0][0]]] for name, buffer in self._buffers.items()}
-        )
+        parts: dict[str, Any] = {
+            name: buffer[: sizes[_BUFFERED[name].dims[0][0]]] for name, buffer in self._buffers.items()
+        }
+        return StepInput(**parts)
 
     def fill(self, views: StepInput, batch: StepInput) -> None:
         """Copy a step into the buffers, by views of its size."""
@@ -56,7 +58,8 @@ class StaticInputs:
         What only seams read moves to the device as it is. A row of padding belongs to no request, and its slot of -1
         stores nothing.
         """
-        filled, sizes = {}, {"T": tokens, "L": rows}
+        filled: dict[str, Any] = {}
+        sizes = {"T": tokens, "L": rows}
         for name, buffer in self._buffers.items():
             values: Tensor = getattr(batch, name)
             if name in _OF_MODEL:
