@@ -17,7 +17,25 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "compile": ({"passes", "kernels"}, {"torch", "safetensors"}),
     "runtime": (
         {"compile", "model_defs", "kernels", "passes"},
-        {"torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf"},
+        {
+            "torch",
+            "numpy",
+            "safetensors",
+            "tokenizers",
+            "transformers",
+            "huggingface_hub",
+            "tqdm",
+            "jinja2",
+            "gguf",
+            "fastapi",
+            "uvicorn",
+            "starlette",
+            "pydantic",
+            "prometheus_client",
+            "zmq",
+            "msgspec",
+            "prompt_toolkit",
+        },
     ),
 }
 # The rooms of runtime/, one way: what stands later may be imported by what stands earlier, never the other way round.
