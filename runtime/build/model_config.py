@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from seamwise.model_defs.hf_config import Reader
-
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 

@@ -16,8 +16,8 @@ from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Program
 from seamwise.kernels.cpu.tape import compile_ahead
 
-from .model_config import ModelConfig
 from .loading import compile_model
+from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
 

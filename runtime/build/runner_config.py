@@ -14,10 +14,10 @@ import torch
 
 from seamwise.compile import pack
 from seamwise.compile.pipeline import PipelineConfig
-
 from seamwise.runtime.weights.formats import check_load_format
-from .model_config import ModelConfig
 from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
+
+from .model_config import ModelConfig
 
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float": torch.float32,
