@@ -55,13 +55,31 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def render_chat(
+class SandboxedTemplates:
+    """Stands where render_chat of runtime/text/chat.py expects transformers' tokenizer: it renders, and no more."""
+
+    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self._templates, self._special = templates, special_tokens
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], *, chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None, tokenize: bool, **options: Any,
+    ) -> str:  # fmt: skip
+        """Return a conversation as text, by the named template, the given one, or the model's for tools or without."""
+        assert not tokenize
+        name = chat_template or ("tool_use" if tools and "tool_use" in self._templates else "default")
+        return render(
+            self._templates.get(name, name), conversation, special_tokens=self._special, tools=tools, **options
+        )
+
+
+def render(
     source: str, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str],
     add_generation_prompt: bool = True, continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
-    more: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> str:  # fmt: skip
-    """Return a conversation as the model's text.
+    """Return a conversation as a template's text.
 
     Raises ValueError for a template that is none, that refuses the messages, or does not take what they hold.
     """
@@ -71,7 +89,7 @@ def render_chat(
         )
     names = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
     try:
-        text = _compiled(source).render(messages=list(messages), **{**special_tokens, **(more or {}), **names})
+        text = _compiled(source).render(messages=list(messages), **{**special_tokens, **more, **names})
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is not valid jinja, line {error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:

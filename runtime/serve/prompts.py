@@ -9,7 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from .chat_template import render_chat
+from seamwise.runtime.text.chat import render_chat
+
+from .chat_template import SandboxedTemplates
 from .process.messages import Ready
 
 
@@ -20,6 +22,8 @@ class Prompts:
         self.info = info
         self.templates = dict(info.chat_templates)
         self._tokenizer = Tokenizer.from_str(info.tokenizer) if info.tokenizer else None
+        if self._tokenizer is not None:
+            self._tokenizer.encode_special_tokens = info.split_special_tokens
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -63,18 +67,11 @@ class Prompts:
             wanted = 'a string, {"prompt": str} or {"prompt_token_ids": [int, …]}'
             raise ValueError(f"got {shortened(prompt)}, wanted {wanted}") from None
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None, **options: Any,
-    ) -> str:  # fmt: skip
-        """Return a conversation as text, by the model's template or the given one (a name of one, or its source).
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Return a conversation as text, by the model's template or chat_template (a name of one, or its source).
 
-        Raises ValueError for a model without a template, and as render_chat does.
+        options  of render_chat. Raises ValueError for a model without a template, and as render_chat does.
         """
-        name = "tool_use" if tools and "tool_use" in self.templates else "default"
-        source = self.templates.get(chat_template or name, chat_template)
-        if source is None:
-            raise ValueError(
-                f"{self.info.model} has no chat template; use /v1/completions, or start with chat_template"
-            )
-        return render_chat(source, messages, special_tokens=self.info.special_tokens, tools=tools, **options)
+        if not (self.templates or options.get("chat_template")):
+            raise ValueError(f"{self.info.model} has no chat template; use completions, or start with chat_template")
+        return render_chat(SandboxedTemplates(self.templates, self.info.special_tokens), messages, **options)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
-
-import seamwise
 
 from .errors import add_handlers
 from .guards import Guard
@@ -34,7 +33,7 @@ def build_app(state: Serving) -> ASGIApp:
         await asyncio.gather(*(llm.shutdown() for llm in distinct))
 
     app = FastAPI(
-        title="Seamwise", version=seamwise.__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="Seamwise", version=version("seamwise"), lifespan=lifespan, docs_url=None, redoc_url=None,
         description="OpenAI's routes, with vLLM's options.",
     )  # fmt: skip
     app.state.serving = state

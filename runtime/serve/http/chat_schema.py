@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -39,27 +38,16 @@ class Message(Body):
     tool_call_id: str | None = None
 
     def as_template_reads(self) -> dict[str, Any]:
-        """Return the message with its text in one piece, and arguments as objects."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        given: dict[str, Any] = {"role": self.role, "content": content or ""}
-        if self.tool_calls:
-            given["tool_calls"] = [_call(call) for call in self.tool_calls]
-        for name in ("name", "tool_call_id"):
-            if getattr(self, name) is not None:
-                given[name] = getattr(self, name)
-        if thought := self.reasoning or self.reasoning_content:
-            given["reasoning_content"] = thought
-        return given
+        """Return what the template is given, without what was not said."""
+        given = self.model_dump(exclude_none=True, exclude={"reasoning"})
+        if self.reasoning:
+            given["reasoning_content"] = self.reasoning
+        return {"content": "", **given}
 
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"tool_calls: arguments of {call.function.name!r} are not JSON: {error}") from None
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    def text(self) -> str:
+        """Return the content in one piece."""
+        parts = self.content if isinstance(self.content, list) else []
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in parts)
 
 
 class FunctionDefinition(Body):

@@ -88,12 +88,15 @@ def _ready(llm: Any, model: str) -> Ready:
     from .describe import chat_templates, explanation, special_tokens, tokenizer_json
 
     runner, tokenizer = llm.engine.runner, llm.tokenizer
+    eos_ids = list(getattr(llm.engine, "eos_ids", runner.config.eos_ids))
     return Ready(
         model=model, max_model_len=runner.options.max_model_len, vocab_size=runner.config.vocab_size,
-        eos_ids=list(runner.config.eos_ids), block_size=runner.block_size, num_blocks=runner.num_blocks,
+        eos_ids=eos_ids, block_size=runner.block_size, num_blocks=runner.num_blocks,
         dtype=str(getattr(runner.options, "dtype", "")).removeprefix("torch."), device=str(runner.options.device),
         tokenizer=tokenizer_json(tokenizer), chat_templates=chat_templates(tokenizer),
-        special_tokens=special_tokens(tokenizer), startup_s=dict(runner.startup_s), explain=explanation(runner),
+        special_tokens=special_tokens(tokenizer),
+        split_special_tokens=bool(getattr(tokenizer and tokenizer._light, "encode_special_tokens", False)),
+        startup_s=dict(runner.startup_s), explain=explanation(runner),
     )  # fmt: skip
 
 

@@ -118,6 +118,7 @@ class Ready(Struct, tag=True, array_like=True):
     tokenizer      the tokenizers library's JSON, None without a tokenizer
     chat_templates  name -> jinja source; "default" is the model's own
     special_tokens  bos_token, eos_token …, as templates read them
+    split_special_tokens  whether special tokens in a text are taken for text
     startup_s      seconds by stage
     """
 
@@ -132,6 +133,7 @@ class Ready(Struct, tag=True, array_like=True):
     tokenizer: str | None
     chat_templates: dict[str, str]
     special_tokens: dict[str, str]
+    split_special_tokens: bool
     startup_s: dict[str, float]
     explain: dict[str, Any]
     default_sampling: dict[str, Any] = field(default_factory=dict)

@@ -111,7 +111,7 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "bad configuration": (_write("config.json", "{"), {}, r"config\.json"),
     "architecture": (lambda d: _config(d, architectures=["NoSuch"]), {}, "NoSuch"),
     "sizes": (lambda d: _config(d, hidden_size=72), {}, "hidden_size|shape|heads|72"),
-    "tokenizer": (_write("tokenizer.json", "{"), {}, r"tokenizer\.json"),
+    "tokenizer": (_write("tokenizer.json", "{"), {}, "has no tokenizer that transformers can load"),
     "dtype": (lambda d: None, {"dtype": "float8"}, "dtype='float8'"),
     "length": (lambda d: None, {"max_model_len": 100_000}, "max_model_len=100000"),
     "memory": (lambda d: None, {"kv_cache_memory_bytes": 10}, "budget of 10 bytes"),

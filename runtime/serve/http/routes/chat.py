@@ -38,7 +38,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     def parts() -> ChatParts:
         return ChatParts(tools=tools, reasoning=marks, thinking=thinking)
 
-    prefix = body.messages[-1].as_template_reads()["content"] if body.echo else ""
+    prefix = body.messages[-1].text() if body.echo else ""
     answer = ChatAnswer(body, request_name(request, body.request_id, "chatcmpl"), name, parts, prefix)
     if body.stream:
         return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
@@ -85,14 +85,16 @@ def rendered(body: Template, prompts: Prompts, state: Serving, *, with_tools: bo
             "chat_template: templates from requests are refused; start the server with trust_request_chat_template"
         )
     more: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    if taken := {"messages", "tools", "documents", "add_generation_prompt"} & more.keys():
-        raise ValueError(f"chat_template_kwargs: {sorted(taken)[0]} has a field of its own; use that")
+    if taken := {"messages", "documents"} & more.keys():
+        raise ValueError(f"chat_template_kwargs: {min(taken)} has a field of its own; use that")
+    if body.documents is not None:
+        more["documents"] = body.documents
     if body.reasoning_effort is not None:
         more["reasoning_effort"] = body.reasoning_effort
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if with_tools else None
     text = prompts.render(
         [message.as_template_reads() for message in body.messages], chat_template=body.chat_template, tools=tools,
-        documents=body.documents, continue_final_message=body.continue_final_message, more=more,
+        continue_final_message=body.continue_final_message, chat_template_kwargs=more,
         add_generation_prompt=(
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
         ),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-import seamwise
 from seamwise.runtime.serve.http.errors import ApiError
 from seamwise.runtime.serve.http.serving import serving
 from seamwise.runtime.serve.http.sse import encode_json
@@ -67,9 +67,9 @@ async def load(request: Request) -> Response:
 
 
 @router.get("/version", responses=READS, response_class=Response)
-async def version(request: Request) -> Response:
+async def library_version(request: Request) -> Response:
     """The library's version."""
-    return _json({"version": seamwise.__version__})
+    return _json({"version": version("seamwise")})
 
 
 @router.get("/metrics", responses=answers(401, content=_TEXT), response_class=Response)
