@@ -90,7 +90,7 @@ def tiny_config(config_class: Any, extra: dict[str, Any]) -> Any:
     return config_class(**{**sizes, **extra})
 
 
-def try_model(architecture: str, *, eager: bool = False) -> Outcome:
+def try_model(architecture: str) -> Outcome:
     """Make a tiny model, run it by both, and say how it went."""
     with tempfile.TemporaryDirectory() as directory:
         try:
@@ -99,7 +99,7 @@ def try_model(architecture: str, *, eager: bool = False) -> Outcome:
         except Exception as error:
             return Outcome(architecture=architecture, verdict="no tiny model", reason=_said(error))
         try:
-            got = (run_eagerly if eager else run)(Path(directory))
+            got = run(Path(directory))
         except Exception as error:
             return Outcome(architecture=architecture, verdict="refused", reason=_said(error))
     error = max((a.double() - b).abs().max().item() for a, b in zip(got, exact, strict=True))

@@ -31,8 +31,7 @@ class HuggingFaceDecoder(nn.Module):
         super().__init__()
         hf_attention.register()
         hf_experts.register()
-        model_class = _class_of(architecture)
-        config = _config_of(model_class, raw)
+        model_class, config = class_and_config(architecture, raw)
         # A class that does not use transformers' attention interface calls scaled_dot_product_attention, if any.
         through = "seamwise" if _uses_interface(model_class) else "sdpa"
         _set_implementation(config, through)
@@ -48,9 +47,7 @@ class HuggingFaceDecoder(nn.Module):
         self.longest = getattr(config, "max_model_len", 1)
         self.tp_plan = {**model.tp_plan}
         self._call: Callable[..., Any] = model.__call__  # a bound method: no child of this module
-        self._accepts = inspect.signature(model.forward).parameters
-        if "position_ids" not in self._accepts:
-            raise ValueError(f"{architecture}: its forward takes no position_ids, which requests in one step need")
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.eval()
 
     def forward(
@@ -72,23 +69,17 @@ class HuggingFaceDecoder(nn.Module):
         nothing = token_ids.new_zeros(1)
         step = Step(kv_caches=None, slot_mapping=nothing, spans=(nothing,) * 3, longest=self.longest)
         self._run(step, token_ids, positions, logit_rows)
-        if not step.called:
-            raise ValueError(
-                f"{self.architecture}: its attention comes neither through transformers' attention interface nor"
-                " as scaled_dot_product_attention"
-            )
         return step.called
 
     def _run(self, step: Step, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         """Call the model on one row of all requests' tokens; return logits (L, V) of the wanted rows."""
         given: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0), "use_cache": False}
         given["position_ids"] = positions.unsqueeze(0)
-        keeps = "logits_to_keep" in self._accepts
-        if keeps:
+        if self._keeps_logits:
             given["logits_to_keep"] = logit_rows
         with hf_attention.attending(step):
             logits_1LV: Tensor = self._call(**given).logits
-        return logits_1LV.squeeze(0) if keeps else logits_1LV[0, logit_rows]
+        return logits_1LV.squeeze(0) if self._keeps_logits else logits_1LV[0, logit_rows]
 
 
 def _fix_rope(module: nn.Module, config: Any) -> None:
@@ -111,6 +102,12 @@ def _table(config: Any, kind: str, **layer: str) -> Tensor:
     return speeds_F
 
 
+def class_and_config(architecture: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return transformers' class and its configuration. Raises ValueError for what is not served."""
+    model_class = _class_of(architecture)
+    return model_class, _config_of(model_class, raw)
+
+
 def _class_of(architecture: str) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -121,6 +118,14 @@ def _class_of(architecture: str) -> Any:
             " wanted a class name like 'LlamaForCausalLM' (code inside a checkpoint is never run)"
         )
     model_class = getattr(transformers, architecture)
+    if "position_ids" not in inspect.signature(model_class.forward).parameters:
+        raise ValueError(f"{architecture}: its forward takes no position_ids, which requests in one step need")
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    if not _uses_interface(model_class) and "scaled_dot_product_attention" not in source:
+        raise ValueError(
+            f"{architecture}: its attention comes neither through transformers' attention interface nor as"
+            " scaled_dot_product_attention"
+        )
     return model_class
 
 

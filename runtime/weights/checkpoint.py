@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ _FLOATS = {None, torch.float64, torch.float32, torch.float16, torch.bfloat16}  #
 
 
 Part = tuple[int, int, int]  # dimension, start, end
+Convert = Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]]
 
 
 class Source(Protocol):
@@ -38,6 +39,7 @@ def open_source(
     path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None, *,
     dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
     kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "", ranks: int = 1,
+    convert: Convert | None = None,
 ) -> Source:  # fmt: skip
     """Open what gives a model with these parameters its weights; reads headers only.
 
@@ -49,6 +51,7 @@ def open_source(
     kept_dtypes  those of tensors that are not read in `dtype`; None: any floating one, read as it is stored
     within       the model is a part of the checkpoint: the tensors whose names begin so, and go on as parameters' do
     ranks        each of as many reads its part
+    convert      what to make of the checkpoint's tensors where they do not fit as they are
 
     Raises ValueError when the checkpoint does not fit the model, or the model does not fit the machine.
     """
@@ -63,7 +66,7 @@ def open_source(
         )
     if load_format == "dummy":
         return DummyCheckpoint(parameters, seed, kept)
-    return Checkpoint.open(path, parameters, tied, load_format, kept, within)
+    return Checkpoint.open(path, parameters, tied, load_format, kept, within, convert)
 
 
 def parameter_shapes(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -106,16 +109,14 @@ class Checkpoint:
     def open(
         cls, path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None,
         load_format: str = "auto", kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "",
+        convert: Convert | None = None,
     ) -> Checkpoint:  # fmt: skip
         """Open a checkpoint for a model with these parameters, as open_source describes."""
-        found, problems, chosen = find_tensors(path, load_format)
-        wanted = {
-            name: tensor
-            for stored, whole in found.items()
-            if stored.startswith(within)
-            for name, tensor in _as_wanted(stored.removeprefix(within), whole, parameters).items()
-        }
-        found, unfit = by_parameter(wanted, parameters, tied or {})
+        stored, problems, chosen = find_tensors(path, load_format)
+        stored = {n.removeprefix(within): tensor for n, tensor in stored.items() if n.startswith(within)}
+        found, unfit = _fitted(stored, parameters, tied or {})
+        if convert is not None and (unfit or found.keys() != parameters.keys()):
+            found, unfit = _fitted(convert(stored), parameters, tied or {})
         label = f"{path}: the checkpoint does not fit the model that its configuration describes"
         return cls.fitting(label, found, parameters, kept_dtypes or {}, chosen.dtypes, problems + unfit)
 
@@ -150,6 +151,13 @@ class Checkpoint:
         stored = self._tensors[name]
         read = stored.load() if part is None else stored.load_part(*part)
         return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
+
+
+def _fitted(
+    stored: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    wanted = {n: t for name, whole in stored.items() for n, t in _as_wanted(name, whole, parameters).items()}
+    return by_parameter(wanted, parameters, tied)
 
 
 def by_parameter(
