@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seamwise import caches
+from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
@@ -28,7 +30,7 @@ Prompt = str | Mapping[str, Any]
 class LLM:
     """Loads a model and generates for lists of prompts.
 
-    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
+    model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
              for one of several GGUF files
     tokenizer  another directory or GGUF file to take the tokenizer from
     skip_tokenizer_init  read no tokenizer: prompts are token ids, and outputs have no text (detokenize=False)
@@ -38,6 +40,8 @@ class LLM:
     max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
+    cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
+               $XDG_CACHE_HOME/seamwise, else ~/.cache/seamwise
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
                kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
@@ -50,7 +54,8 @@ class LLM:
         device: str = "auto", max_model_len: int | None = None, seed: int = 0, max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
         gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
-        num_gpu_blocks_override: int | None = None, skip_tokenizer_init: bool = False, **options: Any,
+        num_gpu_blocks_override: int | None = None, skip_tokenizer_init: bool = False,
+        cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
@@ -58,8 +63,10 @@ class LLM:
         if type(seed) is not int:
             raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
         limits = SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
+        if cache_dir is not None:
+            caches.set_cache_dir(cache_dir)
         directory = resolve_model(model)
-        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
+        home = model_of(directory) if tokenizer is None else resolve_model(tokenizer, weights=False)
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
