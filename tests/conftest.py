@@ -30,6 +30,11 @@ for kind in ("cpp", "models"):
     caches.folder(kind).symlink_to(_MODELS if there else caches.make_private(_BUILD / f"{kind}-of-tests"))
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a test that wants more threads sets them itself
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SESSION, ignore_errors=True)
 
@@ -38,6 +43,20 @@ settings.register_profile(
     "seamwise", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("seamwise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    parser.addoption(
+        "--instruction-set", default="native", choices=instruction_set.runnable(), help="of every CPU kernel in the run"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    instruction_set.use(config.getoption("--instruction-set"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,6 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for packs of this run: tests neither use nor fill the user's cache."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all workers: what one has traced, the others load
+        return tmp_path_factory.getbasetemp().parent / "packs"
     return tmp_path_factory.mktemp("packs")
 
 

@@ -53,7 +53,7 @@ def test_a_user_without_home_and_name_generates(tiny_llama_dir: Path, tmp_path: 
 
 
 def test_importing_reads_no_home(tmp_path: Path) -> None:
-    code = "import pathlib\npathlib.Path.home = None\nimport seamwise\nfrom seamwise import LLM, ModelRunner, SamplingParams"
+    code = "import pathlib\npathlib.Path.home = None\nfrom seamwise import LLM, ModelRunner, SamplingParams"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, env={"PATH": os.environ["PATH"]})
 
 

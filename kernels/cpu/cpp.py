@@ -21,23 +21,40 @@ import torch  # noqa: F401  (its OpenMP runtime must be in the process before a 
 
 from seamwise import caches
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC")
+from . import instruction_set
+
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC")
 COMPILERS = ("g++", "clang++", "c++")
 _MOST_BUILDS = 256  # kept in the cache folder; the least recently built go first
 _INCLUDE = re.compile(rb'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 
 
-@functools.cache
+def flags(*extra: str) -> tuple[str, ...]:
+    """Return the compiler's flags for the instruction set in use, and `extra` ones."""
+    return (*_FLAGS, *instruction_set.FLAGS[instruction_set.current()], *extra)
+
+
+def instructions() -> str:
+    """Return what the kernels in use are compiled to, e.g. "avx512_bf16" or "avx2" (see instruction_set.level)."""
+    return instruction_set.level(_predefined_macros(flags(), find_compiler()))
+
+
 def load(
-    source: Path, *, cache_dir: Path | None = None, flags: tuple[str, ...] = FLAGS, compiler: str | None = None
+    source: Path, *, cache_dir: Path | None = None, extra: tuple[str, ...] = (), compiler: str | None = None
 ) -> ctypes.CDLL:
     """Return the library built from `source`, compiling it when the cache folder has no whole build of exactly this.
 
-    The build's name holds a digest of the source, the headers it includes with quotes, the flags, and the compiler's
-    predefined macros (its version and, under -march=native, the machine's instruction sets). Its last bytes are a
-    digest of those before: a file that was cut short would kill the process that loads it.
+    The build's name holds a digest of the source, the headers it includes with quotes, the flags (those of the
+    instruction set in use, and `extra`), and the compiler's predefined macros (its version and, under -march=native,
+    the machine's instruction sets). Its last bytes are a digest of those before: a file that was cut short would kill
+    the process that loads it.
     Raises RuntimeError when there is no compiler, with the compiler's message, or where others can write the folder.
     """
+    return _load(source, cache_dir, flags(*extra), compiler)
+
+
+@functools.cache
+def _load(source: Path, cache_dir: Path | None, flags: tuple[str, ...], compiler: str | None) -> ctypes.CDLL:
     compiler = find_compiler() if compiler is None else compiler
     folder = caches.folder("cpp") if cache_dir is None else cache_dir
     target = folder / f"{source.stem}-{build_key(source, flags, compiler)}.so"

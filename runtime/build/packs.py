@@ -21,7 +21,6 @@ from .loading import compile_model
 from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
-
 _REMEDY = "make it again with `seamwise compile --model DIR -o PACK`"
 _RECORDED = ("quantization", "kv_cache_dtype", "max_model_len", "load_format")
 _UNSAID = ("auto", None)
@@ -71,7 +70,7 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
 
 def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
     """Return what a model's pack depends on."""
-    from seamwise.model_defs.rope import long_table
+    from seamwise.model_defs.rope import table_length
 
     return pack.key_parts(
         {
@@ -82,7 +81,8 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
             "device": torch.device(options.device).type,
             "entry": options.entry,
             "block_size": options.block_size,
-            "long_table": long_table(config.raw, options.max_model_len),
+            "hidden_states": options.return_hidden_states,
+            "table_length": table_length(config.raw, options.max_model_len),
             "pipeline": asdict(options.pipeline),
         },
         device=options.device,
@@ -106,6 +106,7 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     recorded = {name: options[name] for name in _RECORDED if options.get(name) not in _UNSAID}
     recorded |= {"dtype": str(settings.dtype).removeprefix("torch."), "device": settings.device}
     recorded |= {"entry": settings.entry, "block_size": settings.block_size, "pipeline": asdict(settings.pipeline)}
+    recorded["return_hidden_states"] = settings.return_hidden_states
     load_with = {"checkpoint": str(model.resolve()), "options": recorded}
     with ledger.stage("write pack"):
         parts = pack_parts(config, settings)
@@ -132,7 +133,7 @@ def open_pack(target: Path, options: dict[str, Any]) -> tuple[Path, dict[str, An
     """Return the checkpoint and the options that load the pack `target`; of options given here, those that say "auto"
     leave what the pack was made with.
 
-    Raises ValueError for a pack that was not made here, does not say what it was made from, or whose checkpoint is gone.
+    Raises ValueError for a pack that was not made here, that names no checkpoint, or one that is gone.
     """
     if not pack.made_here(target):
         raise ValueError(
@@ -153,10 +154,12 @@ def open_pack(target: Path, options: dict[str, Any]) -> tuple[Path, dict[str, An
 
 
 def with_recorded(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a model whose pack is named beside it, with what that was made with for what is not said."""
-    target = Path(options.get("pack_dir") or caches.folder("packs")) / options["pack_name"]
+    """Return the options of a model whose pack is named beside it; those not said are as the pack was made."""
+    folder = options.get("pack_dir", caches.folder("packs"))
+    if folder is None or not pack.is_pack(target := Path(folder) / options["pack_name"]):
+        return options
     given = {name: value for name, value in options.items() if value not in _UNSAID}
-    return _recorded(target)[1] | given if pack.is_pack(target) else given
+    return _recorded(target)[1] | given
 
 
 def _recorded(target: Path) -> tuple[Path, dict[str, Any]]:

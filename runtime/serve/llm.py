@@ -30,8 +30,8 @@ Prompt = str | Mapping[str, Any]
 class LLM:
     """Loads a model and generates for lists of prompts.
 
-    model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
-             for one of several GGUF files
+    model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by
+             huggingface_hub), "org/name:Q4_0" for one of several GGUF files
     tokenizer  another directory or GGUF file to take the tokenizer from
     skip_tokenizer_init  read no tokenizer: prompts are token ids, and outputs have no text (detokenize=False)
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
