@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from seamwise import caches
+from seamwise.runtime.serve.cli import main
 
 
 def test_the_option_comes_before_the_variable_before_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +81,47 @@ def test_a_folder_of_someone_else_is_refused(tmp_path: Path, monkeypatch: pytest
         owner = 4711
     with pytest.raises(PermissionError, match=f"belongs to user id {owner}, .*`chown` it, or choose .*cache_dir="):
         caches.check_private(tmp_path)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Caches with a pack used today and one of last month, a kernel, and a model."""
+    monkeypatch.setattr(caches, "_chosen", None)
+    for name, age_days in (("packs/new", 0), ("packs/old", 30), ("cpp", 0), ("models/demo", 0)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "file").write_bytes(bytes(1 << 20))
+        os.utime(tmp_path / name, (time.time() - age_days * 24 * 3600,) * 2)
+    return tmp_path
+
+
+def test_the_command_lists_and_clears(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--cache-dir", str(filled)]
+    assert main(["cache", *where]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == str(filled) and [line.split()[:5] for line in shown[1:]] == [
+        ["cpp", "1", "entries", "1.0", "MiB"], ["packs", "2", "entries", "2.0", "MiB"],
+        ["made", "0", "entries", "0.0", "MiB"], ["tokenizers", "0", "entries", "0.0", "MiB"],
+        ["models", "1", "entries", "1.0", "MiB"],
+    ]  # fmt: skip
+    assert main(["cache", "clear", "packs", "--older-than", "7", *where]) == 0
+    assert "packs       removed     1 entries        1.0 MiB" in capsys.readouterr().out
+    assert [p.name for p in (filled / "packs").iterdir()] == ["new"] and (filled / "cpp" / "file").exists()
+    assert main(["cache", "clear", *where]) == 0
+    left = {str(p.relative_to(filled)) for p in filled.rglob("*") if p.is_file()}
+    assert left == {"models/demo/file"}, "a model that was asked for stays"
+    assert main(["cache", "clear", "models", *where]) == 0
+    assert not [p for p in filled.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["list", "pack"], "no cache 'pack'; there are: cpp, packs"), (["clear", "--older-than", "-1"], "wanted days")],
+)
+def test_a_mistake_clears_nothing(
+    filled: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache", *arguments, "--cache-dir", str(filled)]) == 2
+    assert message in capsys.readouterr().err and len([p for p in filled.rglob("*") if p.is_file()]) == 4
 
 
 def test_the_tests_own_caches_are_not_the_users() -> None:
