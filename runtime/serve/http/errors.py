@@ -11,12 +11,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from seamwise.runtime.serve.process.streams import EngineError, RequestRefused, Unsupported
+from seamwise.runtime.serve.process.streams import CallFailed, EngineError, RequestRefused, Unsupported
 
 logger = logging.getLogger("seamwise.http")
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
-    413: "RequestTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError", 500: "InternalServerError",
+    409: "ConflictError", 413: "RequestTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError", 500: "InternalServerError",
     501: "NotImplementedError", 503: "ServiceUnavailableError",
 }  # fmt: skip
 _ELSEWHERE = {  # fields that clients of OpenAI and vLLM know, and what there is instead
@@ -56,6 +56,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestRefused | ValueError):
         return ApiError(400, str(error))
+    if isinstance(error, CallFailed):
+        return ApiError(409, str(error))
     if isinstance(error, Unsupported):
         return ApiError(501, str(error))
     if isinstance(error, EngineError):
@@ -80,7 +82,7 @@ def add_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    for kind in (ApiError, ValueError, EngineError, Unsupported, Exception):
+    for kind in (ApiError, ValueError, CallFailed, EngineError, Unsupported, Exception):
         app.add_exception_handler(kind, other)
 
 

@@ -135,7 +135,9 @@ def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -
     home = Path(tempfile.mkdtemp(prefix="fake-llm-"))
     (home / "tokenizer.json").write_text("{}")
     (home / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "!"}))
+    engine = FakeEngine(max_num_seqs)
     return SimpleNamespace(
-        engine=FakeEngine(max_num_seqs), tokenizer=SimpleNamespace(_light=light, directory=home),
+        engine=engine, reset_prefix_cache=engine.reset_prefix_cache,
+        tokenizer=SimpleNamespace(_light=light, directory=home),
         collective_rpc=lambda method, args=(), kwargs=None: [[method, args, kwargs]],
     )  # fmt: skip
