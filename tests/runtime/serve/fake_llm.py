@@ -79,11 +79,13 @@ class FakeEngine:
         return held[0]
 
     def step(self) -> list[RequestOutput]:
-        touched = []
+        touched, slow = [], False
         for request_id in list(self.requests)[: self.max_num_seqs]:
             output, params, ids = self.requests[request_id]
             token = ids[len(output.outputs[0].token_ids) % len(ids)]
-            _fault(LETTERS[token] if token < len(LETTERS) else "a")
+            letter = LETTERS[token] if token < len(LETTERS) else "a"
+            _fault(letter)
+            slow = slow or letter == "Z"
             for completion in output.outputs:
                 completion.token_ids.append(token)
                 completion.text += LETTERS[token]
@@ -96,6 +98,7 @@ class FakeEngine:
                 output.finished = True
                 del self.requests[request_id]
             touched.append(output)
+        time.sleep(0.2 * slow)
         return touched
 
 
@@ -108,8 +111,6 @@ def _fault(letter: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if letter == "S":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if letter == "Z":
-        time.sleep(0.2)
 
 
 def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -> Any:
