@@ -83,14 +83,14 @@ class FakeEngine:
         for request_id in list(self.requests)[: self.max_num_seqs]:
             output, params, ids = self.requests[request_id]
             token = ids[len(output.outputs[0].token_ids) % len(ids)]
-            letter = LETTERS[token] if token < len(LETTERS) else "a"
+            letter = LETTERS[token] if token < len(LETTERS) else "?"
             _fault(letter)
             slow = slow or letter == "Z"
             for completion in output.outputs:
                 completion.token_ids.append(token)
-                completion.text += LETTERS[token]
+                completion.text += letter
                 if completion.logprobs is not None:
-                    completion.logprobs.append({token: Logprob(-0.5, 1, LETTERS[token])})
+                    completion.logprobs.append({token: Logprob(-0.5, 1, letter)})
                 room = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(ids))
                 if len(completion.token_ids) >= room:
                     completion.finish_reason = "length"
