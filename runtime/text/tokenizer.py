@@ -82,11 +82,11 @@ class Tokenizer:
             return frozenset(self.full.all_special_ids)
         return frozenset(i for i, token in self._light.get_added_tokens_decoder().items() if token.special)
 
-    def encode(self, text: str) -> list[int]:
-        """Return ids with the special tokens the tokenizer adds by itself."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return ids, with the special tokens the tokenizer adds by itself unless they are unwanted."""
         if self._light is None:
-            return list(self.full.encode(text))
-        return list(self._light.encode(text).ids)
+            return list(self.full.encode(text, add_special_tokens=add_special_tokens))
+        return list(self._light.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         if self._light is None:
