@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,42 @@ from hypothesis import HealthCheck, settings
 # package of that name which it probes for.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.parent]
 
+from seamwise import caches  # noqa: E402
+
+# Tests, and the processes they start, neither read nor write the user's caches. The demo model's folder may be read
+# and filled, and compiled kernels outlive a run beside this checkout: their names are digests of what they are made of.
+USER_CACHES = caches.cache_dir()
+_SESSION = Path(tempfile.mkdtemp(prefix="seamwise-tests-"))
+os.environ["XDG_CACHE_HOME"] = str(_SESSION)
+_KERNELS = Path(__file__).parent.parent / "build" / "kernels-of-tests"
+caches.make_private(_KERNELS)
+caches.make_private(caches.cache_dir())
+caches.folder("cpp").symlink_to(_KERNELS)
+caches.folder("models").symlink_to(USER_CACHES / "models")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_SESSION, ignore_errors=True)
+
+
 settings.register_profile(
     "seamwise", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("seamwise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    parser.addoption(
+        "--instruction-set", default="native", choices=instruction_set.runnable(), help="of every CPU kernel in the run"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    instruction_set.use(config.getoption("--instruction-set"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
-
 from seamwise.runtime.weights.checkpoint import Source, kept_dtypes, open_source, parameter_shapes, show_progress
-from .model_config import ModelConfig
+from seamwise.runtime.weights.quantized import stored_weights
+
 from .drawn_steps import draw_steps
 from .kv_spec import KVCacheSpec
-from seamwise.runtime.weights.quantized import stored_weights
+from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 from .step import STEP_ARGUMENTS
 
@@ -124,8 +124,8 @@ def _quantized_kv(model: CapturedModel, has_scales: bool) -> CapturedModel:
 
 def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
     """Capture a model and run the pipeline; return the program and the buffers that its weights read."""
-    from seamwise.compile.pipeline import compile_graph
     from seamwise.compile.check.validate import Validator
+    from seamwise.compile.pipeline import compile_graph
 
     model = capture_model(config, options, ledger)
     pipeline, validator = options.pipeline, None

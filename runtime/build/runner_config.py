@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 
 from seamwise.compile import pack
 from seamwise.compile.pipeline import PipelineConfig
-
 from seamwise.runtime.weights.formats import check_load_format
-from .model_config import ModelConfig
 from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
+
+from .model_config import ModelConfig
 
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float": torch.float32,
@@ -48,7 +49,8 @@ class RunnerConfig:
     kv_cache_dtype  of the KV cache: the same, or float8_e4m3fn
     device         "cpu" or "cuda[:n]"
     entry          "own": Seamwise's definition; "transformers": the checkpoint's own class
-    max_model_len  longest request in tokens, prompt and output together
+    max_model_len  longest request in tokens, prompt and output together; default: the model's, and of LongRoPE and
+                   "dynamic" RoPE their original length, at which short prompts are computed as trained (as in vLLM)
     block_size     tokens in a KV cache block
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
@@ -176,13 +178,17 @@ class RunnerConfig:
             raise ValueError(
                 f"entry='own': Seamwise has no definition of {config.architecture}; use entry='transformers'"
             )
-        limit = config.max_position_embeddings
+        limit = config.longest
         if max_model_len is None:
-            max_model_len = limit
+            max_model_len = config.default_len
+            if config.default_len < limit:
+                warnings.warn(
+                    f"max_model_len is {config.default_len}, the length that the model was trained at before its RoPE"
+                    f" was scaled; up to {limit} may be asked for, and change what shorter requests give",
+                    stacklevel=2,
+                )
         if type(max_model_len) is not int or not 1 <= max_model_len <= limit:
-            raise ValueError(
-                f"max_model_len={max_model_len!r}: wanted 1 to {limit} (the model's max_position_embeddings)"
-            )
+            raise ValueError(f"max_model_len={max_model_len!r}: wanted 1 to {limit} (what the model's RoPE reaches)")
         pipeline = options.get("pipeline", PipelineConfig())
         if quantization is not None:
             options["pipeline"] = pipeline = replace(pipeline, quantization=quantization)

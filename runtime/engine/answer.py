@@ -67,10 +67,10 @@ class Answers:
 
     def _take_token(self, event: Event, token: int) -> None:
         c, params, reason = event.completion, event.request.params, event.reason
-        if event.logprobs is not None:
-            self._name(event.logprobs, params)
         if c.detokenizer is not None:
             self._mend(event.request, c)
+            if event.logprobs is not None:
+                _spell(event.logprobs, c.detokenizer)
             c.torn = True
             stop = _show(c.detokenizer, token, reason, params, event.index)
             text = c.detokenizer.text
@@ -91,7 +91,9 @@ class Answers:
         found = event.completion.prompt_logprobs or [None]
         for place, one in enumerate(event.prompt_logprobs, event.prompt_start + 1):
             if place == len(found):  # a preempted prompt is computed again
-                self._name(one, event.request.params)
+                here = self.detokenizer(event.request.prompt_token_ids[:place], event.request.params)
+                if here is not None:
+                    _spell(one, here)
                 found = [*found, one]
         event.completion.prompt_logprobs = found
 
@@ -105,10 +107,11 @@ class Answers:
             _show(c.detokenizer, token, None, request.params, index)
         c.torn = False
 
-    def _name(self, found: dict[int, Logprob], params: SamplingParams) -> None:
-        if params.detokenize and self.tokenizer is not None:
-            for token, logprob in found.items():
-                logprob.decoded_token = self.tokenizer.decode([token], skip_special_tokens=False)
+
+def _spell(found: dict[int, Logprob], detokenizer: Detokenizer) -> None:
+    """Write what each token would add to the text where the detokenizer stands."""
+    for logprob, text in zip(found.values(), detokenizer.texts_of(found), strict=True):
+        logprob.decoded_token = text
 
 
 def _show(detokenizer: Detokenizer, token: int, reason: Reason | None, p: SamplingParams, index: int) -> str | None:

@@ -65,6 +65,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
+        self.eos_ids = _eos_ids(runner, tokenizer)
         self.seed = seed
         self.namespace = Namespace()
         pool = BlockPool(num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching)
@@ -224,7 +225,7 @@ class Engine:
         Raises RuntimeError while requests run, whose past is in it, unless they are to compute their tokens anew.
         """
         self.drain()
-        if self.scheduler.running and not reset_running_requests:
+        if self._requests and not reset_running_requests:
             raise RuntimeError(f"{len(self._requests)} requests are running; finish or abort them first")
         with self._change:
             self.scheduler.preempt(self.scheduler.running)
@@ -324,10 +325,16 @@ class Engine:
         encode = None if self.tokenizer is None else partial(self.tokenizer.encode, add_special_tokens=False)
         options = RowOptions(
             params=params, seed=seed + (index << 48), num_prompt=len(prompt), mask_provider=provider,
-            stop_ids=() if params.ignore_eos else self.runner.config.eos_ids,
+            stop_ids=() if params.ignore_eos else self.eos_ids,
             bad_words=tokens_of_words(params.bad_words or (), encode) if encode else (),
         )  # fmt: skip
         return Completion(sequence=s, options=options, detokenizer=self._answers.detokenizer(prompt, params))
 
     def _root(self, request: Request) -> bytes:
         return replace(self.namespace, cache_salt=request.cache_salt).root()
+
+
+def _eos_ids(runner: ModelRunner, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the ids that end a sequence: the model's, and the one that its tokenizer names (fine-tunes rename it)."""
+    named = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
+    return tuple(dict.fromkeys(i for i in (*runner.config.eos_ids, *named) if i < runner.config.vocab_size))
