@@ -30,6 +30,11 @@ caches.folder("cpp").symlink_to(_KERNELS)
 caches.folder("models").symlink_to(USER_CACHES / "models")
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a test that wants more threads sets them itself
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SESSION, ignore_errors=True)
 
@@ -66,6 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for packs of this run: tests neither use nor fill the user's cache."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all workers: what one has traced, the others load
+        return tmp_path_factory.getbasetemp().parent / "packs"
     return tmp_path_factory.mktemp("packs")
 
 

@@ -71,6 +71,7 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
             "device": torch.device(options.device).type,
             "entry": options.entry,
             "block_size": options.block_size,
+            "hidden_states": options.return_hidden_states,
             "table_length": table_length(config.raw, options.max_model_len),
             "pipeline": asdict(options.pipeline),
         }
@@ -92,6 +93,7 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     chosen: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch."), "device": settings.device}
     chosen["entry"] = settings.entry
     chosen |= {name: options[name] for name in ("quantization", "kv_cache_dtype") if name in options}
+    chosen["return_hidden_states"] = settings.return_hidden_states
     chosen |= {"block_size": settings.block_size, "pipeline": asdict(settings.pipeline)}
     load_with = {"checkpoint": str(model.resolve()), "options": chosen}
     with ledger.stage("write pack"):

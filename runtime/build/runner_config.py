@@ -58,6 +58,9 @@ class RunnerConfig:
     cudagraph_mode  what is recorded (in CUDA graphs; on a CPU, on tapes): "full_decode_only": steps that decode one
                    token a request; "piecewise": every step, between seams; "full_and_piecewise": each by what it is;
                    "none". Default: "full_and_piecewise" on CUDA; "full_decode_only" on a CPU
+    num_speculative_tokens  drafts of a request that one step verifies: steps of up to one more token for each request
+                   are recorded in full
+    return_hidden_states  a step may ask for what its logits are computed from (StepInput.hidden_states)
     max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
     cudagraph_capture_sizes  numbers of tokens that piecewise recordings are padded to; larger steps run op by op
     max_recorded_bytes  memory of recordings; what would take more runs op by op
@@ -78,6 +81,8 @@ class RunnerConfig:
     stored: Quantization | None = None
     enforce_eager: bool = False
     cudagraph_mode: str | None = None
+    num_speculative_tokens: int = 0
+    return_hidden_states: bool = False
     max_recorded_requests: int = 256
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     max_recorded_bytes: int = 2 << 30
@@ -94,6 +99,8 @@ class RunnerConfig:
             raise ValueError(f"cudagraph_mode={self.cudagraph_mode!r}: wanted one of {', '.join(map(repr, _MODES))}")
         if self.enforce_eager and self.cudagraph_mode not in (None, "none"):
             raise ValueError(f"enforce_eager and cudagraph_mode={self.cudagraph_mode!r} contradict; leave one out")
+        if type(self.num_speculative_tokens) is not int or self.num_speculative_tokens < 0:
+            raise ValueError(f"num_speculative_tokens={self.num_speculative_tokens!r}: wanted 0 or more")
         sizes = self.capture_sizes
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
             raise ValueError(f"cudagraph_capture_sizes={sizes}: wanted rising numbers of tokens, from 1 up")
