@@ -37,7 +37,8 @@ class LLM:
     skip_tokenizer_init  read no tokenizer: prompts are token ids, and outputs have no text (detokenize=False)
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device   "auto" (CUDA when there is one), "cpu", "cuda[:n]"
-    max_model_len  longest request, prompt and output together; default: what the model allows
+    max_model_len  longest request, prompt and output together; default: what the model allows; "auto": what of that
+                   the KV cache has room for
     max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
     scheduling_policy  "fcfs", "priority", "fair", "predictive", "response_ratio", "cache_aware" or an installed one
     async_scheduling  plan a step while the one before it runs; outputs are the same without
@@ -54,7 +55,7 @@ class LLM:
 
     def __init__(
         self, model: str | Path, *, tokenizer: str | Path | None = None, dtype: str | torch.dtype = "auto",
-        device: str = "auto", max_model_len: int | None = None, seed: int = 0, max_num_seqs: int = 256,
+        device: str = "auto", max_model_len: int | str | None = None, seed: int = 0, max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
         gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
@@ -80,19 +81,22 @@ class LLM:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
         runner = ModelRunner.load(  # after the tokenizer: what reading that frees is used again
-            directory, dtype=dtype, device=device, max_model_len=max_model_len, seed=seed, **options
-        )
-        blocks = num_gpu_blocks_override or _num_blocks(runner, limits, gpu_memory_utilization, kv_cache_memory_bytes)
+            directory, dtype=dtype, device=device, max_model_len=None if max_model_len == "auto" else max_model_len,
+            seed=seed, **options,
+        )  # fmt: skip
+        if num_gpu_blocks_override is not None:
+            kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
+        plan = runner.plan(
+            kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=gpu_memory_utilization, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, fit_model_len=max_model_len == "auto",
+        )  # fmt: skip
+        blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1:
             from seamwise.runtime.distributed.group import smallest
 
-            blocks = smallest(blocks, runner.options.device)
-        longest = -(-runner.options.max_model_len // runner.block_size) + 1
-        if blocks < longest:
-            raise ValueError(
-                f"the KV cache would have {blocks} blocks of {runner.block_size} tokens, one request of max_model_len="
-                f"{runner.options.max_model_len} needs {longest}; lower max_model_len or give it more memory"
-            )
+            blocks, length = (smallest(value, runner.options.device) for value in (blocks, length))
+        if length < runner.options.max_model_len:
+            runner.limit_model_len(length)
         runner.allocate_kv(blocks)
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
@@ -222,21 +226,3 @@ def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     if len(params) != count:
         raise ValueError(f"got {len(params)} sampling_params for {count} prompts; wanted one, or one for each")
     return list(params)
-
-
-def _num_blocks(runner: ModelRunner, limits: SchedulerConfig, utilization: float, budget_bytes: int | None) -> int:
-    """Return how many blocks to allocate: enough for every sequence at full length, within the memory budget."""
-    spec = runner.kv_spec
-    if budget_bytes is not None:
-        return spec.blocks_within(budget_bytes)
-    if torch.device(runner.options.device).type == "cuda":
-        free_bytes, total_bytes = torch.cuda.mem_get_info(runner.options.device)
-        budget_bytes = int(free_bytes - (1 - utilization) * total_bytes) - runner.capture_plan().total_bytes
-    else:
-        import os
-
-        budget_bytes = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * runner.options.tensor_parallel_size)
-        )
-    needed = limits.max_num_seqs * -(-runner.options.max_model_len // runner.block_size) + 1
-    return min(needed, spec.blocks_within(budget_bytes))
