@@ -8,6 +8,7 @@ logits = runner.step(StepInput(...)).logits
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, step_of_padding
 from seamwise.runtime.distributed.group import smallest
 
+from .memory_plan import MemoryPlan, plan_memory
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .update_weights import update_weights
 
@@ -54,9 +56,12 @@ class ModelRunner:
         self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
-        ranks = options.tensor_parallel_size > 1
-        agree = partial(smallest, device=options.device) if ranks else int
-        self._recordings = Recordings(executable.program, options, agree)
+        self._recordings = self._new_recordings()
+
+    def _new_recordings(self) -> Recordings:
+        ranks = self.options.tensor_parallel_size > 1
+        agree = partial(smallest, device=self.options.device) if ranks else int
+        return Recordings(self.program, self.options, agree)
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> ModelRunner:
@@ -91,6 +96,23 @@ class ModelRunner:
     def num_blocks(self) -> int:
         """Blocks in the KV cache, the null block included; 0 before allocate_kv."""
         return self.kv_caches[0][0].shape[0] if self.kv_caches else 0
+
+    def plan(self, budget: int | None = None, **limits: Any) -> MemoryPlan:
+        """Return every byte that this runner takes, before its KV cache is allocated. limits: see plan_memory."""
+        derived = [n for n, recipe in self.program.recipes.items() if "weight" not in recipe]
+        places = dict(zip(self.program.recipes, self.executable.weights, strict=True))
+        return plan_memory(
+            self.program, self.options, self.kv_spec, sum(b.nbytes for b in self.buffers.values()),
+            sum(places[name].nbytes for name in derived), budget=budget,
+            held_bytes=sum(weight.nbytes for weight in self.executable.weights), **limits,
+        )  # fmt: skip
+
+    def limit_model_len(self, max_model_len: int) -> None:
+        """Let requests be at most so long, as a plan says. Raises ValueError for more than the model was built for."""
+        if not 1 <= max_model_len <= self.options.max_model_len:
+            raise ValueError(f"max_model_len={max_model_len}: wanted 1 to {self.options.max_model_len}")
+        self.options = replace(self.options, max_model_len=max_model_len)
+        self._recordings = self._new_recordings()
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the KV cache. Raises ValueError for fewer than 2 blocks (block 0 is the null block)."""
