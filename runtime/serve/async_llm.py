@@ -49,6 +49,11 @@ class AsyncLLM:
         return cls(**{**engine_args, **more})
 
     @property
+    def world_size(self) -> int:
+        """Ranks that hold the model."""
+        return self.engine.info.world_size if self.engine.info else 1
+
+    @property
     def is_running(self) -> bool:
         return self.engine.state == "ready"
 

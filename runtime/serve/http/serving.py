@@ -38,12 +38,27 @@ class Serving:
         self.started_s = time.time()
         self.draining = False
         self.num_in_work = 0
+        self._names: dict[str, list[str]] = {}  # a request's id in answers -> its ids in the engine
         self._template = settings.own_template()
 
     @property
     def llm(self) -> AsyncLLM:
         """The model that is served, the first where there are several."""
         return self.models[self.default]
+
+    def names_in_work(self, request_ids: Sequence[str] | None) -> list[str] | None:
+        """Return the engine's ids of requests by the ids that their answers carry; None: of all."""
+        return None if request_ids is None else [one for name in request_ids for one in self._names.get(name, ())]
+
+    def remember(self, name: str, engine_id: str) -> None:
+        """Note a request that is in work."""
+        self._names.setdefault(name, []).append(engine_id)
+
+    def forget(self, name: str, engine_id: str) -> None:
+        """Note that a request is no longer in work."""
+        held = [one for one in self._names.pop(name, []) if one != engine_id]
+        if held:
+            self._names[name] = held
 
     def refuse(self, path: str) -> ApiError | None:
         """Say why no request is taken now: the server is about to end."""
@@ -116,8 +131,8 @@ def request_name(request: Request, asked: str | None, prefix: str) -> str:
 class Work:
     """The generation of one HTTP request: one stream for each prompt, in the engine until it is closed."""
 
-    def __init__(self, state: Serving, llm: AsyncLLM) -> None:
-        self._state, self._llm = state, llm
+    def __init__(self, state: Serving, llm: AsyncLLM, name: str) -> None:
+        self._state, self._llm, self._name = state, llm, name
         self._metrics = state.metrics[id(llm)]
         self._streams: list[Stream] = []
         self._times: list[RequestTimes] = []
@@ -141,6 +156,7 @@ class Work:
                 self.close()
                 raise
             self._streams.append(stream)
+            self._state.remember(self._name, name)
             self._state.num_in_work += 1
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -179,6 +195,7 @@ class Work:
         """End what still runs."""
         for stream in self._streams:
             self._llm.engine.drop(stream)
+            self._state.forget(self._name, stream.request_id)
         self._state.num_in_work -= len(self._streams)
         self._streams = []
 

@@ -136,6 +136,7 @@ class Ready(Struct, tag=True, array_like=True):
     split_special_tokens: bool
     startup_s: dict[str, float]
     explain: dict[str, Any]
+    world_size: int = 1
     default_sampling: dict[str, Any] = field(default_factory=dict)
 
 

@@ -15,6 +15,10 @@ class RequestRefused(ValueError):
     """The engine did not take the request: the message names what is wrong with it."""
 
 
+class CallFailed(RuntimeError):
+    """A method of the engine raised: its state does not allow the call, or something failed. The message says what."""
+
+
 class Unsupported(NotImplementedError):
     """The engine has no such method."""
 

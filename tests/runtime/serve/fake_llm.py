@@ -79,16 +79,18 @@ class FakeEngine:
         return held[0]
 
     def step(self) -> list[RequestOutput]:
-        touched = []
+        touched, slow = [], False
         for request_id in list(self.requests)[: self.max_num_seqs]:
             output, params, ids = self.requests[request_id]
             token = ids[len(output.outputs[0].token_ids) % len(ids)]
-            _fault(LETTERS[token] if token < len(LETTERS) else "a")
+            letter = LETTERS[token] if token < len(LETTERS) else "?"
+            _fault(letter)
+            slow = slow or letter == "Z"
             for completion in output.outputs:
                 completion.token_ids.append(token)
-                completion.text += LETTERS[token]
+                completion.text += letter
                 if completion.logprobs is not None:
-                    completion.logprobs.append({token: Logprob(-0.5, 1, LETTERS[token])})
+                    completion.logprobs.append({token: Logprob(-0.5, 1, letter)})
                 room = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(ids))
                 if len(completion.token_ids) >= room:
                     completion.finish_reason = "length"
@@ -96,6 +98,7 @@ class FakeEngine:
                 output.finished = True
                 del self.requests[request_id]
             touched.append(output)
+        time.sleep(0.2 * slow)
         return touched
 
 
@@ -108,8 +111,6 @@ def _fault(letter: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if letter == "S":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if letter == "Z":
-        time.sleep(0.2)
 
 
 def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -> Any:
@@ -135,7 +136,9 @@ def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -
     home = Path(tempfile.mkdtemp(prefix="fake-llm-"))
     (home / "tokenizer.json").write_text("{}")
     (home / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "!"}))
+    engine = FakeEngine(max_num_seqs)
     return SimpleNamespace(
-        engine=FakeEngine(max_num_seqs), tokenizer=SimpleNamespace(_light=light, directory=home),
+        engine=engine, reset_prefix_cache=engine.reset_prefix_cache,
+        tokenizer=SimpleNamespace(_light=light, directory=home),
         collective_rpc=lambda method, args=(), kwargs=None: [[method, args, kwargs]],
     )  # fmt: skip

@@ -29,7 +29,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     params = body.sampling(llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
     tools = _tools(body, prompts)
     text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
-    work = Work(state, llm)
+    request_id = request_name(request, body.request_id, "chatcmpl")
+    work = Work(state, llm, request_id)
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
     work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
     marks = reasoning_marks(prompts.templates.get("default", ""))
@@ -39,7 +40,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         return ChatParts(tools=tools, reasoning=marks, thinking=thinking)
 
     prefix = body.messages[-1].text() if body.echo else ""
-    answer = ChatAnswer(body, request_name(request, body.request_id, "chatcmpl"), name, parts, prefix)
+    answer = ChatAnswer(body, request_id, name, parts, prefix)
     if body.stream:
         return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
     return await while_connected(request, answer.whole(work), work.close)
