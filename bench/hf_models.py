@@ -102,11 +102,11 @@ def try_model(architecture: str) -> Outcome:
             got = run(Path(directory))
         except Exception as error:
             return Outcome(architecture=architecture, verdict="refused", reason=_said(error))
-    error = max((a.double() - b).abs().max().item() for a, b in zip(got, exact, strict=True))
+    off = max((a.double() - b).abs().max().item() for a, b in zip(got, exact, strict=True))
     scale = max(b.abs().max().item() for b in exact)
-    if not error <= 1e-4 * max(scale, 1.0):
-        return Outcome(architecture=architecture, verdict="wrong", reason=f"error {error:.1e} of logits to {scale:.1f}")
-    return Outcome(architecture=architecture, verdict="runs", reason=f"error {error:.1e}")
+    if not off <= 1e-4 * max(scale, 1.0):
+        return Outcome(architecture=architecture, verdict="wrong", reason=f"error {off:.1e} of logits to {scale:.1f}")
+    return Outcome(architecture=architecture, verdict="runs", reason=f"error {off:.1e}")
 
 
 def reference(model: Any) -> list[torch.Tensor]:
@@ -128,7 +128,8 @@ def _stepped(step: Any, block_size: int) -> list[torch.Tensor]:
 
     blocks = -(-max(map(len, REQUESTS)) // block_size)
     tables = np.array([[1 + r * blocks + i for i in range(blocks)] for r in range(len(REQUESTS))], dtype=np.int32)
-    done, rows = [0] * len(REQUESTS), [[] for _ in REQUESTS]  # type: ignore[var-annotated]
+    done = [0] * len(REQUESTS)
+    rows: list[list[torch.Tensor]] = [[] for _ in REQUESTS]
     for chunk in CHUNKS:
         chosen = [*chunk]
         firsts, counts = np.array([done[r] for r in chosen]), np.array([chunk[r] for r in chosen])

@@ -55,6 +55,18 @@ class Mask:
     def to(self, *args: Any, **options: Any) -> Mask:
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        raise MaskUsedError(f"the model's own code reads its mask ({name}), which is not served; wanted it handed on")
+
+    def __add__(self, other: Any) -> Any:
+        raise MaskUsedError("the model's own code computes with its mask, which is not served; wanted it handed on")
+
+    __radd__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __invert__ = __add__  # type: ignore[assignment]
+
+
+class MaskUsedError(ValueError, AttributeError):
+    """A model wants more of a mask than to hand it to attention; an AttributeError too, for `hasattr`."""
+
 
 _STEP: ContextVar[Step | None] = ContextVar("seamwise_step", default=None)
 
@@ -85,7 +97,7 @@ def attending(step: Step) -> Iterator[None]:
         return make_mask(**options) if _STEP.get() is step else plain_mask(**options)
 
     token = _STEP.set(step)
-    F.scaled_dot_product_attention, masks["sdpa"] = dot_product, mask  # type: ignore[assignment]
+    F.scaled_dot_product_attention, masks["sdpa"] = dot_product, mask
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,9 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         made = _stored_quantized(made, stored_weights(options.stored, model))
     if options.kv_cache_dtype == options.dtype:
         return made
-    return _quantized_kv(made, options.stored is not None and options.stored.has_kv_scales)
+    return _quantized_kv(
+        made, options.stored is not None and (options.stored.has_kv_scales or options.stored.holds_kv_scales)
+    )
 
 
 def _kv_spec(model: nn.Module, config: ModelConfig, options: RunnerConfig) -> KVCacheSpec:
@@ -177,6 +180,7 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
         seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
         ranks=options.tensor_parallel_size, convert=converting(path, options, shapes),
+        read=reading(options, shapes),
     )  # fmt: skip
     readers = readers_of(source, buffers, options)
     weights: dict[str, Tensor] = {}
@@ -194,6 +198,12 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
                 _return_freed_memory()
     _return_freed_memory()
     return [weights[name] for name in program.recipes]
+
+
+def reading(options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:
+    """Return what reads a checkpoint's own quantized layout as the one that layers read; None where it is that."""
+    published = None if options.stored is None else options.stored.published
+    return None if published is None else partial(published.read, parameters=shapes)
 
 
 def converting(path: Path, options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:

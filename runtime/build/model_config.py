@@ -13,6 +13,8 @@ from seamwise.model_defs import has_definition
 from seamwise.model_defs.hf_config import OLDER_NAMES, Reader
 from seamwise.model_defs.hf_defaults import completed
 from seamwise.model_defs.rope import context_lengths
+from seamwise.runtime.weights.checkpoint import holds_kv_scales
+from seamwise.runtime.weights.formats import has_tensors
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 from seamwise.runtime.weights.tied import has_own_head
@@ -72,7 +74,8 @@ class ModelConfig:
         raw = completed(names[0], raw) if has_definition(names[0]) else _completed_by_transformers(names[0], raw)
         if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
             raw["tie_word_embeddings"] = False  # the file counts
-        read_quantization(raw, str(path))
+        if read_quantization(raw, str(path)) is not None and has_tensors(directory):
+            raw["holds_kv_scales"] = holds_kv_scales(directory)
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
         latent = raw.get("kv_lora_rank") is not None
