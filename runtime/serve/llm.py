@@ -106,7 +106,8 @@ class LLM:
             kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
         plan = runner.plan(
             kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=gpu_memory_utilization or 0.9,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, fit_model_len=max_model_len == "auto",
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            fit_model_len=max_model_len == "auto",
         )  # fmt: skip
         blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1:
@@ -123,7 +124,9 @@ class LLM:
         self._ids = itertools.count()
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; nothing is compiled again.
+        """Write new values of parameters, by the checkpoint's names, in place; nothing is compiled again.
+
+        weights  (name, tensor) pairs, or a dict; numpy's arrays are taken too
 
         The prefix cache is forgotten. Raises ValueError for weights that do not fit, all named, nothing being changed;
         RuntimeError while requests run.

@@ -38,7 +38,7 @@ def small(model: Path, pack_dir: Path | None, **options: Any) -> LLM:
         ({"kv_cache_memory_bytes": 1e9}, "kv_cache_memory_bytes=1000000000.0: wanted a whole number"),
         (
             {"kv_cache_memory_bytes": 1 << 20, "num_gpu_blocks_override": 9},
-            "kv_cache_memory_bytes and num_gpu_blocks_override each say how large the KV cache is; leave all but one out",
+            "kv_cache_memory_bytes and num_gpu_blocks_override each say how large the KV cache is; leave all but one",
         ),
         ({"tokenizer": ".", "skip_tokenizer_init": True}, "skip_tokenizer_init and tokenizer='.' contradict"),
     ],
