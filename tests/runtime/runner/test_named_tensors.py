@@ -57,7 +57,7 @@ def test_pairs_dicts_and_arrays_are_the_same(runner: ModelRunner, tiny_llama_dir
         ({NORM: 1.0}, f"{NORM} is a float, wanted"),
         ({NORM: None}, f"{NORM} is a NoneType, wanted"),
         ({NORM: np.array(["a"])}, f"{NORM} is an array of <U1, wanted"),
-        ({NORM: np.zeros(64, dtype=np.int32)}, "dtype is int32"),
+        ({NORM: np.zeros(64, dtype=np.int32)}, f"dtype of {NORM} is int32, wanted one of float32"),
         ({NORM: torch.ones(64, device="meta")}, f"{NORM} is on the device meta, which holds no values"),
         ([(NORM, torch.ones(64)), (NORM, torch.ones(64))], f"{NORM} is given twice"),
         ([(NORM, 1), ("x", 2)], f"{NORM} is a int, .*; x is a int"),
@@ -73,7 +73,7 @@ def test_pairs_dicts_and_arrays_are_the_same(runner: ModelRunner, tiny_llama_dir
 )
 def test_what_are_no_weights_is_named_and_changes_nothing(runner: ModelRunner, weights: Any, message: str) -> None:
     before = logits(runner)
-    with pytest.raises(ValueError, match=f"update_weights: .*{message}|update_weights: .*(?s:.*){message}"):
+    with pytest.raises(ValueError, match=f"update_weights: (?s:.*){message}"):
         runner.update_weights(weights)
     assert torch.equal(logits(runner), before)
 
