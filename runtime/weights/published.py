@@ -200,7 +200,7 @@ def _of_quant_state(state: Mapping[str, object], held: Tensors) -> Tensor:
 
 
 def _read_nvfp4(p: Published, found: Tensors) -> dict[str, StoredTensor]:
-    """ModelOpt's weight, weight_scale and weight_scale_2, or compressed-tensors' weight_packed and weight_global_scale."""
+    """By ModelOpt's names (weight, weight_scale_2), or compressed-tensors' (weight_packed, weight_global_scale)."""
     tensors = dict(found)
     for name in [n for n in found if n.endswith((".weight_scale_2", ".weight_global_scale"))]:
         divides = name.endswith(".weight_global_scale")
