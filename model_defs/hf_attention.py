@@ -61,7 +61,7 @@ class Mask:
     def __add__(self, other: Any) -> Any:
         raise MaskUsedError("the model's own code computes with its mask, which is not served; wanted it handed on")
 
-    __radd__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __invert__ = __add__  # type: ignore[assignment]
+    __radd__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __invert__ = __add__
 
 
 class MaskUsedError(ValueError, AttributeError):
