@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import machine_memory
 from .experts import stack_experts
 from .files import StoredTensor
 from .formats import check_load_format, find_tensors
+from .tied import differ
 
 # What old checkpoints store though the model computes it: Llama's, saved by transformers before 4.31.
 # What packed ones repeat: a layer's shape.
@@ -54,7 +55,7 @@ def open_source(
     check_load_format(load_format)
     kept = dict(kept_dtypes or {})
     needed = sum(math.prod(shape) * (kept.get(name) or dtype).itemsize for name, shape in parameters.items()) // ranks
-    memory = _memory_bytes(device)
+    memory = machine_memory.total_bytes(device)
     if needed > memory:
         raise ValueError(
             f"{path}: the model has {needed / 1e9:.1f} GB of weights in {dtype}, {device} has {memory / 1e9:.1f} GB of"
@@ -157,9 +158,8 @@ def by_parameter(
     """Return tensors by the model's names, experts stacked and tied ones under one name; and what does not fit."""
     tensors, problems = stack_experts(found, parameters)
     for alias, name in tied.items():
-        if alias in tensors:
-            tensors.setdefault(name, tensors.pop(alias))
-            tensors.pop(alias, None)
+        if (other := tensors.pop(alias, None)) is not None and differ(other, tensors.setdefault(name, other)):
+            problems.append(f"{alias} differs from {name}, which is the same tensor in this model")
     return tensors, problems
 
 
@@ -205,9 +205,3 @@ def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Sequenc
 def _fits(stored: torch.dtype | None, kept: torch.dtype | None) -> bool:
     """Return whether a tensor may be read: any float as any float; what is quantized as nothing else."""
     return stored is not None and (stored == kept or {stored, kept} <= _FLOATS)
-
-
-def _memory_bytes(device: str) -> int:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,13 +1,16 @@
 """Compiling at first use: cached by everything that matters, whole files only, failures that say what to do."""
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from seamwise.kernels.cpu import cpp
+from seamwise.kernels.cpu import cpp, instruction_set, tape
 
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 
@@ -24,7 +27,7 @@ def test_compiles_once_and_then_loads_the_cached_file(source: Path, tmp_path: Pa
     assert cpp.load(source, cache_dir=folder).answer() == 42
     (built,) = folder.iterdir()
     written = built.stat().st_mtime_ns
-    cpp.load.cache_clear()
+    cpp._load.cache_clear()
     assert cpp.load(source, cache_dir=folder).answer() == 42
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [written]
 
@@ -32,22 +35,46 @@ def test_compiles_once_and_then_loads_the_cached_file(source: Path, tmp_path: Pa
 @pytest.mark.parametrize("change", ["source", "header", "flags"])
 def test_key_follows_what_the_build_depends_on(source: Path, change: str) -> None:
     compiler = cpp.find_compiler()
-    before = cpp.build_key(source, cpp.FLAGS, compiler)
-    assert before == cpp.build_key(source, cpp.FLAGS, compiler)
-    flags: tuple[str, ...] = cpp.FLAGS
+    before = cpp.build_key(source, cpp.flags(), compiler)
+    assert before == cpp.build_key(source, cpp.flags(), compiler)
+    flags = cpp.flags()
     if change == "source":
         source.write_text(SOURCE + "// other\n")
     elif change == "header":
         (source.parent / "answer.h").write_text("#define ANSWER 43\n")
     else:
-        flags = (*cpp.FLAGS, "-DOTHER")
+        flags = cpp.flags("-DOTHER")
     assert cpp.build_key(source, flags, compiler) != before
 
 
 def test_key_follows_the_instruction_sets(source: Path) -> None:
-    compiler = cpp.find_compiler()
-    plain = tuple(f for f in cpp.FLAGS if f != "-march=native")
-    assert cpp._predefined_macros(plain, compiler) != cpp._predefined_macros((*plain, "-mavx2"), compiler)
+    compiler, keys, levels = cpp.find_compiler(), set(), []
+    for name in instruction_set.runnable():
+        with instruction_set.using(name):
+            keys.add(cpp.build_key(source, cpp.flags(), compiler))
+            levels.append(cpp.instructions())
+    assert len(keys) == len(instruction_set.runnable())
+    assert levels[1:] == [
+        {"baseline": "baseline" if platform.machine() == "x86_64" else "neon"}.get(n, n)
+        for n in instruction_set.runnable()[1:]
+    ]
+
+
+def test_an_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'avx3': wanted one of 'native', 'avx512', 'avx2', 'baseline'"):
+        instruction_set.use("avx3")
+    monkeypatch.setattr(instruction_set, "runnable", lambda: ("native", "baseline"))
+    with pytest.raises(RuntimeError, match="'avx2': this machine runs only 'native', 'baseline'"):
+        instruction_set.use("avx2")
+    assert instruction_set.current() != "avx2"
+
+
+def test_a_kernel_follows_the_instruction_set_in_use() -> None:
+    kernel = tape.Kernel("tape.cpp", "seamwise_replay")
+    before = kernel.address
+    with instruction_set.using("baseline"):
+        other = kernel.address
+    assert kernel.address == before != other
 
 
 def test_compile_error_carries_the_compilers_message(source: Path, tmp_path: Path) -> None:
@@ -74,20 +101,58 @@ def test_unwritable_cache_folder_is_named(source: Path, tmp_path: Path) -> None:
         cpp.load(source, cache_dir=tmp_path / "file" / "cache")
 
 
-def test_damaged_cached_file_is_named(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut short", "cut by a byte", "empty", "another file", "changed"])
+def test_a_damaged_build_is_compiled_again(source: Path, tmp_path: Path, damage: str) -> None:
+    """In a process of its own: loading a shared object that was cut short kills it."""
     folder = tmp_path / "cache"
-    folder.mkdir()
-    key = cpp.build_key(source, cpp.FLAGS, cpp.find_compiler())
-    (folder / f"answer-{key}.so").write_bytes(b"not a library")
-    with pytest.raises(RuntimeError, match="delete the file"):
-        cpp.load(source, cache_dir=folder)
+    cpp.load(source, cache_dir=folder)
+    (built,) = folder.iterdir()
+    whole = built.read_bytes()
+    middle = len(whole) // 2
+    built.unlink()  # this process has it mapped
+    built.write_bytes(
+        {
+            "cut short": whole[:middle], "cut by a byte": whole[:-1], "empty": b"", "another file": b"not a library",
+            "changed": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        }[damage]
+    )  # fmt: skip
+    code = f"""
+from pathlib import Path
+from seamwise.kernels.cpu import cpp
+assert cpp.load(Path({str(source)!r}), cache_dir=Path({str(folder)!r})).answer() == 42
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    assert built.read_bytes() == whole
+
+
+def test_a_folder_that_others_can_write_is_not_loaded_from(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cpp.load(source, cache_dir=folder)
+    (built,) = folder.iterdir()
+    for place in (folder, built):
+        before = place.stat().st_mode
+        place.chmod(0o777)
+        cpp._load.cache_clear()
+        with pytest.raises(RuntimeError, match=r"can be written by others .*`chmod go-w .*cache_dir="):
+            cpp.load(source, cache_dir=folder)
+        place.chmod(before)
+
+
+def test_a_killed_compilers_file_goes(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir(0o700)
+    for name, age_s in ((".answer-old.so", 7200), (".answer-new.so", 60)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age_s,) * 2)
+    cpp.load(source, cache_dir=folder)
+    assert {p.name for p in folder.glob(".answer-*")} == {".answer-new.so"}
 
 
 def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     code = f"""
 from pathlib import Path
-from seamwise.kernels import cpp
+from seamwise.kernels.cpu import cpp
 assert cpp.load(Path({str(source)!r}), cache_dir=Path({str(folder)!r})).answer() == 42
 """
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]

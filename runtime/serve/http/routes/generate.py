@@ -1,0 +1,79 @@
+"""POST /inference/v1/generate: token ids in, token ids out; what trains models needs no text between.
+
+Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.serve.http.schema import Body, TokenId
+from seamwise.runtime.serve.http.serving import Work, request_name, serving
+from seamwise.runtime.serve.http.sse import DONE, EventStream, encode_json, event, while_connected
+from seamwise.runtime.serve.process.messages import Delta
+
+from .describe import GENERATES
+
+router = APIRouter()
+
+
+class GenerateRequest(Body):
+    """token_ids: the prompt. sampling_params: SamplingParams' fields; without text, detokenize=false is the default."""
+
+    model: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    sampling_params: dict[str, Any] = {}  # noqa: RUF012  # pydantic copies it
+    stream: bool | None = False
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+
+
+@router.post("/inference/v1/generate", responses=GENERATES, response_class=Response)
+async def generate(body: GenerateRequest, request: Request) -> Response:
+    """Continue token ids; the answer holds the ids of n outputs, with their log probabilities when asked for."""
+    state = serving(request)
+    _, llm = state.choose(body.model, request)
+    (await state.prompts(llm)).check(body.token_ids)
+    try:
+        params = SamplingParams(**{"detokenize": False, **llm.default_sampling, **body.sampling_params})
+    except TypeError as error:  # a name that is no field, or a value that cannot be compared
+        raise ValueError(f"sampling_params: {error}") from None
+    name = request_name(request, body.request_id, "generate-tokens")
+    work = Work(state, llm, name)
+    interval = state.settings.stream_interval if body.stream else 0
+    work.submit([(None, body.token_ids)], params, priority=body.priority, stream_interval=interval)
+    if body.stream:
+        return await EventStream.of(_events(work, name), request, state.settings.write_timeout_s, work.close)
+    return await while_connected(request, _whole(work, name), work.close)
+
+
+async def _events(work: Work, name: str) -> AsyncIterator[bytes]:
+    async for _, delta in work.deltas():
+        yield event({"request_id": name, "choices": [_choice(delta)]})
+    yield DONE
+
+
+async def _whole(work: Work, name: str) -> Response:
+    choices: dict[int, dict[str, Any]] = {}
+    async for _, delta in work.deltas():
+        choices[delta.index] = _choice(delta)  # without an interval, an output comes whole
+    body = {"request_id": name, "choices": [choices[i] for i in sorted(choices)], "usage": work.usage()}
+    return Response(encode_json(body), media_type="application/json")
+
+
+def _choice(delta: Delta) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": delta.index, "token_ids": delta.token_ids, "finish_reason": delta.finish_reason,
+        "stop_reason": delta.stop_reason, "logprobs": None,
+    }  # fmt: skip
+    if delta.text:
+        choice["text"] = delta.text
+    if delta.logprobs is not None:
+        rows = [[{"token_id": o.token_id, "logprob": o.logprob, "rank": o.rank} for o in row] for row in delta.logprobs]
+        choice["logprobs"] = {"content": [{**row[0], "top_logprobs": row} for row in rows]}
+    return choice
