@@ -103,7 +103,7 @@ def assert_alike(text: str, mode: str, *, runs: bool = False) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda m: f"{text}{mode}: {m}")
 
 
-AUTOCAST = "with torch.autocast('cpu', torch.bfloat16):\n        a = F.linear(x, W)\n    "
+AUTOCAST = "with torch.autocast('cpu', torch.bfloat16):\n        a = F.silu(F.linear(x, W)) * F.linear(x, W)\n    "
 NO_AUTOCAST = "with torch.autocast('cpu', enabled=False):\n        a = F.linear(x, W)\n    "
 GRAD = "with torch.enable_grad():\n        a = x * w\n    "
 # What once went wrong: mode, and what is returned together.

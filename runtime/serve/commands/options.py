@@ -26,9 +26,7 @@ def add_command(
     """Declare a command."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="where compiled kernels, packs and tokenizers are kept"
-    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="where compiled kernels, packs and tokenizers are kept")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with options, by the flags' names")
     return parser
 
