@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-_COMMANDS = ("serve", "generate", "explain", "compile", "explain_key", "bisect")
+_COMMANDS = ("serve", "chat", "generate", "run_batch", "explain", "compile", "explain_key", "bisect")
 
 
 def main(arguments: list[str] | None = None) -> int:
