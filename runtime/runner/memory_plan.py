@@ -88,7 +88,7 @@ def plan_memory(
     needed = sum(fixed.values())
     longest = options.max_blocks + 1  # the null block stands beside a request's
     if kv_cache_memory_bytes is not None:
-        blocks, budget = kv_cache_memory_bytes // spec.bytes_per_block, needed + kv_cache_memory_bytes
+        blocks, budget = spec.blocks_within(kv_cache_memory_bytes), needed + kv_cache_memory_bytes
     else:
         chosen, budget = budget, _budget(options.device, utilization, held_bytes) if budget is None else budget
         left = budget - needed
