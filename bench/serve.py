@@ -131,7 +131,7 @@ def plot(runs: dict[str, list[Measured]], target: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
     for name, done in runs.items():
         good = [m for m in done if m.events_s and not m.error]
-        series = (
+        series: tuple[list[float], list[float]] = (
             [1e3 * (m.events_s[0] - m.sent_s) for m in good],
             [1e3 * g for m in good for g in np.diff(m.events_s)],
         )
