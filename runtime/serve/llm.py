@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seamwise import caches
+from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
@@ -31,8 +33,8 @@ Prompt = str | Mapping[str, Any]
 class LLM:
     """Loads a model and generates for lists of prompts.
 
-    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
-             for one of several GGUF files
+    model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by
+             huggingface_hub), "org/name:Q4_0" for one of several GGUF files
     tokenizer  another directory or GGUF file to take the tokenizer from
     skip_tokenizer_init  read no tokenizer: prompts are token ids, and outputs have no text (detokenize=False)
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
@@ -46,6 +48,8 @@ class LLM:
     logprobs_mode  what log probabilities are of: "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
+    cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
+               $XDG_CACHE_HOME/seamwise, else ~/.cache/seamwise
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
                kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
@@ -60,7 +64,8 @@ class LLM:
         gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
-        logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False, **options: Any,
+        logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False,
+        cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
@@ -75,8 +80,10 @@ class LLM:
         )  # fmt: skip
         find_policy(scheduling_policy)
         check_mode(logprobs_mode)
+        if cache_dir is not None:
+            caches.set_cache_dir(cache_dir)
         directory = resolve_model(model)
-        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
+        home = model_of(directory) if tokenizer is None else resolve_model(tokenizer, weights=False)
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None

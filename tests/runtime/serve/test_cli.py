@@ -55,7 +55,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert message in error and "Traceback" not in error
 
 
-COMMANDS = ("serve", "chat", "generate", "run-batch", "explain", "compile", "explain-key", "bisect", "bench")
+COMMANDS = ("serve", "chat", "generate", "run-batch", "explain", "compile", "explain-key", "bisect", "cache", "bench")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
