@@ -32,6 +32,7 @@ from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, s
 from seamwise.runtime.distributed.group import smallest
 
 from .memory_plan import MemoryPlan, plan_memory
+from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .update_weights import update_weights
 
@@ -82,6 +83,8 @@ class ModelRunner:
             with ledger.stage("read config"):
                 config = ModelConfig.from_directory(Path(path))
                 settings = RunnerConfig.for_model(config, **options)
+            if torch.device(settings.device).index is not None:
+                torch.cuda.set_device(settings.device)  # where kernels are launched
             program, buffers = load_program(config, settings, ledger)
             with ledger.stage("load weights"):
                 weights = load_step_weights(Path(path), settings, program, buffers)
@@ -155,7 +158,7 @@ class ModelRunner:
 
         What the KV cache holds was computed with the old ones. See update_weights.py for what is refused.
         """
-        update_weights(self.executable, self.options, self.buffers, weights)
+        update_weights(self.executable, self.options, self.buffers, named_tensors(weights).items())
 
     def recording(self, num_requests: int, tokens_each: int = 1) -> Recording:
         """Return the recorded step of so many requests and tokens of each. Raises KeyError before such a step ran."""
