@@ -136,7 +136,8 @@ def _rewrite(module: GraphModule, node: Node, parts: list[Node], quantized: dict
             q, s = (rows_of(operator.getitem(proxy(quantized[key]), i)) for i in range(2))
             dtype, ends = value(node).dtype, list(itertools.accumulate(value(p).shape[0] for p in parts))
             if rows > 1 and any(end % rows for end in ends[:-1]):  # type: ignore[operator]  # blocks do not meet
-                biases = [given_bias and aten.slice.Tensor(given_bias, 0, a, b) for a, b in pairwise((0, *ends))]
+                cuts = pairwise((0, *ends))
+                biases = [None if given_bias is None else aten.slice.Tensor(given_bias, 0, *cut) for cut in cuts]
                 each = zip((proxy(p.args[0]) for p in parts), scales, biases, strict=True)  # type: ignore[arg-type]
                 y = aten.cat.default([scaled_linear(q, s, w, scale, dtype, b) for w, scale, b in each], -1)
             else:

@@ -35,7 +35,7 @@ def text_part(raw: dict[str, Any], where: str) -> dict[str, Any]:
     inner, decoder = raw.get("text_config"), _DECODERS[name]
     kind = inner.get("model_type") if isinstance(inner, dict) else None
     if not isinstance(decoder, str):
-        if kind not in decoder:
+        if not isinstance(kind, str) or kind not in decoder:
             raise ValueError(f"{where}: text_config.model_type is {kind!r}, wanted one of {', '.join(decoder)}")
         decoder = decoder[kind]
     if inner is None or kind not in _OWN_DEFAULTS:  # older Qwen-VL files have no text_config
