@@ -34,7 +34,7 @@ from seamwise.runtime.distributed.group import smallest
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
-from .update_weights import update_weights
+from .update_weights import WeightUpdates
 
 
 class ModelRunner:
@@ -55,7 +55,8 @@ class ModelRunner:
         self.options = options
         self.executable = executable
         self.startup_s = ledger.seconds
-        self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
+        self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
+        self._updates = WeightUpdates()
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
         self._recordings = self._new_recordings()
@@ -138,6 +139,8 @@ class ModelRunner:
         """
         if not self.kv_caches:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
+        if (unfinished := self._updates.unfinished(self.program)) is not None:
+            raise RuntimeError(unfinished)
         batch.check()
         self._check_served(batch)
         match self._recordings.kind_of(batch):
@@ -158,7 +161,7 @@ class ModelRunner:
 
         What the KV cache holds was computed with the old ones. See update_weights.py for what is refused.
         """
-        update_weights(self.executable, self.options, self.buffers, named_tensors(weights).items())
+        self._updates.update(self.executable, self.options, self.buffers, named_tensors(weights).items())
 
     def recording(self, num_requests: int, tokens_each: int = 1) -> Recording:
         """Return the recorded step of so many requests and tokens of each. Raises KeyError before such a step ran."""
