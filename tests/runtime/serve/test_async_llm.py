@@ -74,7 +74,7 @@ def test_calls_and_refusals() -> None:
         await llm.resume_generation()
         await llm.check_health()
         assert llm.is_running and not llm.errored and llm.world_size == 1
-        for call in (llm.sleep(), llm.is_sleeping(), llm.encode("abc"), llm.list_loras(), llm.start_profile()):
+        for call in (llm.encode("abc"), llm.list_loras(), llm.start_profile(), llm.add_lora("x")):
             with pytest.raises(Unsupported, match="this engine has no"):
                 await call
         with pytest.raises(ValueError, match="no prompt of 13 tokens"):
