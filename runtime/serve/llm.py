@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from seamwise.runtime.build.runner_config import check_options
+from seamwise.runtime.build.runner_config import check_options, entry_of
 from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.engine.executor import InProcess
+from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import SamplingParams
@@ -25,7 +26,7 @@ from seamwise.runtime.weights.hub import resolve_model
 Prompt = str | Mapping[str, Any]
 
 
-class LLM:
+class LLM(ModelControl):
     """Loads a model and generates for lists of prompts.
 
     model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
@@ -39,6 +40,9 @@ class LLM:
     max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
+    enable_sleep_mode  False: sleep() is refused
+    worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
+    model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
                kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
@@ -51,10 +55,17 @@ class LLM:
         device: str = "auto", max_model_len: int | str | None = None, seed: int = 0, max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
         gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
-        num_gpu_blocks_override: int | None = None, skip_tokenizer_init: bool = False, **options: Any,
+        num_gpu_blocks_override: int | None = None, skip_tokenizer_init: bool = False,
+        enable_sleep_mode: bool | None = None, worker_extension_cls: str | type | None = None,
+        model_impl: str = "auto", distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
+        if trust_remote_code:
+            check_options(["trust_remote_code"])
+        if model_impl != "auto":
+            options["entry"] = entry_of(model_impl, options.get("entry"))
         check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
         if type(seed) is not int:
             raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
@@ -82,17 +93,10 @@ class LLM:
         if length < runner.options.max_model_len:
             runner.limit_model_len(length)
         runner.allocate_kv(blocks)
+        self.executor = InProcess(runner, str(model), worker_extension_cls)
+        self.enable_sleep_mode = enable_sleep_mode
         self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
         self._ids = itertools.count()
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; nothing is compiled again.
-
-        The prefix cache is forgotten. Raises ValueError for weights that do not fit, all named, nothing being changed;
-        RuntimeError while requests run.
-        """
-        self.engine.reset_prefix_cache()
-        self.engine.runner.update_weights(weights)
 
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache holds. Raises RuntimeError while requests run."""

@@ -9,7 +9,7 @@ Mixtral's names  model.layers.0.block_sparse_moe.experts.7.w1.weight, .w3.weight
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,22 @@ def stack_experts(
             problems += wrong
         kept[stacked] = _stack(pieces, tuple(parameters[stacked]))
     return kept, problems
+
+
+def unfinished(found: Iterable[str], parameters: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return name -> stacked parameter of the experts' weights whose stack has not all its parts among those found."""
+    pieces: dict[str, dict[tuple[int, int], str]] = {}
+    for stored in found:
+        name = stored.replace(".block_sparse_moe.", ".mlp.")
+        stacked, place = _stacked_name(name)
+        if stacked in parameters and name not in parameters:
+            pieces.setdefault(stacked, {})[place] = stored
+    return {
+        name: stacked
+        for stacked, given in pieces.items()
+        if len(given) < parameters[stacked][0] * (2 if ".gate_up_proj" in stacked else 1)
+        for name in given.values()
+    }
 
 
 def _stacked_name(name: str) -> tuple[str, tuple[int, int]]:
