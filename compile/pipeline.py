@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -223,4 +225,5 @@ def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig
                 raise ValueError(f"inductor='always': {name} has collectives, which no package holds; use 'auto'")
         elif wanted[config.inductor]:
             folder = Path(tempfile.mkdtemp(prefix="seamwise-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)  # packages are read from it until then
             program.packages[name] = compile_piece(item.module, folder / f"{name}.pt2")

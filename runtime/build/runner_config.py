@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from seamwise.compile import pack
+from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.runtime.weights.formats import check_load_format
 from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
@@ -66,7 +66,7 @@ class RunnerConfig:
     max_recorded_bytes  memory of recordings; what would take more runs op by op
     pipeline       what differs from the default compiler pipeline
     pack_dir       where compiled models are kept; None compiles every time
-    pack_name      the pack in pack_dir to use and write; None: named by its key
+    pack_name      the pack of `seamwise compile` in pack_dir to run; None: one named by its key
     offline        neither trace nor compile: a pack that is missing or does not fit is an error
     """
 
@@ -87,13 +87,15 @@ class RunnerConfig:
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     max_recorded_bytes: int = 2 << 30
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    pack_dir: Path | None = pack.DEFAULT_DIRECTORY
+    pack_dir: Path | None = field(default_factory=lambda: caches.folder("packs"))
     pack_name: str | None = None
     offline: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size}: wanted a power of two (16 is the default)")
+        if self.pack_dir is not None:
+            object.__setattr__(self, "pack_dir", Path(self.pack_dir).absolute())  # a str is taken too
         check_load_format(self.load_format)
         if self.cudagraph_mode not in (None, *_MODES):
             raise ValueError(f"cudagraph_mode={self.cudagraph_mode!r}: wanted one of {', '.join(map(repr, _MODES))}")

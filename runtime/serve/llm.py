@@ -6,20 +6,25 @@ import inspect
 import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from seamwise import caches
+from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options, entry_of
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.executor import InProcess
 from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.scheduler.scheduler import SchedulerConfig
+from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.report import check_mode
+from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.runtime.scheduler.policies import find_policy
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
@@ -29,8 +34,8 @@ Prompt = str | Mapping[str, Any]
 class LLM(ModelControl):
     """Loads a model and generates for lists of prompts.
 
-    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
-             for one of several GGUF files
+    model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by
+             huggingface_hub), "org/name:Q4_0" for one of several GGUF files
     tokenizer  another directory or GGUF file to take the tokenizer from
     skip_tokenizer_init  read no tokenizer: prompts are token ids, and outputs have no text (detokenize=False)
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
@@ -38,11 +43,17 @@ class LLM(ModelControl):
     max_model_len  longest request, prompt and output together; default: what the model allows; "auto": what of that
                    the KV cache has room for
     max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
+    scheduling_policy  "fcfs", "priority", "fair", "predictive", "response_ratio", "cache_aware" or an installed one
+    async_scheduling  plan a step while the one before it runs; outputs are the same without
+    long_prefill_token_threshold, scheduler_reserve_full_isl, watermark  see SchedulerConfig
+    logprobs_mode  what log probabilities are of: "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
     enable_sleep_mode  False: sleep() is refused
     worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
+    cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
+               $XDG_CACHE_HOME/seamwise, else ~/.cache/seamwise
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
                kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
@@ -55,10 +66,12 @@ class LLM(ModelControl):
         device: str = "auto", max_model_len: int | str | None = None, seed: int = 0, max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
         gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
-        num_gpu_blocks_override: int | None = None, skip_tokenizer_init: bool = False,
-        enable_sleep_mode: bool | None = None, worker_extension_cls: str | type | None = None,
-        model_impl: str = "auto", distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
-        **options: Any,
+        num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
+        long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
+        logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False, enable_sleep_mode: bool | None = None,
+        worker_extension_cls: str | type | None = None, model_impl: str = "auto",
+        distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
+        cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
@@ -69,9 +82,18 @@ class LLM(ModelControl):
         check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
         if type(seed) is not int:
             raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
-        limits = SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
+        limits = SchedulerConfig(
+            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, watermark=watermark,
+            scheduling_policy=scheduling_policy, async_scheduling=async_scheduling,
+            long_prefill_token_threshold=long_prefill_token_threshold,
+            scheduler_reserve_full_isl=scheduler_reserve_full_isl,
+        )  # fmt: skip
+        find_policy(scheduling_policy)
+        check_mode(logprobs_mode)
+        if cache_dir is not None:
+            caches.set_cache_dir(cache_dir)
         directory = resolve_model(model)
-        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
+        home = model_of(directory) if tokenizer is None else resolve_model(tokenizer, weights=False)
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
@@ -95,7 +117,10 @@ class LLM(ModelControl):
         runner.allocate_kv(blocks)
         self.executor = InProcess(runner, str(model), worker_extension_cls)
         self.enable_sleep_mode = enable_sleep_mode
-        self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
+        self.engine = Engine(
+            runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
+            logprobs_mode=logprobs_mode,
+        )  # fmt: skip
         self._ids = itertools.count()
 
     def reset_prefix_cache(self) -> None:
@@ -109,9 +134,11 @@ class LLM(ModelControl):
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Continue each prompt: a string, {"prompt": str} or {"prompt_token_ids": [int]}. Outputs are in its order.
 
+        priority  one for each prompt, lower ones first, with scheduling_policy="priority"
         Raises ValueError for a prompt that cannot be served, naming its index, before anything is computed.
         """
         many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
@@ -124,7 +151,13 @@ class LLM(ModelControl):
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(many) > 1 else str(error)) from None
             requests.append((text, ids, p))
-        return self._run(requests, use_tqdm)
+        if priority is None:
+            priority = [0] * len(requests)
+        elif len(priority) != len(requests):
+            raise ValueError(f"got {len(priority)} priorities for {len(requests)} prompts; wanted one for each")
+        elif self.engine.scheduler.policy.name != "priority":
+            raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
+        return self._run(requests, priority, use_tqdm)
 
     def chat(
         self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
@@ -173,7 +206,7 @@ class LLM(ModelControl):
             raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
 
     def _run(
-        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], priority: Sequence[int], use_tqdm: bool
     ) -> list[RequestOutput]:
         """Run requests to completion; when interrupted, none of them stays in the engine."""
         from tqdm import tqdm
@@ -181,8 +214,9 @@ class LLM(ModelControl):
         ids = [f"llm-{next(self._ids)}" for _ in requests]
         done: dict[str, RequestOutput] = {}
         try:
-            for request_id, (text, tokens, params) in zip(ids, requests, strict=True):
-                self.engine.add_request(request_id, tokens, params, prompt=text)
+            for request_id, (text, tokens, params), urgency in zip(ids, requests, priority, strict=True):
+                params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+                self.engine.add_request(request_id, tokens, params, prompt=text, priority=urgency)
             with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
                 while len(done) < len(ids):
                     for output in self.engine.step():

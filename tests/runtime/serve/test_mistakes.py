@@ -83,7 +83,7 @@ def main_raising(arguments: list[str]) -> None:
     """Run a command, its ValueError raised."""
     from seamwise.runtime.serve import cli
 
-    options = cli._parser().parse_args(arguments)
+    options = cli._parser()[0].parse_args(arguments)
     options.run(options)
 
 
