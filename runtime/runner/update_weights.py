@@ -153,7 +153,7 @@ class WeightUpdates:
             made = (evaluate(recipe, *readers) for recipe in program.recipes.values())
         digest = hashlib.blake2b(digest_size=16)
         for tensor in made:
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -75,6 +75,11 @@ class LLM(ModelControl):
     ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
+        if distributed_executor_backend not in (None, "uni", "external_launcher"):
+            raise ValueError(
+                f"distributed_executor_backend={distributed_executor_backend!r}: wanted 'uni' (this process) or"
+                " 'external_launcher' (torchrun started as many as share the model)"
+            )
         if trust_remote_code:
             check_options(["trust_remote_code"])
         if model_impl != "auto":

@@ -165,7 +165,8 @@ def test_a_trainer_colocates_as_trl_does(model: Path, pack_dir: Path) -> None:
     trained = LlamaForCausalLM.from_pretrained(model / "b")
     llm = LLM(
         model=str(model / "a"), tensor_parallel_size=1, gpu_memory_utilization=0.3, max_model_len=64, max_num_seqs=4,
-        enable_sleep_mode=True, model_impl="vllm", logprobs_mode="processed_logprobs", distributed_executor_backend="external_launcher", seed=0,
+        enable_sleep_mode=True, model_impl="vllm",
+        logprobs_mode="processed_logprobs", distributed_executor_backend="external_launcher", seed=0,
         max_num_batched_tokens=4096, quantization=None, trust_remote_code=False,
         dtype="float32", device="cpu", pack_dir=pack_dir,
     )  # fmt: skip
