@@ -199,7 +199,9 @@ def _run(
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
             raise BrokenPromise(
                 f"{entry.name} matched {report.matched} of {report.expected} places the model's structure promises."
-                f" Misses:\n  {shown}\nMend the model or the pattern, or pass allow_missed=[{entry.name!r}]."
+                f" Misses:\n  {shown}\nMend the model or the pattern, or pass"
+                f" pipeline=PipelineConfig(allow_missed={(*config.allow_missed, entry.name)!r}), which"
+                " seamwise.compile.pipeline has."
             )
         if validator is not None:
             if entry.name == "shard":

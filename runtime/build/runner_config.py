@@ -106,6 +106,12 @@ class RunnerConfig:
         sizes = self.capture_sizes
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
             raise ValueError(f"cudagraph_capture_sizes={sizes}: wanted rising numbers of tokens, from 1 up")
+        if self.cudagraph_capture_sizes is not None and "piecewise" not in self.recorded_modes:
+            warnings.warn(
+                "cudagraph_capture_sizes has no effect here: no pieces are recorded; they are with"
+                " cudagraph_mode='piecewise' or 'full_and_piecewise'",
+                stacklevel=2,
+            )
         if self.pack_dir is None and (self.offline or self.pack_name):
             raise ValueError("offline and pack_name need a pack_dir, got pack_dir=None")
         if self.pipeline.parallel is not None and self.pack_name:
@@ -163,8 +169,13 @@ class RunnerConfig:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
             raise ValueError(f"device={device!r}: wanted 'auto', 'cpu', 'cuda' or 'cuda:0'")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+        device = str(device)  # a torch.device is taken too
+        if torch.device(device).type == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if not count:
+                raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+            if (torch.device(device).index or 0) >= count:
+                raise ValueError(f"device={device!r}: torch finds {count} CUDA devices, cuda:0 to cuda:{count - 1}")
         if dtype == "auto":
             dtype = config.dtype
         if isinstance(dtype, str):

@@ -71,13 +71,17 @@ class ModelControl:
         self.executor.collective_rpc("start_weight_update")
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; nothing is compiled again.
+        """Write new values of parameters, by the checkpoint's names, in place; nothing is compiled again.
+
+        weights  (name, tensor) pairs, or a dict; numpy's arrays are taken too
 
         The prefix cache is forgotten. Raises ValueError for weights that do not fit, all named, nothing being changed;
         RuntimeError while requests run. What is joined with others (q with k and v) waits for them.
         """
         self.engine.reset_prefix_cache()
-        self.executor.collective_rpc("load_weights", None, (list(weights),))
+        self.executor.collective_rpc(
+            "load_weights", None, (weights if isinstance(weights, Mapping) else list(weights),)
+        )
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """End an update; the weights are then of this version. Raises RuntimeError that lists what was not given."""

@@ -32,6 +32,7 @@ from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, s
 from seamwise.runtime.distributed.group import smallest
 
 from .memory_plan import MemoryPlan, plan_memory
+from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .sleep import TAGS, SavedWeights, discard
 from .update_weights import WeightUpdates
@@ -89,6 +90,8 @@ class ModelRunner:
             with ledger.stage("read config"):
                 config = ModelConfig.from_directory(Path(path))
                 settings = RunnerConfig.for_model(config, **options)
+            if torch.device(settings.device).index is not None:
+                torch.cuda.set_device(settings.device)  # where kernels are launched
             program, buffers = load_program(config, settings, ledger)
             with ledger.stage("load weights"):
                 weights = load_step_weights(Path(path), settings, program, buffers)
@@ -169,7 +172,7 @@ class ModelRunner:
         if "weights" in self._asleep:
             raise RuntimeError("update_weights: the weights are asleep; call wake(['weights']) first")
         try:
-            self.weights.write(weights)
+            self.weights.write(named_tensors(weights).items())
         finally:
             self._refusal = self._why_not()
 
@@ -315,6 +318,6 @@ class ModelWeights:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Write weights, all at once or one by one; return the names given. Raises ValueError for what does not fit."""
-        given = list(weights)
-        self._runner.update_weights(given)
-        return {name for name, _ in given}
+        given = named_tensors(weights)
+        self._runner.update_weights(given.items())
+        return {*given}

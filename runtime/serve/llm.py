@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import reprlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import index
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from seamwise import caches
+from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options, entry_of
 from seamwise.runtime.engine.engine import Engine
@@ -29,6 +31,12 @@ from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
 Prompt = str | Mapping[str, Any]
+_INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
+    "prompt_token_ids": 'give prompts as {"prompt_token_ids": […]}',
+    "lora_request": "adapters are not served",
+    "mm_processor_kwargs": "models are served as text",
+    **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"), "give SamplingParams(…)"),
+}
 
 
 class LLM(ModelControl):
@@ -48,7 +56,8 @@ class LLM(ModelControl):
     long_prefill_token_threshold, scheduler_reserve_full_isl, watermark  see SchedulerConfig
     logprobs_mode  what log probabilities are of: "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
-                   gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
+                   what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
+    num_gpu_blocks_override  blocks of the KV cache, instead
     enable_sleep_mode  False: sleep() is refused
     worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
@@ -65,7 +74,7 @@ class LLM(ModelControl):
         self, model: str | Path, *, tokenizer: str | Path | None = None, dtype: str | torch.dtype = "auto",
         device: str = "auto", max_model_len: int | str | None = None, seed: int = 0, max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
-        gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float | None = None, kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
         logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False, enable_sleep_mode: bool | None = None,
@@ -73,8 +82,7 @@ class LLM(ModelControl):
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
+        _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
         if distributed_executor_backend not in (None, "uni", "external_launcher"):
             raise ValueError(
                 f"distributed_executor_backend={distributed_executor_backend!r}: wanted 'uni' (this process) or"
@@ -106,11 +114,16 @@ class LLM(ModelControl):
             directory, dtype=dtype, device=device, max_model_len=None if max_model_len == "auto" else max_model_len,
             seed=seed, **options,
         )  # fmt: skip
+        on_cpu = torch.device(runner.options.device).type == "cpu"
+        if gpu_memory_utilization is not None and on_cpu:
+            what = f"gpu_memory_utilization={gpu_memory_utilization} has no effect on a CPU"
+            warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
         if num_gpu_blocks_override is not None:
             kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
         plan = runner.plan(
-            kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=gpu_memory_utilization, max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens, fit_model_len=max_model_len == "auto",
+            kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            fit_model_len=max_model_len == "auto",
         )  # fmt: skip
         blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1:
@@ -136,6 +149,7 @@ class LLM(ModelControl):
         """Return the transformers tokenizer of the model."""
         return self._tokenizer().full
 
+    @named_arguments(**_INSTEAD)
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
@@ -164,6 +178,7 @@ class LLM(ModelControl):
             raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
         return self._run(requests, priority, use_tqdm)
 
+    @named_arguments(**_INSTEAD)
     def chat(
         self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         use_tqdm: bool = True, chat_template: str | None = None, chat_template_content_format: str = "auto",
@@ -233,6 +248,22 @@ class LLM(ModelControl):
                 self.engine.abort_request(request_id)
             raise
         return [done[request_id] for request_id in ids]
+
+
+def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:
+    """Raise ValueError for a value that is none, or two that both say how large the KV cache is."""
+    if utilization is not None and not (type(utilization) in (int, float) and 0 < utilization <= 1):
+        raise ValueError(f"gpu_memory_utilization={utilization!r}: wanted above 0 and at most 1")
+    for name, value, least in (("kv_cache_memory_bytes", kv_bytes, 1), ("num_gpu_blocks_override", blocks, 2)):
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name}={value!r}: wanted a whole number of at least {least}; None is the default")
+    given = {
+        "gpu_memory_utilization": utilization,
+        "kv_cache_memory_bytes": kv_bytes,
+        "num_gpu_blocks_override": blocks,
+    }
+    if len(said := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(said)} each say how large the KV cache is; leave all but one out")
 
 
 def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
