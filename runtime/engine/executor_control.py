@@ -79,9 +79,7 @@ class ModelControl:
         RuntimeError while requests run. What is joined with others (q with k and v) waits for them.
         """
         self.engine.reset_prefix_cache()
-        self.executor.collective_rpc(
-            "load_weights", None, (weights if isinstance(weights, Mapping) else list(weights),)
-        )
+        self.executor.collective_rpc("load_weights", None, (weights,))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """End an update; the weights are then of this version. Raises RuntimeError that lists what was not given."""
