@@ -56,7 +56,7 @@ class ModelRunner:
         self.options = options
         self.executable = executable
         self.startup_s = ledger.seconds
-        self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
+        self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
         self._recordings = self._new_recordings()

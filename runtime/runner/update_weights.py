@@ -18,7 +18,7 @@ from seamwise.compile.program import Executable
 from seamwise.runtime.build.loading import readers_of
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.weights.checkpoint import Checkpoint, by_parameter
-from seamwise.runtime.weights.experts import unfinished
+from seamwise.runtime.weights.experts import missing_experts
 from seamwise.runtime.weights.files import StoredTensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -69,24 +69,23 @@ class WeightUpdates:
 
     def _incomplete(self) -> str | None:
         lacking = set().union(*(self._reads[name] for name in self.lost)) - self.waiting.keys()
-        partners = self._partners()
-        if not lacking and not partners:
+        if lacking:
+            shown = "\n  ".join(f"missing {name}" for name in sorted(lacking)[:20])
+            more = f"\n  and {len(lacking) - 20} more" if len(lacking) > 20 else ""
+            return (
+                f"the weights are incomplete: {len(lacking)} have no valid value; give them to update_weights:\n"
+                f"  {shown}{more}"
+            )
+        if not self.waiting:
             return None
-        found = (
-            f"the weights are incomplete: {len(lacking)} have no valid value" if lacking else "weights wait for others"
-        )
-        listed = [f"missing {name}" for name in sorted(lacking)] + partners
-        shown = "\n  ".join(listed[:20]) + ("\n  …" if len(listed) > 20 else "")
-        return f"{found}; give them to update_weights:\n  {shown}"
-
-    def _partners(self) -> list[str]:
-        """Return what was given in part, with what it waits for."""
-        stacks = unfinished(self.waiting, self._program.parameters)
-        told = [f"{name} waits for the rest of {stacked}" for name, stacked in sorted(stacks.items())]
+        parameters = self._program.parameters
+        wanted = {name for _, missing in missing_experts(self.waiting, parameters) for name in missing}
         for read in self._reads.values():
-            if (held := read & self.waiting.keys()) and (others := read - self.waiting.keys()):
-                told.append(f"{', '.join(sorted(held))} waits for {', '.join(sorted(others))}")
-        return told
+            wanted |= read - self.waiting.keys() if read & self.waiting.keys() else set()
+        return (
+            f"update_weights: {_some(self.waiting)} came without {_some(wanted)}, which the step reads joined with"
+            " them; send these too"
+        )
 
     @torch.inference_mode()
     def write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -99,11 +98,11 @@ class WeightUpdates:
         """
         program = self._program
         given = self.waiting | {name: _stored(tensor) for name, tensor in weights}
-        parts = unfinished(given, program.parameters)
+        stacks = missing_experts(given, program.parameters)
+        parts = {name for names, missing in stacks if missing for name in names}
         found, problems = by_parameter(
             {n: t for n, t in given.items() if n not in parts}, program.parameters, program.tied
         )
-        problems += _misfitting_parts(given, parts, program.parameters)
         known = {n: s for n, s in program.parameters.items() if n in found}
         kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
         source = Checkpoint.fitting(_MISFIT, found, known, kept, _FLOATS, problems)
@@ -157,17 +156,9 @@ class WeightUpdates:
         return digest.hexdigest()
 
 
-def _misfitting_parts(
-    given: Mapping[str, StoredTensor], parts: Mapping[str, str], parameters: Mapping[str, list[int]]
-) -> list[str]:
-    """Return which experts' weights cannot be a part of their stack."""
-    problems = []
-    for name, stacked in parts.items():
-        first, *rest = parameters[stacked][1:]
-        wanted = (first // (2 if ".gate_up_proj" in stacked else 1), *rest)
-        if given[name].shape != wanted:
-            problems.append(f"shape of {name} is {given[name].shape}, wanted {wanted}")
-    return problems
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
 
 
 def _stored(tensor: Tensor) -> StoredTensor:

@@ -9,7 +9,7 @@ import sys
 
 from seamwise import caches
 
-_COMMANDS = ("serve", "generate", "explain", "compile", "explain_key", "bisect", "cache")
+_COMMANDS = ("serve", "chat", "generate", "run_batch", "explain", "compile", "explain_key", "bisect", "cache")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ Mixtral's names  model.layers.0.block_sparse_moe.experts.7.w1.weight, .w3.weight
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,20 +47,27 @@ def stack_experts(
     return kept, problems
 
 
-def unfinished(found: Iterable[str], parameters: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Return name -> stacked parameter of the experts' weights whose stack has not all its parts among those found."""
-    pieces: dict[str, dict[tuple[int, int], str]] = {}
-    for stored in found:
-        name = stored.replace(".block_sparse_moe.", ".mlp.")
-        stacked, place = _stacked_name(name)
-        if stacked in parameters and name not in parameters:
-            pieces.setdefault(stacked, {})[place] = stored
-    return {
-        name: stacked
-        for stacked, given in pieces.items()
-        if len(given) < parameters[stacked][0] * (2 if ".gate_up_proj" in stacked else 1)
-        for name in given.values()
-    }
+def missing_experts(
+    names: Iterable[str], parameters: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield, of each stacked parameter that some of the names are parts of, these names and those that are missing."""
+    parts: dict[str, dict[tuple[int, int], str]] = {}
+    for name in names:
+        stacked, place = _stacked_name(name.replace(".block_sparse_moe.", ".mlp."))
+        if name not in parameters and stacked in parameters:
+            parts.setdefault(stacked, {})[place] = name
+    for stacked, held in parts.items():
+        yield (
+            [*held.values()],
+            [name for place, name in _wanted(stacked, parameters[stacked]).items() if place not in held],
+        )
+
+
+def _wanted(stacked: str, shape: Sequence[int]) -> dict[tuple[int, int], str]:
+    """Return the names of the experts' weights that make up a stacked one, by expert and part."""
+    owner, _, leaf = stacked.rpartition(".")
+    named = [(n, part, leaf.removeprefix(into)) for n, (into, part) in _PARTS.items() if leaf.startswith(into)]
+    return {(e, part): f"{owner}.{e}.{n}.weight{end}" for e in range(shape[0]) for n, part, end in named}
 
 
 def _stacked_name(name: str) -> tuple[str, tuple[int, int]]:
@@ -74,14 +81,9 @@ def _misfits(
     stacked: str, pieces: Mapping[tuple[int, int], tuple[str, StoredTensor]], shape: Sequence[int]
 ) -> list[str]:
     """Return why an expert's weights do not make up the stacked ones."""
-    leaf = stacked.rpartition(".")[2]
-    count = 2 if leaf.startswith("gate_up_proj") else 1
-    wanted = {(expert, part) for expert in range(shape[0]) for part in range(count)}
-    named = [(n, leaf.removeprefix(place[0])) for n, place in _PARTS.items() if leaf.startswith(place[0])]
-    problems = [
-        f"missing expert {expert}'s {named[part][0]}.weight{named[part][1]}, of {stacked}"
-        for expert, part in sorted(wanted - {*pieces})
-    ]
+    wanted, shape = _wanted(stacked, shape), tuple(shape)
+    count = len(wanted) // shape[0]
+    problems = [f"missing {name}, of {stacked}" for place, name in sorted(wanted.items()) if place not in pieces]
     one = (shape[1] // count, *shape[2:])
     first = next(iter(pieces.values()))[1]
     for place, (name, tensor) in pieces.items():

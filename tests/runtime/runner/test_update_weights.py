@@ -29,6 +29,40 @@ def texts(llm: LLM) -> list[tuple[list[int], float]]:
     return [(o.token_ids, o.cumulative_logprob) for o in outputs]
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+def test_one_tensor_at_a_time(tmp_path: Path, pack_dir: Path, name: str) -> None:
+    a, b, weights = two_models(tmp_path, name)
+    llm, other = (LLM(p, device="cpu", dtype="float32", max_model_len=64, pack_dir=pack_dir) for p in (a, b))
+    order = sorted(weights, key=lambda n: n[::-1])  # of q, k and v, and of experts, others come between
+    buffer = torch.empty(0)
+    for i, one in enumerate(order):
+        buffer = weights[one].clone()
+        llm.update_weights([(one, buffer)])
+        buffer.fill_(torch.nan)  # a trainer's buffer is its own
+        if i == len(order) // 2:
+            with pytest.raises(RuntimeError, match=r"update_weights: .* came without .*, which the step reads joined"):
+                texts(llm)
+    assert texts(llm) == texts(other)
+
+
+def test_what_is_joined_waits_and_is_refused_by_name(tmp_path: Path, pack_dir: Path) -> None:
+    a, _, weights = two_models(tmp_path, "LlamaForCausalLM")
+    llm = LLM(a, device="cpu", dtype="float32", max_model_len=64, pack_dir=pack_dir)
+    before = texts(llm)
+    q, k, v = (f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkv")
+    llm.update_weights([(q, weights[q])])
+    llm.update_weights([(k, weights[k])])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"update_weights: {k}, {q} came without {v}, which the step reads"):
+            texts(llm)
+    with pytest.raises(ValueError, match=r"shape of .*v_proj"):
+        llm.update_weights([(v, torch.ones(3))])
+    llm.update_weights([(v, weights[v])])
+    assert texts(llm) != before
+    llm.update_weights(load_file(a / "model.safetensors").items())
+    assert texts(llm) == before
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -90,37 +124,17 @@ def test_what_does_not_fit_is_listed_and_changes_nothing(tmp_path: Path, pack_di
         llm.update_weights(weights.items())
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
-def test_one_by_one_in_any_order_is_all_at_once(tmp_path: Path, pack_dir: Path, name: str) -> None:
-    a, b, weights = two_models(tmp_path, name)
+def test_digests_are_equal_where_every_weight_arrived(tmp_path: Path, pack_dir: Path) -> None:
+    a, b, weights = two_models(tmp_path, "LlamaForCausalLM")
     llm, other = (LLM(p, device="cpu", dtype="float32", max_model_len=64, pack_dir=pack_dir) for p in (a, b))
-    wanted = texts(other)
-    texts(llm)
-    order = sorted(weights, key=lambda n: n[::-1])  # joined ones far apart
-    for i, one in enumerate(order):
-        given = weights[one].clone()
-        llm.update_weights([(one, given)])
-        given.zero_()  # a trainer goes on; what waits for partners is a copy
-        if i == len(order) // 2:
-            with pytest.raises(RuntimeError, match=r"step: weights wait for others(.|\n)* waits for "):
-                texts(llm)
-    assert texts(llm) == wanted
-    assert llm.weights_digest() == other.weights_digest() == llm.engine.runner.weights_digest(weights.items())
-    assert llm.engine.runner.weights_digest(load_file(a / "model.safetensors").items()) != other.weights_digest()
-
-
-def test_q_alone_is_refused_by_name_at_the_next_step(tmp_path: Path, pack_dir: Path) -> None:
-    a, _, weights = two_models(tmp_path, "LlamaForCausalLM")
-    llm = LLM(a, device="cpu", dtype="float32", max_model_len=64, pack_dir=pack_dir)
-    before, q, k, v = texts(llm), *(f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv")
-    llm.update_weights([(q, weights[q])])
-    with pytest.raises(RuntimeError, match=f"{q} waits for {k}, {v}"):
-        texts(llm)
-    with pytest.raises(ValueError, match=r"shape of .*k_proj"):
-        llm.update_weights([(k, torch.ones(3))])
-    old = load_file(a / "model.safetensors")
-    llm.update_weights([(n, old[n]) for n in (q, k, v)])
-    assert texts(llm) == before
+    trainers, first = other.engine.runner.weights_digest(weights.items()), llm.weights_digest()
+    assert first == llm.engine.runner.weights_digest(load_file(a / "model.safetensors").items()) != trainers
+    llm.update_weights(weights.items())
+    assert llm.weights_digest() == trainers == other.weights_digest()
+    weights["model.norm.weight"][3] += 1e-6
+    assert llm.engine.runner.weights_digest(weights.items()) != trainers
+    with pytest.raises(ValueError, match=r"missing model\.norm\.weight"):
+        llm.engine.runner.weights_digest((n, t) for n, t in weights.items() if n != "model.norm.weight")
 
 
 def test_a_session_ends_with_its_version_or_names_what_lacks(tmp_path: Path, pack_dir: Path) -> None:
@@ -132,7 +146,7 @@ def test_a_session_ends_with_its_version_or_names_what_lacks(tmp_path: Path, pac
     with pytest.raises(RuntimeError, match="an update is open already"):
         llm.start_weight_update()
     llm.update_weights((n, weights[n]) for n in names[:4])
-    with pytest.raises(RuntimeError, match=r"step: a weight update is open|step: weights wait"):
+    with pytest.raises(RuntimeError, match=r"step: (a weight update is open|update_weights: .* came without)"):
         texts(llm)
     llm.update_weights((n, weights[n]) for n in names[4:-1])
     llm.update_weights([(names[-1], weights[names[-1]])])
@@ -143,7 +157,7 @@ def test_a_session_ends_with_its_version_or_names_what_lacks(tmp_path: Path, pac
     llm.start_weight_update()
     q = "model.layers.0.self_attn.q_proj.weight"
     llm.update_weights([(q, weights[q])])
-    with pytest.raises(RuntimeError, match=r"finish_weight_update: weights wait for others.*\n  .*q_proj.* waits for "):
+    with pytest.raises(RuntimeError, match=r"finish_weight_update: update_weights: .*q_proj.* came without "):
         llm.finish_weight_update("step-8")
     assert llm.weight_version == "step-7"
 
