@@ -88,7 +88,7 @@ class Answers:
 
     def _take_prompt(self, event: Event) -> None:
         assert event.prompt_logprobs is not None
-        found = event.completion.prompt_logprobs or [None]
+        found = event.completion.prompt_logprobs
         for place, one in enumerate(event.prompt_logprobs, event.prompt_start + 1):
             if place == len(found):  # a preempted prompt is computed again
                 here = self.detokenizer(event.request.prompt_token_ids[:place], event.request.params)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
 
 from seamwise.runtime.sampling.logprob import Logprob
@@ -28,7 +27,7 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     text: str = ""
     reason: Reason | None = None
     torn: bool = False
@@ -38,7 +37,7 @@ class Completion:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Given:
     """What has been given out: tokens and characters of each completion, and whether the end was."""
 
@@ -65,7 +64,7 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return all(c.reason is not None for c in self.completions)
+        return None not in [c.reason for c in self.completions]
 
     def due(self) -> bool:
         """Return whether an output is to be given out now."""
@@ -88,10 +87,11 @@ class Request:
         made = RequestOutput(
             request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids,
             outputs=[self._completion(i, delta) for i in range(len(self.completions))], finished=self.finished,
-            metrics=copy(self.metrics), prompt_logprobs=shown,
+            metrics=self.metrics.now(), prompt_logprobs=shown,
         )  # fmt: skip
-        tokens, characters = zip(*((c.num_taken, len(c.text)) for c in self.completions), strict=True)
-        return made, Given(tokens=tokens, characters=characters, finished=self.finished)
+        tokens = tuple([len(c.token_ids) for c in self.completions])
+        characters = tuple([len(c.text) for c in self.completions])
+        return made, Given(tokens=tokens, characters=characters, finished=made.finished)
 
     def _completion(self, index: int, delta: bool) -> CompletionOutput:
         c = self.completions[index]
