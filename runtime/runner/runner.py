@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from seamwise import caches
 from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
@@ -24,13 +25,14 @@ from seamwise.compile.record.recorder import Recording
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
-from seamwise.runtime.build.packs import load_program, open_pack
+from seamwise.runtime.build.packs import load_program, open_pack, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, step_of_padding
 from seamwise.runtime.distributed.group import smallest
 
 from .memory_plan import MemoryPlan, plan_memory
+from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .update_weights import update_weights
 
@@ -64,19 +66,25 @@ class ModelRunner:
         return Recordings(self.program, self.options, agree)
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> ModelRunner:
+    def load(cls, path: str | Path, *, cache_dir: str | Path | None = None, **options: Any) -> ModelRunner:
         """Load a Hugging Face model directory, compiling it or taking its pack, or a pack of `seamwise compile`.
 
-        Options are the fields of RunnerConfig. Raises ValueError for a directory, configuration or checkpoint that
-        cannot be served, naming what is wrong.
+        Options are the fields of RunnerConfig; cache_dir moves all caches of this process. Raises ValueError for a
+        directory, configuration or checkpoint that cannot be served, naming what is wrong.
         """
+        if cache_dir is not None:
+            caches.set_cache_dir(cache_dir)
         with shown_ledger("start-up") as ledger:
             path = Path(path)
             if pack.is_pack(path):
                 path, options = open_pack(path, options)
+            elif options.get("pack_name"):
+                options = with_recorded(options)
             with ledger.stage("read config"):
                 config = ModelConfig.from_directory(Path(path))
                 settings = RunnerConfig.for_model(config, **options)
+            if torch.device(settings.device).index is not None:
+                torch.cuda.set_device(settings.device)  # where kernels are launched
             program, buffers = load_program(config, settings, ledger)
             with ledger.stage("load weights"):
                 weights = load_step_weights(Path(path), settings, program, buffers)
@@ -150,7 +158,7 @@ class ModelRunner:
 
         What the KV cache holds was computed with the old ones. See update_weights.py for what is refused.
         """
-        update_weights(self.executable, self.options, self.buffers, weights)
+        update_weights(self.executable, self.options, self.buffers, named_tensors(weights).items())
 
     def recording(self, num_requests: int, tokens_each: int = 1) -> Recording:
         """Return the recorded step of so many requests and tokens of each. Raises KeyError before such a step ran."""

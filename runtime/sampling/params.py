@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from seamwise.runtime.build.arguments import named_arguments
+
 from .check_params import check_params, whole
+from .plain import make_plain
 
 LogitsProcessor = Callable[..., Any]  # ([prompt_ids,] output_ids, logits (V,)) -> logits (V,)
 
@@ -55,6 +58,10 @@ class RepetitionDetectionParams:
         return False
 
 
+@named_arguments(
+    best_of="use n", do_sample="use temperature (0 is greedy)", max_new_tokens="use max_tokens",
+    num_return_sequences="use n", truncate_prompt_tokens="cut the prompt's ids before",
+)  # fmt: skip
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling options of one request; every field is checked here and in effect.
@@ -117,6 +124,7 @@ class SamplingParams:
     extra_args: Mapping[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_params(self)
 
     @property

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from seamwise.runtime.serve.process.streams import CallFailed, EngineError, RequestRefused, Unsupported
+from seamwise.runtime.serve.process.streams import CallFailed, EngineError, RequestFailed, RequestRefused, Unsupported
 
 logger = logging.getLogger("seamwise.http")
 _TYPES = {
@@ -64,6 +64,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, CallFailed):
         return ApiError(409, str(error))
+    if isinstance(error, RequestFailed):
+        return ApiError(500, str(error))
     if isinstance(error, Unsupported):
         return ApiError(501, str(error))
     if isinstance(error, EngineError):

@@ -13,7 +13,7 @@ from fastapi import Request
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
 from seamwise.runtime.serve.process.messages import Delta
-from seamwise.runtime.serve.process.streams import EngineError, Stream
+from seamwise.runtime.serve.process.streams import EngineError, RequestFailed, Stream
 from seamwise.runtime.serve.prompts import Prompts
 
 from .errors import ApiError
@@ -187,6 +187,8 @@ class Work:
         got = await self._streams[i].take()
         self._metrics.got(self._times[i], got)
         for delta in got:
+            if delta.finish_reason == "error":
+                raise RequestFailed(str(delta.stop_reason))
             if delta.finish_reason == "abort":
                 raise EngineError("the request was aborted: the engine was paused, or /abort_requests was called")
         return got

@@ -39,7 +39,6 @@ def test_pause_keeps_waits_or_aborts_and_arrivals_wait(fake: Running) -> None:
         status, answer = running.result(5)
         assert status == 503 and "was aborted" in answer["error"]["message"]
         assert post(f"{fake.url}/resume", {})[0] == 200
-    assert post(f"{fake.url}/pause?mode=keep&clear_cache=true", {})[0] == 400
     assert post(f"{fake.url}/pause?mode=sideways", {})[0] == 400
     assert get(f"{fake.url}/is_paused") == (200, {"is_paused": False})
 

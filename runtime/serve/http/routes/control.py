@@ -55,7 +55,7 @@ def _json(value: Any) -> Response:
 
 @router.post("/pause", responses=CONTROLS, response_class=Response)
 async def pause(
-    request: Request, mode: Literal["abort", "wait", "keep"] = "abort", clear_cache: bool | None = None
+    request: Request, mode: Literal["abort", "wait", "keep"] = "abort", clear_cache: bool = True
 ) -> Response:
     """Stop between two steps; requests that arrive wait. mode: abort, wait for, or keep what runs."""
     await _llm(request).pause_generation(mode=mode, clear_cache=clear_cache)

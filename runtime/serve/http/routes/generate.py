@@ -15,7 +15,7 @@ from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.http.schema import Body, TokenId
 from seamwise.runtime.serve.http.serving import Work, request_name, serving
 from seamwise.runtime.serve.http.sse import DONE, EventStream, encode_json, event, while_connected
-from seamwise.runtime.serve.process.messages import Delta
+from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 
 from .describe import GENERATES
 
@@ -39,8 +39,11 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     state = serving(request)
     _, llm = state.choose(body.model, request)
     (await state.prompts(llm)).check(body.token_ids)
+    given = {"detokenize": False, **llm.default_sampling, **body.sampling_params}
+    if taken := given.keys() & {"output_kind", "stream_interval", "logits_processors", "repetition_detection"}:
+        raise ValueError(f"sampling_params: {min(taken)} is not taken here; leave it out")
     try:
-        params = SamplingParams(**{"detokenize": False, **llm.default_sampling, **body.sampling_params})
+        params = SamplingParams(**given)
     except TypeError as error:  # a name that is no field, or a value that cannot be compared
         raise ValueError(f"sampling_params: {error}") from None
     name = request_name(request, body.request_id, "generate-tokens")
@@ -54,15 +57,22 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
 
 async def _events(work: Work, name: str) -> AsyncIterator[bytes]:
     async for _, delta in work.deltas():
-        yield event({"request_id": name, "choices": [_choice(delta)]})
+        chunk: dict[str, Any] = {"request_id": name, "choices": [_choice(delta)]}
+        if delta.prompt_logprobs is not None:
+            chunk["prompt_logprobs"] = [None if row is None else _row(row) for row in delta.prompt_logprobs]
+        yield event(chunk)
     yield DONE
 
 
 async def _whole(work: Work, name: str) -> Response:
     choices: dict[int, dict[str, Any]] = {}
+    prompt: Any = None
     async for _, delta in work.deltas():
+        prompt = prompt or delta.prompt_logprobs
         choices[delta.index] = _choice(delta)  # without an interval, an output comes whole
-    body = {"request_id": name, "choices": [choices[i] for i in sorted(choices)], "usage": work.usage()}
+    body: dict[str, Any] = {"request_id": name, "choices": [choices[i] for i in sorted(choices)], "usage": work.usage()}
+    if prompt is not None:
+        body["prompt_logprobs"] = [None if row is None else _row(row) for row in prompt]
     return Response(encode_json(body), media_type="application/json")
 
 
@@ -74,6 +84,9 @@ def _choice(delta: Delta) -> dict[str, Any]:
     if delta.text:
         choice["text"] = delta.text
     if delta.logprobs is not None:
-        rows = [[{"token_id": o.token_id, "logprob": o.logprob, "rank": o.rank} for o in row] for row in delta.logprobs]
-        choice["logprobs"] = {"content": [{**row[0], "top_logprobs": row} for row in rows]}
+        choice["logprobs"] = {"content": [{**row[0], "top_logprobs": row} for row in map(_row, delta.logprobs)]}
     return choice
+
+
+def _row(row: list[TokenLogprob]) -> list[dict[str, Any]]:
+    return [{"token_id": one.token_id, "logprob": one.logprob, "rank": one.rank} for one in row]
