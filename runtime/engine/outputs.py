@@ -34,6 +34,7 @@ class RequestMetrics:
     """Seconds on time.perf_counter's clock, None before they happen; prompt tokens served from the prefix cache."""
 
     arrival_time: float
+    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_cached_tokens: int = 0
@@ -42,7 +43,8 @@ class RequestMetrics:
     def now(self) -> RequestMetrics:
         """Return what is known by now, a copy (copy.copy takes five times as long)."""
         return RequestMetrics(
-            arrival_time=self.arrival_time, first_token_time=self.first_token_time, finished_time=self.finished_time,
+            arrival_time=self.arrival_time, first_scheduled_time=self.first_scheduled_time,
+            first_token_time=self.first_token_time, finished_time=self.finished_time,
             num_cached_tokens=self.num_cached_tokens, num_preemptions=self.num_preemptions,
         )  # fmt: skip
 

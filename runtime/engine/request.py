@@ -18,7 +18,8 @@ from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 class Completion:
     """One of a request's outputs: the tokens of its sequence that have become text.
 
-    torn   the detokenizer was interrupted: its text is made anew from token_ids
+    num_taken  how many tokens are in token_ids and text; one more may be there whose text was interrupted
+    torn       the detokenizer was interrupted: its text is made anew from token_ids
     """
 
     sequence: Sequence
@@ -30,11 +31,8 @@ class Completion:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     text: str = ""
     reason: Reason | None = None
+    num_taken: int = 0
     torn: bool = False
-
-    @property
-    def num_taken(self) -> int:
-        return len(self.token_ids)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,7 +87,7 @@ class Request:
             outputs=[self._completion(i, delta) for i in range(len(self.completions))], finished=self.finished,
             metrics=self.metrics.now(), prompt_logprobs=shown,
         )  # fmt: skip
-        tokens = tuple([len(c.token_ids) for c in self.completions])
+        tokens = tuple([c.num_taken for c in self.completions])
         characters = tuple([len(c.text) for c in self.completions])
         return made, Given(tokens=tokens, characters=characters, finished=made.finished)
 
@@ -97,8 +95,9 @@ class Request:
         c = self.completions[index]
         start, text = (self.given.tokens[index], self.given.characters[index]) if delta else (0, 0)
         made = CompletionOutput(
-            index=index, text=c.text[text:], token_ids=c.token_ids[start:], cumulative_logprob=c.cumulative_logprob,
-            logprobs=c.logprobs[start:] if self.params.wants_logprobs else None,
+            index=index, text=c.text[text:], token_ids=c.token_ids[start : c.num_taken],
+            cumulative_logprob=c.cumulative_logprob,
+            logprobs=c.logprobs[start : c.num_taken] if self.params.wants_logprobs else None,
         )  # fmt: skip
         if c.reason is not None:
             made.finish_reason, made.stop_reason = c.reason

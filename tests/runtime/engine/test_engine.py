@@ -73,7 +73,7 @@ def tokens_needed(arrival: Arrival) -> int:
     return len(arrival.prompt) + arrival.params.max_tokens - 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     requests=arrivals(),
     block_size=st.sampled_from([1, 2, 4]),
