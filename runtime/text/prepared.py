@@ -22,6 +22,7 @@ from seamwise import caches
 
 _FORMAT = 1
 _SUFFIXES = (".json", ".txt", ".model", ".tiktoken")  # of files that a tokenizer may be read from
+_LARGEST_BYTES = 64 << 20  # of such a file; the largest published, Gemma's tokenizer.json, has 33 MB
 _MOST_KEPT = 64
 _OWN_WAYS = ("__call__", "encode", "decode", "_encode_plus", "_decode")  # methods that classes may replace
 
@@ -79,7 +80,7 @@ def _key(directory: Path) -> str:
     for part in (_FORMAT, version("transformers"), version("tokenizers"), directory.absolute()):
         digest.update(f"{part}\0".encode())
     for path in sorted(directory.iterdir()):
-        if path.suffix in _SUFFIXES and not path.name.endswith(".index.json") and path.is_file():
+        if path.suffix in _SUFFIXES and path.is_file() and path.stat().st_size < _LARGEST_BYTES:
             content = path.read_bytes()
             digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:32]
