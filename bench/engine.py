@@ -112,9 +112,9 @@ def hidden(model: str, requests: int) -> dict[str, float]:
             results.append(wait())
             return results[-1]
 
-        llm.engine._loop.wait = kept  # type: ignore[method-assign]
+        llm.engine._loop.wait = kept
         llm.generate([{"prompt_token_ids": [5, 6, 7, i % 100]} for i in range(requests)], params, use_tqdm=False)
-        llm.engine._loop.wait = wait  # type: ignore[method-assign]
+        llm.engine._loop.wait = wait
         decode = results[4:-2]
         steps = [1e6 * (r.ended - r.began) for r in decode]
         gaps = [1e6 * (b.began - a.ended) for a, b in itertools.pairwise(decode)]
