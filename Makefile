@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-PROMPT ?= The capital of France is
+PROMPT ?= Which city is the capital of France?
 
 .PHONY: run test clean
 
 run: $(VENV)/installed
 	@model="$$($(BIN)/python -m seamwise.bench.demo_model)" && \
-	$(BIN)/seamwise generate --model "$$model" --prompt "$(PROMPT)" --max-tokens 48
+	$(BIN)/seamwise generate --model "$$model" --prompt "$(PROMPT)" --max-tokens 48 --next
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m seamwise.bench.demo_model > /dev/null
@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf,plot,test,dev]"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf,plot,serve,test,dev]"
 	@touch $@
 
 clean:

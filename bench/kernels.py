@@ -34,16 +34,20 @@ def measure(contract: Contract, sizes: Mapping[str, Any], *, device: str, dtype:
     """Time every provider that accepts these inputs but the meaning, and every public implementation of the same op.
 
     The row has the provider that is chosen; where only the meaning serves, that. `graph`: timed as a graph's replay.
+    `copy_us` is a copy that moves as many bytes, timed in the same way: what the fixed cost of a launch leaves.
     """
     args = contract.make_inputs(sizes, dtype=dtype, device=device)
     cost, chosen = contract.cost(*args), contract.choose(args)
     times = provider_times(contract, args, device)
     found = {n: call for n, make in PEERS.get(contract.name, {}).items() if (call := make(*args)) is not None}
     us, spread_us, graph = times[chosen.name]
+    source = torch.zeros(max(cost.bytes // 2, 1), dtype=torch.uint8, device=device)
+    sink = torch.empty_like(source)
+    copy_us, *_ = device_us(lambda: sink.copy_(source), device, graph=graph)
     return {
         "contract": contract.name, "sizes": dict(sizes), "us": us,
         "spread_us": spread_us, "provider": chosen.name, "graph": graph, "bytes": cost.bytes, "flops": cost.flops,
-        "gb_per_s": cost.bytes / us / 1e3, "tflop_per_s": cost.flops / us / 1e6,
+        "copy_us": copy_us, "gb_per_s": cost.bytes / us / 1e3, "tflop_per_s": cost.flops / us / 1e6,
         "provider_us": {n: t[0] for n, t in times.items()},
         "peer_us": {n: device_us(call, device)[0] for n, call in found.items()},
     }  # fmt: skip

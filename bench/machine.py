@@ -44,7 +44,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     import triton
 
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+    except FileNotFoundError:  # no git on this machine: `--commit` says it
+        found = ""
+    commit = found.strip()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         **({"instruction_set": label()} if device == "cpu" else {}),

@@ -44,6 +44,7 @@ class Program:
     loose_ops  how many ops of each distinct piece have no kernel of ours; packages: those that Inductor compiled
     piece_costs   distinct piece -> tokens, bytes and flops of steps of some sizes
     weight_bytes, kv_bytes  of this rank's weights, and of the cache for a token
+    kv_layers  of each layer of the KV cache, the shapes of its tensors in one block, of all ranks
     token_bytes, logit_bytes  most alive at once of a step's values, for each of its tokens and each row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
@@ -66,6 +67,7 @@ class Program:
     piece_costs: dict[str, list[dict[str, int]]] = field(default_factory=dict)
     weight_bytes: int = 0
     kv_bytes: int = 0
+    kv_layers: list[list[list[int]]] = field(default_factory=list)
     token_bytes: int = 0
     logit_bytes: int = 0
     local_inputs: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -101,8 +103,8 @@ class Executable:
         ]
         self._tokens = program.inputs.index("token_ids")
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run one step on the flattened inputs, in the program's order; return the logits.
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run one step on the flattened inputs, in the program's order; return the logits, or all the graph returns.
 
         Raises ValueError for a number of tokens in no range.
         """
@@ -112,5 +114,5 @@ class Executable:
         step, pieces = self._steps[bisect_right(self._firsts, tokens) - 1]
         if (recording := tape.current()) is not None:
             pieces = [partial(recording.piece, p) for p in pieces]
-        (logits,) = step(pieces, self.weights, *inputs)
-        return logits
+        results = step(pieces, self.weights, *inputs)
+        return results if len(results) > 1 else results[0]

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+_RUNTIME = {
+    "torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf",
+}  # fmt: skip
+_SERVE = {  # of the extra [serve]
+    "fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client", "zmq", "msgspec", "prompt_toolkit",
+}  # fmt: skip
 # folder -> (folders of ours it may import, packages it may import besides the standard library)
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton", "numpy"}),
@@ -17,7 +23,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "compile": ({"passes", "kernels"}, {"torch", "safetensors"}),
     "runtime": (
         {"compile", "model_defs", "kernels", "passes"},
-        {"torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf"},
+        _RUNTIME | _SERVE,
     ),
 }
 # The rooms of runtime/, one way: what stands later may be imported by what stands earlier, never the other way round.

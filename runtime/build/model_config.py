@@ -9,20 +9,28 @@ from typing import Any
 
 import torch
 
-from seamwise.model_defs.hf_config import Reader
+from seamwise.model_defs import has_definition
+from seamwise.model_defs.hf_config import OLDER_NAMES, Reader
+from seamwise.model_defs.hf_defaults import completed
+from seamwise.model_defs.rope import context_lengths
+from seamwise.runtime.weights.checkpoint import holds_kv_scales
+from seamwise.runtime.weights.formats import has_tensors
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
+from seamwise.runtime.weights.tied import has_own_head
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What the runtime must know of a model; `raw` is config.json as read, or what it would hold.
+    """What the runtime must know of a model; `raw` is config.json, completed, or what it would hold.
 
     num_kv_heads, head_dim  of the cached keys and values; with multi-head latent attention, of what latents expand to
     latent_dim  width of a token's latent and its rotary key, 0 without multi-head latent attention
+    default_len, longest  tokens of the longest request: where nobody asks for another, and that may be asked for
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
     bos_id   the id that begins a text, where the model has one
@@ -36,6 +44,8 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    default_len: int
+    longest: int
     latent_dim: int
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
@@ -61,10 +71,15 @@ class ModelConfig:
             raise ValueError(
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
-        read_quantization(raw, str(path))
+        raw = completed(names[0], raw) if has_definition(names[0]) else _completed_by_transformers(names[0], raw)
+        if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
+            raw["tie_word_embeddings"] = False  # the file counts
+        if read_quantization(raw, str(path)) is not None and has_tensors(directory):
+            raw["holds_kv_scales"] = holds_kv_scales(directory)
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
         latent = raw.get("kv_lora_rank") is not None
+        default_len, longest = context_lengths(raw)
         rotary = read.size("qk_rope_head_dim") if latent else 0
         config = cls(
             architecture=names[0],
@@ -75,6 +90,8 @@ class ModelConfig:
             head_dim=read.size("qk_nope_head_dim") + rotary if latent else read.size("head_dim", hidden // heads),
             vocab_size=read.size("vocab_size"),
             max_position_embeddings=read.size("max_position_embeddings"),
+            default_len=default_len,
+            longest=longest,
             latent_dim=read.size("kv_lora_rank") + rotary if latent else 0,
             dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
             eos_ids=_token_ids("eos_token_id", generation, raw, directory),
@@ -90,7 +107,7 @@ class ModelConfig:
                 f"{path}: num_attention_heads={self.num_heads} is no multiple of"
                 f" num_key_value_heads={self.num_kv_heads}"
             )
-        if "head_dim" not in self.raw and self.hidden_size % self.num_heads:
+        if self.raw.get("head_dim") is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"{path}: hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_heads}"
             )
@@ -108,6 +125,20 @@ class ModelConfig:
             )
 
 
+def _completed_by_transformers(architecture: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a class that is not defined here, with the sizes that it leaves out or names oddly.
+
+    Imports transformers where one is missing only. What that does not know stays missing.
+    """
+    if all(any(raw.get(one) is not None for one in (name, *OLDER_NAMES.get(name, ()))) for name in _NEEDED):
+        return raw
+    from seamwise.model_defs.hf import class_and_config
+
+    _, config = class_and_config(architecture, raw)
+    sizes = {name: getattr(config, name, None) for name in _NEEDED}
+    return {**raw, **{name: size for name, size in sizes.items() if size is not None and raw.get(name) is None}}
+
+
 def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
     file, values = ("generation_config.json", generation) if generation.get(name) is not None else ("config.json", raw)
     found = values.get(name)
@@ -117,13 +148,18 @@ def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], direc
     return tuple(ids)
 
 
+def _as_float(read: dict[str, Any]) -> Any:
+    """Return the number that transformers writes as an object, because JSON has no infinity: {"__float__": "NaN"}."""
+    return float(read["__float__"]) if read.keys() == {"__float__"} and isinstance(read["__float__"], str) else read
+
+
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if not path.exists():
         if required:
             raise ValueError(f"{path.parent}: has no {path.name}; wanted a Hugging Face model directory")
         return {}
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_float)
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(read, dict):

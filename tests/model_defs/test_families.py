@@ -75,7 +75,7 @@ def test_any_batch_composition(mix: Any, family: str, entry: str, block_size: in
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize(("max_model_len", "lengths"), [(None, (19, 40, 17)), (16, (16, 3, 9))])
+@pytest.mark.parametrize(("max_model_len", "lengths"), [(256, (19, 40, 17)), (16, (16, 3, 9)), (None, (16, 3, 9))])
 def test_longrope_takes_its_table_by_the_longest_request(
     entry: str, max_model_len: int | None, lengths: tuple[int, ...], tmp_path: Any
 ) -> None:
@@ -114,9 +114,10 @@ def test_both_entries_have_the_checkpoints_parameters(family: str) -> None:
 def test_the_real_model_gives_transformers_logits(entry: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    from seamwise.bench.demo_model import DEFAULT_CACHE, NAME
+    from seamwise.bench.demo_model import NAME
+    from seamwise.caches import folder
 
-    directory = DEFAULT_CACHE / NAME
+    directory = folder("models") / NAME
     if not (directory / "config.json").exists():
         pytest.skip(f"{directory} is not there; `python -m seamwise.bench.demo_model` makes it")
     model, config = load_tiny(directory, entry)

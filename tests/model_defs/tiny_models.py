@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from seamwise.model_defs import build_model
 from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.weights.checkpoint import parameter_shapes
+from seamwise.runtime.weights.foreign import as_transformers_reads
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -18,12 +21,17 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save_tiny(directory: Path, architecture: str, *, seed: int = 0, **changes: Any) -> Any:
-    """Save a tiny random model of transformers' class and return it; no weight is at its neutral value."""
+def save_tiny(
+    directory: Path, architecture: str, *, seed: int = 0, only: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """Save a tiny random model of transformers' class and return it; no weight is at its neutral value.
+
+    only  what is not the class's default, in place of SIZES and changes
+    """
     import transformers
 
     model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**(SIZES | changes))
+    config = model_class.config_class(**(SIZES | changes if only is None else only))
     config._attn_implementation = config._experts_implementation = "eager"  # which run in float64 too
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +52,11 @@ def load_tiny(
     """Load a directory as the eager module of one entry."""
     config = ModelConfig.from_directory(directory)
     model = build_model(config.architecture, config.raw, entry=entry, **options)
-    load_weights(model, directory, dtype=dtype, device="cpu")
+    shapes, _ = parameter_shapes(model)
+    read = None
+    if entry == "transformers":
+        read = partial(as_transformers_reads, parameters=shapes, architecture=config.architecture, raw=config.raw)
+    load_weights(model, directory, dtype=dtype, device="cpu", convert=read)
     return model, config
 
 

@@ -1,0 +1,150 @@
+"""The engine process's loop: commands in, steps, events out. It says that it lives after each step, or when idle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
+from seamwise.runtime.scheduler.config import QueueFullError
+
+from .deltas import Deltas
+from .messages import Abort, Add, Call, Command, Event, Progress, Refused, Result, Stats
+
+if TYPE_CHECKING:
+    from seamwise.runtime.engine.engine import Engine
+
+IDLE_BEAT_S = 0.2  # an idle engine says so at least this often
+METHODS = (  # what the other process may call: of the loop, else of the LLM
+    "pause_generation", "resume_generation", "is_paused", "reset_prefix_cache", "sleep", "wake_up", "is_sleeping",
+    "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update", "abort_weight_update",
+    "weight_version", "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
+    "embed",
+)  # fmt: skip
+
+
+class EngineLoop:
+    """Runs one LLM's engine for another process.
+
+    receive  waits up to the given seconds for a command and returns it, None when there is none
+    send     sends an event
+    """
+
+    def __init__(self, llm: Any, receive: Callable[[float], Command | None], send: Callable[[Event], None]) -> None:
+        self.llm = llm
+        self.engine: Engine = llm.engine
+        self._receive, self._send = receive, send
+        self._deltas = Deltas()
+        self._stats = Stats()
+        self._waiting_call: Call | None = None  # a pause that waits for running requests
+
+    def run(self) -> None:
+        """Serve until the process ends. An exception of a step is the caller's: what it wrote is not trusted."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Take every command that is there, then compute one step or say that there is nothing to do."""
+        wait_s = 0.0 if self._runnable() else IDLE_BEAT_S
+        while (command := self._receive(wait_s)) is not None:
+            self._take(command)
+            wait_s = 0.0
+        deltas = []
+        if self._runnable():
+            for output in self.engine.step():
+                deltas += self._deltas.of(output)
+            self._stats.num_steps += 1
+        self._update_stats()
+        self._send(Progress(self._stats, deltas))
+        if self._waiting_call and self.engine.is_paused:
+            self._send(Result(self._waiting_call.call_id))
+            self._waiting_call = None
+
+    def _runnable(self) -> bool:
+        return self.engine.has_unfinished_requests() and not self.engine.is_paused
+
+    def _take(self, command: Command) -> None:
+        if isinstance(command, Add):
+            self._add(command)
+        elif isinstance(command, Abort):
+            self._abort(command.request_ids)
+        else:
+            self._call(command)
+
+    def _add(self, add: Add) -> None:
+        try:
+            params = _params(add)
+            self.engine.add_request(
+                add.request_id, add.prompt_token_ids, params, prompt=add.prompt, priority=add.priority
+            )
+        except (ValueError, TypeError) as error:
+            self._send(Refused(add.request_id, str(error)))
+        except QueueFullError as error:
+            self._send(Refused(add.request_id, str(error), full=True))
+        else:
+            self._deltas.follow(add.request_id)
+
+    def _abort(self, request_ids: list[str] | None) -> None:
+        for request_id in self._deltas.unfinished if request_ids is None else request_ids:
+            if (output := self.engine.abort_request(request_id)) is not None:
+                self._send(Progress(self._stats, self._deltas.of(output)))
+
+    def _call(self, call: Call) -> None:
+        try:
+            if call.method not in METHODS:
+                raise AttributeError
+            target = getattr(self, call.method, None) or getattr(self.llm, call.method)
+        except AttributeError:
+            self._send(Result(call.call_id, error=f"this engine has no {call.method}", kind="unsupported"))
+            return
+        try:
+            value = target(*call.args, **call.kwargs)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            self._send(Result(call.call_id, error=str(error), kind="caller"))
+        except Exception as error:  # the caller's own code too: collective_rpc runs what it is given
+            self._send(Result(call.call_id, error=f"{type(error).__name__}: {error}"))
+        else:
+            if call.method == "pause_generation" and not self.engine.is_paused:
+                self._waiting_call = call  # answered when the last running request is done
+            else:
+                self._send(Result(call.call_id, value=value))
+
+    def pause_generation(self, mode: str = "abort", clear_cache: bool = True) -> None:
+        """Stop taking requests up, until resume_generation; see Engine.pause."""
+        for output in self.engine.pause(mode, clear_cache=clear_cache):
+            self._send(Progress(self._stats, self._deltas.of(output)))
+
+    def resume_generation(self) -> None:
+        """Go on after a pause, and take up what arrived meanwhile."""
+        self.engine.resume()
+
+    def is_paused(self) -> bool:
+        return self.engine.is_paused
+
+    def update_weights_from_path(self, path: str) -> None:
+        """Write a checkpoint's tensors into the model, by their names."""
+        from pathlib import Path
+
+        from seamwise.runtime.weights.formats import find_tensors
+
+        found, problems, _ = find_tensors(Path(path), "auto")
+        if problems:
+            raise ValueError(f"{path}: {'; '.join(problems)}")
+        self.llm.update_weights((name, stored.load()) for name, stored in found.items())
+
+    def _update_stats(self) -> None:
+        scheduler, stats = self.engine.scheduler, self._stats
+        pool = scheduler.pool
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = len(scheduler.waiting)
+        stats.kv_cache_usage = 1 - pool.num_available / max(1, pool.num_blocks - 1)
+        stats.paused = self.engine.is_paused
+
+
+def _params(add: Add) -> SamplingParams:
+    """Return the parameters of a request, with the kind of outputs that are sent on."""
+    given = dict(add.params)
+    if repetition := given.get("repetition_detection"):
+        given["repetition_detection"] = RepetitionDetectionParams(**repetition)
+    kind = RequestOutputKind.DELTA if add.stream_interval else RequestOutputKind.FINAL_ONLY
+    return SamplingParams(**{**given, "output_kind": kind, "stream_interval": add.stream_interval or None})
