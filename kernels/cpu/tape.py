@@ -263,7 +263,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _replayer(calls: list[tuple[Kernel, tuple[int | float, ...]]], seconds: Any = None) -> Callable[[], None]:
-    """Return a function that runs kernel calls in one call of C, by one team of threads; `seconds` receives their times."""
+    """Return a function that runs kernel calls in one call of C, by a team of threads; `seconds` takes their times."""
     function = _REPLAY.entry
     entries = (_Entry * len(calls))(*map(_entry, calls))
     count, error = ctypes.c_int64(len(calls)), ctypes.c_int64()

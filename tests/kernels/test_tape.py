@@ -101,7 +101,7 @@ def test_a_call_of_python_is_replayed_in_its_place() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_a_team_of_any_size_computes_the_same_bits(threads: int) -> None:
-    """Seven threads are more than most machines have: some of them are late, asleep, or see a kernel only when it ended."""
+    """Seven threads are more than most machines have: some are late, asleep, or see a kernel only when it ended."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
