@@ -55,7 +55,9 @@ class RankProcesses:
         memory = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(prefix="seamwise-", dir=memory if memory.is_dir() else None))
         context, spawn = zmq.Context(), multiprocessing.get_context("spawn")
-        self._sockets, self._processes, self._starts = [], [], []
+        self._sockets: list[Any] = []
+        self._processes: list[Any] = []
+        self._starts: list[RankStart] = []
         self._files: dict[str, Tensor] = {}
         self._end = weakref.finalize(self, _end, self._processes, self._sockets, context, self._folder)
         for rank in range(ranks):

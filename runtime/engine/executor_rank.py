@@ -105,9 +105,9 @@ def main(start: RankStart) -> None:
     while True:
         kind, *frames = socket.recv_multipart()
         if kind == b"step":
-            answer = _attempt(lambda frames=frames: _step(worker, frames, shelf))  # type: ignore[misc]
+            answer = _attempt(lambda frames=frames: _step(worker, frames, shelf))
         elif kind == b"call":
-            answer = _attempt(lambda frames=frames: call_worker(worker, *pickle.loads(frames[0])))  # type: ignore[misc]
+            answer = _attempt(lambda frames=frames: call_worker(worker, *pickle.loads(frames[0])))
         else:
             return
         socket.send_multipart(_answer(*answer))
