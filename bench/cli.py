@@ -11,6 +11,7 @@ BENCHES = {
     "serve": "open-loop load on a server, ours or any with OpenAI's routes",
     "company": "decode beside other busy processes",
     "step": "where a decode step's time goes",
+    "engine": "what the host does for a step, and how much of it a step hides",
     "gpu": "every stage of the GPU proof, within the minutes given",
     "report": "the page bench/results/README.md from the files of bench gpu",
     "kernels": "microbenchmarks of every contract",

@@ -34,7 +34,7 @@ from .admit import check_request
 from .answer import Answers
 from .loop import Loop
 from .outputs import RequestMetrics, RequestOutput
-from .request import Completion, Request
+from .request import Completion, Given, Request
 from .worker import Worker
 
 _PROMPT_ROWS = 256  # prompt tokens of a step whose log probabilities are wanted: logits of so many rows are kept
@@ -76,7 +76,7 @@ class Engine:
         self._loop = Loop(self.scheduler, worker, depth=2 if config.async_scheduling else 1)
         self._answers = Answers(tokenizer)
         self._requests: dict[str, Request] = {}
-        self._ready: list[RequestOutput] = []
+        self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
         self._change = _Change()
         self._paused: str | None = None
         self._clears = False
@@ -147,6 +147,10 @@ class Engine:
                 self._answers.close(request, c)
                 c.reason = reason, message
             self.scheduler.remove([c.sequence for c in running])
+            if self._ready:  # what nobody was handed yet comes with this one
+                taken_back = [given for output, given in self._ready if output.request_id == request_id]
+                self._ready = [(output, given) for output, given in self._ready if output.request_id != request_id]
+                request.given = (*taken_back, request.given)[0]
             output, request.given = request.output()
             self._leave(request)
         return output
@@ -175,8 +179,7 @@ class Engine:
                     break
         if self._loop.flights:
             self._finish()
-        ready, self._ready = self._ready, []
-        return ready
+        return self._hand_over()
 
     def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
         """Stop at a step's end, for weights to be changed.
@@ -292,9 +295,13 @@ class Engine:
                     request.metrics.finished_time = now
                     request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
                 output, given = request.output()
-                request.given, self._ready = given, [*self._ready, output]  # both or none
+                request.given, self._ready = given, [*self._ready, (output, request.given)]  # both or none
             if request.given.finished:
                 self._leave(request)
+
+    def _hand_over(self) -> list[RequestOutput]:
+        ready, self._ready = self._ready, []
+        return [output for output, _ in ready]
 
     def _leave(self, request: Request) -> None:
         self._requests.pop(request.request_id, None)
