@@ -120,6 +120,12 @@ def test_what_is_refused(small: Running, path: str, body: Any, status: int, mess
     assert small.state.num_in_work == 0
 
 
+def test_a_field_that_asks_for_nothing_is_let_be(small: Running) -> None:
+    body = {"prompt": "ab", "max_tokens": 2, "no_stop_trim": False, "return_hidden_states": None, "regex": ""}
+    assert post(small.url + TEXT, body, Authorization="Bearer first")[0] == 200
+    assert post(small.url + TEXT, {**body, "regex": "a+"}, Authorization="Bearer first")[0] == 400
+
+
 def test_one_request_too_many_is_429_with_retry_after(small: Running) -> None:
     sockets = [_begin(small, {"prompt": "Z", "max_tokens": 40, "stream": True}) for _ in range(2)]
     while small.state.num_in_work < 2:
