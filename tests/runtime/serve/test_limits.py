@@ -143,7 +143,7 @@ def test_one_request_too_many_is_429_with_retry_after(small: Running) -> None:
 def test_a_client_that_leaves_before_the_first_token_ends_its_request(small: Running) -> None:
     for body in ({"prompt": "Z" * 50, "max_tokens": 50}, {"prompt": "Z" * 50, "max_tokens": 50, "stream": True}):
         one = _begin(small, body)
-        while not small.state.num_in_work:
+        while not small.state.llm.engine.stats.num_running:
             time.sleep(0.005)
         one.close()
         _settled(small)
