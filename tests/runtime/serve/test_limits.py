@@ -121,6 +121,13 @@ def test_what_is_refused(small: Running, path: str, body: Any, status: int, mess
     assert small.state.num_in_work == 0
 
 
+def test_a_body_in_chunks_is_counted_too(small: Running) -> None:
+    with socket.create_connection(_address(small)) as one:
+        head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer first\r\n"
+        one.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b"7d1\r\n" + b"a" * 2001 + b"\r\n0\r\n\r\n")
+        assert b" 413 " in one.recv(4096)
+
+
 def test_a_field_that_asks_for_nothing_is_let_be(small: Running) -> None:
     body = {"prompt": "ab", "max_tokens": 2, "no_stop_trim": False, "return_hidden_states": None, "regex": ""}
     assert post(small.url + TEXT, body, Authorization="Bearer first")[0] == 200
