@@ -14,10 +14,11 @@ BENCHES = {
     "engine": "what the host does for a step, and how much of it a step hides",
     "gpu": "every stage of the GPU proof, within the minutes given",
     "report": "the page bench/results/README.md from the files of bench gpu",
+    "models": "every decoder of transformers that Seamwise does not define, tiny, beside transformers' logits",
     "kernels": "microbenchmarks of every contract",
 }
 
-HOMES = {"gpu": "gpu.command"}  # benches that are folders
+HOMES = {"gpu": "gpu.command", "models": "hf_models"}  # benches that are folders, or have another name
 
 
 def main(arguments: list[str]) -> int:
