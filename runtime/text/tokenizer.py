@@ -99,6 +99,18 @@ class Tokenizer:
             return str(self.full.decode(list(ids), skip_special_tokens=skip_special_tokens))
         return str(self._light.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def as_json(self) -> str:
+        """Return the backend's tokenizer.json, without padding and truncation, for libraries that read one."""
+        from tokenizers import Tokenizer as Backend
+
+        light = self._light if self._light is not None else getattr(self.full, "backend_tokenizer", None)
+        if light is None:
+            raise ValueError(f"{self.directory}: its tokenizer has no backend of the tokenizers library")
+        copy = Backend.from_str(light.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        return str(copy.to_str())
+
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a conversation; options are render_chat's.
 
