@@ -198,9 +198,13 @@ class Engine:
             self.unblock(request_id)
 
     def _grammar_refused(self, request_id: str, error: Exception) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        before = request.given
         output = self.abort_request(request_id, "error", f"request {request_id}: {error}")
-        if output is not None:
-            self._ready.append(output)
+        assert output is not None
+        self._ready.append((output, before))
 
     def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
         """Stop at a step's end, for weights to be changed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, SamplingParams
 from seamwise.runtime.sampling.structured import StructuredOutputsParams
@@ -17,9 +17,23 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Body(BaseModel):
-    """A request. Types are not converted, and a field that does not exist is refused."""
+    """A request. Types are not converted, and a field that does not exist is refused.
+
+    One that asks for nothing (null, false, empty) is let be: routers send every field that they know.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value
+            for name, value in given.items()
+            if name in cls.model_fields or not (value is None or value is False or value in ("", [], {}))
+        }
 
 
 class StreamOptions(Body):

@@ -65,10 +65,9 @@ class Serving:
 
     def refuse(self, path: str) -> ApiError | None:
         """Say why no request is taken now: the server is about to end."""
-        if self.draining and path not in ("/health", "/health/ready", "/metrics", "/load"):
-            return ApiError(503, "the server is shutting down", retry_s=10)
-        if self.held and path not in ("/health", "/health/ready", "/metrics", "/load"):
-            return ApiError(503, self.held, retry_s=5)
+        reason = "the server is shutting down" if self.draining else self.held
+        if reason and path not in ("/health", "/health/ready", "/metrics", "/load"):
+            return ApiError(503, reason, retry_s=10)
         return None
 
     def choose(self, asked: str | None, request: Request, body: Any) -> tuple[str, AsyncLLM]:

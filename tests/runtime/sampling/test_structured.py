@@ -145,6 +145,22 @@ def test_an_aborted_request_does_not_come_back_when_its_grammar_is_ready() -> No
     assert not engine.has_unfinished_requests() and not engine.grammars.pending
 
 
+def test_a_grammar_that_fails_when_compiled_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(FakeRunner(num_blocks=8, block_size=4, vocab_size=VOCAB), Vocabulary(), SchedulerConfig())  # type: ignore[arg-type]
+
+    def fails(params: StructuredOutputsParams) -> Any:
+        raise ValueError("too complex for its limits")
+
+    monkeypatch.setattr(engine.grammars, "compile", fails)
+    engine.add_request("a", [3], SamplingParams(structured_outputs={"regex": "a+"}, detokenize=False))  # type: ignore[arg-type]
+    engine.add_request("b", [3], SamplingParams(max_tokens=3, ignore_eos=True, detokenize=False))
+    found = {}
+    while engine.has_unfinished_requests():
+        found |= {o.request_id: o.outputs[0] for o in engine.step() if o.finished}
+    assert found["a"].finish_reason == "error" and "too complex" in str(found["a"].stop_reason)
+    assert len(found["b"].token_ids) == 3
+
+
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ValueError, match=r"pip install 'seamwise\[grammar\]'"):

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from servers import fake_llm
 
+from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
+from seamwise.runtime.serve.process.deltas import Deltas
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 from seamwise.runtime.serve.process.streams import EngineError, Stream, Unsupported, merged
 
@@ -115,6 +117,25 @@ def test_a_stream_merges_what_is_not_taken() -> None:
         assert whole.request_finished and whole.finish_reason == "stop"
 
     asyncio.run(go())
+
+
+def test_an_end_is_sent_once_though_the_engine_repeats_it() -> None:
+    def output(second: str | None) -> RequestOutput:
+        outputs = [
+            CompletionOutput(index=0, text="", token_ids=[], finish_reason="stop"),
+            CompletionOutput(index=1, text="a", token_ids=[1], finish_reason=second),
+        ]
+        metrics = RequestMetrics(arrival_time=0.0)
+        return RequestOutput(
+            request_id="r", prompt=None, prompt_token_ids=[1], outputs=outputs, finished=second is not None,
+            metrics=metrics,
+        )  # fmt: skip
+
+    deltas = Deltas()
+    deltas.follow("r")
+    assert [d.index for d in deltas.of(output(None))] == [0, 1]
+    (last,) = deltas.of(output("length"))
+    assert last.index == 1 and last.request_finished and deltas.unfinished == []
 
 
 def test_the_http_process_never_imports_torch() -> None:
