@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from .tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
-_PROMPT_TAIL = 12  # ids of the prompt that give the first output token its spacing, and the character it may go on with
+# Ids of the prompt that give the first output token its spacing; more where they end inside a character, for bytes that
+# SentencePiece falls back to decode only together with all that stand beside them.
+_PROMPT_TAILS = (6, 24, 96)
 _LONGEST = 4  # bytes of a character
 _MOST_HELD = 64  # ids: what is no character by then is none
 
@@ -34,7 +36,8 @@ class Detokenizer:
         self._prompt_end = list(prompt_ids[-1:])
         # The window's first ids, so many, are whole characters of the prompt or shown: `known`. While those that follow
         # are the prompt's too, the start of a character, all of it decodes to `before`.
-        self._window, self._before, self._num_old, self._known = self._tail(prompt_ids)
+        self._window, self._before = self._tail(prompt_ids)
+        self._num_old, self._known = self._whole(self._window, self._before)
 
     @property
     def text(self) -> str:
@@ -56,7 +59,7 @@ class Detokenizer:
         if alone and held < _MOST_HELD and decoded.endswith(alone):
             self._window, decoded = rest, alone
         elif len(self._window) >= _MOST_HELD:
-            self._window = self._window[-_PROMPT_TAIL:]
+            self._window = self._window[-_PROMPT_TAILS[0] :]
             decoded = self._decode(self._window)
         self._num_old, self._known, self._before = len(self._window), decoded, decoded
         return self._extend(new, may_stop)
@@ -84,26 +87,27 @@ class Detokenizer:
         after = (self._tokenizer.decode([*window, token], skip_special_tokens=False) for token in tokens)
         return [added_text(one, before=before, known=self._known).rstrip(_REPLACEMENT) for one in after]
 
-    def _tail(self, prompt_ids: Sequence[int]) -> tuple[list[int], str, int, str]:
-        """Return a prompt's last ids and their text, and how many of them decode to whole characters, and to which.
-
-        Bytes that SentencePiece falls back to decode only together with all that stand beside them: the ids begin where
-        a character does, and those of a last one that is open are not among the whole.
-        """
-        tail: list[int] = []
-        for token in reversed(prompt_ids):
-            if len(tail) == _PROMPT_TAIL:
+    def _tail(self, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
+        """Return the shortest end of a prompt that decodes to whole characters, or the longest, and its text."""
+        for size in _PROMPT_TAILS:
+            tail: list[int] = []
+            for token in reversed(prompt_ids):
+                if len(tail) == size:
+                    break
+                if token not in self._hidden:
+                    tail.append(token)
+            text = self._decode(tail[::-1])
+            if len(tail) < size or not text.endswith(_REPLACEMENT):
                 break
-            if token not in self._hidden:
-                tail.insert(0, token)
-        for first in range(min(_LONGEST, len(tail) + 1)):
-            ids = tail[first:]
-            for count in range(len(ids), max(len(ids) - _LONGEST, -1), -1):
-                known = self._decode(ids[:count])
-                if not known.endswith(_REPLACEMENT):
-                    return ids, known if count == len(ids) else self._decode(ids), count, known
-        text = self._decode(tail)
-        return tail, text, len(tail), text
+        return tail[::-1], text
+
+    def _whole(self, ids: list[int], text: str) -> tuple[int, str]:
+        """Return how many first ids decode to whole characters, and to which: all but those of a last, open one."""
+        for count in range(len(ids), max(len(ids) - _LONGEST, 0) - 1, -1):
+            known = text if count == len(ids) else self._decode(ids[:count])
+            if not known.endswith(_REPLACEMENT):
+                return count, known
+        return len(ids), text
 
     def _extend(self, new: str, may_stop: bool) -> str | None:
         """Append text and cut it at the stop string that ends first in what is new, the longest of those."""
