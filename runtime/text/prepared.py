@@ -21,6 +21,7 @@ from typing import Any
 from seamwise import caches
 
 _FORMAT = 2
+_CODE = "trust_remote_code"  # what transformers' refusal to run a directory's code speaks of
 _SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # of files that a tokenizer may be read from
 _LARGEST_BYTES = 64 << 20  # of such a file; the largest published, Gemma's tokenizer.json, has 33 MB
 _MOST_KEPT = 64
@@ -80,17 +81,30 @@ def load_full(directory: Path) -> Any:
     try:
         try:
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except (OSError, ValueError):  # no config.json, or a class that is code of the directory
-            if not (directory / "tokenizer.json").exists():
+        except (OSError, ValueError) as error:  # a class that is code of the directory, or no config.json to name one
+            nameless = _CODE in str(error) or not (directory / "config.json").exists()
+            if not (nameless and (directory / "tokenizer.json").exists()):
                 raise
             return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # classes raise what they like for a file they cannot parse, bare Exception too
-        code = "trust_remote_code" in str(error)
-        reason = "it is code of the directory, which is never run" if code else error
+        code = _CODE in str(error)
+        reason = "it is code of the directory, which is never run" if code else _damaged(directory) or error
         raise ValueError(
             f"{directory}: has no tokenizer that transformers can load ({reason}); pass tokenizer=, or"
             ' skip_tokenizer_init=True and prompts as {"prompt_token_ids": […]} with detokenize=False'
         ) from error
+
+
+def _damaged(directory: Path) -> str | None:
+    """Return which of a directory's JSON files cannot be read, and why."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            read = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{path.name} is not valid JSON: {error}"
+        if not isinstance(read, dict):
+            return f"{path.name} holds {type(read).__name__}, wanted an object"
+    return None
 
 
 def _key(directory: Path) -> str:
