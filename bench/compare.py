@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .machine import label
 from .workloads import WORKLOADS
 
 # Row of the table: workload, figure, what it is called, and whether more is better.
@@ -46,6 +47,8 @@ def run_engine(job: Mapping[str, Any], *, python: str, preload: Sequence[str], h
     Raises RuntimeError with the end of the process's output when it fails.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1"}
+    if job["instruction_set"] == "avx2":  # torch's and oneDNN's own kernels are held to it too
+        environment |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     if preload:
         environment["LD_PRELOAD"] = ":".join(preload)
     if home is not None:
@@ -130,12 +133,12 @@ def medians(reports: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 def table(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
     """Return the rows that were measured: value of each engine, and Seamwise's ratio to each peer (above 1: better)."""
     rows = []
-    for workload, figure, label, more in ROWS:
+    for workload, figure, what, more in ROWS:
         values = {e: f[workload][figure] for e, f in figures.items() if figure in f.get(workload, {})}
         if "seamwise" in values:
             ours = values["seamwise"]
             ratios = {e: ours / v if more else v / ours for e, v in values.items() if e != "seamwise"}
-            rows.append({"what": label, "values": values, "ratios": ratios})
+            rows.append({"what": what, "values": values, "ratios": ratios})
     return rows
 
 
@@ -144,7 +147,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) ->
     for row in rows:
         values = "  ".join(f"{engine} {value:,.1f}" for engine, value in row["values"].items())
         ratios = "  ".join(f"{ratio:.2f} x {engine}" for engine, ratio in row["ratios"].items())
-        print(f"{row['what']:46} {values}   {ratios}")
+        print(f"{label()} {row['what']:46} {values}   {ratios}")
     for engine, why in absent.items():
         print(f"{engine}: not measured, {why}")
 

@@ -27,7 +27,9 @@ def seamwise(job: dict[str, Any]) -> Generate:
 
     torch.set_num_threads(job["threads"])
     from seamwise import LLM, SamplingParams
+    from seamwise.kernels.cpu import instruction_set
 
+    instruction_set.use(job["instruction_set"])
     llm = LLM(
         job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64,
         quantization=job["quantization"],

@@ -24,7 +24,7 @@ import seamwise.kernels  # noqa: F401  (registers every contract)
 from seamwise.compile.record.cuda_graphs import CUDAGraphRecorder
 from seamwise.kernels.contract import CONTRACTS, Contract
 
-from .machine import machine
+from .machine import add_instruction_set, label, machine, parse, results_file
 from .peers import PEERS
 from .roofline import plot_roofline
 from .timing import Ceilings, Row, measure_ceilings, median_us
@@ -34,16 +34,20 @@ def measure(contract: Contract, sizes: Mapping[str, Any], *, device: str, dtype:
     """Time every provider that accepts these inputs but the meaning, and every public implementation of the same op.
 
     The row has the provider that is chosen; where only the meaning serves, that. `graph`: timed as a graph's replay.
+    `copy_us` is a copy that moves as many bytes, timed in the same way: what the fixed cost of a launch leaves.
     """
     args = contract.make_inputs(sizes, dtype=dtype, device=device)
     cost, chosen = contract.cost(*args), contract.choose(args)
     times = provider_times(contract, args, device)
     found = {n: call for n, make in PEERS.get(contract.name, {}).items() if (call := make(*args)) is not None}
     us, spread_us, graph = times[chosen.name]
+    source = torch.zeros(max(cost.bytes // 2, 1), dtype=torch.uint8, device=device)
+    sink = torch.empty_like(source)
+    copy_us, *_ = device_us(lambda: sink.copy_(source), device, graph=graph)
     return {
         "contract": contract.name, "sizes": dict(sizes), "us": us,
         "spread_us": spread_us, "provider": chosen.name, "graph": graph, "bytes": cost.bytes, "flops": cost.flops,
-        "gb_per_s": cost.bytes / us / 1e3, "tflop_per_s": cost.flops / us / 1e6,
+        "copy_us": copy_us, "gb_per_s": cost.bytes / us / 1e3, "tflop_per_s": cost.flops / us / 1e6,
         "provider_us": {n: t[0] for n, t in times.items()},
         "peer_us": {n: device_us(call, device)[0] for n, call in found.items()},
     }  # fmt: skip
@@ -125,7 +129,7 @@ def check_eager(names: list[str], least: float = 0.95) -> int:
                 ratio = 1.0 if provider.call is meaning else paired_ratio(*calls, granted_us=1.0)
                 ratio = ratio if ratio >= least else max(ratio, paired_ratio(*calls, granted_us=1.0))
                 shape = " ".join(f"{k}={v}" for k, v in sizes.items())
-                line = f"{ratio:7.2f} x eager  {name:22} {provider.name:15} {str(dtype)[6:]:8} {shape}"
+                line = f"{ratio:7.2f} x eager  {label()} {name:22} {provider.name:15} {str(dtype)[6:]:8} {shape}"
                 print(line, flush=True)
                 slower += [line] if ratio < least else []
     print("\n".join(["slower than eager torch:", *slower] if slower else ["no op is slower than eager torch"]))
@@ -146,12 +150,13 @@ def ratios(row: Row, ceilings: Ceilings, dtype: str) -> Row:
     return {"of_roof": least_us / us, "peer": peer} | {k: t and t / us for k, t in others.items()}
 
 
-def print_row(row: Row) -> None:
+def print_row(row: Row, device: str) -> None:
     """Print one measured shape as a line."""
     shape = " ".join(f"{k}={v}" for k, v in row["sizes"].items())
     ratio = {k: f"{row[k]:5.2f}x" if row[k] else "    - " for k in ("x_eager", "x_compile", "x_peer")}
     print(
-        f"{row['contract']:18} {shape:44} {row['provider']:6} | {row['us']:9.1f} us ±{row['spread_us']:7.1f} | "
+        f"{label(device)} {row['contract']:18} {shape:44} {row['provider']:6} "
+        f"| {row['us']:9.1f} us ±{row['spread_us']:7.1f} | "
         f"{row['gb_per_s']:7.1f} GB/s | {row['tflop_per_s']:7.3f} TFLOP/s | {100 * row['of_roof']:4.0f} % of roof | "
         f"{ratio['x_eager']} eager | {ratio['x_compile']} torch.compile | {ratio['x_peer']} {row['peer'] or 'no peer'}"
     )
@@ -176,7 +181,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check-eager", action="store_true", help="fail where an op is slower than eager on a CPU")
     parser.add_argument("--json", type=Path, help="write every row, with the machine and the commit")
     parser.add_argument("--plot", type=Path, help="write a roofline picture (PNG)")
-    options = parser.parse_args(arguments)
+    add_instruction_set(parser)
+    options = parse(parser, arguments)
     names = options.names or sorted(CONTRACTS)
     if unknown := [n for n in names if n not in CONTRACTS]:
         raise ValueError(f"no contract named {unknown[0]!r}; there are: {', '.join(sorted(CONTRACTS))}")
@@ -186,18 +192,19 @@ def main(arguments: list[str]) -> int:
     if options.check_eager:
         return check_eager(names)
     ceilings = measure_ceilings(options.device)
-    print(f"ceilings: copy {ceilings.copy_gb_per_s:.1f} GB/s (read + write), matmul {ceilings.matmul_tflop_per_s}")
+    rates = f"copy {ceilings.copy_gb_per_s:.1f} GB/s (read + write), matmul {ceilings.matmul_tflop_per_s}"
+    print(f"ceilings, {label(options.device)}: {rates}")
     rows = []
     for name in names:
-        for label, sizes in CONTRACTS[name].shapes.items():
+        for shape, sizes in CONTRACTS[name].shapes.items():
             where: Row = {"dtype": getattr(torch, options.dtype), "device": options.device}
             row = measure(CONTRACTS[name], sizes, **where)
             row |= measure_torch(CONTRACTS[name], sizes, compiled=not options.no_compile, **where)
-            rows.append({"shape": label, "dtype": options.dtype} | row | ratios(row, ceilings, options.dtype))
-            print_row(rows[-1])
+            rows.append({"shape": shape, "dtype": options.dtype} | row | ratios(row, ceilings, options.dtype))
+            print_row(rows[-1], options.device)
     if options.json:
         report = {"machine": machine(options.device), "ceilings": asdict(ceilings), "rows": rows}
-        options.json.write_text(json.dumps(report, indent=1))
+        results_file(options.json, options.device).write_text(json.dumps(report, indent=1))
     if options.plot:
         plot_roofline(rows, ceilings, options.dtype, options.plot)
     return 0

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .machine import machine
+from .machine import add_instruction_set, label, machine, parse, results_file
 
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
@@ -46,22 +46,23 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="seamwise bench startup", description=__doc__)
     parser.add_argument("--layers", default="4,16,64", help="depths, comma-separated")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    add_instruction_set(parser)
+    options = parse(parser, arguments)
     depths = [int(n) for n in options.layers.split(",")]
     measure(2)  # imports, and the C++ kernels
     rows = [measure(depth) for depth in depths]
     stages = list(dict.fromkeys(stage for row in rows for stage in (*row["cold_stages_s"], *row["warm_stages_s"])))
-    for label in ("layers", "pieces", "distinct"):
-        print(f"{label:20}" + "".join(f"{row[label]:>10}" for row in rows))
+    for count in ("layers", "pieces", "distinct"):
+        print(f"{count:20}" + "".join(f"{row[count]:>10}" for row in rows))
     for kind in ("cold", "warm"):
-        _print(f"{kind}, s", [row[f"{kind}_s"] for row in rows])
+        _print(f"{kind}, s, {label()}", [row[f"{kind}_s"] for row in rows])
         for stage in stages:
             if any(stage in row[f"{kind}_stages_s"] for row in rows):
                 _print(f"  {stage}", [row[f"{kind}_stages_s"].get(stage, 0.0) for row in rows])
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+        results_file(options.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     return 0
 
 
-def _print(label: str, seconds: list[float]) -> None:
-    print(f"{label:20}" + "".join(f"{s:>10.2f}" for s in seconds))
+def _print(stage: str, seconds: list[float]) -> None:
+    print(f"{stage:20}" + "".join(f"{s:>10.2f}" for s in seconds))

@@ -21,7 +21,7 @@ from seamwise.runtime.build.step import StepInput, ragged_step
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.weights.hub import resolve_model
 
-from .machine import machine
+from .machine import add_instruction_set, label, machine, parse, results_file
 from .timing import measure_ceilings, read_rate
 
 REPEATS = 40
@@ -80,9 +80,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--context", type=int, default=192, help="tokens before the decoded one")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    add_instruction_set(parser)
+    options = parse(parser, arguments)
     sizes = [int(n) for n in options.batch.split(",")]
     runner = ModelRunner.load(
         resolve_model(options.model), dtype=options.dtype, device="cpu", load_format=options.load_format,
@@ -92,11 +91,12 @@ def main(arguments: list[str]) -> int:
     ceilings = measure_ceilings("cpu")
     read_gb_per_s = read_rate("cpu", 512 << 20)["gb_per_s"]
     peak = 1e3 * ceilings.matmul_tflop_per_s["bfloat16"]
-    print(f"ceilings: read {read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, bf16 {peak:.0f} GFLOP/s")
+    rates = f"read {read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, bf16 {peak:.0f} GFLOP/s"
+    print(f"ceilings, {label()}: {rates}")
     rows = [profile(runner, size, options.context) for size in sizes]
     for row in rows:
         print(
-            f"batch {row['requests']:3}, context {row['context']}: {row['step_us'] / 1e3:.2f} ms"
+            f"{label()} batch {row['requests']:3}, context {row['context']}: {row['step_us'] / 1e3:.2f} ms"
             f" = GEMM {row['gemm_us'] / 1e3:.2f}"
             f" ({row['gemm_gb_per_s']:.0f} GB/s, {row['gemm_gflop_per_s']:.0f} GFLOP/s)"
             f" + attention {row['attention_us'] / 1e3:.2f} ({row['attention_gb_per_s']:.0f} GB/s)"
@@ -105,5 +105,5 @@ def main(arguments: list[str]) -> int:
     if options.json:
         head = {"machine": machine(), "model": Path(options.model).name, "read_gb_per_s": read_gb_per_s}
         head |= {"copy_gb_per_s": ceilings.copy_gb_per_s, "bf16_gflop_per_s": peak}
-        options.json.write_text(json.dumps(head | {"rows": rows}, indent=1))
+        results_file(options.json).write_text(json.dumps(head | {"rows": rows}, indent=1))
     return 0

@@ -13,7 +13,7 @@ import torch
 
 from .compare import compare, plot, print_table, table
 from .engine_process import ENGINES, measure
-from .machine import machine
+from .machine import add_instruction_set, label, machine, parse, results_file
 from .workloads import WORKLOADS, greedy
 
 PEERS = [name for name in ENGINES if name != "seamwise"]
@@ -28,7 +28,7 @@ def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]
         enforce_eager=options.enforce_eager, max_model_len=options.max_model_len, max_num_seqs=64,
         load_format=options.load_format, quantization=options.quantization,
     )  # fmt: skip
-    vocab_size = llm.engine.runner.config.vocab_size
+    vocab_size, device = llm.engine.runner.config.vocab_size, llm.engine.runner.options.device
 
     generate, results = greedy(llm, SamplingParams), []
     for name in names:
@@ -36,7 +36,7 @@ def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]
         runs = measure(generate, WORKLOADS[name].output_tokens, drawn)
         medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         results.append({"workload": name, **medians, "runs": runs})
-        print(f"{name:8} {'  '.join(f'{k} {v:,.1f}' for k, v in medians.items())}")
+        print(f"{label(device)} {name:8} {'  '.join(f'{k} {v:,.1f}' for k, v in medians.items())}")
     return results
 
 
@@ -55,6 +55,7 @@ def beside(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     settings = {
         "dtype": "bfloat16" if options.dtype == "auto" else options.dtype, "threads": torch.get_num_threads(),
         "max_model_len": options.max_model_len, "repeats": options.repeats, "quantization": options.quantization,
+        "instruction_set": options.instruction_set,
     }  # fmt: skip
     vocab_size = ModelConfig.from_directory(directory).vocab_size
     report = compare(
@@ -92,9 +93,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--startup", action="store_true", help="with --compare: also cold and warm start, peak memory")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="with --compare: the ratios as a picture (PNG)")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    add_instruction_set(parser)
+    options = parse(parser, arguments)
     names = list(WORKLOADS) if options.workload == "all" else [options.workload]
     if options.compare:
         if options.device not in ("auto", "cpu") or options.entry != "auto" or options.enforce_eager:
@@ -107,5 +107,5 @@ def main(arguments: list[str]) -> int:
     if options.json:
         head = {"machine": machine(), "model": Path(options.model).name}
         head |= {n: getattr(options, n) for n in ("dtype", "quantization")}
-        options.json.write_text(json.dumps(head | report, indent=1))
+        results_file(options.json, options.device).write_text(json.dumps(head | report, indent=1))
     return 0

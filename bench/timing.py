@@ -18,12 +18,13 @@ Row = dict[str, Any]  # what is measured, by name
 def median_us(call: Callable[[], Any], device: str, *, repeats: int = 15, warmup: int = 3) -> tuple[float, float]:
     """Return the median and the spread (interquartile range) of a call's time in us; caches are cold before each.
 
-    Between calls a buffer larger than the last-level cache is written, so that inputs come from memory.
+    Between calls a buffer larger than the last-level cache is read, so that inputs come from memory. It is not
+    written: a GPU would write its lines back during the call that is timed.
     """
     flush = _flush_buffer(device)
     times = []
     for _ in range(repeats + warmup):
-        flush.zero_()
+        flush.max()
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -41,7 +42,7 @@ def median_us(call: Callable[[], Any], device: str, *, repeats: int = 15, warmup
 
 @functools.cache
 def _flush_buffer(device: str) -> torch.Tensor:
-    return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    return torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

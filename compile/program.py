@@ -101,8 +101,8 @@ class Executable:
         ]
         self._tokens = program.inputs.index("token_ids")
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run one step on the flattened inputs, in the program's order; return the logits.
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run one step on the flattened inputs, in the program's order; return the logits, or all the graph returns.
 
         Raises ValueError for a number of tokens in no range.
         """
@@ -112,5 +112,5 @@ class Executable:
         step, pieces = self._steps[bisect_right(self._firsts, tokens) - 1]
         if (recording := tape.current()) is not None:
             pieces = [partial(recording.piece, p) for p in pieces]
-        (logits,) = step(pieces, self.weights, *inputs)
-        return logits
+        results = step(pieces, self.weights, *inputs)
+        return results if len(results) > 1 else results[0]

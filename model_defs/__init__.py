@@ -16,6 +16,7 @@ from .deepseek import deepseek_v2, deepseek_v3
 from .gemma2 import gemma2
 from .gemma3 import gemma3
 from .gpt_oss import gpt_oss
+from .hf_defaults import completed
 from .llama import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from .phi3 import phi3
 
@@ -45,9 +46,10 @@ def build_model(
 ) -> nn.Module:
     """Build a model without weights: parameters on the meta device, computed buffers real.
 
-    raw    config.json as read
+    raw    config.json as read; what it leaves out is transformers' default
     entry  "own": the definition here; "transformers": the checkpoint's own class; "auto": the first there is
-    max_model_len  longest request in tokens, by which LongRoPE's table is chosen; default: max_position_embeddings
+    max_model_len  longest request in tokens, by which the tables of LongRoPE and "dynamic" RoPE are chosen; default:
+                   as trained, the shorter
 
     Raises ValueError for an architecture or a configuration that cannot be served.
     """
@@ -65,7 +67,7 @@ def build_model(
 
         return HuggingFaceDecoder(architecture, raw)
     with torch.device("meta"), _SkipInit():
-        return DEFINITIONS[architecture](raw).eval()
+        return DEFINITIONS[architecture](completed(architecture, raw)).eval()
 
 
 class _SkipInit(TorchFunctionMode):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,17 @@ class Sizes:
             I=read.size("intermediate_size"), V=read.size("vocab_size"), num_layers=read.size("num_hidden_layers"),
             eps=read.positive("rms_norm_eps", 1e-6), tied=read.flag("tie_word_embeddings", tied),
         )  # fmt: skip
+
+
+def activation(read: Reader, name: str = "hidden_act") -> Callable[[Tensor], Tensor]:
+    """Return the activation of gated MLPs that a configuration names, by transformers' names."""
+    return _ACTIVATIONS[read.choice(name, tuple(_ACTIVATIONS), "silu")]
+
+
+_TANH = partial(F.gelu, approximate="tanh")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": _TANH, "gelu_new": _TANH,
+}  # fmt: skip
 
 
 class RMSNorm(nn.Module):

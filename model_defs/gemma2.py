@@ -77,7 +77,6 @@ def gemma_lm(
 def gemma_sizes(read: Reader) -> Sizes:
     """Read what Gemmas have in common, and refuse what these equations do not cover."""
     read.choice("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
-    read.size("head_dim")  # transformers' default is no quotient of sizes, so it must be there
     if read.flag("use_bidirectional_attention"):
         raise ValueError(f"{read.where}: use_bidirectional_attention is true, wanted causal attention")
     return Sizes.from_hf(read, tied=True)

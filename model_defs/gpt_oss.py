@@ -72,7 +72,6 @@ def gpt_oss(raw: Mapping[str, Any]) -> CausalLM:
     """Build the model. Raises ValueError for what these equations do not cover."""
     read = Reader(raw, "gpt_oss")
     read.choice("hidden_act", ("silu",), "silu")
-    read.size("head_dim")  # transformers' default is no quotient of sizes, so it must be there
     c, bias = Sizes.from_hf(read), read.flag("attention_bias", True)
     routing = Routing(E=read.size("num_experts"), K=read.size("num_experts_per_tok"))
     activation = (read.positive("swiglu_alpha", 1.702), read.positive("swiglu_limit", 7.0))

@@ -20,6 +20,7 @@ from seamwise.kernels import attention, kv_append
 from . import hf_experts
 
 _IMPLEMENTATION = "seamwise"
+_BY_LENGTH = ("longrope", "dynamic")  # kinds of RoPE whose table transformers chooses anew at each step
 _SERVED = ("full_attention", "sliding_attention")  # kinds of layers
 # Keyword arguments that attention functions are given and that leave causal attention as it is. Any other one that is
 # set (position_bias, …) would change the result: it is refused, not ignored.
@@ -63,7 +64,7 @@ class HuggingFaceDecoder(nn.Module):
         with _parameters_on_meta():
             model = model_class(config).eval()
         for module in model.modules():
-            _fix_rope(module, config, architecture)
+            _fix_rope(module, config)
         # The children are registered here under the checkpoint's names; the model itself only lends its forward.
         for name, child in model.named_children():
             self.add_module(name, child)
@@ -141,20 +142,24 @@ def _sliding_layers(config: Any) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _fix_rope(module: nn.Module, config: Any, architecture: str) -> None:
-    """Make a rotary embedding the same at every length: LongRoPE's table is chosen by the longest request there may be.
-
-    Raises ValueError for a kind that has no such form.
-    """
+def _fix_rope(module: nn.Module, config: Any) -> None:
+    """Make a rotary embedding the same at every length: its table is chosen by the longest request there may be."""
     kinds: Any = getattr(module, "rope_type", None)
-    if kinds == "longrope":
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        longest = getattr(config, "max_model_len", config.max_position_embeddings)
-        module.inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=longest)
+    if isinstance(kinds, dict):  # one for each kind of layer
+        for layer_type, kind in kinds.items():
+            if kind in _BY_LENGTH:
+                setattr(module, f"{layer_type}_inv_freq", _table(config, kind, layer_type=layer_type))
+                kinds[layer_type] = "default"
+    elif kinds in _BY_LENGTH:
+        module.inv_freq = _table(config, kinds)
         module.rope_type = "default"  # type: ignore[assignment]  # which transformers does not update
-    elif {"dynamic", "longrope"} & {*(kinds.values() if isinstance(kinds, dict) else [kinds])}:
-        raise ValueError(f"{architecture}: rope_type is {kinds!r}, wanted one equal at every length")
+
+
+def _table(config: Any, kind: str, **layer: str) -> Tensor:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    speeds_F: Tensor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=getattr(config, "max_model_len", 1), **layer)[0]
+    return speeds_F
 
 
 def _class_of(architecture: str) -> Any:

@@ -12,7 +12,7 @@ _LARGEST_SIZE = 1 << 24
 _LARGEST_DEPTH = 1 << 12
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # Names of the models that came before the common ones.
-_OLDER_NAMES = {
+OLDER_NAMES = {
     "hidden_size": ("n_embd",),
     "num_hidden_layers": ("n_layer",),
     "num_attention_heads": ("n_head",),
@@ -36,6 +36,10 @@ class Reader:
         if not isinstance(got, int) or isinstance(got, bool) or not 1 <= got <= limit:
             raise ValueError(f"{self.where}: {name} is {got!r}, wanted a whole number from 1 to {limit}")
         return got
+
+    def count(self, name: str, default: int) -> int:
+        """Return a whole number, 0 included."""
+        return 0 if self.raw.get(name) == 0 and self.raw[name] is not False else self.size(name, default)
 
     def positive(self, name: str, default: float | None = None) -> float:
         """Return a positive finite number."""
@@ -88,7 +92,7 @@ class Reader:
         return str(got)
 
     def _get(self, name: str, default: Any) -> Any:
-        for known in (name, *_OLDER_NAMES.get(name, ())):
+        for known in (name, *OLDER_NAMES.get(name, ())):
             if self.raw.get(known) is not None:
                 return self.raw[known]
         if default is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import MLP, Attention, Block, CausalLM, RMSNorm, Sizes, pre_norm_lm
+from .blocks import MLP, Attention, Block, CausalLM, RMSNorm, Sizes, activation, pre_norm_lm
 from .hf_config import Reader
 from .moe import MoE, Routing
 from .rope import Rope
@@ -23,19 +23,21 @@ def llama(raw: Mapping[str, Any]) -> CausalLM:
     """The shared equations as they are, with biases where the configuration has them."""
     read = Reader(raw, "llama")
     c, bias, mlp_bias = Sizes.from_hf(read), read.flag("attention_bias"), read.flag("mlp_bias")
-    return _lm(read, c, [0] * c.num_layers, lambda i: MLP(c, bias=mlp_bias), bias=bias, out_bias=bias)
+    act = activation(read)
+    return _lm(read, c, [0] * c.num_layers, lambda i: MLP(c, bias=mlp_bias, act=act), bias=bias, out_bias=bias)
 
 
 def mistral(raw: Mapping[str, Any]) -> CausalLM:
     """Attention may see the last `sliding_window` tokens only."""
     read = Reader(raw, "mistral")
     c, window = Sizes.from_hf(read), 0 if read.is_null("sliding_window") else read.size("sliding_window", 4096)
-    return _lm(read, c, [window] * c.num_layers, lambda i: MLP(c))
+    return _lm(read, c, [window] * c.num_layers, lambda i: MLP(c, act=activation(read)))
 
 
 def mixtral(raw: Mapping[str, Any]) -> CausalLM:
     """Mistral whose MLPs are mixtures of experts."""
     read = Reader(raw, "mixtral")
+    read.choice("hidden_act", ("silu",), "silu")
     c, routing = Sizes.from_hf(read), Routing(E=read.size("num_experts"), K=read.size("num_experts_per_tok"))
     window = read.size("sliding_window") if read.raw.get("sliding_window") is not None else 0
     return _lm(read, c, [window] * c.num_layers, lambda i: MoE(c.D, c.I, routing))
@@ -45,20 +47,22 @@ def qwen2(raw: Mapping[str, Any]) -> CausalLM:
     """Biases on queries, keys and values; the upper layers may have a sliding window."""
     read = Reader(raw, "qwen2")
     c = Sizes.from_hf(read)
-    return _lm(read, c, _upper_windows(read, c.num_layers), lambda i: MLP(c), bias=True)
+    return _lm(read, c, _upper_windows(read, c.num_layers), lambda i: MLP(c, act=activation(read)), bias=True)
 
 
 def qwen3(raw: Mapping[str, Any]) -> CausalLM:
     """An RMSNorm on each query and key head before it is rotated."""
     read = Reader(raw, "qwen3")
-    read.size("head_dim")  # transformers' default is no quotient of sizes, so it must be there
     c = Sizes.from_hf(read)
-    return _lm(read, c, _upper_windows(read, c.num_layers), lambda i: MLP(c), **_qwen3_attention(read, c))
+    return _lm(
+        read, c, _upper_windows(read, c.num_layers), lambda i: MLP(c, act=activation(read)), **_qwen3_attention(read, c)
+    )
 
 
 def qwen3_moe(raw: Mapping[str, Any]) -> CausalLM:
     """Qwen 3 whose MLPs, or some of them, are mixtures of experts."""
     read = Reader(raw, "qwen3_moe")
+    read.choice("hidden_act", ("silu",), "silu")
     c, window = Sizes.from_hf(read), read.size("sliding_window", 4096) if read.flag("use_sliding_window") else 0
     routing = Routing(
         E=read.size("num_experts"), K=read.size("num_experts_per_tok"), normalize=read.flag("norm_topk_prob")
@@ -74,8 +78,7 @@ def qwen3_moe(raw: Mapping[str, Any]) -> CausalLM:
 def _lm(
     read: Reader, c: Sizes, windows: Sequence[int], mlp: Callable[[int], nn.Module], **attention: Any
 ) -> CausalLM:  # fmt: skip
-    """Put a model together of each layer's window and MLP. Raises ValueError for what these equations do not cover."""
-    read.choice("hidden_act", ("silu",), "silu")
+    """Put a model together of each layer's window and MLP."""
     blocks = [Block(c, Attention(c, window=window, **attention), mlp(i)) for i, window in enumerate(windows)]
     return pre_norm_lm(c, blocks, [Rope.from_hf(read, c.E)] * c.num_layers)
 
@@ -87,7 +90,7 @@ def _qwen3_attention(read: Reader, c: Sizes) -> dict[str, Any]:
 
 def _upper_windows(read: Reader, num_layers: int) -> list[int]:
     """Return each layer's window: from layer max_window_layers on where use_sliding_window says so, else none."""
-    first = read.size("max_window_layers", 28) if read.flag("use_sliding_window") else num_layers
+    first = read.count("max_window_layers", 28) if read.flag("use_sliding_window") else num_layers
     return read.windows(num_layers, lambda i: i >= first, 4096)
 
 

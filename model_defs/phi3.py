@@ -6,15 +6,14 @@ Source: Abdin et al. 2024, https://arxiv.org/abs/2404.14219.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seamwise.kernels import attention, kv_append
 
-from .blocks import Block, Cache, CausalLM, Sizes, Table, Where, pre_norm_lm, rotate
+from .blocks import Block, Cache, CausalLM, Sizes, Table, Where, activation, pre_norm_lm, rotate
 from .hf_config import Reader
 from .rope import Rope
 
@@ -35,21 +34,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: Sizes) -> None:
+    def __init__(self, c: Sizes, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.act = act
         self.gate_up_proj = nn.Linear(c.D, 2 * c.I, bias=False)
         self.down_proj = nn.Linear(c.I, c.D, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TI, up_TI = self.gate_up_proj(x_TD).chunk(2, -1)
-        return self.down_proj(F.silu(gate_TI) * up_TI)
+        return self.down_proj(self.act(gate_TI) * up_TI)
 
 
 def phi3(raw: Mapping[str, Any]) -> CausalLM:
     """Build the model. Raises ValueError for what these equations do not cover."""
     read = Reader(raw, "phi3")
-    read.choice("hidden_act", ("silu",), "silu")
-    c = Sizes.from_hf(read)
+    c, act = Sizes.from_hf(read), activation(read)
     window = read.size("sliding_window") if read.raw.get("sliding_window") is not None else 0
-    blocks = [Block(c, Attention(c, window), MLP(c)) for _ in range(c.num_layers)]
-    return pre_norm_lm(c, blocks, [Rope.from_hf(read, c.E, partial=True)] * c.num_layers)
+    blocks = [Block(c, Attention(c, window), MLP(c, act)) for _ in range(c.num_layers)]
+    return pre_norm_lm(c, blocks, [Rope.from_hf(read, c.E)] * c.num_layers)

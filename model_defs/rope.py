@@ -26,17 +26,17 @@ class Rope:
     scaling: float = 1.0
 
     @classmethod
-    def from_hf(cls, read: Reader, E: int, *, partial: bool = False) -> Rope:
+    def from_hf(cls, read: Reader, E: int) -> Rope:
         """Read what transformers 5 keeps in rope_parameters and transformers 4 in rope_theta and rope_scaling.
 
-        `partial`: the family may rotate the first columns of a head only. Raises ValueError for what is not served.
+        With a partial_rotary_factor the first columns of a head turn, in every family, as in vLLM: transformers'
+        Llama leaves it out of account with its default RoPE. Raises ValueError for what is not served.
         """
         rope = _parameters(read)
         kind = rope.choice("rope_type", tuple(_KINDS), "default")
         share = rope.positive("partial_rotary_factor", 1.0)
-        if share > 1.0 or (share < 1.0 and not partial):
-            wanted = "at most 1" if partial else "1 (rotation of whole heads)"
-            raise ValueError(f"{rope.where}: partial_rotary_factor is {share}, wanted {wanted}")
+        if share > 1.0:
+            raise ValueError(f"{rope.where}: partial_rotary_factor is {share}, wanted at most 1")
         R = int(E * share)
         if R % 2:
             raise ValueError(f"{rope.where}: head_dim is {E}, of which {R} columns turn; wanted an even number of them")
@@ -46,10 +46,39 @@ class Rope:
         return cls(tuple(speeds_F.tolist()), scaling)
 
 
-def long_table(raw: Mapping[str, Any], max_model_len: int) -> bool | None:
-    """Return whether LongRoPE's long table is in effect for requests of up to that length, None for any other RoPE."""
+def table_length(raw: Mapping[str, Any], max_model_len: int) -> int | bool | None:
+    """Return what a RoPE's table is computed for where requests are up to that length; None for all lengths alike.
+
+    LongRoPE: whether its long table is in effect; "dynamic": the length, where it is beyond max_position_embeddings.
+    """
     rope = _parameters(Reader({**raw, "max_model_len": max_model_len}, "config.json"))
-    return _is_long(rope) if rope.raw["rope_type"] in ("longrope", "su") else None
+    kind = rope.raw["rope_type"]
+    if kind in _LONGROPE:
+        return _is_long(rope)
+    if kind == "dynamic":
+        return max_model_len if max_model_len > rope.size("max_position_embeddings") else None
+    return None
+
+
+def context_lengths(raw: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the longest request where nobody asks for another, and the longest that may be asked for, in tokens.
+
+    LongRoPE: its original length, at which short prompts are computed as trained, and max_position_embeddings. YaRN:
+    the original length times its factor, where max_position_embeddings is less (Qwen2.5's recipe), for both.
+    "dynamic": max_position_embeddings, up to which it changes nothing, and that times its factor.
+    Source: vLLM's rule, https://docs.vllm.ai/en/latest/configuration/engine_args.html (max_model_len).
+    """
+    read = Reader(raw, "config.json")
+    longest, rope = read.size("max_position_embeddings"), _parameters(read)
+    kind = rope.raw["rope_type"]
+    if kind in _LONGROPE:
+        return min(rope.size("original_max_position_embeddings"), longest), longest
+    if kind == "yarn":
+        longest = max(longest, int(rope.size("original_max_position_embeddings") * rope.positive("factor")))
+        return longest, longest
+    if kind == "dynamic":
+        return longest, int(longest * rope.positive("factor"))
+    return longest, longest
 
 
 def softmax_scale(read: Reader) -> float:
@@ -61,7 +90,7 @@ def softmax_scale(read: Reader) -> float:
 
 
 def _parameters(read: Reader) -> Reader:
-    found = {**read.part("rope_scaling"), **read.part("rope_parameters")}
+    found = {**(read.part("rope_scaling") or read.part("rope_parameters"))}
     for name in ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "max_model_len"):
         found.setdefault(name, read.raw.get(name))
     found.setdefault("rope_type", found.get("type"))
@@ -72,8 +101,8 @@ def _parameters(read: Reader) -> Reader:
 
 
 def _is_long(rope: Reader) -> bool:
-    longest = rope.size("max_model_len", rope.size("max_position_embeddings"))
-    return longest > rope.size("original_max_position_embeddings")
+    original = rope.size("original_max_position_embeddings")
+    return rope.size("max_model_len", original) > original
 
 
 def _default(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
@@ -82,6 +111,19 @@ def _default(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float
 
 def _linear(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
     return 1.0 / turns_F / rope.positive("factor"), 1.0
+
+
+def _dynamic(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
+    """Unchanged up to max_position_embeddings; where requests may be longer, one table for all, of the longest.
+
+    transformers takes the table by each batch's longest request, and keys computed before would have another.
+    """
+    trained, R = rope.size("max_position_embeddings"), 2 * len(turns_F)
+    longest, factor = max(rope.size("max_model_len", trained), trained), rope.positive("factor")
+    if R < 4:
+        raise ValueError(f"{rope.where}: rope_type 'dynamic' with {R} columns that turn, wanted 4 or more")
+    base = theta * ((factor * longest / trained) - (factor - 1)) ** (R / (R - 2))
+    return 1.0 / base ** (torch.arange(0, R, 2, dtype=torch.float32, device="cpu") / R), 1.0
 
 
 def _llama3(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, float]:
@@ -137,11 +179,13 @@ def _longrope(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, floa
     return 1.0 / (factors_F * turns_F), rope.positive("attention_factor", usual)
 
 
+_LONGROPE = ("longrope", "su")  # "su": its name in Phi-3's first configurations
 _KINDS: dict[str, Callable[[Reader, float, Tensor], tuple[Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
+    "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
-    "su": _longrope,  # its name in Phi-3's first configurations
+    "su": _longrope,
 }

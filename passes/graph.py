@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
@@ -69,7 +70,8 @@ def infer(node: Node) -> None:
     key = (node.target, structure, *map(_identity, leaves))
     known = _INFERRED.setdefault(mode, {})
     if key not in known:
-        known[key] = node.target(*args, **kwargs)
+        with enable_python_dispatcher():  # without it, C++ asks a symbolic tensor for its size (torch 2.11's linear)
+            known[key] = node.target(*args, **kwargs)
     node.meta["val"] = known[key]
 
 

@@ -16,13 +16,24 @@ if TYPE_CHECKING:
     from seamwise.runtime.engine.outputs import CompletionOutput, RequestOutput
     from seamwise.runtime.runner.runner import ModelRunner
     from seamwise.runtime.sampling.params import SamplingParams
+    from seamwise.runtime.serve.async_llm import AsyncLLM
     from seamwise.runtime.serve.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "ModelRunner", "RequestOutput", "SamplingParams", "StepInput", "StepOutput"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "ModelRunner",
+    "RequestOutput",
+    "SamplingParams",
+    "StepInput",
+    "StepOutput",
+]
 
 _HOMES = {
     "LLM": "serve.llm",
+    "AsyncLLM": "serve.async_llm",
     "CompletionOutput": "engine.outputs",
     "RequestOutput": "engine.outputs",
     "ModelRunner": "runner.runner",

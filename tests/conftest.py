@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,47 @@ from hypothesis import HealthCheck, settings
 # package of that name which it probes for.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.parent]
 
+from seamwise import caches  # noqa: E402
+
+# Tests, and the processes they start, neither read nor write the user's caches. The demo model's folder may be read
+# and filled, and compiled kernels outlive a run beside this checkout: their names are digests of what they are made of.
+USER_CACHES = caches.cache_dir()
+_SESSION = Path(tempfile.mkdtemp(prefix="seamwise-tests-"))
+os.environ["XDG_CACHE_HOME"] = str(_SESSION)
+_KERNELS = Path(__file__).parent.parent / "build" / "kernels-of-tests"
+caches.make_private(_KERNELS)
+caches.make_private(caches.cache_dir())
+caches.folder("cpp").symlink_to(_KERNELS)
+caches.folder("models").symlink_to(USER_CACHES / "models")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a test that wants more threads sets them itself
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_SESSION, ignore_errors=True)
+
+
 settings.register_profile(
     "seamwise", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("seamwise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    parser.addoption(
+        "--instruction-set", default="native", choices=instruction_set.runnable(), help="of every CPU kernel in the run"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from seamwise.kernels.cpu import instruction_set
+
+    instruction_set.use(config.getoption("--instruction-set"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,6 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for packs of this run: tests neither use nor fill the user's cache."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all workers: what one has traced, the others load
+        return tmp_path_factory.getbasetemp().parent / "packs"
     return tmp_path_factory.mktemp("packs")
 
 

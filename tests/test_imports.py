@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+_RUNTIME = {
+    "torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf",
+}  # fmt: skip
+_SERVE = {  # of the extra [serve]
+    "fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client", "zmq", "msgspec", "prompt_toolkit",
+}  # fmt: skip
 # folder -> (folders of ours it may import, packages it may import besides the standard library)
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "kernels": (set(), {"torch", "triton", "numpy"}),
@@ -17,7 +23,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "compile": ({"passes", "kernels"}, {"torch", "safetensors"}),
     "runtime": (
         {"compile", "model_defs", "kernels", "passes"},
-        {"torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf"},
+        _RUNTIME | _SERVE,
     ),
 }
 # The rooms of runtime/, one way: what stands later may be imported by what stands earlier, never the other way round.
@@ -27,6 +33,8 @@ ROOMS = (
 )  # fmt: skip
 # Two places hand over to code outside the table by name, at run time: the command line to bench.
 ENVIRONMENT = {"environ", "getenv", "putenv"}
+# The one file that may read it: standard library alone, importable by every folder.
+CACHES = ROOT / "seamwise" / "caches.py"
 
 
 def violations(path: Path, folder: str) -> list[str]:
@@ -48,7 +56,7 @@ def violations(path: Path, folder: str) -> list[str]:
         for name in names:
             top, _, rest = name.partition(".")
             if top == "seamwise":
-                if (inner := rest.split(".")[0]) not in ours | {folder}:
+                if (inner := rest.split(".")[0]) not in ours | {folder, CACHES.stem}:
                     found.append(f"{path.name}:{node.lineno} imports seamwise.{inner}")
             elif top not in packages and top not in sys.stdlib_module_names:
                 found.append(f"{path.name}:{node.lineno} imports {top}")
@@ -71,6 +79,14 @@ def upward(path: Path, room: str) -> list[str]:
 @pytest.mark.parametrize("folder", TABLE)
 def test_folder_keeps_the_table(folder: str) -> None:
     assert [v for path in sorted((ROOT / folder).rglob("*.py")) for v in violations(path, folder)] == []
+
+
+def test_only_the_file_of_caches_reads_the_environment() -> None:
+    tree = ast.parse(CACHES.read_text())
+    assert any(isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT for node in ast.walk(tree))
+    imported = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("room", sorted({room for rooms in ROOMS for room in rooms}))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,8 @@ from .runs import free_memory
 
 STAGES = ("environment", "correctness", "kernels", "steps", "runs", "deepseek")
 _LOST = 3  # exit status of a worker whose device answers no more
+# The worker, by its name also where this module was started as __main__.
+_WORKER = "import sys; from seamwise.bench.gpu.command import main; sys.exit(main(sys.argv[1:]))"
 _GRACE_S = 20.0  # what a row may take beyond the minutes given before it is cut
 
 
@@ -37,16 +41,21 @@ def measure(context: Context, stages: list[str]) -> int:
                 print_row(row)
                 if row["status"] == "failed" and device_is_lost(context.device):
                     return _LOST
-            free_memory(context.device)
+            try:
+                free_memory(context.device)
+            except RuntimeError as error:  # what a failed capture leaves behind makes freeing fail: begin afresh
+                print(f"the device's memory cannot be freed any more: {error}", flush=True)
+                return _LOST
     return 0
 
 
 def device_is_lost(device: str) -> bool:
-    """Return whether an earlier error (an illegal address) makes every further call fail."""
+    """Return whether an earlier error makes every further call fail: an illegal address, or a capture left open."""
     if device != "cuda":
         return False
     try:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     except RuntimeError:
         return True
     return False
@@ -68,11 +77,11 @@ def supervise(command: list[str], path: Path, until: float) -> int:
     """
     _settle(path, "skipped", reason="an earlier run was cut here")
     while True:
-        with subprocess.Popen(command) as worker:
+        with subprocess.Popen(command, start_new_session=True) as worker:  # with what it started, one group to end
             while worker.poll() is None:
                 time.sleep(0.2)
                 if time.time() > until + _GRACE_S or any(time.time() > row["limit"] for row in _started(path)):
-                    worker.kill()
+                    os.killpg(worker.pid, signal.SIGKILL)
         if time.time() > until + _GRACE_S:
             _settle(path, "skipped", reason="the time was over")
             return 0
@@ -139,7 +148,7 @@ def main(arguments: list[str]) -> int:
     results = Results(options.json, _head(options), options.resume)
     for row in [r for r in results.rows.values() if options.retry and r["status"] == "failed"]:
         results.append({"key": row["key"], "status": "skipped", "reason": f"to be measured again: {row['error']}"})
-    command = [sys.executable, "-P", "-m", __name__, "--json", str(options.json), "--resume", str(options.json)]
+    command = [sys.executable, "-P", "-c", _WORKER, "--json", str(options.json), "--resume", str(options.json)]
     command += ["--only", ",".join(options.stages), "--device", options.device, "--shapes", options.shapes]
     command += ["--until", str(until), *(["--commit", options.commit] if options.commit else [])]
     status = supervise(command, options.json, until)

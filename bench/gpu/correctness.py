@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,10 +50,12 @@ def rows(context: Context) -> Iterator[Row]:
 
     try:
         for file in files:
-            yield from context.take(_key(file), 5 if running else _TESTS_S, partial(finish, file))
+            estimate_s = 5 if running else _TESTS_S
+            yield from context.take(_key(file), estimate_s, partial(finish, file), limit_s=_TESTS_S + 30)
     finally:
         for process in running.values():
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # xdist's workers with it
             process.communicate()
     small = Lazy(partial(SmallModel, context.device), 20)
     for dtype in ("float32", "bfloat16"):
@@ -70,10 +75,18 @@ def _no_tests() -> Row:
 
 
 def start_tests(file: Path, device: str) -> subprocess.Popen[str]:
-    """Start one file's tests. On a CPU, where they need another process with Triton's interpreter, collect them."""
+    """Start one file's tests, in a group of processes of their own. On a CPU, where they need another process with
+    Triton's interpreter, collect them.
+
+    On a device the examples run, not the drawn cases: each drawn one is a specialisation to compile, 2,477 of them.
+    """
     command = [sys.executable, "-P", "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "--no-header"]
-    command += ["-m", "gpu", "--tb=line"] if device == "cuda" else ["--collect-only"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    command += ["-m", "gpu", "--tb=line", "-k", "not drawn"] if device == "cuda" else ["--collect-only"]
+    if device == "cuda" and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(max(1, (os.cpu_count() or 2) // len(list(file.parent.glob("test_*.py")))))]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
+    )
 
 
 def outcome(process: subprocess.Popen[str], limit_s: float) -> Row:

@@ -91,8 +91,19 @@ class Context:
     until: float
     extras: bool = False
 
-    def take(self, key: str, estimate_s: float, measure: Callable[[], Row], *, extra: bool = False) -> Iterator[Row]:
-        """Yield the row of a measurement, unless it is there already; it starts only if its estimate fits."""
+    def take(
+        self,
+        key: str,
+        estimate_s: float,
+        measure: Callable[[], Row],
+        *,
+        extra: bool = False,
+        limit_s: float | None = None,
+    ) -> Iterator[Row]:
+        """Yield the row of a measurement, unless it is there already; it starts only if its estimate fits.
+
+        A row that takes longer than `limit_s` hangs; by default, than four times its estimate and half a minute.
+        """
         if extra != self.extras or self.results.rows.get(key, {}).get("status") in ("ok", "absent", "failed"):
             return
         left_s = self.until - time.time()
@@ -101,7 +112,7 @@ class Context:
             yield {"key": key, "status": "skipped", "reason": reason}
             return
         began = time.time()
-        self.results.append({"key": key, "status": "started", "limit": began + 4 * estimate_s + 30})
+        self.results.append({"key": key, "status": "started", "limit": began + (limit_s or 4 * estimate_s + 30)})
         row: Row = {"key": key, "status": "ok"}
         try:
             row |= measure()

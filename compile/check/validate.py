@@ -60,7 +60,9 @@ class Validator:
             if x.is_floating_point()
         ]
         self.cases = {case: [*map(cut, self.captured.inputs, inputs)] for case, inputs in self.cases.items()}
-        self._before = {case: [was[0], *map(cut, floats, was[1:])] for case, was in self._before.items()}
+        self._before = {
+            case: [*was[: -len(floats)], *map(cut, floats, was[-len(floats) :])] for case, was in self._before.items()
+        }
 
     def check(self, report: Report, *, lossy: bool = False) -> None:
         """Put a certificate on the report. Raises InvalidRewrite naming the pass, the result, the case, the error.

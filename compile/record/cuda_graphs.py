@@ -18,10 +18,31 @@ from .recorder import OntoTape, Recorder, RecordingRefused
 
 
 class CUDAGraphRecorder(Recorder):
-    """Records CUDA graphs, one between two seams, in one memory pool."""
+    """Records CUDA graphs, one between two seams, in one memory pool.
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    All are captured on one stream, because the allocator reuses a block only on the stream it was made on: so all
+    recordings together take what the largest does. An anchor, a graph that is never replayed, keeps the pool in use:
+    a pool whose graphs have all died cannot be captured into again.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device` is a CUDA device, by default the current one."""
+        index = torch.cuda.current_device() if device is None or device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self.device)
+        self.pools: list[Any] = []
+        self._anchors: list[Any] = []
+        self._open_pool()
+
+    def _open_pool(self) -> None:
+        """Capture from now on into a new pool. The recordings made so far keep theirs."""
+        self.pools.append(torch.cuda.graph_pool_handle())
+        anchor = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            anchor.capture_begin(pool=self.pools[-1], capture_error_mode="thread_local")
+            torch.zeros(1, device=self.device)
+            anchor.capture_end()
+        self._anchors.append(anchor)
 
     @property
     def num_bytes(self) -> int:  # type: ignore[override]
@@ -38,24 +59,32 @@ class CUDAGraphRecorder(Recorder):
         return found
 
     def _segments(self) -> list[Any]:
-        return [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(self.pool)]
+        return [s for pool in self.pools for s in torch.cuda.memory_snapshot(pool, include_traces=False)]
 
     @torch.inference_mode()
     def _run(
         self, function: Callable[..., Any], arguments: Sequence[Any], given: Sequence[Any], full: bool
     ) -> tuple[Tape, Any]:
-        """Warm up once on a side stream, then capture there; what is captured is replayed at once."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        tape = _Graphs(self.pool, full=full, arguments=arguments)
-        with torch.cuda.stream(stream):
+        """Warm up once on the recorder's stream, then capture there; what is captured is replayed at once.
+
+        Raises what the function raised. A capture that CUDA has given up leaves its pool behind: the next one is new.
+        """
+        caller = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
+        tape = _Graphs(self.pools[-1], self.device, full=full, arguments=arguments)
+        with torch.cuda.stream(self._stream):
             function(*arguments)  # lazy initialization and autotuning must not be captured
             try:
+                if full:  # what comes first may be a kernel that no op of torch announces
+                    tape.begin()
                 with recording(tape), _IntoGraphs(tape):
                     results = function(*given)
-            finally:
                 tape.end()
-        torch.cuda.current_stream().wait_stream(stream)
+            except BaseException:
+                if tape.abandon():
+                    self._open_pool()
+                raise
+        caller.wait_stream(self._stream)
         return tape, results
 
 
@@ -65,9 +94,9 @@ class _Graphs(Tape):
     A seam's result is copied into memory that the next graph allocates: from then on the graphs' pool may reuse it.
     """
 
-    def __init__(self, handle: Any, *, full: bool, arguments: Sequence[Any]) -> None:
+    def __init__(self, handle: Any, device: torch.device, *, full: bool, arguments: Sequence[Any]) -> None:
         super().__init__(Pool(), full=full, arguments=arguments)
-        self._handle = handle
+        self._handle, self._device = handle, device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._late: list[tuple[Tensor, Tensor]] = []
 
@@ -86,13 +115,32 @@ class _Graphs(Tape):
         """End the capture under way, if any, and run it: what follows reads its results."""
         if self._graph is None:
             return
-        graph, self._graph = self._graph, None
+        graph = self._graph
         graph.capture_end()
+        self._graph = None
         for kept, now in self._late:
             kept.copy_(now)
         self._late.clear()
         self.append_call(graph.replay)
         graph.replay()
+
+    def abandon(self) -> bool:
+        """Give up the capture under way, if any, after an error; return whether its pool is lost with it.
+
+        Where CUDA has invalidated the capture, ending it raises before the allocator is told: it must be told here, or
+        it believes for ever that a capture is under way, and frees no memory any more.
+        """
+        if self._graph is None:
+            return False
+        graph, self._graph = self._graph, None
+        self._late.clear()
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            torch._C._cuda_endAllocateToPool(self._device.index, self._handle)
+            torch._C._cuda_releasePool(self._device.index, self._handle)
+            return True
+        return False
 
     def piece(self, function: Callable[..., Any], *args: Any) -> Any:
         self.begin()

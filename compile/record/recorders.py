@@ -10,4 +10,4 @@ from .recorder import CPURecorder, Recorder
 
 def recorder_for(device: torch.device) -> Recorder:
     """Return a recorder of calls on a device: CUDA graphs, or the CPU's tape."""
-    return CUDAGraphRecorder() if device.type == "cuda" else CPURecorder()
+    return CUDAGraphRecorder(device) if device.type == "cuda" else CPURecorder()

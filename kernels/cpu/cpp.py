@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP runtime must be in the process before a library that calls it is loaded)
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC")
+from . import instruction_set
+
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC")
 COMPILERS = ("g++", "clang++", "c++")
 _INCLUDE = re.compile(rb'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 
@@ -28,16 +30,31 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "seamwise" / "cpp"
 
 
-@functools.cache
+def flags(*extra: str) -> tuple[str, ...]:
+    """Return the compiler's flags for the instruction set in use, and `extra` ones."""
+    return (*_FLAGS, *instruction_set.FLAGS[instruction_set.current()], *extra)
+
+
+def instructions() -> str:
+    """Return what the kernels in use are compiled to, e.g. "avx512_bf16" or "avx2" (see instruction_set.level)."""
+    return instruction_set.level(_predefined_macros(flags(), find_compiler()))
+
+
 def load(
-    source: Path, *, cache_dir: Path | None = None, flags: tuple[str, ...] = FLAGS, compiler: str | None = None
+    source: Path, *, cache_dir: Path | None = None, extra: tuple[str, ...] = (), compiler: str | None = None
 ) -> ctypes.CDLL:
     """Return the library built from `source`, compiling it when the cache folder has no build of exactly this.
 
-    The build's name holds a digest of the source, the headers it includes with quotes, the flags, and the compiler's
-    predefined macros (its version and, under -march=native, the machine's instruction sets).
+    The build's name holds a digest of the source, the headers it includes with quotes, the flags (those of the
+    instruction set in use, and `extra`), and the compiler's predefined macros (its version and, under -march=native,
+    the machine's instruction sets).
     Raises RuntimeError when there is no compiler, or with the compiler's message.
     """
+    return _load(source, cache_dir, flags(*extra), compiler)
+
+
+@functools.cache
+def _load(source: Path, cache_dir: Path | None, flags: tuple[str, ...], compiler: str | None) -> ctypes.CDLL:
     compiler = find_compiler() if compiler is None else compiler
     folder = default_cache_dir() if cache_dir is None else cache_dir
     target = folder / f"{source.stem}-{build_key(source, flags, compiler)}.so"

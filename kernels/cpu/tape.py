@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import cpp
+from . import cpp, instruction_set
 from .pool import Pool
 
 _MAX_ARGS = 32
@@ -41,10 +40,10 @@ def compile_ahead() -> threading.Thread:
     """Compile every C++ source that has no build yet, in a thread beside what else start-up does; return the thread."""
 
     def compile_all() -> None:
-        for source, flags in list(_SOURCES):
+        for source, extra in list(_SOURCES):
             # A failure is reported where the kernel is first called, which loads the source again.
             with contextlib.suppress(RuntimeError):
-                cpp.load(source, flags=flags)
+                cpp.load(source, extra=extra)
 
     thread = threading.Thread(target=compile_all, name="seamwise-compile-ahead", daemon=True)
     thread.start()
@@ -52,19 +51,27 @@ def compile_ahead() -> threading.Thread:
 
 
 class Kernel:
-    """One C++ entry point of a source file, compiled at the first call. A `seam` is recorded in full tapes only."""
+    """One C++ entry point of a source file, compiled at the first call for the instruction set then in use.
 
-    def __init__(self, source: str, symbol: str, *, seam: bool = False, flags: tuple[str, ...] = cpp.FLAGS) -> None:
-        self.source, self.symbol, self.seam, self.flags = Path(__file__).with_name(source), symbol, seam, flags
-        _SOURCES.setdefault((self.source, flags), None)
+    seam   whether it is recorded in full tapes only
+    extra  flags for the compiler
+    """
 
-    @functools.cached_property
+    def __init__(self, source: str, symbol: str, *, seam: bool = False, extra: tuple[str, ...] = ()) -> None:
+        self.source, self.symbol, self.seam, self.extra = Path(__file__).with_name(source), symbol, seam, extra
+        self._entries: dict[str, Any] = {}
+        _SOURCES.setdefault((self.source, extra), None)
+
+    @property
     def entry(self) -> Any:
-        entry = getattr(cpp.load(self.source, flags=self.flags), self.symbol)
-        entry.restype = ctypes.c_int64
-        return entry
+        found = self._entries.get(instruction_set.current())
+        if found is None:
+            found = getattr(cpp.load(self.source, extra=self.extra), self.symbol)
+            found.restype = ctypes.c_int64
+            self._entries[instruction_set.current()] = found
+        return found
 
-    @functools.cached_property
+    @property
     def address(self) -> int:
         address = ctypes.cast(self.entry, ctypes.c_void_p).value
         assert address is not None

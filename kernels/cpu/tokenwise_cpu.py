@@ -13,14 +13,13 @@ from seamwise.kernels.norm.rms_norm import rms_norm
 from seamwise.kernels.position.rope import refuses_rope, rope
 from seamwise.kernels.position.rope_table import rope_table
 
-from . import cpp
 from .tape import Kernel, empty, launch
 
-_FLAGS = (*cpp.FLAGS, "-ffp-contract=off")  # products and sums round apart, as torch's do
+_FLAGS = ("-ffp-contract=off",)  # products and sums round apart, as torch's do
 
 
 def _kernel(symbol: str) -> Kernel:
-    return Kernel("tokenwise_cpu.cpp", symbol, flags=_FLAGS)
+    return Kernel("tokenwise_cpu.cpp", symbol, extra=_FLAGS)
 
 
 _NORM, _ROPE, _SILU_MUL = _kernel("seamwise_norm"), _kernel("seamwise_rope"), _kernel("seamwise_silu_mul")

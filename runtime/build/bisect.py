@@ -16,12 +16,12 @@ from seamwise.compile.ledger import Ledger
 from seamwise.compile.lower import choose_providers
 from seamwise.compile.pipeline import PipelineConfig, rewrite
 from seamwise.passes.graph import value
-
 from seamwise.runtime.weights.checkpoint import open_source
-from .model_config import ModelConfig
+
 from .drawn_steps import CASES, draw_steps
 from .kv_spec import KVCacheSpec
 from .loading import capture_model
+from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
 _HELP = """A run is described by comma-separated words, all optional:

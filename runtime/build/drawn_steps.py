@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from seamwise.runtime.build.step import ragged_step
-from .model_config import ModelConfig
+
 from .kv_spec import KVCacheSpec
+from .model_config import ModelConfig
 from .step import STEP_ARGUMENTS
 
 # Requests of each case, as (tokens already in the cache, tokens of this step).

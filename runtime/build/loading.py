@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
-
 from seamwise.runtime.weights.checkpoint import Source, kept_dtypes, open_source, parameter_shapes, show_progress
-from .model_config import ModelConfig
-from .drawn_steps import draw_steps
-from .kv_spec import KVCacheSpec
 from seamwise.runtime.weights.quantized import stored_weights
+
+from .drawn_steps import draw_steps
+from .hidden_states import return_hidden_states
+from .kv_spec import KVCacheSpec
+from .model_config import ModelConfig
 from .runner_config import RunnerConfig
-from .step import STEP_ARGUMENTS
+from .step import capture_dims, example_arguments
 
 if TYPE_CHECKING:
     from seamwise.compile.capture import Captured
@@ -61,13 +62,16 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         shapes, tied = parameter_shapes(model)
         buffers = {name: b for name, b in model.named_buffers() if name not in shapes}
         structure = structure_of(model)
+        if options.return_hidden_states:
+            return_hidden_states(model)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         with fake:
             _make_fake(model, options)
     with ledger.stage("capture"):
+        spec = KVCacheSpec.of(config, options)
         with fake:
-            arguments = _example_arguments(config, options)
-        captured = capture(model, arguments, _dims(config, options))
+            arguments = example_arguments(spec.layers, spec.dtype, options.device)
+        captured = capture(model, arguments, capture_dims(spec.layers))
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
@@ -124,8 +128,8 @@ def _quantized_kv(model: CapturedModel, has_scales: bool) -> CapturedModel:
 
 def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> tuple[Program, dict[str, Tensor]]:
     """Capture a model and run the pipeline; return the program and the buffers that its weights read."""
-    from seamwise.compile.pipeline import compile_graph
     from seamwise.compile.check.validate import Validator
+    from seamwise.compile.pipeline import compile_graph
 
     model = capture_model(config, options, ledger)
     pipeline, validator = options.pipeline, None
@@ -206,37 +210,3 @@ def _make_fake(model: nn.Module, options: RunnerConfig) -> None:
             setattr(module, name, fakes[id(p)])
         for name, b in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=options.device))
-
-
-def _example_arguments(config: ModelConfig, options: RunnerConfig) -> dict[str, object]:
-    tokens, requests, blocks = 7, 3, 5
-    spec = KVCacheSpec.of(config, options)
-
-    def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=options.device)
-
-    values: dict[str, object] = {
-        "token_ids": make((tokens,), torch.int64),
-        "positions": make((tokens,), torch.int64),
-        "kv_caches": [[make((blocks, *shape), spec.dtype) for shape in layer] for layer in spec.layers],
-        "slot_mapping": make((tokens,), torch.int64),
-        "block_table": make((requests, 4), torch.int32),
-        "seq_lens": make((requests,), torch.int32),
-        "query_starts": make((requests + 1,), torch.int32),
-        "logit_rows": make((2,), torch.int64),
-    }
-    return {name: values[name] for name in STEP_ARGUMENTS}
-
-
-def _dims(config: ModelConfig, options: RunnerConfig) -> dict[str, Any]:
-    layers = KVCacheSpec.of(config, options).layers
-    return {
-        "token_ids": ("T",),
-        "positions": ("T",),
-        "kv_caches": [[("N", *[None] * len(shape)) for shape in layer] for layer in layers],
-        "slot_mapping": ("T",),
-        "block_table": ("R", "B"),
-        "seq_lens": ("R",),
-        "query_starts": ("S",),
-        "logit_rows": ("L",),
-    }

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from seamwise.model_defs.hf_config import Reader
-
+from seamwise.model_defs.hf_defaults import completed
+from seamwise.model_defs.rope import context_lengths
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
+from seamwise.runtime.weights.tied import has_own_head
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
@@ -20,10 +22,11 @@ _MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What the runtime must know of a model; `raw` is config.json as read, or what it would hold.
+    """What the runtime must know of a model; `raw` is config.json, completed, or what it would hold.
 
     num_kv_heads, head_dim  of the cached keys and values; with multi-head latent attention, of what latents expand to
     latent_dim  width of a token's latent and its rotary key, 0 without multi-head latent attention
+    default_len, longest  tokens of the longest request: where nobody asks for another, and that may be asked for
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
     bos_id   the id that begins a text, where the model has one
@@ -37,6 +40,8 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    default_len: int
+    longest: int
     latent_dim: int
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
@@ -62,10 +67,14 @@ class ModelConfig:
             raise ValueError(
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
+        raw = completed(names[0], raw)
+        if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
+            raw["tie_word_embeddings"] = False  # the file counts
         read_quantization(raw, str(path))
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
         latent = raw.get("kv_lora_rank") is not None
+        default_len, longest = context_lengths(raw)
         rotary = read.size("qk_rope_head_dim") if latent else 0
         config = cls(
             architecture=names[0],
@@ -76,6 +85,8 @@ class ModelConfig:
             head_dim=read.size("qk_nope_head_dim") + rotary if latent else read.size("head_dim", hidden // heads),
             vocab_size=read.size("vocab_size"),
             max_position_embeddings=read.size("max_position_embeddings"),
+            default_len=default_len,
+            longest=longest,
             latent_dim=read.size("kv_lora_rank") + rotary if latent else 0,
             dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
             eos_ids=_token_ids("eos_token_id", generation, raw, directory),
@@ -91,7 +102,7 @@ class ModelConfig:
                 f"{path}: num_attention_heads={self.num_heads} is no multiple of"
                 f" num_key_value_heads={self.num_kv_heads}"
             )
-        if "head_dim" not in self.raw and self.hidden_size % self.num_heads:
+        if self.raw.get("head_dim") is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"{path}: hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_heads}"
             )

@@ -16,8 +16,8 @@ from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Program
 from seamwise.kernels.cpu.tape import compile_ahead
 
-from .model_config import ModelConfig
 from .loading import compile_model
+from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
 
@@ -60,7 +60,7 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
 
 def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
     """Return what a model's pack depends on."""
-    from seamwise.model_defs.rope import long_table
+    from seamwise.model_defs.rope import table_length
 
     return pack.key_parts(
         {
@@ -71,7 +71,8 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
             "device": torch.device(options.device).type,
             "entry": options.entry,
             "block_size": options.block_size,
-            "long_table": long_table(config.raw, options.max_model_len),
+            "hidden_states": options.return_hidden_states,
+            "table_length": table_length(config.raw, options.max_model_len),
             "pipeline": asdict(options.pipeline),
         }
     )
@@ -92,6 +93,7 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     chosen: dict[str, Any] = {"dtype": str(settings.dtype).removeprefix("torch."), "device": settings.device}
     chosen["entry"] = settings.entry
     chosen |= {name: options[name] for name in ("quantization", "kv_cache_dtype") if name in options}
+    chosen["return_hidden_states"] = settings.return_hidden_states
     chosen |= {"block_size": settings.block_size, "pipeline": asdict(settings.pipeline)}
     load_with = {"checkpoint": str(model.resolve()), "options": chosen}
     with ledger.stage("write pack"):

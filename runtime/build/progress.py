@@ -1,11 +1,23 @@
-"""Progress on a terminal: what start-up is doing. Quiet everywhere else."""
+"""Progress of start-up: shown on a terminal, quiet everywhere else, and told to whoever listens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from seamwise.compile.ledger import Ledger
+
+_listeners: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def stages_told(listener: Callable[[str], None]) -> Iterator[None]:
+    """Tell `listener` the name of each stage that a ledger of this process enters meanwhile."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextmanager
@@ -18,5 +30,7 @@ def shown_ledger(label: str) -> Iterator[Ledger]:
         def entered(stage: str) -> None:
             bar.set_postfix_str(stage)
             bar.update()
+            for listener in _listeners:
+                listener(stage)
 
         yield Ledger(entered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +15,10 @@ import torch
 
 from seamwise.compile import pack
 from seamwise.compile.pipeline import PipelineConfig
-
 from seamwise.runtime.weights.formats import check_load_format
-from .model_config import ModelConfig
 from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
+
+from .model_config import ModelConfig
 
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float": torch.float32,
@@ -48,7 +49,8 @@ class RunnerConfig:
     kv_cache_dtype  of the KV cache: the same, or float8_e4m3fn
     device         "cpu" or "cuda[:n]"
     entry          "own": Seamwise's definition; "transformers": the checkpoint's own class
-    max_model_len  longest request in tokens, prompt and output together
+    max_model_len  longest request in tokens, prompt and output together; default: the model's, and of LongRoPE and
+                   "dynamic" RoPE their original length, at which short prompts are computed as trained (as in vLLM)
     block_size     tokens in a KV cache block
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
@@ -56,6 +58,9 @@ class RunnerConfig:
     cudagraph_mode  what is recorded (in CUDA graphs; on a CPU, on tapes): "full_decode_only": steps that decode one
                    token a request; "piecewise": every step, between seams; "full_and_piecewise": each by what it is;
                    "none". Default: "full_and_piecewise" on CUDA; "full_decode_only" on a CPU
+    num_speculative_tokens  drafts of a request that one step verifies: steps of up to one more token for each request
+                   are recorded in full
+    return_hidden_states  a step may ask for what its logits are computed from (StepInput.hidden_states)
     max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
     cudagraph_capture_sizes  numbers of tokens that piecewise recordings are padded to; larger steps run op by op
     max_recorded_bytes  memory of recordings; what would take more runs op by op
@@ -76,6 +81,8 @@ class RunnerConfig:
     stored: Quantization | None = None
     enforce_eager: bool = False
     cudagraph_mode: str | None = None
+    num_speculative_tokens: int = 0
+    return_hidden_states: bool = False
     max_recorded_requests: int = 256
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     max_recorded_bytes: int = 2 << 30
@@ -92,6 +99,8 @@ class RunnerConfig:
             raise ValueError(f"cudagraph_mode={self.cudagraph_mode!r}: wanted one of {', '.join(map(repr, _MODES))}")
         if self.enforce_eager and self.cudagraph_mode not in (None, "none"):
             raise ValueError(f"enforce_eager and cudagraph_mode={self.cudagraph_mode!r} contradict; leave one out")
+        if type(self.num_speculative_tokens) is not int or self.num_speculative_tokens < 0:
+            raise ValueError(f"num_speculative_tokens={self.num_speculative_tokens!r}: wanted 0 or more")
         sizes = self.capture_sizes
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
             raise ValueError(f"cudagraph_capture_sizes={sizes}: wanted rising numbers of tokens, from 1 up")
@@ -176,13 +185,17 @@ class RunnerConfig:
             raise ValueError(
                 f"entry='own': Seamwise has no definition of {config.architecture}; use entry='transformers'"
             )
-        limit = config.max_position_embeddings
+        limit = config.longest
         if max_model_len is None:
-            max_model_len = limit
+            max_model_len = config.default_len
+            if config.default_len < limit:
+                warnings.warn(
+                    f"max_model_len is {config.default_len}, the length that the model was trained at before its RoPE"
+                    f" was scaled; up to {limit} may be asked for, and change what shorter requests give",
+                    stacklevel=2,
+                )
         if type(max_model_len) is not int or not 1 <= max_model_len <= limit:
-            raise ValueError(
-                f"max_model_len={max_model_len!r}: wanted 1 to {limit} (the model's max_position_embeddings)"
-            )
+            raise ValueError(f"max_model_len={max_model_len!r}: wanted 1 to {limit} (what the model's RoPE reaches)")
         pipeline = options.get("pipeline", PipelineConfig())
         if quantization is not None:
             options["pipeline"] = pipeline = replace(pipeline, quantization=quantization)

@@ -1,76 +1,203 @@
-"""What a step takes and gives: the runner's typed interface to any scheduler."""
+"""What a step takes and gives, declared once: the runner's typed interface to any scheduler, version 2.
+
+Each field of StepInput states its dtype, dimensions, padding and reader. From that follow the arguments of a model's
+forward, the examples it is traced on, the runner's static buffers, the checks, and the bytes between processes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Argument names of every model's forward, in order; kv_caches is a list of (k_cache, v_cache), the rest are tensors.
-STEP_ARGUMENTS = (
-    "token_ids", "positions", "kv_caches", "slot_mapping", "block_table", "seq_lens", "query_starts", "logit_rows",
-)  # fmt: skip
-# The tensors' dtypes and dimensions: T tokens, R requests, S one more than these, B blocks, L wanted rows.
-FIELDS: dict[str, tuple[torch.dtype, str]] = {
-    "token_ids": (torch.int64, "T"), "positions": (torch.int64, "T"), "slot_mapping": (torch.int64, "T"),
-    "block_table": (torch.int32, "RB"), "seq_lens": (torch.int32, "R"), "query_starts": (torch.int32, "S"),
-    "logit_rows": (torch.int64, "L"),
-}  # fmt: skip
+PROTOCOL_VERSION = 2  # of StepInput and StepOutput; it rises when a field changes its meaning
+
+Reader = Literal["model", "seams", "adapters", "host"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One tensor of a step.
+
+    dims      of each shape it may have, a letter or number a dimension: T tokens, R requests, S one more than these,
+              B blocks of the request that has most, L wanted rows
+    reader    "model": what is compiled, so it is padded with the step; "seams": attention alone, at its own size;
+              "adapters": layers that an adapter changes; "host": what keeps account of requests
+    padding   what rows of padding hold
+    optional  None stands for: every request has the first (adapter 0: none; position of text)
+    """
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[str, ...]
+    reader: Reader
+    padding: int = 0
+    optional: bool = False
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a model's forward takes it."""
+        return self.reader in ("model", "seams")
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return its first shape at some sizes."""
+        return tuple(sizes[d] for d in self.dims[0])
+
+    def padded(self, sizes: Mapping[str, int], device: str) -> Tensor:
+        """Return a tensor of its first shape that holds nothing but padding."""
+        return torch.full(self.shape(sizes), self.padding, dtype=self.dtype, device=device)
+
+
+def _declared(dtype: torch.dtype, *dims: str, reader: Reader, **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "dims": dims, "reader": reader, **more}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVGroupInput:
+    """Where a further group of the KV cache keeps the step's tokens: StepInput's two fields of the first group."""
+
+    slot_mapping: Tensor
+    block_table: Tensor
+
+    def check(self, name: str, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError when a tensor does not fit the step's sizes; a group's block table has its own width."""
+        sizes = {**sizes, "B": self.block_table.shape[-1]}
+        for part in ("slot_mapping", "block_table"):
+            tensor: Tensor = getattr(self, part)
+            if tensor.dtype != FIELDS[part].dtype or tensor.shape != (*map(sizes.get, FIELDS[part].dims[0]),):
+                raise _unfit(f"{name}.{part}", FIELDS[part], tensor, sizes)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}.{part} has strides {tensor.stride()}, wanted contiguous ones")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
     """One step's ragged batch: tokens of all requests concatenated, without padding. All tensors on the CPU.
 
-    token_ids       (T,) int64
-    positions       (T,) int64
+    token_ids       (T,) int64; T may be 0: an empty step
+    positions       (T,) int64, or (3, T) where the model rotates by three (time, height, width)
     slot_mapping    (T,) int64: block * block_size + offset where the token's key and value go
     block_table     (R, B) int32: each request's blocks; unused entries are 0, the reserved null block
     seq_lens        (R,) int32: tokens of each request known to the cache after this step
     query_starts    (R + 1,) int32: request r owns rows query_starts[r] : query_starts[r + 1]
-    logit_rows      (L,) int64: rows whose logits are wanted
+    logit_rows      (L,) int64: rows whose logits are wanted; any number of a request's (drafts to be verified)
+    adapter_slots   (R,) int32: which adapter each request is computed with, 0: none
+    request_slots   (R,) int32: each request's place in arrays that outlive the step, no place twice
+    request_generations  (R,) int64: how often that place had been given away before, so that a late answer to its
+                    former holder is known as such; the output carries both back
+    further_groups  of the KV cache, behind the first, whose are slot_mapping and block_table
+    hidden_states   whether the output shall have them; the runner is loaded with return_hidden_states=True then
     """
 
-    token_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    block_table: Tensor
-    seq_lens: Tensor
-    query_starts: Tensor
-    logit_rows: Tensor
+    token_ids: Tensor = field(metadata=_declared(torch.int64, "T", reader="model"))
+    positions: Tensor = field(metadata=_declared(torch.int64, "T", "3T", reader="model"))
+    slot_mapping: Tensor = field(metadata=_declared(torch.int64, "T", reader="model", padding=-1))
+    block_table: Tensor = field(metadata=_declared(torch.int32, "RB", reader="seams"))
+    seq_lens: Tensor = field(metadata=_declared(torch.int32, "R", reader="seams"))
+    query_starts: Tensor = field(metadata=_declared(torch.int32, "S", reader="seams"))
+    logit_rows: Tensor = field(metadata=_declared(torch.int64, "L", reader="model"))
+    adapter_slots: Tensor | None = field(
+        default=None, metadata=_declared(torch.int32, "R", reader="adapters", optional=True)
+    )
+    request_slots: Tensor | None = field(
+        default=None, metadata=_declared(torch.int32, "R", reader="host", optional=True)
+    )
+    request_generations: Tensor | None = field(
+        default=None, metadata=_declared(torch.int64, "R", reader="host", optional=True)
+    )
+    further_groups: tuple[KVGroupInput, ...] = ()
+    hidden_states: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_requests(self) -> int:
+        return self.seq_lens.shape[0]
 
     def check(self) -> None:
-        """Raise ValueError when shapes or dtypes do not fit together."""
-        tokens, requests = self.token_ids.shape[0], self.seq_lens.shape[0]
-        sizes = {"T": tokens, "R": requests, "S": requests + 1}
-        sizes |= {"B": self.block_table.shape[-1], "L": self.logit_rows.numel()}  # of which there may be any number
-        for name, (dtype, dims) in FIELDS.items():
-            tensor, shape = getattr(self, name), tuple(sizes[dim] for dim in dims)
+        """Raise ValueError when shapes or dtypes do not fit together, or two requests claim one slot."""
+        requests = self.seq_lens.shape[0]
+        sizes = {"T": self.token_ids.shape[0], "R": requests, "S": requests + 1}
+        sizes |= {"B": self.block_table.shape[-1], "L": self.logit_rows.numel(), "3": 3}
+        of = sizes.__getitem__
+        for name, declared in FIELDS.items():
+            tensor = getattr(self, name)
+            if tensor is None and declared.optional:
+                continue
+            shape = tensor.shape  # in every step, so it is compared as fast as can be
+            fits = shape == (*map(of, declared.dims[0]),) or shape == (*map(of, declared.dims[-1]),)
+            if tensor.dtype is not declared.dtype or not fits:
+                raise _unfit(f"StepInput.{name}", declared, tensor, sizes)
             if not tensor.is_contiguous():
                 raise ValueError(f"StepInput.{name} has strides {tensor.stride()}, wanted contiguous ones")
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"StepInput.{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted {dtype} {shape}"
-                    f" ({tokens} tokens of {requests} requests)"
-                )
+        for i, group in enumerate(self.further_groups):
+            group.check(f"StepInput.further_groups[{i}]", sizes)
+        if (slots := self.request_slots) is not None and len(set(held := slots.tolist())) < len(held):
+            twice = next(slot for slot in held if held.count(slot) > 1)
+            raise ValueError(f"StepInput.request_slots names slot {twice} twice; wanted each request's own")
+
+
+FIELDS: dict[str, Field] = {f.name: Field(name=f.name, **f.metadata) for f in fields(StepInput) if "dims" in f.metadata}
+# Arguments of every model's forward, in order; kv_caches is a list of each layer's caches, the rest are tensors.
+_FORWARD = [name for name, declared in FIELDS.items() if declared.in_forward]
+STEP_ARGUMENTS = (*_FORWARD[:2], "kv_caches", *_FORWARD[2:])
+
+
+def _unfit(name: str, declared: Field, tensor: Tensor, sizes: Mapping[str, int]) -> ValueError:
+    wanted = " or ".join(str((*map(sizes.__getitem__, dims),)) for dims in declared.dims)
+    return ValueError(
+        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted {declared.dtype} {wanted}"
+        f" ({sizes['T']} tokens of {sizes['R']} requests)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
-    """Logits of the wanted rows: (L, vocab_size) in the model's dtype, on the runner's device, until the next step."""
+    """What a step gives, on the runner's device, until the runner's next step.
+
+    logits          (L, vocab_size) of the wanted rows, in the model's dtype
+    hidden_states   (L, hidden_size) that these logits are the head's of, where the step asked for them
+    request_slots, request_generations  as the step had them
+    """
 
     logits: Tensor
+    hidden_states: Tensor | None = None
+    request_slots: Tensor | None = None
+    request_generations: Tensor | None = None
+
+
+def capture_dims(layers: Iterable[Iterable[tuple[int, ...]]]) -> dict[str, Any]:
+    """Return what may change of each argument of a forward, by letter; caches (N, …) may have any number N of blocks.
+
+    layers  of the KV cache: the shapes of its tensors in one block
+    """
+    caches = [[("N", *[None] * len(shape)) for shape in layer] for layer in layers]
+    return {n: caches if n == "kv_caches" else tuple(FIELDS[n].dims[0]) for n in STEP_ARGUMENTS}
+
+
+def example_arguments(
+    layers: Iterable[Iterable[tuple[int, ...]]], kv_dtype: torch.dtype, device: str
+) -> dict[str, Any]:
+    """Return arguments to trace a forward on: their dtypes and sizes count, no size that may change is 0 or 1."""
+    sizes = {"T": 7, "R": 3, "S": 4, "B": 4, "L": 2}
+    caches = [[torch.empty((5, *shape), dtype=kv_dtype, device=device) for shape in layer] for layer in layers]
+    return {n: caches if n == "kv_caches" else FIELDS[n].padded(sizes, device) for n in STEP_ARGUMENTS}
 
 
 def ragged_step(
     token_ids: np.ndarray, table: np.ndarray, firsts: np.ndarray, counts: np.ndarray, block_size: int,
-    logit_rows: np.ndarray | None = None,
+    logit_rows: np.ndarray | None = None, **more: Any,
 ) -> StepInput:  # fmt: skip
     """Return the step that computes counts[r] tokens of each request, after firsts[r] that are in its blocks table[r].
 
     token_ids are those of all requests concatenated. The logits wanted are of each request's last row by default.
+    more: further fields of StepInput.
     """
     starts = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
@@ -86,4 +213,18 @@ def ragged_step(
         seq_lens=torch.from_numpy((firsts + counts).astype(np.int32)),
         query_starts=torch.from_numpy(starts),
         logit_rows=torch.from_numpy(rows.astype(np.int64)),
+        **more,
     )
+
+
+def empty_step() -> StepInput:
+    """Return the step of no request: a rank without work gives it, so that the others' collectives do not wait."""
+    none = np.empty(0, dtype=np.int64)
+    return ragged_step(none, np.empty((0, 1), dtype=np.int32), none, none, 1)
+
+
+def step_of_padding() -> StepInput:
+    """Return the step of one row of padding, which no request owns and which stores nothing."""
+    sizes = {"T": 1, "R": 1, "S": 2, "B": 1, "L": 1}
+    parts: dict[str, Any] = {name: FIELDS[name].padded(sizes, "cpu") for name in STEP_ARGUMENTS if name in FIELDS}
+    return StepInput(**parts)

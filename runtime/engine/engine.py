@@ -41,6 +41,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
+        self.eos_ids = _eos_ids(runner, tokenizer)
         self.seed = seed
         pool = BlockPool(num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching)
         self.scheduler = Scheduler(config=config, pool=pool)
@@ -154,7 +155,7 @@ class Engine:
                 output.metrics.first_token_time = now
                 output.metrics.num_cached_tokens = sequence.num_cached
             if logprobs is not None:
-                self._take_logprobs(completion, token, logprobs, sequence.params)
+                self._take_logprobs(completion, token, logprobs, request.detokenizers[index])
             reason = self._ended_by_token(sequence, token)
             if detokenizer := request.detokenizers[index]:
                 if (stop := self._show(detokenizer, sequence, token, reason)) is not None:
@@ -190,15 +191,16 @@ class Engine:
             stop = detokenizer.finish(may_stop=may_stop)
         return stop
 
+    @staticmethod
     def _take_logprobs(
-        self, completion: CompletionOutput, token: int, logprobs: dict[int, Logprob], params: SamplingParams
+        completion: CompletionOutput, token: int, logprobs: dict[int, Logprob], detokenizer: Detokenizer | None
     ) -> None:
         assert completion.logprobs is not None
         completion.logprobs.append(logprobs)
         completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + logprobs[token].logprob
-        if params.detokenize and self.tokenizer is not None:
-            for one, logprob in logprobs.items():
-                logprob.decoded_token = self.tokenizer.decode([one], skip_special_tokens=False)
+        if detokenizer is not None:
+            for logprob, text in zip(logprobs.values(), detokenizer.texts_of(logprobs), strict=True):
+                logprob.decoded_token = text
 
     def _finish(self, request: _Request, index: int, reason: str, stop_reason: str | int | None) -> None:
         """Mark one output finished, and its request when it was the last. The caller removes it from the scheduler."""
@@ -222,7 +224,7 @@ class Engine:
         return Sequence(
             id=f"{request_id}/{index}", tokens=tokens, num_tokens=len(prompt), num_prompt=len(prompt), params=params,
             max_tokens=max_tokens, arrival=self._arrivals, seed=seed + (index << 48),
-            stop_ids=() if params.ignore_eos else self.runner.config.eos_ids,
+            stop_ids=() if params.ignore_eos else self.eos_ids,
         )  # fmt: skip
 
     def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
@@ -232,3 +234,9 @@ class Engine:
             self.tokenizer, prompt_token_ids, stop=params.stop_strings, skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
         )  # fmt: skip
+
+
+def _eos_ids(runner: ModelRunner, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Return the ids that end a sequence: the model's, and the one that its tokenizer names (fine-tunes rename it)."""
+    named = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
+    return tuple(dict.fromkeys(i for i in (*runner.config.eos_ids, *named) if i < runner.config.vocab_size))

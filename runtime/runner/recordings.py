@@ -1,8 +1,10 @@
 """A runner's recorded steps: what may be recorded and at what cost (the plan), and the recordings, made when needed.
 
-full       a step that decodes one token of each request, seams and all, for each number of requests
-piecewise  any other step: its tokens padded to the next of some sizes, recorded between seams, which run eagerly on the
+Full       a step that computes as many tokens of each request, all their logits wanted: decode (one token) and the
+           verification of drafts; seams and all
+Piecewise  any other step: its tokens padded to the next of some sizes, recorded between seams, which run eagerly on the
            step's own ragged metadata
+Eager      what no recording serves, op by op
 
 Modes are named as vLLM's: https://docs.vllm.ai/en/latest/design/cuda_graphs.html
 """
@@ -14,6 +16,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,18 +27,47 @@ from seamwise.compile.record.recorders import recorder_for
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput
 
-from .static_inputs import StaticInputs
+from .static_inputs import OF_SEAMS, StaticInputs, num_bytes, sizes_of
 
 _LOG = logging.getLogger(__name__)
-_OF_SEAMS = ("block_table", "seq_lens", "query_starts")  # only seams read them, so they need no padding
-Key = tuple[str, int]  # "full" or "piecewise", tokens
+
+
+class Full(NamedTuple):
+    """The recording of a step of `requests` requests, `tokens_each` of each."""
+
+    requests: int
+    tokens_each: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.requests * self.tokens_each
+
+
+class Piecewise(NamedTuple):
+    """The recording of steps that are padded to `tokens` tokens."""
+
+    tokens: int
+
+
+class Eager(NamedTuple):
+    """No recording; why: "eager": none serves such a step, "over_budget": there is no memory for it."""
+
+    why: str = "eager"
+
+
+class Empty(NamedTuple):
+    """A step of no tokens."""
+
+
+Key = Full | Piecewise
+Kind = Key | Eager | Empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturePlan:
     """What may be recorded, and the bytes it takes: of values that are alive at once, and of buffers for inputs.
 
-    keys   piecewise sizes, and the largest full step: smaller ones take less
+    keys   piecewise sizes, and the largest full steps: smaller ones take less
     calls  of a replay, by mode: recordings, and seams between them
     All recordings share memory: together they take what the largest does.
     """
@@ -45,26 +77,34 @@ class CapturePlan:
     token_bytes: int
     logit_bytes: int
     max_rows: int
-    input_bytes: int
+    sizes: dict[str, int]
     budget_bytes: int
 
     @classmethod
     def of(cls, program: Program, options: RunnerConfig) -> CapturePlan:
         """Return the plan of a compiled model."""
-        rows = options.max_recorded_requests
-        sizes = {"full": (rows,), "piecewise": options.capture_sizes}
-        keys = tuple((mode, n) for mode in options.recorded_modes for n in sizes[mode])
-        tokens = max((n for _, n in keys), default=0)
+        rows, most_each = options.max_recorded_requests, 1 + options.num_speculative_tokens
+        possible: dict[str, list[Key]] = {
+            "full": [Full(rows, n) for n in sorted({1, most_each})],
+            "piecewise": [Piecewise(n) for n in options.capture_sizes],
+        }
+        keys = tuple(key for mode in options.recorded_modes for key in possible[mode])
         return cls(
             keys=keys, calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
             token_bytes=program.token_bytes, logit_bytes=program.logit_bytes, max_rows=rows,
-            input_bytes=8 * 4 * tokens + 4 * rows * (options.max_blocks + 2) if keys else 0,
+            sizes=sizes_of(max((key.tokens for key in keys), default=0), rows, options.max_blocks),
             budget_bytes=options.max_recorded_bytes,
         )  # fmt: skip
 
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the buffers for inputs, which all recordings share."""
+        return num_bytes(self.sizes) if self.keys else 0
+
     def num_bytes(self, key: Key) -> int:
         """Return what a recording takes, with the buffers for inputs."""
-        return self.input_bytes + self.token_bytes * key[1] + self.logit_bytes * min(key[1], self.max_rows)
+        rows = key.tokens if isinstance(key, Full) else min(key.tokens, self.max_rows)
+        return self.input_bytes + self.token_bytes * key.tokens + self.logit_bytes * rows
 
     @property
     def total_bytes(self) -> int:
@@ -73,17 +113,19 @@ class CapturePlan:
 
     def __str__(self) -> str:
         lines = [f"recordings, within {self.budget_bytes / 1e6:.0f} MB:"]
-        for mode, tokens in self.keys:
-            needs = self.num_bytes((mode, tokens))
+        for key in self.keys:
+            needs, mode = self.num_bytes(key), type(key).__name__.lower()
             beyond = "" if needs <= self.budget_bytes else ", too much: runs eagerly"
-            lines.append(f"    {mode:9} {tokens:5} tokens, {self.calls[mode]:4} calls, {needs / 1e6:8.1f} MB{beyond}")
+            lines.append(
+                f"    {mode:9} {key.tokens:5} tokens, {self.calls[mode]:4} calls, {needs / 1e6:8.1f} MB{beyond}"
+            )
         return "\n".join(lines)
 
 
 @dataclass(slots=True, kw_only=True)
 class RecordingStats:
-    """How steps ran: "full", "piecewise", "eager" (no recording serves them), "over_budget" (eager for want of memory);
-    the keys recorded, in order; and the bytes that their recorder holds."""
+    """How steps ran: "full", "piecewise", "eager" (no recording serves them), "over_budget" (eager for want of memory),
+    "empty"; the keys recorded, in order; and the bytes that their recorder holds."""
 
     steps: Counter[str] = field(default_factory=Counter)
     recorded: list[Key] = field(default_factory=list)
@@ -99,13 +141,11 @@ class Recordings:
         self.recorder = recorder_for(torch.device(options.device))
         self._options, self._agree = options, agree
         self._made: dict[Key, Recording | None] = {}
+        self._filled: dict[Full, tuple[StepInput, list[Any]]] = {}  # a full step's buffers, and all its arguments
         self._static: StaticInputs | None = None
         if self.plan.keys:
             _LOG.info("%s", self.plan)
-            self._static = StaticInputs(
-                max_tokens=max(n for _, n in self.plan.keys), max_requests=options.max_recorded_requests,
-                max_blocks=options.max_blocks, device=options.device,
-            )  # fmt: skip
+            self._static = StaticInputs(self.plan.sizes, options.device)
 
     def __getitem__(self, key: Key) -> Recording:
         recording = self._made[key]
@@ -116,47 +156,80 @@ class Recordings:
     def clear(self) -> None:
         """Forget every recording: what they refer to has moved."""
         self._made.clear()
+        self._filled.clear()
+
+    def kind_of(self, batch: StepInput) -> Kind:
+        """Return how a step is run: by which recording, made already or not, or by none and why; and count it."""
+        kind = self._kind(batch)
+        match kind:
+            case Empty():
+                counted = "empty"
+            case Eager(why):
+                counted = why
+            case Full() | Piecewise() as key:
+                if key not in self._made and not self._may_record(key):
+                    self._made[key] = None
+                if self._made.get(key, self) is None:
+                    kind = Eager(counted := "over_budget")
+                else:
+                    counted = "full" if isinstance(key, Full) else "piecewise"
+        self.stats.steps[counted] += 1
+        return kind
 
     def run(
-        self, function: Callable[..., Tensor], batch: StepInput, flat: Callable[[StepInput], list[Tensor]]
-    ) -> Tensor | None:
-        """Run a step by its recording, made now if there is none; return None where it must run eagerly."""
-        key = self._key(batch)
-        if key is not None and key not in self._made and not self._may_record(key):
-            self._made[key] = None
-        if key is None or self._static is None or self._made.get(key, self) is None:
-            self.stats.steps["eager" if key is None else "over_budget"] += 1
-            return None
-        mode, tokens = key
-        self.stats.steps[mode] += 1
-        if mode == "full":
-            arguments, varying = flat(self._static.fill(batch)), []
-        else:
-            rows = min(tokens, self._options.max_recorded_requests)
-            arguments = flat(self._static.fill(batch, tokens, rows))
-            varying = [len(arguments) - 1 - STEP_ARGUMENTS[::-1].index(name) for name in _OF_SEAMS]
+        self, key: Key, function: Callable[..., Any], batch: StepInput, flat: Callable[[StepInput], list[Any]]
+    ) -> Any:
+        """Run a step by its recording, made now if there is none; return what the function returns, of its own rows."""
+        assert self._static is not None
+        varying: list[int] = []
+        match key:
+            case Full():
+                if key not in self._filled:
+                    views = self._static.views(key.tokens, key.requests)
+                    self._filled[key] = views, flat(views)
+                views, arguments = self._filled[key]
+                self._static.fill(views, batch)
+            case Piecewise(tokens):
+                rows = min(tokens, self._options.max_recorded_requests)
+                arguments = flat(self._static.fill_padded(batch, tokens, rows))
+                varying = [len(arguments) - 1 - STEP_ARGUMENTS[::-1].index(name) for name in OF_SEAMS]
         recording = self._made.get(key)
         if recording is not None:
-            return recording.replay(*arguments)[: batch.logit_rows.shape[0]]
-        recording = self.recorder.record(function, *arguments, full=mode == "full", varying=varying)
-        self._made[key] = recording
-        self.stats.recorded.append(key)
-        self.stats.num_bytes = recording.num_bytes
-        return recording.results[: batch.logit_rows.shape[0]]
+            results = recording.replay(*arguments)
+        else:
+            recording = self.recorder.record(function, *arguments, full=isinstance(key, Full), varying=varying)
+            self._made[key] = recording
+            self.stats.recorded.append(key)
+            self.stats.num_bytes = recording.num_bytes
+            results = recording.results
+        if isinstance(key, Full):
+            return results
+        wanted = batch.logit_rows.shape[0]
+        return results[:wanted] if isinstance(results, Tensor) else tuple(each[:wanted] for each in results)
 
     def _may_record(self, key: Key) -> bool:
         needed = max(self.plan.num_bytes(key), self.plan.input_bytes + self.stats.num_bytes)
         return bool(self._agree(int(needed <= self.plan.budget_bytes)))
 
-    def _key(self, batch: StepInput) -> Key | None:
+    def _kind(self, batch: StepInput) -> Kind:
         tokens, rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
+        if not tokens:
+            return Empty()
         requests, blocks = batch.block_table.shape
         modes, most = self._options.recorded_modes, self._options.max_recorded_requests
-        if "full" in modes and tokens == requests == rows <= most and blocks <= self._options.max_blocks:
-            return "full", tokens
+        if "full" in modes and rows == tokens and requests <= most and blocks <= self._options.max_blocks:
+            each = tokens // requests
+            if each <= 1 + self._options.num_speculative_tokens and _uniform(batch, each):
+                return Full(requests, each)
         sizes = self._options.capture_sizes
-        if "piecewise" in modes and 0 < tokens <= sizes[-1]:
+        if "piecewise" in modes and tokens <= sizes[-1]:
             size = sizes[bisect_left(sizes, tokens)]
             if rows <= min(size, most):
-                return "piecewise", size
-        return None
+                return Piecewise(size)
+        return Eager()
+
+
+def _uniform(batch: StepInput, each: int) -> bool:
+    """Return whether every request has `each` tokens."""
+    starts = batch.query_starts.numpy()
+    return bool((starts[1:] - starts[:-1] == each).all())

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
@@ -25,10 +26,10 @@ from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program, open_pack
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
-from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput
+from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, step_of_padding
 from seamwise.runtime.distributed.group import smallest
 
-from .recordings import CapturePlan, Recordings, RecordingStats
+from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .update_weights import update_weights
 
 
@@ -108,10 +109,19 @@ class ModelRunner:
         if not self.kv_caches:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
-        logits = self._recordings.run(self.executable, batch, self._flat)
-        if logits is None:
-            logits = self.executable(*self._flat(self._on_device(batch)))
-        return StepOutput(logits=logits)
+        self._check_served(batch)
+        match self._recordings.kind_of(batch):
+            case Empty():
+                results = self._empty()
+            case Eager():
+                results = self.executable(*self._flat(self._on_device(batch)))
+            case Full() | Piecewise() as key:
+                results = self._recordings.run(key, self.executable, batch, self._flat)
+        logits, hidden = results if self.options.return_hidden_states else (results, None)
+        return StepOutput(
+            logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
+            request_generations=batch.request_generations,
+        )  # fmt: skip
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write new values of parameters, (the checkpoint's name, tensor) each, in place; recordings stay valid.
@@ -120,9 +130,9 @@ class ModelRunner:
         """
         update_weights(self.executable, self.options, self.buffers, weights)
 
-    def recording(self, num_requests: int) -> Recording:
-        """Return the recorded decode step of that many requests. Raises KeyError before such a step has run."""
-        return self._recordings["full", num_requests]
+    def recording(self, num_requests: int, tokens_each: int = 1) -> Recording:
+        """Return the recorded step of so many requests and tokens of each. Raises KeyError before such a step ran."""
+        return self._recordings[Full(num_requests, tokens_each)]
 
     def capture_plan(self) -> CapturePlan:
         """Return what may be recorded, and the memory it takes. str() of it is for people."""
@@ -132,6 +142,33 @@ class ModelRunner:
     def recording_stats(self) -> RecordingStats:
         """How steps ran until now, and what is recorded."""
         return self._recordings.stats
+
+    def _check_served(self, batch: StepInput) -> None:
+        """Raise ValueError for what a step may ask for and this model does not have."""
+        if batch.positions.dim() > 1:
+            raise ValueError("StepInput.positions is (3, T), this model rotates by one position a token: wanted (T,)")
+        if batch.further_groups:
+            raise ValueError(
+                f"StepInput has {1 + len(batch.further_groups)} KV cache groups, this model has 1: leave further_groups"
+                " out"
+            )
+        if batch.adapter_slots is not None and batch.adapter_slots.any():
+            raise ValueError(
+                f"StepInput.adapter_slots is {batch.adapter_slots.tolist()}, no adapter is loaded: wanted 0"
+            )
+        if batch.hidden_states and not self.options.return_hidden_states:
+            raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")
+
+    def _empty(self) -> Any:
+        """Run no tokens: alone, nothing; beside other ranks, a row of padding, for their collectives wait for ours."""
+        if self.options.tensor_parallel_size > 1:
+            results = self.executable(*self._flat(self._on_device(step_of_padding())))
+            return tree_map(lambda result: result[:0], results)
+        logits, hidden = (
+            torch.empty(0, size, dtype=self.options.dtype, device=self.options.device)
+            for size in (self.config.vocab_size, self.config.hidden_size)
+        )
+        return (logits, hidden) if self.options.return_hidden_states else logits
 
     def _on_device(self, batch: StepInput) -> StepInput:
         if torch.device(self.options.device).type == "cpu":

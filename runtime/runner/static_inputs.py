@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seamwise.runtime.build.step import FIELDS, StepInput
+
+_BUFFERED = {name: declared for name, declared in FIELDS.items() if declared.in_forward}
+_OF_MODEL = {name: declared.dims[0] for name, declared in _BUFFERED.items() if declared.reader == "model"}
+OF_SEAMS = tuple(name for name, declared in _BUFFERED.items() if declared.reader == "seams")
+
+
+def sizes_of(max_tokens: int, max_requests: int, max_blocks: int) -> dict[str, int]:
+    """Return the sizes of buffers for the largest step, by letter."""
+    return {"T": max_tokens, "R": max_requests, "S": max_requests + 1, "B": max_blocks, "L": max_tokens}
+
+
+def num_bytes(sizes: dict[str, int]) -> int:
+    """Return what buffers of these sizes take."""
+    return sum(math.prod(declared.shape(sizes)) * declared.dtype.itemsize for declared in _BUFFERED.values())
 
 
 class StaticInputs:
@@ -15,36 +32,41 @@ class StaticInputs:
     The block table keeps its full width: rows of every step then have one stride.
     """
 
-    def __init__(self, *, max_tokens: int, max_requests: int, max_blocks: int, device: str) -> None:
-        sizes = {"T": max_tokens, "R": max_requests, "S": max_requests + 1, "B": max_blocks, "L": max_tokens}
+    def __init__(self, sizes: dict[str, int], device: str) -> None:
         self._buffers = {
-            name: torch.zeros([sizes[dim] for dim in dims], dtype=dtype, device=device)
-            for name, (dtype, dims) in FIELDS.items()
+            name: torch.zeros(declared.shape(sizes), dtype=declared.dtype, device=device)
+            for name, declared in _BUFFERED.items()
         }
 
-    def fill(self, batch: StepInput, tokens: int | None = None, rows: int | None = None) -> StepInput:
-        """Copy a step into the buffers and return it as views of them.
+    def views(self, tokens: int, requests: int) -> StepInput:
+        """Return the starts of the buffers, as a step of so many tokens, all wanted, and requests."""
+        sizes = {"T": tokens, "R": requests, "S": requests + 1, "L": tokens}
+        parts: dict[str, Any] = {
+            name: buffer[: sizes[_BUFFERED[name].dims[0][0]]] for name, buffer in self._buffers.items()
+        }
+        return StepInput(**parts)
 
-        With `tokens` and `rows` it is padded to so many, and what only seams read moves to the device as it is. A row
-        of padding belongs to no request, and its slot of -1 stores nothing.
+    def fill(self, views: StepInput, batch: StepInput) -> None:
+        """Copy a step into the buffers, by views of its size."""
+        for name in self._buffers:
+            values, view = getattr(batch, name), getattr(views, name)
+            (view[:, : values.shape[1]] if name == "block_table" else view).copy_(values, non_blocking=True)
+
+    def fill_padded(self, batch: StepInput, tokens: int, rows: int) -> StepInput:
+        """Copy a step into the buffers, padded to so many tokens and wanted rows, and return it as views of them.
+
+        What only seams read moves to the device as it is. A row of padding belongs to no request, and its slot of -1
+        stores nothing.
         """
-        sizes = {"token_ids": tokens, "positions": tokens, "slot_mapping": tokens, "logit_rows": rows}
-        filled = {}
+        filled: dict[str, Any] = {}
+        sizes = {"T": tokens, "L": rows}
         for name, buffer in self._buffers.items():
-            values = getattr(batch, name)
-            if tokens is not None and name not in sizes:
-                filled[name] = values.to(buffer.device, non_blocking=True)
-            elif name == "block_table":
-                requests, blocks = values.shape
-                buffer[:requests, :blocks].copy_(values)
-                filled[name] = buffer[:requests]
+            values: Tensor = getattr(batch, name)
+            if name in _OF_MODEL:
+                view = buffer[: sizes[_OF_MODEL[name]]]
+                added = view.shape[0] - values.shape[0]
+                view.copy_(F.pad(values, (0, added), value=FIELDS[name].padding), non_blocking=True)
+                filled[name] = view
             else:
-                filled[name] = _put(buffer, values, sizes.get(name), -1 if name == "slot_mapping" else 0)
+                filled[name] = values.to(buffer.device, non_blocking=True)
         return StepInput(**filled)
-
-
-def _put(buffer: Tensor, values: Tensor, size: int | None = None, padding: int = 0) -> Tensor:
-    count = values.shape[0]
-    view = buffer[: size or count]
-    view.copy_(F.pad(values, (0, view.shape[0] - count), value=padding) if size else values, non_blocking=True)
-    return view

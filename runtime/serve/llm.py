@@ -31,6 +31,7 @@ class LLM:
     model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
              for one of several GGUF files
     tokenizer  another directory or GGUF file to take the tokenizer from
+    skip_tokenizer_init  read no tokenizer: prompts are token ids, and outputs have no text (detokenize=False)
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device   "auto" (CUDA when there is one), "cpu", "cuda[:n]"
     max_model_len  longest request, prompt and output together; default: what the model allows
@@ -49,7 +50,7 @@ class LLM:
         device: str = "auto", max_model_len: int | None = None, seed: int = 0, max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
         gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
-        num_gpu_blocks_override: int | None = None, **options: Any,
+        num_gpu_blocks_override: int | None = None, skip_tokenizer_init: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
@@ -59,7 +60,9 @@ class LLM:
         limits = SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
         directory = resolve_model(model)
         home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
-        self.tokenizer = Tokenizer(home) if has_tokenizer(home) else None
+        if skip_tokenizer_init and tokenizer is not None:
+            raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
+        self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
         runner = ModelRunner.load(  # after the tokenizer: what reading that frees is used again
             directory, dtype=dtype, device=device, max_model_len=max_model_len, seed=seed, **options
         )
@@ -117,19 +120,28 @@ class LLM:
 
     def chat(
         self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
-        chat_template: str | None = None, add_generation_prompt: bool = True, use_tqdm: bool = True,
+        use_tqdm: bool = True, chat_template: str | None = None, chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True, continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
-        """Answer a conversation (a list of {"role", "content"}) or a list of them, by the model's chat template."""
+        """Answer a conversation (a list of {"role", "content"}) or a list of them, by the model's chat template.
+
+        A content is a string or a list of {"type": "text", "text": str}. The options are those of render_chat in
+        runtime/text/chat.py, which vLLM's `LLM.chat` names so.
+        """
         if isinstance(messages, (str, Mapping)) or not messages:
             raise ValueError(f"chat: got {messages!r}, wanted a list of {{'role': …, 'content': …}}")
         conversations = [messages] if isinstance(messages[0], Mapping) else list(messages)
         tokenizer = self._tokenizer()
+        options = {
+            "chat_template": chat_template, "chat_template_content_format": chat_template_content_format,
+            "add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message,
+            "tools": tools, "chat_template_kwargs": chat_template_kwargs,
+        }  # fmt: skip
         prompts: list[Prompt] = []
         for i, conversation in enumerate(conversations):
             try:
-                ids = tokenizer.apply_chat_template(
-                    conversation, chat_template=chat_template, add_generation_prompt=add_generation_prompt
-                )
+                ids = tokenizer.apply_chat_template(conversation, **options)
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}" if len(conversations) > 1 else str(error)) from error
             prompts.append({"prompt_token_ids": ids})

@@ -10,6 +10,14 @@ from typing import Any
 from seamwise.runtime.weights.gguf.config import find_gguf
 from seamwise.runtime.weights.gguf.file import read_gguf_header
 
+from .chat import render_chat
+from .prepared import load_full, prepare
+
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "tekken.json",
+)  # fmt: skip
+
 
 def has_tokenizer(path: Path) -> bool:
     """Return whether a model's directory or GGUF file brings its tokenizer along."""
@@ -17,7 +25,7 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def _has_files(path: Path) -> bool:
-    return any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+    return any((path / name).exists() for name in _FILES)
 
 
 def _gguf_metadata(path: Path) -> dict[str, Any] | None:
@@ -28,34 +36,29 @@ def _gguf_metadata(path: Path) -> dict[str, Any] | None:
 
 
 class Tokenizer:
-    """Encodes prompts and decodes outputs.
+    """Encodes prompts and decodes outputs, to the ids and texts of transformers' tokenizer.
 
-    tokenizer.json is read by the tokenizers library alone (0.1 s), and a GGUF file's tokenizer is built with it;
-    transformers (1 s more) is imported only for a chat template, for get_tokenizer, or when a directory has neither.
+    Text goes through the backend of transformers' tokenizer, which after a directory's first use is read without
+    transformers (0.1 s instead of 1.1); a GGUF file's is built here. transformers itself is imported for a chat
+    template, for get_tokenizer, and where its class has ways of its own.
+
+    eos_id  the id that ends a text by the tokenizer, where it names one
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._full: Any = None
-        self._light: Any = None
         self._gguf: dict[str, Any] | None = None
-        if (directory / "tokenizer.json").exists():
-            from tokenizers import Tokenizer as Light
-
-            try:
-                self._light = Light.from_file(str(directory / "tokenizer.json"))
-                self._light.no_truncation()  # the file may keep what it was last called with; transformers resets both
-                self._light.no_padding()
-            except Exception as error:  # the library raises bare Exception for a file it cannot parse
-                raise ValueError(f"{directory}/tokenizer.json: not a tokenizer: {error}") from error
-        elif not _has_files(directory) and (metadata := _gguf_metadata(directory)):
-            from seamwise.runtime.weights.gguf.tokenizer import build_tokenizer
-
-            self._gguf, self._light = metadata, build_tokenizer(metadata, str(directory))
+        if not _has_files(directory) and (metadata := _gguf_metadata(directory)):
+            self._gguf = metadata
+            self._light, self.eos_id = _of_gguf(metadata, str(directory))
+        else:
+            made = prepare(directory)
+            self._light, self.eos_id, self._full = made.light, made.eos_id, made.full
 
     @property
     def full(self) -> Any:
-        """The transformers tokenizer. Raises ValueError when the directory holds none."""
+        """The transformers tokenizer."""
         if self._full is None and self._gguf is not None:
             from transformers import PreTrainedTokenizerFast
 
@@ -64,15 +67,7 @@ class Tokenizer:
             named = special_tokens(self._gguf, str(self.directory))
             self._full = PreTrainedTokenizerFast(tokenizer_object=self._light, **named)
         if self._full is None:
-            from transformers import AutoTokenizer
-
-            try:
-                self._full = AutoTokenizer.from_pretrained(self.directory)
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(
-                    f"{self.directory}: has no tokenizer transformers can load ({error}); pass tokenizer=, or"
-                    ' prompts as {"prompt_token_ids": […]} with detokenize=False'
-                ) from error
+            self._full = load_full(self.directory)
         return self._full
 
     @cached_property
@@ -82,37 +77,36 @@ class Tokenizer:
             return frozenset(self.full.all_special_ids)
         return frozenset(i for i, token in self._light.get_added_tokens_decoder().items() if token.special)
 
-    def encode(self, text: str) -> list[int]:
-        """Return ids with the special tokens the tokenizer adds by itself."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return ids, with the special tokens the tokenizer adds by itself where they are wanted."""
         if self._light is None:
-            return list(self.full.encode(text))
-        return list(self._light.encode(text).ids)
+            return list(self.full.encode(text, add_special_tokens=add_special_tokens))
+        return list(self._light.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         if self._light is None:
             return str(self.full.decode(list(ids), skip_special_tokens=skip_special_tokens))
         return str(self._light.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None, add_generation_prompt: bool
-    ) -> list[int]:
-        """Return the ids of a conversation.
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Return the ids of a conversation; options are render_chat's.
 
         Raises ValueError for what is no conversation, a template that refuses it, or none to apply.
         """
-        from jinja2 import TemplateError
+        return self.encode(render_chat(self.full, messages, **options), add_special_tokens=False)
 
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise ValueError(f"chat: got {message!r}, wanted messages {{'role': str, 'content': …}}")
-        try:
-            text = self.full.apply_chat_template(
-                list(messages), chat_template=chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except (ValueError, TemplateError) as error:
-            raise ValueError(f"chat: {error}") from error
-        except TypeError as error:  # a template that joins strings meets another content
-            raise ValueError(f"chat: this model's template does not take such a content ({error}); use str") from error
-        if self._light is None:
-            return list(self.full.encode(text, add_special_tokens=False))
-        return list(self._light.encode(text, add_special_tokens=False).ids)
+
+def _of_gguf(metadata: dict[str, Any], where: str) -> tuple[Any, int | None]:
+    """Return the tokenizer a GGUF file describes, and its end-of-sequence id."""
+    from tokenizers import AddedToken
+
+    from seamwise.runtime.weights.gguf.tokenizer import build_tokenizer, special_tokens
+
+    light = build_tokenizer(metadata, where)
+    named = special_tokens(metadata, where)
+    held = {token.content for token in light.get_added_tokens_decoder().values()}
+    for role, token in named.items():  # as transformers adds them, whatever kind of token the file calls them
+        if role != "chat_template" and token not in held:
+            light.add_tokens([AddedToken(token, special=True, normalized=False)])
+    eos = named.get("eos_token")
+    return light, None if eos is None else light.token_to_id(eos)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .experts import stack_experts
 from .files import StoredTensor
 from .formats import check_load_format, find_tensors
+from .tied import differ
 
 # What old checkpoints store though the model computes it: Llama's, saved by transformers before 4.31.
 # What packed ones repeat: a layer's shape.
@@ -157,9 +158,8 @@ def by_parameter(
     """Return tensors by the model's names, experts stacked and tied ones under one name; and what does not fit."""
     tensors, problems = stack_experts(found, parameters)
     for alias, name in tied.items():
-        if alias in tensors:
-            tensors.setdefault(name, tensors.pop(alias))
-            tensors.pop(alias, None)
+        if (other := tensors.pop(alias, None)) is not None and differ(other, tensors.setdefault(name, other)):
+            problems.append(f"{alias} differs from {name}, which is the same tensor in this model")
     return tensors, problems
 
 

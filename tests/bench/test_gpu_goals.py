@@ -18,6 +18,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         "kernels/rms_norm/big": kernel("rms_norm", 100e6, 3700.0), "kernels/rope/big": kernel("rope", 100e6, 3500.0),
         "kernels/rms_norm/small": kernel("rms_norm", 1e6, 100.0),
         "kernels/attention/x decode": kernel("attention", 300e6, 3200.0),
+        "kernels/mla_decode/x decode": kernel("mla_decode", 1e6, 3200.0) | {"flops": 1e12, "tflop_per_s": 552.0},
         "kernels/scaled_linear/a": kernel("scaled_linear", 1e6, 1.0, T=64, triton=10.0, torch_scaled_mm=9.9),
         "kernels/grouped_linear/a": kernel("grouped_linear", 1e6, 1.0, R=4096, triton=10.0),
         "steps/llama-3-8b/bf16/capture": {"capture_s": 9.0, "capture_bytes": 1 << 30, "layers": 32, "sizes": 35},
@@ -32,9 +33,12 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     rows["steps/llama-3-8b/bf16/piecewise/1"] = {"status": "absent", "reason": "no such mode"}
     words = {o.goal.split(":")[0]: (o.word, o.reason) for o in judge(rows)}
     assert words["memory-bound kernels of 64 MB or more"][0] == "missed"
-    reason = "1 of 2 shapes reach it, of the copy ceiling; below: rope/big 0.88"
+    reason = "1 of 2 shapes reach it, of a copy of as many bytes; below: rope/big 0.88"
     assert words["memory-bound kernels of 64 MB or more"][1] == reason
-    assert words["decode attention and MLA decode"][0] == "met"
+    assert words["decode attention and MLA decode, bound by memory"][0] == "met"
+    assert words["MLA decode bound by arithmetic"] == (
+        "missed", "0 of 1 shapes reach it, of the matmul ceiling; below: mla_decode/x decode 0.69"
+    )  # fmt: skip
     assert words["block-fp8 and grouped GEMM"][0] == "missed" and "0.99" in words["block-fp8 and grouped GEMM"][1]
     assert words["Llama-3-8B bf16, batch 1"][0] == "met"
     transformers = words["Llama-3-8B bf16, batch 64 and 256"]
@@ -54,5 +58,6 @@ def kernel(contract: str, num_bytes: float, gb_per_s: float, **given: Any) -> Ro
     peers = {"torch._grouped_mm": 8.5} if contract == "grouped_linear" else {}
     return {
         "contract": contract, "bytes": num_bytes, "flops": 1, "gb_per_s": gb_per_s, "sizes": sizes,
+        "us": num_bytes / gb_per_s / 1e3, "copy_us": num_bytes / 4000 / 1e3,
         "provider_us": times, "peer_us": peers,
     }  # fmt: skip

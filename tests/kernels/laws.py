@@ -7,14 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from seamwise.kernels.contract import Contract
+from seamwise.kernels.cpu import instruction_set
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+def on_instruction_sets(*others: str) -> Any:
+    """Return a fixture that runs each test of a module as the run was asked to, then with each of `others`."""
+
+    @pytest.fixture(autouse=True, params=["as asked", *others])
+    def code(request: pytest.FixtureRequest) -> Iterator[None]:
+        asked = request.param == "as asked"
+        if not asked and request.param not in instruction_set.runnable():
+            pytest.skip(f"this machine does not run {request.param}")
+        with instruction_set.using(instruction_set.current() if asked else request.param):
+            yield
+
+    return code
 
 
 def tensors(result: Any) -> list[Tensor]:

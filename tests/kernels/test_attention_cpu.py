@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from seamwise.kernels import attention, kv_append
-from seamwise.kernels.cpu import attention_cpu, cpp
-from seamwise.kernels.cpu.tape import Kernel
+from seamwise.kernels.cpu import attention_cpu, cpp, instruction_set
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -192,31 +191,24 @@ def test_many_heads_of_one_kv_head(group: int) -> None:
     assert_within_budget(step, step.run(threads=2))
 
 
-@pytest.mark.parametrize(
-    ("march", "needs"), [("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512bw"), ("native", "")]
-)
-def test_every_vector_width(march: str, needs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if needs not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this machine has no {needs}")
-    flags = tuple(f"-march={march}" if f == "-march=native" else f for f in cpp.FLAGS)
-    kernel = Kernel("attention_cpu.cpp", "seamwise_attention", flags=flags)
-    monkeypatch.setattr(attention_cpu, "_ATTENTION", kernel)
-    for dtype in [torch.float32, torch.bfloat16, *([torch.float16] if march != "x86-64" else [])]:
-        requests, limits = [(100, 30), (0, 75), (500, 1), (3, 1)], {"window": 90, "softcap": 2.0}
-        step = make_step(requests, dim=80, dtype=dtype, sinks=torch.bfloat16, **limits)
-        out = step.run()
-        assert_within_budget(step, out)
-        assert torch.equal(out, step.run(threads=2))
-        assert torch.equal(out[10:30], step.cut(0, 10, 30).run())
+@pytest.mark.parametrize("name", instruction_set.FLAGS)
+def test_every_vector_width(name: str) -> None:
+    if name not in instruction_set.runnable():
+        pytest.skip(f"this machine does not run {name}")
+    with instruction_set.using(name):
+        for dtype in [torch.float32, torch.bfloat16, *([torch.float16] if name != "baseline" else [])]:
+            requests, limits = [(100, 30), (0, 75), (500, 1), (3, 1)], {"window": 90, "softcap": 2.0}
+            step = make_step(requests, dim=80, dtype=dtype, sinks=torch.bfloat16, **limits)
+            out = step.run()
+            assert_within_budget(step, out)
+            assert torch.equal(out, step.run(threads=2))
+            assert torch.equal(out[10:30], step.cut(0, 10, 30).run())
 
 
-def test_a_machine_without_half_precision_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_half_precision_says_so() -> None:
     if platform.machine() != "x86_64":
         pytest.skip("a build without half precision is asked for by an x86 flag")
-    flags = tuple("-march=x86-64" if f == "-march=native" else f for f in cpp.FLAGS)
-    kernel = Kernel("attention_cpu.cpp", "seamwise_attention", flags=flags)
-    monkeypatch.setattr(attention_cpu, "_ATTENTION", kernel)
-    with pytest.raises(RuntimeError, match="no float16 conversion"):
+    with instruction_set.using("baseline"), pytest.raises(RuntimeError, match="no float16 conversion"):
         make_step([(0, 3)], dtype=torch.float16).run()
 
 

@@ -1,5 +1,6 @@
 """Compiling at first use: cached by everything that matters, whole files only, failures that say what to do."""
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seamwise.kernels.cpu import cpp
+from seamwise.kernels.cpu import cpp, instruction_set, tape
 
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 
@@ -24,7 +25,7 @@ def test_compiles_once_and_then_loads_the_cached_file(source: Path, tmp_path: Pa
     assert cpp.load(source, cache_dir=folder).answer() == 42
     (built,) = folder.iterdir()
     written = built.stat().st_mtime_ns
-    cpp.load.cache_clear()
+    cpp._load.cache_clear()
     assert cpp.load(source, cache_dir=folder).answer() == 42
     assert [p.stat().st_mtime_ns for p in folder.iterdir()] == [written]
 
@@ -32,22 +33,46 @@ def test_compiles_once_and_then_loads_the_cached_file(source: Path, tmp_path: Pa
 @pytest.mark.parametrize("change", ["source", "header", "flags"])
 def test_key_follows_what_the_build_depends_on(source: Path, change: str) -> None:
     compiler = cpp.find_compiler()
-    before = cpp.build_key(source, cpp.FLAGS, compiler)
-    assert before == cpp.build_key(source, cpp.FLAGS, compiler)
-    flags: tuple[str, ...] = cpp.FLAGS
+    before = cpp.build_key(source, cpp.flags(), compiler)
+    assert before == cpp.build_key(source, cpp.flags(), compiler)
+    flags = cpp.flags()
     if change == "source":
         source.write_text(SOURCE + "// other\n")
     elif change == "header":
         (source.parent / "answer.h").write_text("#define ANSWER 43\n")
     else:
-        flags = (*cpp.FLAGS, "-DOTHER")
+        flags = cpp.flags("-DOTHER")
     assert cpp.build_key(source, flags, compiler) != before
 
 
 def test_key_follows_the_instruction_sets(source: Path) -> None:
-    compiler = cpp.find_compiler()
-    plain = tuple(f for f in cpp.FLAGS if f != "-march=native")
-    assert cpp._predefined_macros(plain, compiler) != cpp._predefined_macros((*plain, "-mavx2"), compiler)
+    compiler, keys, levels = cpp.find_compiler(), set(), []
+    for name in instruction_set.runnable():
+        with instruction_set.using(name):
+            keys.add(cpp.build_key(source, cpp.flags(), compiler))
+            levels.append(cpp.instructions())
+    assert len(keys) == len(instruction_set.runnable())
+    assert levels[1:] == [
+        {"baseline": "baseline" if platform.machine() == "x86_64" else "neon"}.get(n, n)
+        for n in instruction_set.runnable()[1:]
+    ]
+
+
+def test_an_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'avx3': wanted one of 'native', 'avx512', 'avx2', 'baseline'"):
+        instruction_set.use("avx3")
+    monkeypatch.setattr(instruction_set, "runnable", lambda: ("native", "baseline"))
+    with pytest.raises(RuntimeError, match="'avx2': this machine runs only 'native', 'baseline'"):
+        instruction_set.use("avx2")
+    assert instruction_set.current() != "avx2"
+
+
+def test_a_kernel_follows_the_instruction_set_in_use() -> None:
+    kernel = tape.Kernel("tape.cpp", "seamwise_replay")
+    before = kernel.address
+    with instruction_set.using("baseline"):
+        other = kernel.address
+    assert kernel.address == before != other
 
 
 def test_compile_error_carries_the_compilers_message(source: Path, tmp_path: Path) -> None:
@@ -77,7 +102,7 @@ def test_unwritable_cache_folder_is_named(source: Path, tmp_path: Path) -> None:
 def test_damaged_cached_file_is_named(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
-    key = cpp.build_key(source, cpp.FLAGS, cpp.find_compiler())
+    key = cpp.build_key(source, cpp.flags(), cpp.find_compiler())
     (folder / f"answer-{key}.so").write_bytes(b"not a library")
     with pytest.raises(RuntimeError, match="delete the file"):
         cpp.load(source, cache_dir=folder)
@@ -87,7 +112,7 @@ def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     code = f"""
 from pathlib import Path
-from seamwise.kernels import cpp
+from seamwise.kernels.cpu import cpp
 assert cpp.load(Path({str(source)!r}), cache_dir=Path({str(folder)!r})).answer() == 42
 """
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]

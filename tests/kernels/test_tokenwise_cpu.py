@@ -7,29 +7,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import on_instruction_sets
 from torch import Tensor
 
 from seamwise.kernels import add_rms_norm, gather_rows, rms_norm, rope, rope_table, silu_mul
 from seamwise.kernels.contract import Contract
-from seamwise.kernels.cpu import tape, tokenwise_cpu
 
-PORTABLE = ("-std=c++17", "-O2", "-march=x86-64", "-ffp-contract=off", "-shared", "-fPIC")  # vectors of 4 floats
-drawn = settings(max_examples=50)
+drawn = settings(max_examples=30)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 seeds, paddings, scales = st.integers(0, 2**31 - 1), st.sampled_from([0, 5]), st.sampled_from([1e-3, 1.0, 30.0])
 tokens_, widths = st.integers(0, 20), st.integers(1, 300)
 
 
-@pytest.fixture(autouse=True, params=["native", "portable"])
-def code(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run each test on this machine's code and on what a machine without wide vectors gets."""
+code = on_instruction_sets("avx2", "baseline")
+
+
+@pytest.fixture(autouse=True)
+def keep_thread_count() -> Iterator[None]:
     before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "portable":
-            for name in ("_NORM", "_ROPE", "_ROPE_TABLE", "_SILU_MUL", "_GATHER"):
-                symbol = getattr(tokenwise_cpu, name).symbol
-                patch.setattr(tokenwise_cpu, name, tape.Kernel("tokenwise_cpu.cpp", symbol, flags=PORTABLE))
-        yield
+    yield
     torch.set_num_threads(before)
 
 

@@ -33,11 +33,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}
     ),
     "llama, yarn": ("LlamaForCausalLM", {"rope_parameters": YARN}),
+    "llama, gelu, dynamic rope within its length": (
+        "LlamaForCausalLM",
+        {"hidden_act": "gelu", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "mistral": ("MistralForCausalLM", {"sliding_window": 5}),
     "mistral, no window": ("MistralForCausalLM", {"sliding_window": None}),
     "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen2, upper window": (
         "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    ),
+    "qwen2, every window": (
+        "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}
     ),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
     "qwen3, biases, windows": (

@@ -16,11 +16,12 @@ from seamwise.model_defs.rope import Rope
 
 LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 64}
 
+PHI3 = {"original_max_position_embeddings": 64}  # its class has a default, which counts before the rope's own
 SLIDING = {"sliding_window": 9, "use_sliding_window": True}
 
 
 def read(E: int, **raw: Any) -> Rope:
-    return Rope.from_hf(Reader(raw, "test"), E, partial=True)
+    return Rope.from_hf(Reader(raw, "test"), E)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ def read(E: int, **raw: Any) -> Rope:
         YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
         YARN | {"mscale": 0.7, "mscale_all_dim": 0.9, "factor": 40.0},
         YARN | {"attention_factor": 0.8},
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
         LONGROPE | {"rope_theta": 1e4, "long": 4.0, "partial_rotary_factor": 0.75},
         LONGROPE | {"rope_theta": 1e4, "long": 4.0, "factor": 16.0, "attention_factor": 1.3},
     ],
@@ -48,7 +50,7 @@ def test_speeds_equal_transformers_bit_for_bit(rope: dict[str, Any], head_dim: i
         rope = {k: v for k, v in rope.items() if k != "long"}
         rope |= {"short_factor": [1.0 + i / 7 for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
     config = LlamaConfig(head_dim=head_dim, rope_parameters=dict(rope), max_position_embeddings=2048)
-    for longest in (64, 65):
+    for longest in (64, 65, 2048, 4096):
         make = ROPE_INIT_FUNCTIONS.get(rope["rope_type"], LlamaRotaryEmbedding.compute_default_rope_parameters)
         speeds, scaling = make(config, device="cpu", seq_len=longest)
         ours = read(head_dim, rope_parameters=rope, max_position_embeddings=2048, max_model_len=longest)
@@ -93,6 +95,7 @@ def test_gemma3_of_transformers_4_and_5_are_one() -> None:
         ("MistralForCausalLM", {"sliding_window": None}, [0] * 7),
         ("Qwen2ForCausalLM", {**SLIDING, "use_sliding_window": False}, [0] * 7),
         ("Qwen2ForCausalLM", {**SLIDING, "max_window_layers": 5}, [0] * 5 + [9] * 2),
+        ("Qwen2ForCausalLM", {**SLIDING, "max_window_layers": 0}, [9] * 7),
         ("Gemma2ForCausalLM", {"sliding_window": 9}, [9, 0, 9, 0, 9, 0, 9]),
     ],
 )  # fmt: skip
@@ -105,13 +108,13 @@ def test_windows_of_configurations_without_layer_types(
 @pytest.mark.parametrize(
     ("architecture", "change", "named"),
     [
-        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type is 'dynamic'"),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}, "rope_type is 'ntk'"),
         ("LlamaForCausalLM", {"rope_parameters": LLAMA3 | {"factor": None}}, "factor is missing"),
         ("LlamaForCausalLM", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "factor 4.0 is not below"),
         ("LlamaForCausalLM", {"rope_parameters": [1]}, "rope_parameters is"),
         ("LlamaForCausalLM", {"rope_theta": -1}, "rope_theta is -1"),
-        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        ("LlamaForCausalLM", {"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ("LlamaForCausalLM", {"intermediate_size": None}, "intermediate_size is missing"),
         ("LlamaForCausalLM", {"intermediate_size": "48"}, "intermediate_size is '48'"),
         ("LlamaForCausalLM", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
@@ -120,10 +123,15 @@ def test_windows_of_configurations_without_layer_types(
         ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window is 0"),
         ("Qwen2ForCausalLM", {"layer_types": ["full_attention"]}, "wanted a list of 2 of 'full_attention' and"),
         ("Qwen2ForCausalLM", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types is .*chunked"),
-        ("Qwen3ForCausalLM", {}, "head_dim is missing"),
         ("Phi3ForCausalLM", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, wanted at most 1"),
-        ("Phi3ForCausalLM", {"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, "long_factor is 1 numbers, .* of 8"),
-        ("Phi3ForCausalLM", {"rope_scaling": LONGROPE | {"long_factor": [1, 2, 0, 4, 5, 6, 7, 8]}}, "long_factor is 0"),
+        (
+            "Phi3ForCausalLM", PHI3 | {"rope_scaling": LONGROPE | {"short_factor": [1.0]}},
+            "short_factor is 1 numbers, .* of 8",
+        ),
+        (
+            "Phi3ForCausalLM", PHI3 | {"rope_scaling": LONGROPE | {"short_factor": [1, 2, 0, 4, 5, 6, 7, 8]}},
+            "short_factor is 0",
+        ),
         ("Gemma2ForCausalLM", {"head_dim": 8, "hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
         ("Gemma2ForCausalLM", {"head_dim": 8, "final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
         ("Gemma3ForCausalLM", {"head_dim": 8, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
@@ -142,3 +150,11 @@ def test_unknown_entry_and_architecture_are_refused() -> None:
         build_model("LlamaForCausalLM", SIZES, entry="vllm")
     with pytest.raises(ValueError, match=r"Seamwise defines .*LlamaForCausalLM.*; use entry='transformers'"):
         build_model("GPT2LMHeadModel", SIZES, entry="own")
+
+
+def test_a_head_may_turn_in_part_in_every_family() -> None:
+    whole = read(16, rope_theta=1e4)
+    part = read(16, rope_theta=1e4, partial_rotary_factor=0.5)
+    assert part.speeds == read(8, rope_theta=1e4).speeds and len(whole.speeds) == 8
+    model = build_model("LlamaForCausalLM", SIZES | {"partial_rotary_factor": 0.5}, entry="own")
+    assert model.model.tables[0].speeds_F.tolist() == list(part.speeds)  # type: ignore[union-attr,index]

@@ -75,7 +75,7 @@ def test_any_batch_composition(mix: Any, family: str, entry: str, block_size: in
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize(("max_model_len", "lengths"), [(None, (19, 40, 17)), (16, (16, 3, 9))])
+@pytest.mark.parametrize(("max_model_len", "lengths"), [(256, (19, 40, 17)), (16, (16, 3, 9)), (None, (16, 3, 9))])
 def test_longrope_takes_its_table_by_the_longest_request(
     entry: str, max_model_len: int | None, lengths: tuple[int, ...], tmp_path: Any
 ) -> None:

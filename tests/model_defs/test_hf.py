@@ -55,15 +55,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "encoder": ("BertForMaskedLM", {}, "has no such causal language model"),
     "encoder and decoder": ("T5ForConditionalGeneration", {}, "has no such causal language model"),
     "unheard of": ("NonesuchForCausalLM", {}, "architecture 'NonesuchForCausalLM': transformers .* has no such"),
-    "rope by length": (
-        "LlamaForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-        "rope_type is 'dynamic'",
-    ),
-    "rope by length, by layer": (
-        "Gemma3ForCausalLM",
-        {"sliding_window_pattern": 2, "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}},
-        "rope_type is .*'dynamic'",
-    ),
     "another model's configuration": ("LlamaForCausalLM", {"model_type": "qwen2"}, "model_type is 'qwen2'"),
 }  # fmt: skip
 

@@ -18,12 +18,17 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save_tiny(directory: Path, architecture: str, *, seed: int = 0, **changes: Any) -> Any:
-    """Save a tiny random model of transformers' class and return it; no weight is at its neutral value."""
+def save_tiny(
+    directory: Path, architecture: str, *, seed: int = 0, only: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """Save a tiny random model of transformers' class and return it; no weight is at its neutral value.
+
+    only  what is not the class's default, in place of SIZES and changes
+    """
     import transformers
 
     model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**(SIZES | changes))
+    config = model_class.config_class(**(SIZES | changes if only is None else only))
     config._attn_implementation = config._experts_implementation = "eager"  # which run in float64 too
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)

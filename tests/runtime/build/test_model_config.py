@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.runner_config import RunnerConfig
 
 PLAIN: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -34,7 +35,7 @@ def test_reads_sizes_and_fills_what_older_files_leave_out(tmp_path: Path) -> Non
     assert (config.architecture, config.hidden_size, config.num_layers) == ("LlamaForCausalLM", 64, 3)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 32)
     assert (config.vocab_size, config.max_position_embeddings, config.dtype) == (100, 512, torch.bfloat16)
-    assert (config.bos_id, config.eos_ids) == (1, ())
+    assert (config.bos_id, config.eos_ids) == (1, (2,))  # transformers' defaults for a Llama
     old = read(tmp_path, {"num_key_value_heads": ..., "torch_dtype": "float16"})
     assert (old.num_kv_heads, old.head_dim, old.dtype) == (4, 16, torch.float16)
     assert read(tmp_path, {}).dtype == torch.float32
@@ -60,7 +61,7 @@ def test_eos_is_generation_configs_before_configs(
         ({"architectures": ...}, "architectures is None, wanted a list of one class name"),
         ({"architectures": []}, r"architectures is \[\]"),
         ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
-        ({"hidden_size": ...}, "hidden_size is missing"),
+        ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": 0}, "hidden_size is 0, wanted a whole number"),
         ({"hidden_size": -64}, "hidden_size is -64"),
         ({"hidden_size": 64.0}, "hidden_size is 64.0"),
@@ -94,6 +95,35 @@ def test_a_file_that_is_no_json_object_is_named(content: bytes, tmp_path: Path) 
     (tmp_path / "generation_config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"generation_config\.json: (not valid JSON|holds list)"):
         ModelConfig.from_directory(tmp_path)
+
+
+TABLES = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("rope", "default", "longest"),
+    [
+        ({}, 512, 512),
+        ({"rope_type": "linear", "factor": 4.0}, 512, 512),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64, **TABLES}, 64, 512),
+        ({"type": "su", "original_max_position_embeddings": 64, **TABLES}, 64, 512),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048, 2048),  # Qwen2.5's recipe
+        ({"type": "yarn", "factor": 4.0}, 2048, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 512, 512),
+        ({"type": "dynamic", "factor": 3.0}, 512, 1536),
+    ],
+)
+def test_the_longest_request_follows_from_rope(
+    rope: dict[str, Any], default: int, longest: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = read(tmp_path, {"rope_scaling": rope})
+    assert (config.default_len, config.longest) == (default, longest)
+    assert RunnerConfig.for_model(config).max_model_len == default
+    said = [str(w.message) for w in recwarn if "trained at" in str(w.message)]
+    assert len(said) == (default != longest) and all(f"up to {longest} may be asked for" in text for text in said)
+    assert RunnerConfig.for_model(config, max_model_len=longest).max_model_len == longest
+    with pytest.raises(ValueError, match=f"max_model_len={longest + 1}: wanted 1 to {longest}"):
+        RunnerConfig.for_model(config, max_model_len=longest + 1)
 
 
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:

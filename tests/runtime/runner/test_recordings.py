@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import draw_tokens
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from seamwise import ModelRunner
 from seamwise.compile.ledger import Ledger
-from seamwise.runtime.build.step import StepInput
+from seamwise.runtime.build.step import StepInput, ragged_step
+from seamwise.runtime.runner.recordings import Full, Piecewise
 
 MODES = ("none", "full_decode_only", "piecewise", "full_and_piecewise")
 LENGTHS = (19, 2, 33, 7)
@@ -69,6 +71,35 @@ def test_every_mode_gives_what_eager_gives(runner: ModelRunner, mode: str) -> No
     eager = {"none": 10, "full_decode_only": 6, "piecewise": 2, "full_and_piecewise": 2}[mode]
     full = {"none": 0, "full_decode_only": 4, "piecewise": 0, "full_and_piecewise": 4}[mode]
     assert steps == Counter({"eager": eager, "full": full, "piecewise": 10 - eager - full})
+
+
+# Three requests prefill, then verify 3, 2, 3 and 4 drafts and more beside a token; a ragged one; decode between.
+VERIFYING = (
+    {0: 5, 2: 6, 3: 2}, {0: 4, 2: 4, 3: 4}, {0: 3, 2: 3}, {0: 1, 2: 1}, {0: 4, 2: 4}, {0: 2, 2: 1}, {2: 5}, {2: 4},
+)  # fmt: skip
+
+
+def test_verify_steps_replay_in_full_too(runner: ModelRunner) -> None:
+    recorded = another(runner, cudagraph_mode="full_decode_only", num_speculative_tokens=3)
+    want = run(another(runner, cudagraph_mode="none"), VERIFYING)
+    assert_same(run(recorded, VERIFYING), want)
+    stats = recorded.recording_stats
+    assert stats.recorded == [Full(3, 4), Full(2, 3), Full(2, 1), Full(2, 4), Full(1, 4)]
+    again = run(recorded, VERIFYING)
+    assert_same(again, want)
+    assert stats.steps == {"full": 10, "eager": 6} and recorded.recording(2, 3) is recorded.recording(2, 3)
+    assert recorded.capture_plan().keys == (Full(256, 1), Full(256, 4))
+
+
+def test_two_tokens_of_one_request_are_no_decode_of_two(runner: ModelRunner) -> None:
+    """As many tokens as requests, but one has none: no recording of a uniform step may serve it."""
+    recorded = another(runner, cudagraph_mode="full_decode_only")
+    recorded.allocate_kv(9)
+    batch = ragged_step(
+        np.array([3, 5]), np.array([[1], [2]], dtype=np.int32), np.array([0, 0]), np.array([2, 0]), 4, np.array([0, 1])
+    )
+    recorded.step(batch)
+    assert recorded.recording_stats.steps == {"eager": 1}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
@@ -123,11 +154,11 @@ def test_models_interleave_in_one_process(tmp_path: Path, runner: ModelRunner) -
 
 def test_what_is_beyond_the_budget_runs_eagerly_and_is_counted(runner: ModelRunner) -> None:
     plan = runner.capture_plan()
-    budget = plan.num_bytes(("piecewise", 4))
+    budget = plan.num_bytes(Piecewise(4))
     tight = another(runner, max_recorded_bytes=budget)
     assert_same(run(tight), run(another(runner, cudagraph_mode="none")))
     stats = tight.recording_stats
-    assert stats.recorded == [("piecewise", 4)] and stats.steps == {"over_budget": 2, "piecewise": 2, "eager": 1}
+    assert stats.recorded == [Piecewise(4)] and stats.steps == {"over_budget": 2, "piecewise": 2, "eager": 1}
     assert tight.capture_plan().total_bytes == budget
     words = str(tight.capture_plan())
     assert words.count("too much: runs eagerly") == 2 and "piecewise    20 tokens" in words
@@ -145,7 +176,7 @@ def test_the_plan_is_what_recordings_take(runner: ModelRunner) -> None:
         logit_rows=torch.tensor([49, 199]),
     )  # fmt: skip
     assert big.step(batch).logits.shape == (2, 512)
-    planned = big.capture_plan().num_bytes(("piecewise", 256)) - big.capture_plan().input_bytes
+    planned = big.capture_plan().num_bytes(Piecewise(256)) - big.capture_plan().input_bytes
     assert 0.5 < big.recording_stats.num_bytes / planned < 1.5
 
 

@@ -54,7 +54,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert message in error and "Traceback" not in error
 
 
-COMMANDS = ("generate", "explain", "compile", "explain-key", "bisect", "bench")
+COMMANDS = ("serve", "generate", "explain", "compile", "explain-key", "bisect", "bench")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

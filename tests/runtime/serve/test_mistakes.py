@@ -12,7 +12,6 @@ import pytest
 
 from seamwise import LLM, SamplingParams
 from seamwise.runtime.serve.cli import main
-from seamwise.runtime.text.tokenizer import Tokenizer
 
 
 def small(model: Path, pack_dir: Path | None, **options: Any) -> LLM:
@@ -51,12 +50,6 @@ def test_half_and_float_are_vllms_names(tiny_llama_dir: Path, pack_dir: Path) ->
 def test_a_conversation_is_a_list(tiny_llama_dir: Path, pack_dir: Path, messages: Any) -> None:
     with pytest.raises(ValueError, match=r"^chat: got .*, wanted a list of \{'role': …, 'content': …\}"):
         small(tiny_llama_dir, pack_dir).chat(messages)
-
-
-def test_a_content_that_the_template_cannot_join_is_refused(demo_model: Path) -> None:
-    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    with pytest.raises(ValueError, match="template does not take such a content"):
-        Tokenizer(demo_model).apply_chat_template(parts, chat_template=None, add_generation_prompt=True)
 
 
 @pytest.mark.parametrize("full", ["folder", "limit"])

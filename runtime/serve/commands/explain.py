@@ -1,0 +1,69 @@
+"""`seamwise explain`: what the compiler did with a model; no weights are read."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from .options import Commands, add_command, loading, model_options
+
+
+def add(commands: Commands) -> None:
+    what = "show what the compiler did with a model, without its weights: passes, misses, pieces, seams, start-up"
+    parser = add_command(commands, "explain", run, what)
+    model_options(parser)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--source", action="store_true", help="print the generated program instead")
+    parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
+    parser.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
+    parser.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
+    parser.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
+    parser.add_argument(
+        "--sp", type=int, nargs="?", const=1, default=0, metavar="TOKENS",
+        help="with --tp: each rank norms its share of the rows, in steps of at least as many tokens",
+    )  # fmt: skip
+    parser.add_argument("--async-tp", action="store_true", help="with --sp: rows travel while others are multiplied")
+
+
+def run(options: argparse.Namespace) -> int:
+    """`seamwise explain`: compile a model (or read its pack) and say what was done; no weights are read."""
+    if options.validate and options.tp > 1:
+        raise ValueError("--validate runs the graph, and --tp has no other ranks to run it with; leave one out")
+
+    from seamwise.compile.explain.html import as_html
+    from seamwise.compile.explain.text import as_json, as_text
+    from seamwise.compile.pipeline import PipelineConfig
+    from seamwise.runtime.build.model_config import ModelConfig
+    from seamwise.runtime.build.packs import load_program
+    from seamwise.runtime.build.progress import shown_ledger
+    from seamwise.runtime.build.runner_config import RunnerConfig
+    from seamwise.runtime.distributed.group import fake_group
+    from seamwise.runtime.runner.recordings import CapturePlan
+    from seamwise.runtime.weights.hub import resolve_model
+
+    with shown_ledger("compile") as ledger:
+        config = ModelConfig.from_directory(resolve_model(options.model))
+        chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
+        ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep}
+        ranks |= {"enable_sequence_parallel": options.sp != 0, "enable_async_tp": options.async_tp}
+        ranks["sp_min_token_num"] = options.sp or 1
+        with fake_group(options.tp) if options.tp > 1 else nullcontext():
+            settings = RunnerConfig.for_model(config, pipeline=chosen, **ranks, **loading(options))
+            program, _ = load_program(config, settings, ledger)
+    if options.html:
+        # The roofline is the benchmarks'.
+        measure_ceilings = importlib.import_module("seamwise.bench.timing").measure_ceilings
+        ceilings, dtype = measure_ceilings(settings.device), str(settings.dtype).removeprefix("torch.")
+        title = f"{config.architecture}, {options.model}"
+        options.html.write_text(as_html(program, ledger.seconds, title, partial(ceilings.least_us, dtype=dtype)))
+    if options.source:
+        print(program.source)
+    elif options.json:
+        print(json.dumps(as_json(program, ledger.seconds), indent=1))
+    else:
+        print(as_text(program, ledger.seconds), CapturePlan.of(program, settings), sep="\n")
+    return 0

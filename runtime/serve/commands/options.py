@@ -1,0 +1,166 @@
+"""Options that commands share, from flags or one TOML file with the same names."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Commands = argparse._SubParsersAction  # the type has no public name
+_LOADING = ("dtype", "device", "entry", "max_model_len", "load_format", "quantization", "kv_cache_dtype")
+_ENGINE: dict[str, Any] = {  # LLM's further options, with their types
+    "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
+    "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str,
+}  # fmt: skip
+
+
+def add_command(
+    commands: Commands[Any], name: str, run: Callable[[argparse.Namespace], int] | None, what: str
+) -> argparse.ArgumentParser:
+    """Declare a command."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
+    parser.set_defaults(run=run)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with options, by the flags' names")
+    return parser
+
+
+def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Declare how a model is loaded."""
+    parser.add_argument("--model", required=required, help="Hugging Face directory or hub id")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--entry", default="auto", help="own: Seamwise's definition; transformers: the model's own class"
+    )
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--load-format", default="auto", help="auto, safetensors, pt, npz, gguf; dummy: random weights")
+    parser.add_argument(
+        "--quantization",
+        help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load; gguf: keep integers packed",
+    )
+    parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: keys and values in float8")
+    parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
+
+
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what model_options asked for, as LLM's options."""
+    return {name: getattr(options, name) for name in _LOADING} | ({"pack_dir": None} if options.no_pack else {})
+
+
+def engine_options(parser: argparse.ArgumentParser) -> None:
+    """Declare LLM's further options; those that are not given keep LLM's defaults."""
+    group = parser.add_argument_group("engine", "as LLM's; see its description")
+    for name, kind in _ENGINE.items():
+        group.add_argument(flag(name), type=kind)
+    group.add_argument("--enforce-eager", action="store_true", default=None)
+    group.add_argument("--no-prefix-caching", action="store_true", default=None)
+
+
+def engine_loading(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what engine_options and model_options asked for, as LLM's options."""
+    given = {name: getattr(options, name) for name in (*_ENGINE, "enforce_eager")}
+    if options.no_prefix_caching:
+        given["enable_prefix_caching"] = False
+    return loading(options) | {name: value for name, value in given.items() if value is not None}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def dataclass_options(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
+    """Declare a flag for each field of a dataclass, documented by its docstring."""
+    group = parser.add_argument_group(title)
+    helps, types_ = _documented(kind), typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, text = types_[field.name], helps.get(field.name, "").replace("%", "%%")
+        if hint is bool:
+            group.add_argument(
+                flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=text
+            )
+        elif typing.get_origin(hint) is tuple:
+            group.add_argument(flag(field.name), nargs="+", default=field.default, help=text)
+        else:
+            plain = next(t for t in typing.get_args(hint) or (hint,) if t is not types.NoneType)
+            group.add_argument(flag(field.name), type=plain, default=field.default, help=f"{text} ({field.default})")
+
+
+def dataclass_given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return the arguments of a dataclass from what was parsed."""
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(kind)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _documented(kind: type) -> dict[str, str]:
+    """Return what a class' docstring says of each field: a line that starts with its name, or with several."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in (kind.__doc__ or "").splitlines()[1:]:
+        stripped = line.strip()
+        indent = len(line) - len(line.lstrip())
+        if indent == 4 and "  " in stripped:
+            heads, _, text = stripped.partition("  ")
+            names = [name.strip() for name in heads.split(",")]
+            found |= dict.fromkeys(names, text.strip())
+        elif indent > 4 and stripped:
+            found |= {name: f"{found[name]} {stripped}" for name in names}
+        else:
+            names = []
+    return found
+
+
+def apply_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Make the values of --config FILE the defaults of a command's parser: flags come before them.
+
+    Raises ValueError for a file that cannot be read, a name that is no option, or a value of another type.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(list(arguments))[0].config
+    if path is None:
+        return
+    for name, value in read_toml(path).items():
+        set_default(parser, name, value, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's contents. Raises ValueError when it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config {path}: no valid TOML: {error}") from error
+
+
+def set_default(parser: argparse.ArgumentParser, name: str, value: Any, source: str) -> None:
+    """Give an option another default. Raises ValueError for one that does not exist, or a value of another type."""
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    key = name.replace("-", "_")
+    if key not in actions:
+        close = difflib.get_close_matches(key, actions, 1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(actions))}"
+        raise ValueError(f"{source}: there is no option {name!r}; {hint}")
+    action = actions[key]
+    wanted = _wanted(action)
+    items = value if isinstance(value, list) and action.nargs in ("+", "*") else [value]
+    for item in items:
+        if isinstance(item, bool) != (wanted is bool) or not isinstance(
+            item, (wanted, int) if wanted is float else wanted
+        ):
+            raise ValueError(f"{source}: {name} = {item!r}, wanted a {wanted.__name__}")
+    many = action.nargs in ("+", "*")
+    converted = [action.type(item) if callable(action.type) else item for item in items]
+    action.default, action.required = (converted if many else converted[0]), False
+
+
+def _wanted(action: argparse.Action) -> type:
+    if action.nargs == 0:
+        return bool
+    return action.type if action.type in (int, float) else str

@@ -1,0 +1,60 @@
+"""`seamwise serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from seamwise.runtime.serve.http.settings import ServeSettings
+
+from .options import (
+    Commands,
+    add_command,
+    dataclass_given,
+    dataclass_options,
+    engine_loading,
+    engine_options,
+    model_options,
+)  # fmt: skip
+
+
+def add(commands: Commands[Any]) -> None:
+    parser = add_command(commands, "serve", run, "serve a model over HTTP, with OpenAI's routes")
+    model_options(parser)
+    engine_options(parser)
+    dataclass_options(parser, ServeSettings, "server")
+    parser.add_argument("--step-timeout-s", type=float, default=60.0, help="longest step; a longer one is a hang (60)")
+    parser.add_argument("--start-timeout-s", type=float, default=3600.0, help="longest stage of start-up (3600)")
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal. Status 2: the options are wrong; 3: something failed; the first line says which."""
+    settings = ServeSettings(**dataclass_given(options, ServeSettings))
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("uvicorn").setLevel("WARNING")
+    try:
+        from seamwise.runtime.serve.async_llm import AsyncLLM
+        from seamwise.runtime.serve.http.app import build_app
+        from seamwise.runtime.serve.http.run import serve
+        from seamwise.runtime.serve.http.serving import Serving
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; pip install 'seamwise[serve]'") from error
+    llm = AsyncLLM(
+        options.model, step_timeout_s=options.step_timeout_s, start_timeout_s=options.start_timeout_s,
+        **engine_loading(options),
+    )  # fmt: skip
+    names = settings.served_model_name or (options.model,)
+    state = Serving(dict.fromkeys(names, llm), settings)
+    return serve(build_app(state), state, settings, ready=lambda address: _say(address, names[0]))
+
+
+def _say(address: str, model: str) -> None:
+    logging.getLogger("seamwise.serve").info("%s is ready at %s", model, address)
+    logging.getLogger("seamwise.serve").info(
+        "try: curl %s/v1/completions -H 'Content-Type: application/json' -d '{\"prompt\": \"Hello\"}'", address
+    )

@@ -1,0 +1,105 @@
+"""Every error as OpenAI's clients read it: {"error": {"message", "type", "param", "code"}}; never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from seamwise.runtime.serve.process.streams import EngineError, RequestRefused, Unsupported
+
+logger = logging.getLogger("seamwise.http")
+_TYPES = {
+    400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
+    413: "RequestTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError", 500: "InternalServerError",
+    501: "NotImplementedError", 503: "ServiceUnavailableError",
+}  # fmt: skip
+_ELSEWHERE = {  # fields that clients of OpenAI and vLLM know, and what there is instead
+    "best_of": "it does not exist any more; use n",
+    "suffix": "text cannot be put into a gap; put it into the prompt",
+    "guided_json": "use response_format",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "max_token": "did you mean max_tokens?",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error. retry_s: when the client may try again, for 429 and 503."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, retry_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.retry_s = status, message, param, retry_s
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """Return the JSON of an error."""
+    return {"error": {"message": message, "type": _TYPES.get(status, "APIError"), "param": param, "code": status}}
+
+
+def error_response(error: ApiError) -> Response:
+    headers = {} if error.retry_s is None else {"Retry-After": str(error.retry_s)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = msgspec.json.encode(error_body(error.status, error.message, error.param))
+    return Response(body, error.status, headers, "application/json")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Return what a client is told of an exception. One that nobody foresaw is logged, and told without its text."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestRefused | ValueError):
+        return ApiError(400, str(error))
+    if isinstance(error, Unsupported):
+        return ApiError(501, str(error))
+    if isinstance(error, EngineError):
+        return ApiError(503, str(error), retry_s=5)
+    logger.error("an error that was not foreseen", exc_info=error)
+    return ApiError(500, "the server met an error of its own; its log says which")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let the application answer every exception in this form."""
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_invalid(error, request))
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(ApiError(error.status_code, str(error.detail)))
+
+    async def other(request: Request, error: Exception) -> Response:
+        return error_response(as_api_error(error))
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    for kind in (ApiError, ValueError, EngineError, Unsupported, Exception):
+        app.add_exception_handler(kind, other)
+
+
+def _invalid(error: RequestValidationError, request: Request) -> ApiError:
+    """Say what is wrong with a body: the first field, what it was, what was wanted."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("function-")) or "body"
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        close = difflib.get_close_matches(name, _fields_of(request), 1, cutoff=0.7)
+        hint = f"did you mean {close[0]}?" if close else "leave it out"
+        return ApiError(400, f"{where}: there is no such field; {_ELSEWHERE.get(name, hint)}", where)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    got = repr(first.get("input"))
+    return ApiError(400, f"{where}: {first['msg']}, got {got[:80]}{'…' if len(got) > 80 else ''}", where)
+
+
+def _fields_of(request: Request) -> list[str]:
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(field, "field_info", None), "annotation", None)
+    return list(getattr(model, "model_fields", {}))

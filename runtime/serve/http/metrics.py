@@ -1,0 +1,164 @@
+"""Prometheus metrics with vLLM's names, from what the engine says and what requests got.
+
+Source: the names are listed in https://docs.vllm.ai/en/latest/usage/metrics
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.serve.process.client import EngineClient
+from seamwise.runtime.serve.process.messages import Delta, Stats
+
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_LONG_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class RequestTimes:
+    """When one request's tokens came, for the histograms."""
+
+    __slots__ = ("arrival_s", "cached", "first_s", "last_s", "prompt_tokens", "tokens")
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.arrival_s = time.perf_counter()
+        self.first_s = self.last_s = 0.0
+        self.tokens = self.cached = 0
+        self.prompt_tokens = prompt_tokens
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own."""
+
+    def __init__(self, engine: EngineClient, model: str, aliases: bool) -> None:
+        self.registry = CollectorRegistry()
+        self._engine, self._label, self._aliases = engine, {"model_name": model, "engine": "0"}, aliases
+        self._last = Stats()
+        names = tuple(self._label)
+
+        def counter(name: str, what: str, *more: str) -> Counter:
+            return Counter(f"vllm:{name}", what, (*names, *more), registry=self.registry)
+
+        def histogram(name: str, what: str, buckets: Iterable[float]) -> Histogram:
+            made = Histogram(f"vllm:{name}", what, names, registry=self.registry, buckets=tuple(buckets))
+            return made.labels(**self._label)
+
+        label = self._label
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests.").labels(**label)
+        self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens served from the cache.").labels(**label)
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(**label)
+        self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.").labels(**label)
+        self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.").labels(**label)
+        self.preemptions = counter("num_preemptions", "Requests that gave their blocks back.").labels(**label)
+        self.success = counter("request_success", "Requests that ended, by the reason.", "finished_reason")
+        self.rejections = counter("admission_rejections", "Requests refused at the door, by the reason.", "reason")
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
+        self.itl = histogram("inter_token_latency_seconds", "Between two tokens of an output.", _SECONDS)
+        self.tpot = histogram("request_time_per_output_token_seconds", "A request's mean of it.", _SECONDS)
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", _LONG_SECONDS)
+        self.iteration = histogram("iteration_tokens_total", "Tokens that a step's requests got.", _COUNTS)
+        self.of_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _COUNTS)
+        self.of_output = histogram("request_generation_tokens", "Tokens generated for a request.", _COUNTS)
+        self.of_n = histogram("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
+        self.of_max = histogram("request_params_max_tokens", "max_tokens of a request.", _COUNTS)
+        self.registry.register(_Now(engine, label, aliases))
+        engine.watch = self.progress
+
+    def progress(self, stats: Stats, deltas: list[Delta]) -> None:
+        """Take the engine's word after a step."""
+        fell = stats.num_preemptions < self._last.num_preemptions  # another process: its counters start anew
+        self.preemptions.inc(stats.num_preemptions - (0 if fell else self._last.num_preemptions))
+        self._last = Stats(num_preemptions=stats.num_preemptions)
+        if deltas:
+            self.iteration.observe(sum(len(delta.token_ids) for delta in deltas))
+
+    def reject(self, reason: str) -> None:
+        self.rejections.labels(**self._label, reason=reason).inc()
+
+    def arrived(self, prompt_tokens: int, params: SamplingParams) -> RequestTimes:
+        """Note a request that was queued."""
+        self.prompt_tokens.inc(prompt_tokens)
+        self.prefix_queries.inc(prompt_tokens)
+        self.of_prompt.observe(prompt_tokens)
+        self.of_n.observe(params.n)
+        if params.max_tokens is not None:
+            self.of_max.observe(params.max_tokens)
+        return RequestTimes(prompt_tokens)
+
+    def got(self, times: RequestTimes, deltas: Iterable[Delta]) -> None:
+        """Note what a request got."""
+        now = time.perf_counter()
+        for delta in deltas:
+            count = len(delta.token_ids)
+            if not times.tokens and count:
+                times.first_s = now
+                self.ttft.observe(now - times.arrival_s)
+                times.cached = delta.num_cached_tokens
+                self.cached_tokens.inc(times.cached)
+                self.prefix_hits.inc(times.cached)
+            elif count:
+                self.itl.observe((now - times.last_s) / count)
+            times.last_s = now
+            times.tokens += count
+            self.generation_tokens.inc(count)
+            if delta.finish_reason is not None:
+                self.success.labels(**self._label, finished_reason=delta.finish_reason).inc()
+            if delta.request_finished:
+                self.e2e.observe(now - times.arrival_s)
+                self.of_output.observe(times.tokens)
+                if times.tokens > 1:
+                    self.tpot.observe((now - times.first_s) / (times.tokens - 1))
+
+    def text(self) -> bytes:
+        """Return the exposition."""
+        return generate_latest(self.registry)
+
+
+class _Now:
+    """Gauges that are read when they are asked for."""
+
+    def __init__(self, engine: EngineClient, label: dict[str, str], aliases: bool) -> None:
+        self._engine, self._label, self._aliases = engine, label, aliases
+
+    def collect(self) -> Iterator[Metric]:
+        stats, info = self._engine.stats, self._engine.info
+        asleep = self._engine.stats.sleeping
+        values = {
+            "num_requests_running": ("Requests in the batch.", stats.num_running),
+            "num_requests_waiting": ("Requests that wait for a place in it.", stats.num_waiting),
+            "kv_cache_usage_perc": ("Share of KV cache blocks in use, 0 to 1.", stats.kv_cache_usage),
+        }
+        if self._aliases:
+            values["gpu_cache_usage_perc"] = ("As kv_cache_usage_perc.", stats.kv_cache_usage)
+        for name, (what, value) in values.items():
+            yield self._gauge(f"vllm:{name}", what, [({}, value)])
+        states = {"awake": not asleep, "weights_offloaded": asleep == 1, "discard_all": asleep == 2}
+        rows = [({"sleep_state": name}, float(on)) for name, on in states.items()]
+        yield self._gauge("vllm:engine_sleep_state", "Which of the states the engine is in.", rows)
+        yield self._gauge(
+            "seamwise:engine_up", "Whether the engine takes requests.", [({}, self._engine.state == "ready")]
+        )
+        yield self._gauge("seamwise:engine_restarts", "Times it was started again.", [({}, self._engine.num_restarts)])
+        if info is None:
+            return
+        cache = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks), "cache_dtype": info.dtype}
+        yield self._gauge("vllm:cache_config_info", "The KV cache.", [(cache, 1)])
+        stages = [({"stage": name}, seconds) for name, seconds in info.startup_s.items()]
+        yield self._gauge("seamwise:startup_seconds", "Seconds of start-up by stage.", stages)
+        passes: dict[str, int] = {}
+        for one in info.explain.get("passes", ()):
+            passes[one["name"]] = passes.get(one["name"], 0) + one["matched"]
+        rows = [({"pass": name}, float(count)) for name, count in passes.items()]
+        yield self._gauge("seamwise:pass_matches", "How often each compiler pass fired.", rows)
+
+    def _gauge(self, name: str, what: str, rows: list[tuple[dict[str, str], float]]) -> Metric:
+        keys = [*self._label, *(rows[0][0] if rows else ())]
+        family = GaugeMetricFamily(name, what, labels=keys)
+        for more, value in rows:
+            family.add_metric([*self._label.values(), *more.values()], value)
+        return family

@@ -1,0 +1,105 @@
+"""POST /v1/chat/completions: answer a conversation; and the same conversation rendered as text and ids."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from seamwise.runtime.serve.chat_parts import ChatParts, reasoning_marks, tool_format
+from seamwise.runtime.serve.http.chat_answer import ChatAnswer
+from seamwise.runtime.serve.http.chat_schema import ChatRequest, Template
+from seamwise.runtime.serve.http.serving import Serving, Work, request_name, serving
+from seamwise.runtime.serve.http.sse import EventStream, encode_json, while_connected
+from seamwise.runtime.serve.prompts import Prompts
+
+from .describe import ASKS, GENERATES
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", responses=GENERATES, response_class=Response)
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer the conversation, n times; one answer, or events with stream=true."""
+    state = serving(request)
+    name, llm = state.choose(body.model, request)
+    prompts = await state.prompts(llm)
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params = body.sampling(llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
+    tools = _tools(body, prompts)
+    text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
+    work = Work(state, llm)
+    interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
+    work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
+    marks = reasoning_marks(prompts.templates.get("default", ""))
+    thinking = marks is not None and text.rstrip().endswith(marks[0])
+
+    def parts() -> ChatParts:
+        return ChatParts(tools=tools, reasoning=marks, thinking=thinking)
+
+    prefix = body.messages[-1].text() if body.echo else ""
+    answer = ChatAnswer(body, request_name(request, body.request_id, "chatcmpl"), name, parts, prefix)
+    if body.stream:
+        return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
+    return await while_connected(request, answer.whole(work), work.close)
+
+
+class RenderRequest(ChatRequest):
+    """The body of /v1/chat/completions; what belongs to sampling changes nothing here."""
+
+
+@router.post("/v1/chat/completions/render", responses=ASKS, response_class=Response)
+async def render(body: RenderRequest, request: Request) -> Response:
+    """Return the text and ids that /v1/chat/completions would continue."""
+    state = serving(request)
+    name, llm = state.choose(body.model, request)
+    prompts = await state.prompts(llm)
+    tools = _tools(body, prompts)
+    text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
+    answer = {"model": name, "prompt": text, "prompt_token_ids": ids, "token_ids": ids}
+    return Response(encode_json(answer), media_type="application/json")
+
+
+def _tools(body: ChatRequest, prompts: Prompts) -> str | None:
+    """Return how this request's calls are written, None where it wants none; ValueError for what is not served."""
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise ValueError(f"tool_choice={body.tool_choice!r}: there are no tools; give some, or leave it out")
+        return None
+    if body.tool_choice == "none":
+        return None
+    if body.tool_choice not in (None, "auto"):
+        raise ValueError(f"tool_choice={body.tool_choice!r}: grammars are not served; wanted 'auto' or 'none'")
+    source = prompts.templates.get("tool_use", prompts.templates.get("default", ""))
+    form = tool_format(source)
+    if form is None:
+        raise ValueError("tools: this model's chat template takes none; leave them out")
+    return form
+
+
+def rendered(body: Template, prompts: Prompts, state: Serving, *, with_tools: bool) -> tuple[str, list[int]]:
+    """Return a conversation's text and ids. Raises ValueError for what the template does not take."""
+    if body.chat_template is not None and not state.settings.trust_request_chat_template:
+        raise ValueError(
+            "chat_template: templates from requests are refused; start the server with trust_request_chat_template"
+        )
+    more: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    if taken := {"messages", "documents"} & more.keys():
+        raise ValueError(f"chat_template_kwargs: {min(taken)} has a field of its own; use that")
+    if body.documents is not None:
+        more["documents"] = body.documents
+    if body.reasoning_effort is not None:
+        more["reasoning_effort"] = body.reasoning_effort
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if with_tools else None
+    text = prompts.render(
+        [message.as_template_reads() for message in body.messages], chat_template=body.chat_template, tools=tools,
+        continue_final_message=body.continue_final_message, chat_template_kwargs=more,
+        add_generation_prompt=(
+            not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+        ),
+    )  # fmt: skip
+    ids = prompts.encode(text, add_special_tokens=body.add_special_tokens)
+    if not ids:
+        raise ValueError("messages: the chat template renders them to nothing; wanted text")
+    return text, ids

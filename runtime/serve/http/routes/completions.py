@@ -1,0 +1,149 @@
+"""POST /v1/completions: continue text or token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from seamwise.runtime.serve.http.schema import Sampling, TokenId
+from seamwise.runtime.serve.http.serving import Work, request_name, serving
+from seamwise.runtime.serve.http.sse import DONE, EventStream, encode_json, event, while_connected
+from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.prompts import Prompts
+
+from .describe import GENERATES
+
+router = APIRouter()
+
+
+class CompletionRequest(Sampling):
+    """OpenAI's body of /v1/completions, with vLLM's options."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    def prompts(self) -> list[Any]:
+        """Return the prompts one by one, text or ids."""
+        given: Any = self.prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            return [given]
+        return list(given)
+
+
+@router.post("/v1/completions", responses=GENERATES, response_class=Response)
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """Continue each prompt, with n outputs each; one answer, or events with stream=true."""
+    state = serving(request)
+    name, llm = state.choose(body.model, request)
+    prompts = await state.prompts(llm)
+    asked = body.prompts()
+    if not 1 <= len(asked) <= state.settings.max_prompts:
+        raise ValueError(f"prompt: got {len(asked)} prompts, wanted 1 to {state.settings.max_prompts} (max_prompts)")
+    if body.echo and body.logprobs is not None:
+        raise ValueError("echo and logprobs: prompt tokens have no log probabilities here; leave one out")
+    params = body.sampling(llm.default_sampling, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    encoded = await asyncio.to_thread(_encoded, prompts, asked, body)
+    work = Work(state, llm)
+    interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
+    work.submit(encoded, params, priority=body.priority, stream_interval=interval)
+    answer = _Answer(body, request_name(request, body.request_id, "cmpl"), name, [text or "" for text, _ in encoded])
+    if body.stream:
+        return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
+    return await while_connected(request, answer.whole(work), work.close)
+
+
+def _encoded(prompts: Prompts, asked: list[Any], body: CompletionRequest) -> list[tuple[str | None, list[int]]]:
+    found: list[tuple[str | None, list[int]]] = []
+    for prompt in asked:
+        if isinstance(prompt, str):
+            ids = prompts.encode(prompt, add_special_tokens=body.add_special_tokens)
+            found.append((prompt, ids))
+        else:
+            prompts.check(prompt)
+            text = prompts.decode(prompt, skip_special_tokens=False) if body.echo else None
+            found.append((text, list(prompt)))
+        if not found[-1][1]:
+            raise ValueError("prompt: has no tokens; wanted at least one")
+    return found
+
+
+class _Answer:
+    """Turns deltas into OpenAI's objects."""
+
+    def __init__(self, body: CompletionRequest, request_id: str, model: str, texts: list[str]) -> None:
+        self._body, self._texts = body, texts
+        self._head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._offsets: dict[int, int] = {}
+
+    async def whole(self, work: Work) -> Response:
+        """Return the answer when all is done."""
+        choices: dict[int, dict[str, Any]] = {}
+        async for i, delta in work.deltas():
+            new = self._choice(i, delta)
+            old = choices.get(new["index"])
+            if old is None:
+                choices[new["index"]] = new
+                continue
+            old["text"] += new["text"]
+            old["finish_reason"], old["stop_reason"] = new["finish_reason"], new["stop_reason"]
+            for name in ("token_ids", "prompt_token_ids"):
+                if name in new:
+                    old[name] = old.get(name, []) + new[name]
+            if new["logprobs"] is not None:
+                for name, values in new["logprobs"].items():
+                    old["logprobs"][name] += values
+        body = {**self._head, "choices": [choices[i] for i in sorted(choices)], "usage": work.usage()}
+        return Response(encode_json(body), media_type="application/json")
+
+    async def events(self, work: Work) -> AsyncIterator[bytes]:
+        options = self._body.stream_options
+        running = options is not None and options.continuous_usage_stats
+        async for i, delta in work.deltas():
+            chunk = {**self._head, "choices": [self._choice(i, delta)]}
+            yield event(chunk | {"usage": work.usage()} if running else chunk)
+        if options is not None and options.include_usage:
+            yield event({**self._head, "choices": [], "usage": work.usage()})
+        yield DONE
+
+    def _choice(self, i: int, delta: Delta) -> dict[str, Any]:
+        index = i * self._body.n + delta.index
+        first = index not in self._offsets
+        text = self._texts[i] + delta.text if first and self._body.echo else delta.text
+        start = self._offsets.get(index, len(self._texts[i]) if self._body.echo else 0)
+        choice: dict[str, Any] = {
+            "index": index, "text": text, "logprobs": None, "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }  # fmt: skip
+        if delta.logprobs is not None:
+            choice["logprobs"] = _logprobs(delta.logprobs, start, self._body.logprobs or 0)
+        self._offsets[index] = start + len(delta.text)
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+
+def _logprobs(rows: list[list[TokenLogprob]], offset: int, most: int) -> dict[str, Any]:
+    """Return the completions API's parallel lists; of a token's text the offset follows."""
+    tokens, offsets = [], []
+    for row in rows:
+        tokens.append(_spelled(row[0]))
+        offsets.append(offset)
+        offset += len(tokens[-1])
+    return {
+        "tokens": tokens,
+        "token_logprobs": [row[0].logprob for row in rows],
+        "top_logprobs": [{_spelled(one): one.logprob for one in row} if most else None for row in rows],
+        "text_offset": offsets,
+    }
+
+
+def _spelled(one: TokenLogprob) -> str:
+    return one.text if one.text is not None else f"token_id:{one.token_id}"

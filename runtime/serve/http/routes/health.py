@@ -1,0 +1,103 @@
+"""Whether the server lives, is ready, and what it does: /health, /load, /version, /metrics, /v1/models."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from seamwise.runtime.serve.http.errors import ApiError
+from seamwise.runtime.serve.http.serving import serving
+from seamwise.runtime.serve.http.sse import encode_json
+
+from .describe import READS, answers
+
+router = APIRouter()
+_TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    headers = {"Retry-After": "2"} if status == 503 else None
+    return Response(encode_json(value), status, headers, "application/json")
+
+
+@router.get("/health", responses=answers(503), response_class=Response)
+@router.get("/ping", responses=answers(503), response_class=Response, include_in_schema=False)
+async def health(request: Request) -> Response:
+    """200 when every engine makes progress: it finished a step, or was idle, within the deadline. Else 503."""
+    state = serving(request)
+    if state.draining:
+        return _json({"status": "draining", "reason": "the server is shutting down"}, 503)
+    for name, llm in state.models.items():
+        if llm.engine.state != "ready":
+            return _json({"status": llm.engine.state, "model": name, "reason": llm.engine.reason}, 503)
+    return _json({"status": "ok"})
+
+
+@router.get("/health/ready", responses=answers(503), response_class=Response)
+async def ready(request: Request) -> Response:
+    """200 when requests are taken; before that 503, with the stage that loading is in and its seconds until now."""
+    state = serving(request)
+    if state.draining:
+        return _json({"status": "draining"}, 503)
+    for name, llm in state.models.items():
+        if llm.engine.state != "ready":
+            seconds = round(time.monotonic() - llm.engine.started_s, 3)
+            told = {"status": llm.engine.state, "model": name, "stage": llm.engine.stage, "seconds": seconds}
+            return _json(told, 503)
+    return _json({"status": "ready", "stage": "ready"})
+
+
+@router.get("/load", responses=READS, response_class=Response)
+async def load(request: Request) -> Response:
+    """What is in work now."""
+    state = serving(request)
+    engines = [llm.engine.stats for llm in {id(llm): llm for llm in state.models.values()}.values()]
+    return _json(
+        {
+            "server_load": state.num_in_work,
+            "num_requests_running": sum(s.num_running for s in engines),
+            "num_requests_waiting": sum(s.num_waiting for s in engines),
+            "kv_cache_usage": max(s.kv_cache_usage for s in engines),
+            "num_steps": sum(s.num_steps for s in engines),
+        }
+    )
+
+
+@router.get("/version", responses=READS, response_class=Response)
+async def library_version(request: Request) -> Response:
+    """The library's version."""
+    return _json({"version": version("seamwise")})
+
+
+@router.get("/metrics", responses=answers(401, content=_TEXT), response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Metrics in Prometheus' text form."""
+    texts = [each.text() for each in serving(request).metrics.values()]
+    return Response(b"".join(texts), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/v1/models", responses=READS, response_class=Response)
+async def models(request: Request) -> Response:
+    """The names that requests may ask for."""
+    state = serving(request)
+    return _json({"object": "list", "data": [_model(state, name) for name in state.models]})
+
+
+@router.get("/v1/models/{name:path}", responses=answers(401, 404), response_class=Response)
+async def model(name: str, request: Request) -> Response:
+    """One of them."""
+    state = serving(request)
+    if name not in state.models:
+        raise ApiError(404, f"model {name!r} is not served; there are: {', '.join(state.models)}", "model")
+    return _json(_model(state, name))
+
+
+def _model(state: Any, name: str) -> dict[str, Any]:
+    info = state.models[name].engine.info
+    return {
+        "id": name, "object": "model", "created": int(state.started_s), "owned_by": "seamwise", "root": name,
+        "parent": None, "max_model_len": info.max_model_len if info else None,
+    }  # fmt: skip

@@ -1,0 +1,141 @@
+"""Run the application: listen, answer at once, say when the model is loaded, drain on SIGTERM, end with a status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from seamwise.runtime.serve.async_llm import AsyncLLM
+from seamwise.runtime.serve.process.child import Ended
+from seamwise.runtime.serve.process.streams import EngineError
+
+from .serving import Serving
+from .settings import ServeSettings
+
+CALLER, MACHINE = 2, 3
+logger = logging.getLogger("seamwise.serve")
+
+
+def listen(settings: ServeSettings) -> socket.socket:
+    """Return a listening socket. Raises ValueError when the address is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((settings.host, settings.port))
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        raise ValueError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}; choose another --port (0: a"
+            " free one) or --host"
+        ) from error
+    return sock
+
+
+class Server(uvicorn.Server):
+    """Drains before it ends: running requests finish within the deadline, new ones are refused.
+
+    A second signal ends at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: Serving) -> None:
+        super().__init__(config)
+        self._state = state
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        assert self._loop is not None
+        if self._state.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._state.draining = True
+        logger.info("%s: waiting for %d requests", signal.Signals(sig).name, self._state.num_in_work)
+        self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
+
+    async def _drain(self) -> None:
+        deadline_s = time.monotonic() + self._state.settings.shutdown_timeout_s
+        while self._state.num_in_work and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        for llm in self._state.models.values():
+            await llm.shutdown()  # what still runs gets an error, not silence
+        self.should_exit = True
+
+
+def serve(
+    app: ASGIApp, state: Serving, settings: ServeSettings, ready: Callable[[str], None] = lambda address: None
+) -> int:
+    """Serve until a signal, and return the exit status. The first line on stderr says why, when that is not 0.
+
+    ready  is called with the address once the models are loaded
+    """
+    sock = listen(settings)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on", server_header=False,
+        timeout_keep_alive=65, h11_max_incomplete_event_size=64 << 10,
+    )  # fmt: skip
+    server = Server(config, state)
+    host, port = sock.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return asyncio.run(_serve(server, sock, list(state.models.values()), lambda: ready(address)))
+
+
+async def _serve(server: Server, sock: socket.socket, models: list[AsyncLLM], ready: Callable[[], None]) -> int:
+    status = 0
+
+    async def loaded() -> None:
+        nonlocal status
+        try:
+            for llm in models:
+                await llm.ready()
+                await llm.prompts()
+        except Ended as ended:
+            status = fail(ended)
+            server.should_exit = True
+        except EngineError:  # it was told to end while it loaded
+            server.should_exit = True
+        except ValueError as error:
+            status = fail(Ended(str(error), "caller"))
+            server.should_exit = True
+        else:
+            ready()
+            await given_up()
+
+    async def given_up() -> None:
+        nonlocal status
+        while True:
+            await asyncio.sleep(0.5)
+            for llm in models:
+                if llm.engine.failure is not None:
+                    status = fail(llm.engine.failure)
+                    server.should_exit = True
+                    return
+
+    watching: asyncio.Task[Any] = asyncio.create_task(loaded())
+    try:
+        await server.serve([sock])
+    finally:
+        watching.cancel()
+    return status
+
+
+def fail(ended: Ended) -> int:
+    """Say why the server ends, the cause first, and return the exit status."""
+    print(f"seamwise serve: {ended}", file=sys.stderr)
+    if ended.detail:
+        print(ended.detail.rstrip(), file=sys.stderr)
+    return CALLER if ended.kind == "caller" else MACHINE

@@ -1,0 +1,96 @@
+"""Requests as OpenAI and vLLM name them: one base that refuses unknown fields, and the options of sampling."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from seamwise.runtime.sampling.params import SamplingParams
+
+_LABELS = "A label of the client's; it changes nothing."
+_SAMPLING = tuple(f.name for f in fields(SamplingParams))
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Body(BaseModel):
+    """A request. Types are not converted, and a field that does not exist is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ResponseFormat(BaseModel):
+    """How the answer must look. Only text is served."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    type: str
+
+
+class Labels(Body):
+    """Fields that clients send for their own bookkeeping."""
+
+    user: str | None = Field(None, description=_LABELS)
+    metadata: dict[str, str] | None = Field(None, description=_LABELS)
+    safety_identifier: str | None = Field(None, description=_LABELS)
+    prompt_cache_key: str | None = Field(None, description=_LABELS)
+    store: Literal[False] | None = Field(None, description="Nothing is stored.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="There is one.")
+
+
+class Sampling(Labels):
+    """How to continue a prompt; what each means stands at SamplingParams."""
+
+    model: str | None = Field(None, description="The served model's name; without it, the served model.")
+    n: Annotated[int, Field(ge=1, le=2**16)] = 1
+    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    seed: Whole | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    response_format: ResponseFormat | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(None, description="Tokens between events.")
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    return_token_ids: bool | None = Field(None, description="Put token_ids into choices and events.")
+
+    def sampling(self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Return the SamplingParams. Raises ValueError naming what cannot be served."""
+        if self.response_format is not None and self.response_format.type != "text":
+            raise ValueError(
+                f"response_format {self.response_format.type!r}: grammars are not served; wanted 'text' or nothing"
+            )
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: goes with stream=true only; leave it out")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if self.stop and any(not one for one in stop or ()):
+            raise ValueError("stop: got an empty string, wanted text that ends the output")
+        asked = {name: getattr(self, name) for name in _SAMPLING if name in type(self).model_fields}
+        asked |= {"max_tokens": max_tokens, "logprobs": logprobs, "logit_bias": self._biases(), "stop": stop or None}
+        given = {name: value for name, value in asked.items() if value is not None or name == "max_tokens"}
+        return SamplingParams(**{**defaults, **given})
+
+    def _biases(self) -> dict[int, float] | None:
+        if not self.logit_bias:
+            return None
+        if bad := [key for key in self.logit_bias if not (key.isascii() and key.isdecimal() and len(key) < 10)]:
+            raise ValueError(f"logit_bias: key {bad[0][:40]!r}, wanted token ids")
+        return {int(key): bias for key, bias in self.logit_bias.items()}

@@ -1,0 +1,114 @@
+"""Server-sent events to one client: a client that leaves, or takes nothing, ends the work for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .errors import ApiError, as_api_error, error_body
+
+DONE = b"data: [DONE]\n\n"
+encode_json = msgspec.json.Encoder().encode
+T = TypeVar("T")
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """Return one event with JSON data."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + encode_json(data) + b"\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed the connection, or took nothing for too long."""
+
+
+class EventStream(Response):
+    """Sends events until they end. The first is awaited before the status is sent, so that a refusal has its own.
+
+    events  raises what as_api_error knows; in the middle of the stream that becomes an event {"error": …}
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncIterator[bytes], first: bytes, write_timeout_s: float, close: Callable[[], None]
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events, self._first, self._timeout_s, self._close = events, first, write_timeout_s, close
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    @classmethod
+    async def of(
+        cls, events: AsyncIterator[bytes], request: Request, write_timeout_s: float, close: Callable[[], None]
+    ) -> EventStream:
+        """Wait for the first event and return the response. Raises what happens before it; `close` ends the work."""
+        try:
+            first: bytes = await while_connected(request, anext(events))  # type: ignore[arg-type]
+        except BaseException:
+            close()
+            raise
+        return cls(events, first, write_timeout_s, close)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await self._events.aclose()  # type: ignore[attr-defined]
+            self._close()
+        if not writing.cancelled() and (error := writing.exception()) and not isinstance(error, ClientGone | OSError):
+            raise error
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._send(send, self._first)
+        try:
+            async for data in self._events:
+                await self._send(send, data)
+        except ClientGone:
+            raise
+        except Exception as error:
+            told = as_api_error(error)
+            await self._send(send, event(error_body(told.status, told.message, told.param)) + DONE)
+        await self._send(send, b"", more=False)
+
+    async def _send(self, send: Send, data: bytes, more: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise ClientGone from None
+
+
+async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def while_connected(
+    request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None] = lambda: None
+) -> T:
+    """Return what `work` gives; cancel it when the client leaves first. `close` is called at the end of either."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_left(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(499, "the client closed the connection")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+        close()

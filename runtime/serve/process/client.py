@@ -1,0 +1,197 @@
+"""The engine as the HTTP process sees it: requests as streams, calls, health; a dead engine is started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .child import Child, Ended
+from .messages import Abort, Add, Call, Delta, Event, Progress, Ready, Refused, Result, Stage, Stats
+from .streams import EngineError, RequestRefused, Stream, Unsupported
+
+_MOST_RESTARTS = 5  # starts that fail one after the other before it is given up
+_LONGEST_PAUSE_S = 16.0
+
+
+class EngineClient:
+    """Supervises one engine process after another.
+
+    state    "starting", "ready", "restarting", "failed" (given up) or "stopped"
+    reason   why it is not ready, in a sentence
+    info     what the engine said of itself when it was ready
+    stats    its last word
+    watch    is called with every event that carries progress, for metrics
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any], *, step_timeout_s: float = 60.0, start_timeout_s: float = 3600.0
+    ) -> None:
+        for name, value in (("step_timeout_s", step_timeout_s), ("start_timeout_s", start_timeout_s)):
+            if not value > 0:
+                raise ValueError(f"{name}={value!r}: wanted seconds above 0")
+        self.state = "starting"
+        self.reason = "the engine is starting"
+        self.info: Ready | None = None
+        self.stats = Stats()
+        self.num_restarts = 0
+        self.failure: Ended | None = None
+        self.started_s = time.monotonic()
+        self.watch: Callable[[Stats, list[Delta]], None] = lambda stats, deltas: None
+        self._options, self._timeouts = dict(options), (step_timeout_s, start_timeout_s)
+        self._child: Child | None = None
+        self._streams: dict[str, Stream] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._ids = itertools.count()
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def stage(self) -> str:
+        """The stage of start-up, or "ready"."""
+        return self._child.stage if self._child else self.state
+
+    @property
+    def pid(self) -> int:
+        """The engine process' id, 0 when there is none."""
+        return self._child.pid if self._child else 0
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Start the engine process, in the running event loop."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._supervise())
+
+    async def wait_ready(self) -> Ready:
+        """Wait until the engine takes requests. Raises Ended with the cause when it was given up."""
+        self.start()
+        while True:
+            if self.state == "ready":
+                assert self.info is not None
+                return self.info
+            if self.failure is not None:
+                raise self.failure
+            if self.state == "stopped":
+                raise EngineError("the engine was shut down")
+            self._changed.clear()
+            await self._changed.wait()
+
+    def check(self) -> None:
+        """Raise EngineError when the engine does not take requests now."""
+        if self.state != "ready":
+            raise EngineError(self.reason)
+
+    def add(self, request: Add) -> Stream:
+        """Send a request; its deltas come by the stream. Raises EngineError, or ValueError for an id in use."""
+        self.check()
+        if request.request_id in self._streams:
+            raise ValueError(f"request id {request.request_id!r} is in use by an unfinished request")
+        stream = self._streams[request.request_id] = Stream(request.request_id)
+        assert self._child is not None
+        self._child.send(request)
+        return stream
+
+    def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End requests, without ids all of them; what they produced still comes by their streams."""
+        if self._child is not None:
+            self._child.send(Abort(None if request_ids is None else list(request_ids)))
+
+    def drop(self, stream: Stream) -> None:
+        """End a request whose reader is gone."""
+        if self._streams.pop(stream.request_id, None) is not None:
+            self.abort([stream.request_id])
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method in the engine process.
+
+        Raises ValueError, RuntimeError as the method does; Unsupported when there is none; EngineError.
+        """
+        self.check()
+        call_id = next(self._ids)
+        future = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        assert self._child is not None
+        self._child.send(Call(call_id, method, list(args), kwargs))
+        try:
+            return await future
+        finally:
+            self._calls.pop(call_id, None)
+
+    async def stop(self) -> None:
+        """End the engine process and every stream."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._enter("stopped", "the server is shutting down")
+        self._end_streams(self.reason)
+
+    async def _supervise(self) -> None:
+        pause_s, failed_starts = 0.0, 0
+        while True:
+            self._child = Child(self._options, self._handle, *self._timeouts)
+            ended = await self._child.run()
+            was_ready, self._child = self._child.ready, None
+            failed_starts = 0 if was_ready else failed_starts + 1
+            if self.info is None or failed_starts > _MOST_RESTARTS:
+                self.failure = ended
+                self._enter("failed", str(ended))
+                self._end_streams(str(ended))
+                return
+            self.num_restarts += 1
+            self._enter("restarting", f"the engine is started again: {ended}")
+            self._end_streams(str(ended))
+            pause_s = 0.0 if was_ready else min(_LONGEST_PAUSE_S, 2 * pause_s or 0.5)
+            await asyncio.sleep(pause_s)
+
+    def _enter(self, state: str, reason: str) -> None:
+        self.state, self.reason = state, reason
+        self._changed.set()
+
+    def _end_streams(self, cause: str) -> None:
+        self.stats = Stats()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(EngineError(cause))
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineError(cause))
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self.stats = event.stats
+            self.watch(event.stats, event.deltas)
+            for delta in event.deltas:
+                if stream := self._streams.get(delta.request_id):
+                    stream.put(delta)
+                    if stream.finished:
+                        del self._streams[delta.request_id]
+        elif isinstance(event, Refused):
+            if stream := self._streams.pop(event.request_id, None):
+                stream.fail(RequestRefused(event.message))
+        elif isinstance(event, Result):
+            future = self._calls.get(event.call_id)
+            if future is not None and not future.done():
+                _answer(future, event)
+        elif isinstance(event, Ready):
+            self.info = event
+            self._enter("ready", "")
+        elif isinstance(event, Stage):
+            self._changed.set()
+
+
+def _answer(future: asyncio.Future[Any], result: Result) -> None:
+    if result.error is None:
+        future.set_result(result.value)
+    elif result.kind == "unsupported":
+        future.set_exception(Unsupported(result.error))
+    elif result.kind == "caller":
+        future.set_exception(ValueError(result.error))
+    else:
+        future.set_exception(RuntimeError(result.error))

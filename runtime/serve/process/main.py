@@ -1,0 +1,118 @@
+"""The engine process: reads its options from stdin, loads the model, serves until told to end or left alone.
+
+    python -P -m seamwise.runtime.serve.process.main ADDRESS_OF_COMMANDS ADDRESS_OF_EVENTS  < options.json
+
+It ends when stdin closes, which it does with the process that started it, however that ended.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from .messages import Command, Event, Failed, Ready, Stage, decode_command, encode
+
+CALLER, MACHINE = 2, 3  # exit statuses: the options are wrong; something failed
+_LEFT = 4  # the process that started this one is gone
+
+
+def main(arguments: list[str]) -> int:
+    """Run the engine process; return its exit status, after an event that says why."""
+    context = zmq.Context()
+    commands, events = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    commands.connect(arguments[0])
+    events.connect(arguments[1])
+
+    def send(event: Event) -> None:
+        events.send(encode(event))
+
+    def receive(wait_s: float) -> Command | None:
+        return decode_command(commands.recv()) if commands.poll(int(1000 * wait_s)) else None
+
+    stage = "imports"
+    status = 0
+    try:
+        options = msgspec.json.decode(sys.stdin.buffer.readline())
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+        def entered(name: str) -> None:
+            nonlocal stage
+            stage = name
+            send(Stage(name))
+
+        llm = _load(options, entered)
+        from .loop import EngineLoop
+
+        send(_ready(llm, str(options["model"])))
+        stage = "a step"
+        EngineLoop(llm, receive, send).run()
+    except KeyboardInterrupt:
+        pass
+    except BaseException as error:
+        send(_failed(error, stage))
+        status = CALLER if isinstance(error, ValueError) else MACHINE
+    context.destroy(linger=2000)
+    return status
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(_LEFT)
+
+
+def _load(options: dict[str, Any], entered: Callable[[str], None]) -> Any:
+    """Make the LLM: by `engine_factory`, "module:function", with the options."""
+    entered("imports")
+    started = time.perf_counter()
+    module, _, name = options.pop("engine_factory").partition(":")
+    make = getattr(importlib.import_module(module), name)
+    from seamwise.runtime.build.progress import stages_told
+
+    imports_s = time.perf_counter() - started
+    with stages_told(entered):
+        llm = make(**options)
+    llm.engine.runner.startup_s["imports"] = imports_s
+    return llm
+
+
+def _ready(llm: Any, model: str) -> Ready:
+    from .describe import chat_templates, explanation, special_tokens, tokenizer_json
+
+    runner, tokenizer = llm.engine.runner, llm.tokenizer
+    eos_ids = list(getattr(llm.engine, "eos_ids", runner.config.eos_ids))
+    return Ready(
+        model=model, max_model_len=runner.options.max_model_len, vocab_size=runner.config.vocab_size,
+        eos_ids=eos_ids, block_size=runner.block_size, num_blocks=runner.num_blocks,
+        dtype=str(getattr(runner.options, "dtype", "")).removeprefix("torch."), device=str(runner.options.device),
+        tokenizer=tokenizer_json(tokenizer), chat_templates=chat_templates(tokenizer),
+        special_tokens=special_tokens(tokenizer),
+        split_special_tokens=bool(getattr(tokenizer and tokenizer._light, "encode_special_tokens", False)),
+        startup_s=dict(runner.startup_s), explain=explanation(runner),
+    )  # fmt: skip
+
+
+def _failed(error: BaseException, stage: str) -> Failed:
+    cause = str(error).strip() or type(error).__name__
+    if isinstance(error, ValueError):
+        return Failed(cause, "caller")
+    detail = "".join(traceback.format_exception(error))
+    if isinstance(error, MemoryError) or "out of memory" in cause or "can't allocate memory" in cause:
+        cause = (
+            f"out of memory in {stage}: {cause}; give the KV cache less (kv_cache_memory_bytes), lower max_num_seqs or"
+            " max_model_len, or use a smaller dtype or quantization"
+        )
+        return Failed(cause, "machine", detail)
+    return Failed(f"{type(error).__name__} in {stage}: {cause}", "machine", detail)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

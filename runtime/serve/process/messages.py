@@ -1,0 +1,155 @@
+"""What the two processes say to each other, as msgpack arrays over one pair of zmq sockets.
+
+The HTTP process sends commands; the engine process answers with events. Neither side needs torch to read them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct, field, msgpack
+
+# msgspec copies a default list or dict for each message
+
+
+class Add(Struct, tag=True, array_like=True):
+    """Queue a request. params: what differs from SamplingParams' defaults.
+
+    stream_interval  tokens between two deltas of an output; 0: one delta, at its end
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: dict[str, Any]
+    prompt: str | None = None
+    priority: int = 0
+    stream_interval: int = 1
+
+
+class Abort(Struct, tag=True, array_like=True):
+    """End requests; ids that are not there are none's mistake. Without ids: all."""
+
+    request_ids: list[str] | None
+
+
+class Call(Struct, tag=True, array_like=True):
+    """Call a method of the engine by name."""
+
+    call_id: int
+    method: str
+    args: list[Any] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class TokenLogprob(Struct, array_like=True):
+    token_id: int
+    logprob: float
+    rank: int
+    text: str | None
+
+
+class Delta(Struct, array_like=True):
+    """What one output of a request got since the last delta of it.
+
+    logprobs  for each token: the sampled one's first, then the most likely ones
+    num_cached_tokens, num_preemptions  of the request, until now
+    queued_s, first_token_s  seconds from its arrival in the engine to its first step's end
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[list[TokenLogprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    request_finished: bool = False
+
+
+class Stats(Struct, array_like=True):
+    """The engine's state after a step, or idle. Counters never go down within one engine process.
+
+    sleeping  0: awake; 1: weights are kept elsewhere; 2: they are gone
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    paused: bool = False
+    sleeping: int = 0
+
+
+class Progress(Struct, tag=True, array_like=True):
+    """A step was finished, or the engine is idle: it lives."""
+
+    stats: Stats
+    deltas: list[Delta] = field(default_factory=list)
+
+
+class Refused(Struct, tag=True, array_like=True):
+    """A request was not queued, or ended without an answer, and why."""
+
+    request_id: str
+    message: str
+
+
+class Result(Struct, tag=True, array_like=True):
+    """What a call returned, or the message and kind ("caller", "machine", "unsupported") of its error."""
+
+    call_id: int
+    value: Any = None
+    error: str | None = None
+    kind: str = "machine"
+
+
+class Stage(Struct, tag=True, array_like=True):
+    """Start-up entered a stage."""
+
+    name: str
+
+
+class Ready(Struct, tag=True, array_like=True):
+    """The engine takes requests.
+
+    tokenizer      the tokenizers library's JSON, None without a tokenizer
+    chat_templates  name -> jinja source; "default" is the model's own
+    special_tokens  bos_token, eos_token …, as templates read them
+    split_special_tokens  whether special tokens in a text are taken for text
+    startup_s      seconds by stage
+    """
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    eos_ids: list[int]
+    block_size: int
+    num_blocks: int
+    dtype: str
+    device: str
+    tokenizer: str | None
+    chat_templates: dict[str, str]
+    special_tokens: dict[str, str]
+    split_special_tokens: bool
+    startup_s: dict[str, float]
+    explain: dict[str, Any]
+    default_sampling: dict[str, Any] = field(default_factory=dict)
+
+
+class Failed(Struct, tag=True, array_like=True):
+    """The engine ends. kind is "caller" for a mistake that the same options repeat, "machine" otherwise."""
+
+    message: str
+    kind: str
+    detail: str = ""
+
+
+Command = Add | Abort | Call
+Event = Progress | Refused | Result | Stage | Ready | Failed
+
+encode = msgpack.Encoder().encode
+decode_command = msgpack.Decoder(Command).decode
+decode_event = msgpack.Decoder(Event).decode

@@ -1,0 +1,71 @@
+"""What a request got and its reader has not taken yet: one merged delta for each output, however slow the reader."""
+
+from __future__ import annotations
+
+import asyncio
+
+from .messages import Delta
+
+
+class EngineError(RuntimeError):
+    """The engine cannot answer now: it ended, hangs, or is not ready. The message says why."""
+
+
+class RequestRefused(ValueError):
+    """The engine did not take the request: the message names what is wrong with it."""
+
+
+class Unsupported(NotImplementedError):
+    """The engine has no such method."""
+
+
+class Stream:
+    """The deltas of one request, merged until they are taken: memory is bounded by what the request may produce."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.finished = False
+        self._pending: dict[int, Delta] = {}
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, delta: Delta) -> None:
+        """Add what the engine sent."""
+        before = self._pending.get(delta.index)
+        self._pending[delta.index] = delta if before is None else merged(before, delta)
+        self.finished = self.finished or delta.request_finished
+        self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error, after what it still holds."""
+        self._error = error
+        self.finished = True
+        self._changed.set()
+
+    async def take(self) -> list[Delta]:
+        """Wait for something new and return it, each output at most once; nothing when all was taken.
+
+        Raises EngineError or RequestRefused when that is how the request ended.
+        """
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self.finished:
+                return []
+            self._changed.clear()
+            await self._changed.wait()
+        taken, self._pending = list(self._pending.values()), {}
+        return taken
+
+
+def merged(first: Delta, second: Delta) -> Delta:
+    """Return one delta for two that follow each other."""
+    logprobs = None
+    if first.logprobs is not None and second.logprobs is not None:
+        logprobs = first.logprobs + second.logprobs
+    return Delta(
+        request_id=first.request_id, index=first.index, text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids, logprobs=logprobs, finish_reason=second.finish_reason,
+        stop_reason=second.stop_reason, num_cached_tokens=second.num_cached_tokens,
+        num_preemptions=second.num_preemptions, request_finished=second.request_finished,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""A directory's tokenizer as transformers makes it of all its files, kept so that transformers is imported only once.
+
+What a tokenizer does is spread over tokenizer.json, tokenizer_config.json, added_tokens.json, special_tokens_map.json
+and rules of transformers' classes. None of it is read here: transformers builds the tokenizer, and the state of its
+backend (a tokenizer of the tokenizers library) is kept under a digest of those files. Later starts read that alone, in
+a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from seamwise import caches
+
+_FORMAT = 1
+_SUFFIXES = (".json", ".txt", ".model", ".tiktoken")  # of files that a tokenizer may be read from
+_OWN_WAYS = ("__call__", "encode", "decode", "_encode_plus", "_decode")  # methods that classes may replace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """light: transformers' backend, None where its class computes otherwise; full: transformers' own, once imported."""
+
+    light: Any
+    eos_id: int | None
+    full: Any = None
+
+
+def prepare(directory: Path) -> Prepared:
+    """Return a directory's tokenizer. Raises ValueError when transformers cannot load it."""
+    kept = caches.folder("tokenizers") / f"{_key(directory)}.json"
+    try:
+        if kept.exists():
+            caches.check_private(kept.parent)
+            return _read(kept, directory)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        warnings.warn(f"{kept}: cannot be used ({error}); it is made again", stacklevel=2)
+    full = load_full(directory)
+    made = _describe(full, directory)
+    try:
+        _write(kept, made)
+    except OSError as error:
+        warnings.warn(f"{kept.parent}: the tokenizer cannot be kept there: {error}", stacklevel=2)
+    return Prepared(light=_light(made, directory), eos_id=made["eos_id"], full=full)
+
+
+def load_full(directory: Path) -> Any:
+    """Return transformers' tokenizer; no code of the directory is run. Raises ValueError when it cannot be loaded."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except (OSError, ValueError):  # no config.json, or a class that is code of the directory
+            if not (directory / "tokenizer.json").exists():
+                raise
+            return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # classes raise what they like for a file they cannot parse, bare Exception too
+        code = "trust_remote_code" in str(error)
+        reason = "it is code of the directory, which is never run" if code else error
+        raise ValueError(
+            f"{directory}: has no tokenizer that transformers can load ({reason}); pass tokenizer=, or"
+            ' skip_tokenizer_init=True and prompts as {"prompt_token_ids": […]} with detokenize=False'
+        ) from error
+
+
+def _key(directory: Path) -> str:
+    digest = hashlib.sha256()
+    # Some classes go by the path, which holds the hub's name.
+    for part in (_FORMAT, version("transformers"), version("tokenizers"), directory.absolute()):
+        digest.update(f"{part}\0".encode())
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _SUFFIXES and not path.name.endswith(".index.json") and path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:32]
+
+
+def _describe(full: Any, directory: Path) -> dict[str, Any]:
+    """Return what of transformers' tokenizer is kept; its state only where it differs from tokenizer.json as read."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = {"format": _FORMAT, "eos_id": full.eos_token_id, "light": False, "state": None, "split": False}
+    plain = isinstance(full, PreTrainedTokenizerFast) and all(
+        getattr(type(full), name) is getattr(PreTrainedTokenizerFast, name) for name in _OWN_WAYS
+    )
+    if not plain:
+        return made
+    made |= {"light": True, "split": bool(full.split_special_tokens), "state": full.backend_tokenizer.to_str()}
+    if (directory / "tokenizer.json").exists():
+        unchanged = _light(made | {"state": None}, directory).to_str()
+        if unchanged == _light(made, directory).to_str():
+            made["state"] = None
+    return made
+
+
+def _light(made: dict[str, Any], directory: Path) -> Any:
+    """Return the backend that was described, None when there is none. Raises ValueError when it cannot be read."""
+    from tokenizers import Tokenizer
+
+    if not made["light"]:
+        return None
+    state = made["state"]
+    try:
+        light = Tokenizer.from_file(str(directory / "tokenizer.json")) if state is None else Tokenizer.from_str(state)
+    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+        raise ValueError(f"{directory}: not a tokenizer: {error}") from error
+    light.no_truncation()  # the file may keep what it was last called with; transformers resets both
+    light.no_padding()
+    light.encode_special_tokens = made["split"]
+    return light
+
+
+def _read(kept: Path, directory: Path) -> Prepared:
+    made = json.loads(kept.read_text(encoding="utf-8"))
+    if made["format"] != _FORMAT:
+        raise ValueError(f"format {made['format']}, wanted {_FORMAT}")
+    os.utime(kept)  # used today: the oldest go first when a cache is cleared by age
+    return Prepared(light=_light(made, directory), eos_id=made["eos_id"])
+
+
+def _write(kept: Path, made: dict[str, Any]) -> None:
+    caches.make_private(kept.parent)
+    caches.remove_left_overs(kept.parent, ".writing-")
+    descriptor, temporary = tempfile.mkstemp(dir=kept.parent, prefix=".writing-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(made, file)
+        os.replace(temporary, kept)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""Chat templates render as transformers renders them, in a sandbox."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seamwise.runtime.serve.chat_template import render
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 2 <in> ä?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 3 + 3?"},
+]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"ä": {}}}}}]
+SOURCES = {
+    "loops": "{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}{{ m.role }}:"
+    " {{ m['content'] | trim }}\n"
+    "{%- endfor %}\n  {% if add_generation_prompt %}\n  <go>\n  {% endif %}",
+    "tools": "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ bos_token }}{{ messages[0] | tojson }}",
+    "namespaces": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ extra }}",
+}
+
+
+@pytest.mark.parametrize("source", [*SOURCES, "the model's own"])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_it_is_transformers_text(source: str, tools: Any, prompt: bool, demo_model: Path) -> None:
+    from seamwise.runtime.text.tokenizer import Tokenizer
+
+    full = Tokenizer(demo_model).full
+    text = SOURCES.get(source) or (demo_model / "chat_template.jinja").read_text()
+    options = {"tools": tools, "add_generation_prompt": prompt}
+    want = full.apply_chat_template(MESSAGES, chat_template=text, tokenize=False, extra="!", **options)
+    special = dict(full.special_tokens_map)
+    assert render(text, MESSAGES, special_tokens=special, extra="!", **options) == want
+
+
+def test_a_final_message_is_continued() -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Once upon "}]
+    options: dict[str, Any] = {"special_tokens": {}, "continue_final_message": True}
+    got = render(source, messages, add_generation_prompt=False, **options)
+    assert got == "<user>Go</><assistant>Once upon "
+    with pytest.raises(ValueError, match="set add_generation_prompt=false"):
+        render(source, messages, add_generation_prompt=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for", "not valid jinja, line 1"),
+        ("{{ messages.append(1) }}", "refuses this conversation"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses this conversation"),
+        ("{{ messages[0].content + 1 }}", "does not take this conversation"),
+        ("{{ messages[9].content.x }}", "refuses this conversation"),
+        ("{{ cycler.__init__.__globals__ }}", "refuses this conversation"),
+        ("{{ range(10000000) | list | length }}", "does not take this conversation"),
+    ],
+)
+def test_what_a_template_may_not_do(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(source, MESSAGES, special_tokens={})

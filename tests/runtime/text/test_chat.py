@@ -1,0 +1,145 @@
+"""Conversations as clients send them, through templates of every kind: parts, tool calls, options, and mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_tokenizers import bpe, write
+
+from seamwise.runtime.text.chat import render_chat
+from seamwise.runtime.text.tokenizer import Tokenizer
+
+PRINTS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+JOINS = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+AS_JSON = "{% for m in messages %}{{ m['content'] | tojson }}{% endfor %}"
+TAKES_PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endif %}{% endfor %}"
+)
+TOOLS = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{% for m in messages %}{{ m.content }}" + (
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}{% endfor %}"
+)
+PARTS = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return Tokenizer(write(tmp_path_factory.mktemp("chat"), bpe(), {"tokenizer_config.json": {}})).full
+
+
+def render(full: Any, content: Any, template: str, **options: Any) -> str:
+    options = {"add_generation_prompt": False} | options
+    return render_chat(full, [{"role": "user", "content": content}], chat_template=template, **options)
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (PRINTS, "<user>Hi\nthere"),
+        (JOINS, "<user>Hi\nthere"),
+        (AS_JSON, '"Hi\\nthere"'),
+        ("{{ messages[0].content | trim | upper }}", "HI\nTHERE"),
+        (TAKES_PARTS, "<user>[Hi][there]"),
+    ],
+)
+def test_parts_become_what_the_template_reads(full: Any, template: str, wanted: str) -> None:
+    assert render(full, PARTS, template) == wanted
+    assert render(full, ["Hi", "there"], template) == wanted
+    assert render(full, tuple(PARTS), template) == wanted
+
+
+def test_the_format_can_be_said(full: Any) -> None:
+    assert render(full, PARTS, TAKES_PARTS, chat_template_content_format="string") == "<user>Hi\nthere"
+    assert "'text': 'Hi'" in render(full, PARTS, PRINTS, chat_template_content_format="openai")
+    with pytest.raises(ValueError, match=r"chat_template_content_format='list': wanted one of 'auto', 'string'"):
+        render(full, PARTS, PRINTS, chat_template_content_format="list")
+
+
+def test_the_callers_messages_are_left_alone(full: Any) -> None:
+    messages = [{"role": "user", "content": [dict(PARTS[0])]}]
+    render_chat(full, messages, chat_template=JOINS, add_generation_prompt=False)
+    assert messages == [{"role": "user", "content": [PARTS[0]]}]
+
+
+@pytest.mark.parametrize("kind", ["input_text", "output_text", "refusal", "thinking"])
+def test_every_kind_of_text_is_a_text(full: Any, kind: str) -> None:
+    name = kind if kind in ("refusal", "thinking") else "text"
+    assert render(full, [{"type": kind, name: "Hi"}], JOINS) == "<user>Hi"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], r"part of a content is \{'type': 'image_url'.*as text"),
+        ([{"type": "text"}], "part of a content is"),
+        ([{"text": "Hi"}], "part of a content is"),
+        ([None], "part of a content is None"),
+        (3, "a content is 3, wanted a string or a list"),
+        ({"type": "text", "text": "Hi"}, "a content is .*wanted a string or a list"),
+    ],
+)
+def test_what_is_no_text_is_refused(full: Any, content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(full, content, TAKES_PARTS)
+
+
+def test_tools_and_their_calls(full: Any) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    options: dict[str, Any] = {"chat_template": TOOLS, "add_generation_prompt": False}
+    assert render_chat(full, messages, tools=[tool], **options) == "weather;?Bern"
+    assert render_chat(full, messages[:1], **options) == "?"
+    call["function"]["arguments"] = "{"  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"a tool call's arguments are '{', not JSON"):
+        render_chat(full, messages, **options)
+    for wrong in ("weather", tool, ["weather"]):
+        with pytest.raises(ValueError, match=r"tools: got .*, wanted a list of"):
+            render_chat(full, messages[:1], tools=wrong, **options)  # type: ignore[arg-type]
+
+
+def test_a_last_message_is_continued(full: Any) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [{"type": "text", "text": "So "}]}]
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    got = render_chat(full, messages, chat_template=template, add_generation_prompt=False, continue_final_message=True)
+    assert got == "<user>Hi</><assistant>So "
+    with pytest.raises(ValueError, match="continue_final_message and add_generation_prompt are not compatible"):
+        render_chat(full, messages, chat_template=template, continue_final_message=True)
+
+
+def test_variables_of_a_template(full: Any) -> None:
+    template = "{{ 'think' if enable_thinking else 'answer' }}"
+    assert render(full, "Hi", template, chat_template_kwargs={"enable_thinking": True}) == "think"
+    assert render(full, "Hi", template) == "answer"
+    with pytest.raises(ValueError, match="chat_template_kwargs: 'tools' is an argument of its own"):
+        render(full, "Hi", template, chat_template_kwargs={"tools": []})
+    with pytest.raises(ValueError, match=r"chat_template_kwargs: got \[\], wanted a dict"):
+        render(full, "Hi", template, chat_template_kwargs=[])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system') }}", "chat: no system"),
+        ("{{ messages[0].content + 1 }}", "does not take these messages"),
+        ("{% for", "chat: "),
+        (None, "chat: .*chat_template"),
+    ],
+)
+def test_a_template_that_refuses_is_quoted(full: Any, template: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(full, "Hi", template)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("message", ["Hi", {"content": "Hi"}, {"role": 3, "content": "Hi"}, None])
+def test_what_is_no_message_is_refused(full: Any, message: Any) -> None:
+    with pytest.raises(ValueError, match=r"chat: got .*, wanted messages \{'role': str"):
+        render_chat(full, [message], chat_template=PRINTS)
+
+
+def test_the_demo_models_template_takes_parts(demo_model: Path) -> None:
+    tokenizer = Tokenizer(demo_model)
+    got = [tokenizer.apply_chat_template([{"role": "user", "content": c}]) for c in (PARTS, "Hi\nthere")]
+    assert got[0] == got[1] and len(got[0]) > 10
