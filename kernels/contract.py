@@ -289,7 +289,7 @@ def contract(
         )  # fmt: skip
 
         def infer(*given: Any) -> Any:
-            record.signature.judge(*given)
+            record.signature.check(*given)
             return record.fake(*given)
 
         record.providers.append(Provider(name="torch", call=meaning, strided=True))

@@ -146,7 +146,13 @@ class Signature:
 
     def _judged(self, *args: Any) -> str | None:
         """Return why no kernel reads these arguments, or None. Raises WrongArguments for what the op does not take."""
-        named = dict(zip((a.name for a in self.arguments), args, strict=True))
+        sizes = self.check(*args)
+        return sizes.unsure or next((reason for p, x in sizes.given.items() if (reason := p.loose(x))), None)
+
+    def check(self, *args: Any) -> _Sizes:
+        """Return the sizes of a call. Raises WrongArguments for what the op does not take."""
+        named = {a.name: a.default for a in self.arguments}
+        named |= zip(named, args, strict=False)
         given = {p: named[name] for name, p in self.tensors.items() if named[name] is not None}
         first = next(iter(given))
         for p, x in given.items():
@@ -157,10 +163,10 @@ class Signature:
                 raise WrongArguments(
                     f"{self.op}: {p.label} is on {there} but {first.label} is on {here}; move one of them"
                 )
-        unsure = _Sizes(self.op, named, given).unsure
+        sizes = _Sizes(self.op, named, given)
         if reason := self.limits(*args):
             raise WrongArguments(f"{self.op}: {reason}")
-        return unsure or next((reason for p, x in given.items() if (reason := p.loose(x))), None)
+        return sizes
 
 
 class _Sizes:
@@ -238,24 +244,26 @@ class _Sizes:
     def same(self, size: Any, word: str) -> bool | None:
         """Return whether a size is what a word stands for; None where that is not known."""
         wanted = [self.meant(w) for w in word.split("|")]
-        if any(size is w or _equal(size, w) for w in wanted):
+        if any(size is w or known_equal(size, w) for w in wanted):
             return True
-        return False if all(_unequal(size, w) for w in wanted) else None
+        return False if all(known_unequal(size, w) for w in wanted) else None
 
     @staticmethod
     def shown(parameters: Sequence[Parameter] | Mapping[Parameter, Tensor]) -> str:
         return ", ".join(map(str, dict.fromkeys(parameters)))
 
 
-def _equal(a: Any, b: Any) -> bool:
+def known_equal(a: Any, b: Any) -> bool:
+    """Return whether sizes, or tuples of them, are equal for every value of the symbols in them."""
     if isinstance(a, tuple) or isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(known_equal, a, b))
     return _known(a == b)
 
 
-def _unequal(a: Any, b: Any) -> bool:
+def known_unequal(a: Any, b: Any) -> bool:
+    """Return whether sizes, or tuples of them, differ for every value of the symbols in them."""
     if isinstance(a, tuple) or isinstance(b, tuple):
-        return len(a) != len(b) or any(map(_unequal, a, b))
+        return len(a) != len(b) or any(map(known_unequal, a, b))
     return _known(a != b)
 
 
@@ -266,8 +274,8 @@ def _known(condition: Any) -> bool:
 
 def _contiguous(x: Tensor, count: int) -> bool:
     """Return whether the last `count` dimensions lie together."""
-    if count == x.dim():
-        return x.is_contiguous()
+    if count == x.dim() and all(isinstance(n, int) for n in x.shape):
+        return x.is_contiguous()  # asked of symbolic sizes, it would hold them to what they are now
     step: Any = 1
     for size, stride in list(zip(x.shape, x.stride(), strict=True))[: -count - 1 : -1]:
         if not (_known(size == 1) or _known(stride == step)):

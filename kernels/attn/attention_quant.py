@@ -21,6 +21,7 @@ from seamwise.kernels.quant.quantize import (
     quantize,
     quantize_rows,
     quantize_triton,
+    refuses_group,
     scheme,
 )
 
@@ -91,7 +92,7 @@ def _refuses(q_THD: Tensor, dtype: torch.dtype, group: int, out_scale: Tensor | 
     width = q_THD.shape[2]
     if dtype != torch.float8_e4m3fn or (group != width if out_scale is None else group != 0):
         return f"wanted float8_e4m3fn with one scale, or groups of a head's {width} columns, got {dtype}, group {group}"
-    return None
+    return refuses_group(group)  # where the keys are split, quantize follows
 
 
 @attention_quant.provider("triton", devices=("cuda",), refuses=(_refuses, refuses), triton=True)

@@ -42,7 +42,7 @@ def _gather_rows_kernel(table_ptr, index_ptr, out_ptr, table_stride, V, D, BLOCK
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     source = tl.load(index_ptr + row)
-    known = (column < D) & (source >= 0) & (source < V)  # zeros for another row than the table's
+    known = column < tl.where((source >= 0) & (source < V), D, 0)  # zeros for another row than the table's
     values = tl.load(table_ptr + source * table_stride + column, mask=known, other=0.0)
     tl.store(out_ptr + row * D + column, values, mask=column < D)
 

@@ -108,3 +108,45 @@ def test_what_is_differentiated_or_written_is_left_alone_and_says_so() -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(Exception, match="inner"):
         compiled(Breaks(), inner="fast")(torch.randn(3, 16))
+
+
+class Rotation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(1))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
+        return (x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)) * self.gain
+
+
+class Norm(nn.Module):
+    def __init__(self, size: int, step: int = 1) -> None:
+        super().__init__()
+        self.weight, self.step = nn.Parameter(torch.rand(size)), step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight[:: self.step] * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("module", "shapes", "raised"),
+    [
+        (Norm(1), [(5, 64)], 0), (Norm(64), [(5, 1)], 0), (Norm(64), [(64,)], 1), (Norm(64), [(5, 64)], 1),
+        (Norm(64, 2), [(5, 32)], 1), (Norm(64), [(2, 3, 64)], 1), (Rotation(), [(1, 3, 8), (5, 8), (5, 8)], 0),
+        (Rotation(), [(5, 3, 8), (1, 8), (1, 8)], 0), (Rotation(), [(5, 3, 8), (5, 8), (5, 8)], 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_shapes_that_broadcast_are_left_as_they_are(
+    module: nn.Module, shapes: list[tuple[int, ...]], raised: int, dynamic: bool
+) -> None:
+    torch._dynamo.reset()
+    remarks()
+    inputs = [torch.randn(shape) for shape in shapes]
+    function = torch.compile(module, backend="seamwise", options={"inner": "aot_eager"}, dynamic=dynamic)
+    with torch.no_grad():
+        torch.testing.assert_close(function(*inputs), module(*inputs))
+    matched = [r.matched() for r in remarks()]
+    assert sum(m["raise_rms_norm"] + m["raise_rope"] for m in matched) == raised
