@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-PROMPT ?= The capital of France is
+PROMPT ?= Which city is the capital of France?
 
 .PHONY: run test clean
 
 run: $(VENV)/installed
 	@model="$$($(BIN)/python -m seamwise.bench.demo_model)" && \
-	$(BIN)/seamwise generate --model "$$model" --prompt "$(PROMPT)" --max-tokens 48
+	$(BIN)/seamwise generate --model "$$model" --prompt "$(PROMPT)" --max-tokens 48 --next
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m seamwise.bench.demo_model > /dev/null

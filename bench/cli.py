@@ -8,6 +8,7 @@ import sys
 BENCHES = {
     "throughput": "the fixed workloads end to end, alone or beside peers",
     "startup": "start-up by stage against the model's depth",
+    "serve": "open-loop load on a server, ours or any with OpenAI's routes",
     "step": "where a decode step's time goes",
     "gpu": "every stage of the GPU proof, within the minutes given",
     "report": "the page bench/results/README.md from the files of bench gpu",

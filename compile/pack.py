@@ -6,49 +6,76 @@
     buffers.safetensors  buffers of the model that no checkpoint holds (RoPE frequencies)
 
 Everything is text or plain tensors: nothing is ever unpickled. The key covers all that the program is computed from:
-the model's configuration, every source file of Seamwise's compiler and kernels, and the toolchain. It cannot be the
+the model's configuration, every source file of Seamwise that shapes it, the toolchain and the machine. It cannot be the
 traced graph itself, which a warm start does not have.
+
+A pack is code. One that is found by its key is run only from a folder that nobody else can write; one that is given in
+a model's place only when it was made here, which the cache remembers, or is asked for as a pack, by its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seamwise import caches
 from seamwise.passes import Miss, Report
 
 from .plugins import digests
 from .program import Program, TokenRange
 
-FORMAT = 3
-DEFAULT_DIRECTORY = Path.home() / ".cache" / "seamwise" / "packs"
+FORMAT = 4
+_SOURCES = ("kernels", "passes", "model_defs", "runtime.build", "runtime.weights", "runtime.distributed")
+_STAGING = ".seamwise-writing-"
+_MOST_PACKS = 64  # kept in the cache; the least recently used go first
+_PLAIN = re.compile(r"\w[\w.-]*")
 
 
 class PackRefused(ValueError):
     """A pack cannot be used: truncated, tampered with, or made for something else."""
 
 
-def key_parts(configuration: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a pack depends on, each part by name: the caller's configuration, our sources, the toolchain."""
+def key_parts(configuration: Mapping[str, Any], *, device: str, entry: str) -> dict[str, str]:
+    """Return what a pack depends on, each part by name: the caller's configuration, our sources, toolchain, machine."""
     parts = {f"config.{k}": json.dumps(v, sort_keys=True, default=str) for k, v in sorted(configuration.items())}
-    for folder in (Path(__file__).parent, *(_folder(n) for n in ("kernels", "passes", "model_defs"))):
-        parts[f"source.{folder.name}"] = _digest_folder(folder)
+    for name, folder in (("compile", Path(__file__).parent), *((n, _folder(n)) for n in _SOURCES)):
+        parts[f"source.{name}"] = _digest_folder(folder)
     parts |= {f"plugin.{name}": digest for name, digest in digests().items()}
     parts["torch"] = torch.__version__
     parts["python"] = platform.python_version()
-    parts["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if entry == "transformers":  # its code is what is traced
+        parts["transformers"] = version("transformers")
+    if torch.device(device).type == "cuda":
+        parts["triton"] = version("triton")
+        major, minor = torch.cuda.get_device_capability(device)
+        parts["device"] = f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
+    else:
+        parts["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {_instruction_sets()}"
     return parts
+
+
+def _instruction_sets() -> str:
+    """Return a digest of the instruction sets that the machine names: compilers are told to use them all."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next(
+        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), []
+    )
+    return hashlib.sha256(" ".join(sorted(flags)).encode()).hexdigest()[:8]
 
 
 def key_of(parts: Mapping[str, str]) -> str:
@@ -71,21 +98,25 @@ def save(
     files |= {f"{name}.pt2": path.read_bytes() for name, path in program.packages.items()}
     described = asdict(program)
     del described["source"], described["packages"]
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "parts": dict(parts),
         "load_with": dict(load_with or {}),
         "program": described,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    manifest["digest"] = _digest(manifest)
     files["manifest.json"] = json.dumps(manifest, indent=1).encode()
-    directory.mkdir(parents=True, exist_ok=True)
     target = directory / (name or key_of(parts))
-    staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    if name is None:
+        caches.make_private(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    caches.remove_left_overs(directory, _STAGING)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
     try:
-        for name, data in files.items():
-            (staging / name).write_bytes(data)
-        if target.exists() and not _complete(target, parts):
+        for file, data in files.items():
+            (staging / file).write_bytes(data)
+        if target.exists() and (name is not None or not _complete(target, parts)):
             shutil.rmtree(target)
         try:
             os.rename(staging, target)
@@ -94,31 +125,73 @@ def save(
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    if directory == caches.folder("packs"):
+        caches.keep_newest(directory, _MOST_PACKS)
     return target
+
+
+def remember(target: Path) -> None:
+    """Note in the cache that a pack was made here, so that it may stand in a model's place. Raises OSError."""
+    (caches.make_private(caches.folder("made")) / _manifest_digest(target)).touch()
 
 
 def load(
     directory: Path, parts: Mapping[str, str], name: str | None = None
 ) -> tuple[Program, dict[str, Tensor]] | None:
-    """Return the pack for `parts`, None when there is none. Raises PackRefused when it is damaged or foreign."""
+    """Return the pack for `parts`, None when there is none. Raises PackRefused when it is damaged or foreign, or lies
+    under its key where others can write."""
     target = directory / (name or key_of(parts))
-    return _read(target, parts) if target.is_dir() else None
+    if not target.is_dir():
+        return None
+    if name is None:
+        try:
+            caches.check_private(directory)
+            caches.check_private(target)
+        except PermissionError as error:
+            raise PackRefused(f"packs are code: {error}") from error
+    found = _read(target, parts)
+    if name is None:
+        with contextlib.suppress(OSError):  # a folder that may be read only
+            os.utime(target)
+    return found
 
 
 def is_pack(directory: Path) -> bool:
-    """Return whether a directory holds a pack."""
-    return (directory / "manifest.json").is_file() and (directory / "program.py").is_file()
+    """Return whether a directory holds a pack, and is no model's."""
+    names = ("manifest.json", "program.py")
+    return not (directory / "config.json").exists() and all((directory / name).is_file() for name in names)
+
+
+def made_here(target: Path) -> bool:
+    """Return whether this user made a pack: `remember` noted its manifest's digest."""
+    folder = caches.folder("made")
+    if not folder.is_dir():
+        return False
+    caches.check_private(folder)
+    return (folder / _manifest_digest(target)).exists()
 
 
 def manifest_of(target: Path) -> dict[str, Any]:
-    """Return a pack's manifest. Raises PackRefused when it cannot be read or has another format."""
+    """Return a pack's manifest. Raises PackRefused when it cannot be read, has another format, or was changed."""
     try:
         manifest: dict[str, Any] = json.loads((target / "manifest.json").read_bytes())
-        if manifest["format"] != FORMAT:
-            raise PackRefused(f"pack {target}: format {manifest['format']}, wanted {FORMAT}")
-        return manifest
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise PackRefused(f"pack {target}: cannot be read: {error!r}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise PackRefused(f"pack {target}: its manifest.json has format {found!r}, wanted {FORMAT}")
+    if manifest.pop("digest", None) != _digest(manifest):
+        raise PackRefused(f"pack {target}: manifest.json does not have the digest that it states")
+    return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    read = json.loads(json.dumps(manifest))  # as it will be read: keys are strings, tuples are lists
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest_digest(target: Path) -> str:
+    return hashlib.sha256((target / "manifest.json").read_bytes()).hexdigest()
 
 
 def explain_key(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
@@ -147,6 +220,8 @@ def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Te
             raise PackRefused(f"pack {target}: made for something else (pack | wanted): {'; '.join(differing)}")
         files = {}
         for name, wanted in manifest["sha256"].items():
+            if not _PLAIN.fullmatch(name):
+                raise PackRefused(f"pack {target}: its manifest names a file {name!r}, wanted one of its own")
             files[name] = (target / name).read_bytes()
             if hashlib.sha256(files[name]).hexdigest() != wanted:
                 raise PackRefused(f"pack {target}: {name} does not have the digest its manifest states")
@@ -160,7 +235,9 @@ def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Te
         return Program(source=files["program.py"].decode(), **described), tensors_from_bytes(
             files["buffers.safetensors"]
         )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except PackRefused:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PackRefused(f"pack {target}: cannot be read: {error!r}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -197,7 +199,9 @@ def _run(
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
             raise BrokenPromise(
                 f"{entry.name} matched {report.matched} of {report.expected} places the model's structure promises."
-                f" Misses:\n  {shown}\nMend the model or the pattern, or pass allow_missed=[{entry.name!r}]."
+                f" Misses:\n  {shown}\nMend the model or the pattern, or pass"
+                f" pipeline=PipelineConfig(allow_missed={(*config.allow_missed, entry.name)!r}), which"
+                " seamwise.compile.pipeline has."
             )
         if validator is not None:
             if entry.name == "shard":
@@ -223,4 +227,5 @@ def _compile(program: Program, steps: list[Piece | Seam], config: PipelineConfig
                 raise ValueError(f"inductor='always': {name} has collectives, which no package holds; use 'auto'")
         elif wanted[config.inductor]:
             folder = Path(tempfile.mkdtemp(prefix="seamwise-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)  # packages are read from it until then
             program.packages[name] = compile_piece(item.module, folder / f"{name}.pt2")

@@ -24,7 +24,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -179,7 +179,7 @@ class _Sizes:
         self.unsure: str | None = None
         for p, x in given.items():
             self.rank(p, x)
-        for bind in (self.letter, self.multiple):
+        for bind in (self.multiple, self.letter):
             for p, at, size, word in self.every():
                 bind(p, at, size, word)
         for p, x in given.items():
@@ -199,7 +199,7 @@ class _Sizes:
 
     def rank(self, p: Parameter, x: Tensor) -> None:
         if not any(x.dim() == len(s) or (s[0][0] == "*" and x.dim() >= len(s) - 1) for s in p.shapes):
-            raise WrongArguments(f"{self.op}: {p.label} has shape {tuple(x.shape)}, wanted {self.shown((p,))}")
+            raise WrongArguments(f"{self.op}: {p.label} has shape {tuple(x.shape)}, wanted {p}")
 
     def letter(self, p: Parameter, at: int, size: Any, word: str) -> None:
         if re.fullmatch("[A-Z]", word) and word not in self.known:
@@ -207,11 +207,7 @@ class _Sizes:
 
     def multiple(self, p: Parameter, at: int, size: Any, word: str) -> None:
         if (found := re.fullmatch(r"(\d+)\*([A-Z])", word)) and found[2] not in self.known:
-            step = int(found[1])
-            if _known(size % step != 0):
-                got = f"{p.label} has {_count(p, at, size)}"
-                raise WrongArguments(f"{self.op}: {got}, wanted a multiple of {step} ({self.shown((p,))})")
-            self.known[found[2]], self.owner[found[2]] = size // step, (p, at)
+            self.known[found[2]] = size // int(found[1])
 
     def compare(self, p: Parameter, x: Tensor) -> None:
         """Hold every size against its word; of several shapes one must fit."""
@@ -219,24 +215,24 @@ class _Sizes:
             alike = (s for s in p.shapes if len(s) == x.dim())
             if not any(all(self.same(n, w) is not False for n, w in self.sizes(s, x)) for s in alike):
                 wanted = " or ".join(str(tuple(self.meant(w) for w in s)) for s in p.shapes)
-                got = f"{p.label} has shape {tuple(x.shape)}"
-                raise WrongArguments(f"{self.op}: {got}, wanted {wanted} ({self.shown(self.given)})")
+                self.refuse(f"{p.label} has shape {tuple(x.shape)}, wanted {wanted}", *self.given)
             return
         for at, (size, word) in enumerate(self.sizes(p.shapes[0], x)):
-            same = self.same(size, word)
+            same, got = self.same(size, word), f"{p.label} has {_count(p, at, size)}"
             if same is None:
-                self.unsure = f"{p.label} has {_count(p, at, size)}, not known to be {word}"
+                self.unsure = f"{got}, not known to be {word}"
             if same is not False:
                 continue
-            got = f"{p.label} has {_count(p, at, size)}"
             if word in self.owner:
                 other, there = self.owner[word]
-                but = f"but {other.label} has {_count(other, there, self.known[word])} ({self.shown((other, p))})"
-                raise WrongArguments(f"{self.op}: {got} {but}")
-            wanted = " or ".join(
-                f"{w.replace('*', '·')} = {self.meant(w)}" if w[0].isalpha() else w for w in word.split("|")
-            )
-            raise WrongArguments(f"{self.op}: {got}, wanted {wanted} ({self.shown(self.given)})")
+                self.refuse(f"{got} but {other.label} has {_count(other, there, self.known[word])}", other, p)
+            if (multiple := re.fullmatch(r"(\d+)\*[A-Z]", word)) and size % int(multiple[1]):
+                self.refuse(f"{got}, wanted a multiple of {multiple[1]}", p)
+            words = [w if w.isdigit() else f"{w.replace('*', '·')} = {self.meant(w)}" for w in word.split("|")]
+            self.refuse(f"{got}, wanted {' or '.join(words)}", *self.given)
+
+    def refuse(self, why: str, *shown: Parameter) -> NoReturn:
+        raise WrongArguments(f"{self.op}: {why} ({', '.join(map(str, dict.fromkeys(shown)))})")
 
     def meant(self, word: str) -> Any:
         return eval(word, {}, self.known)
@@ -247,10 +243,6 @@ class _Sizes:
         if any(size is w or known_equal(size, w) for w in wanted):
             return True
         return False if all(known_unequal(size, w) for w in wanted) else None
-
-    @staticmethod
-    def shown(parameters: Sequence[Parameter] | Mapping[Parameter, Tensor]) -> str:
-        return ", ".join(map(str, dict.fromkeys(parameters)))
 
 
 def known_equal(a: Any, b: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .graph import aten, infer, is_getitem, is_op, writes
+from .graph import aten, infer, is_op, shares_memory, value, writes
 
 
 def functionalize(module: GraphModule) -> int:
@@ -33,9 +33,11 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     base = written.args[0] if is_slice else written
     assert isinstance(base, Node)
     later = _from(node)
-    if base.op != "call_function" or _shares_memory(base) or _is_seen(base, written, later):
+    if base.op != "call_function" or shares_memory(base) or _is_seen(base, written, later):
         return False
     new = _insert(graph, node, functional, node.args, node.kwargs)
+    if value(new).dtype != value(written).dtype:  # a write keeps its memory's dtype: bfloat16 *= float32
+        new = _insert(graph, node, aten.to.dtype, (new, value(written).dtype), {})
     node.replace_all_uses_with(new)
     _replace_later(written, new, later)
     if is_slice:
@@ -45,16 +47,9 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _shares_memory(node: Node) -> bool:
-    """Return whether a node's result may lie in its argument's memory, by its op's schema."""
-    source = node.args[0] if is_getitem(node) else node
-    schema = getattr(source.target, "_schema", None)  # type: ignore[union-attr]
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
-
-
 def _is_seen(base: Node, written: Node, later: set[Node]) -> bool:
     """Return whether a view made before the write, other than what is written, is read after it."""
-    views = [u for u in base.users if u not in later and _shares_memory(u)]
+    views = [u for u in base.users if u not in later and shares_memory(u)]
     return any((v is not written and later & {*v.users}) or _is_seen(v, written, later) for v in views)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,14 @@ aten = torch.ops.aten
 VIEWS = {
     aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.permute.default, aten.expand.default,
+}  # fmt: skip
+
+
+# Composite ops that may give their argument itself, which their schemas do not say.
+_GIVE_ARGUMENT = {
+    aten.type_as.default, aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default, aten.sum_to_size.default, aten.atleast_1d.default, aten.atleast_2d.default,
+    aten.atleast_3d.default, aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing,
 }  # fmt: skip
 
 
@@ -130,10 +139,20 @@ def is_weight(node: Any) -> bool:
     return True
 
 
+def given(node: Node) -> Any:
+    """Return a call's arguments by the names its op's schema gives them; one that is left out is its default.
+
+    `vars(given(node)).values()` are all of them, in order.
+    """
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    known = {a.name: a.default_value for a in schema}
+    return SimpleNamespace(**known | dict(zip(known, node.args, strict=False)) | node.kwargs)
+
+
 def sweep(module: GraphModule) -> None:
-    """Remove dead nodes (never a placeholder, never a call that writes its arguments) and check the graph."""
+    """Remove dead nodes (never a placeholder, a write, an assertion or a random draw) and check the graph."""
     for node in reversed(list(module.graph.nodes)):
-        if node.op == "call_function" and not node.users and not writes(node):
+        if node.op == "call_function" and not node.users and not node.is_impure():
             module.graph.erase_node(node)
     module.graph.lint()
 
@@ -142,6 +161,15 @@ def writes(node: Node) -> bool:
     """Return whether a node's op writes one of its arguments."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def shares_memory(node: Node) -> bool:
+    """Return whether a call's result may lie in an argument's memory, by its op's schema."""
+    source: Any = node.args[0] if is_getitem(node) else node
+    schema = getattr(source.target, "_schema", None)
+    if schema is None:
+        return False
+    return source.target in _GIVE_ARGUMENT or any(r.alias_info is not None for r in schema.returns)
 
 
 def is_getitem(node: Any) -> bool:

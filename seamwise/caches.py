@@ -8,6 +8,7 @@ Source: https://specifications.freedesktop.org/basedir-spec/latest/.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -80,7 +81,24 @@ def remove_left_overs(path: Path, prefix: str) -> None:
             old = time.time() - entry.lstat().st_mtime > _LEFT_OVER_S
         except FileNotFoundError:  # another process was first
             continue
-        if old and entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        elif old:
-            entry.unlink(missing_ok=True)
+        if old:
+            remove(entry)
+
+
+def keep_newest(path: Path, count: int) -> None:
+    """Leave the entries of a folder that were used last, so many, and remove the others; hidden ones are left."""
+    entries = []
+    for entry in path.iterdir():
+        if not entry.name.startswith("."):
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                entries.append((entry.stat().st_mtime, entry))
+    for _, entry in sorted(entries, reverse=True)[count:]:
+        remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Remove a file or a folder with all it holds; a link alone. Nothing happens where there is none."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)

@@ -18,16 +18,16 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__)
 
 from seamwise import caches  # noqa: E402
 
-# Tests, and the processes they start, neither read nor write the user's caches. The demo model's folder may be read
-# and filled, and compiled kernels outlive a run beside this checkout: their names are digests of what they are made of.
-USER_CACHES = caches.cache_dir()
+# Tests, and the processes they start, neither read nor write the user's caches, save that the demo model is read from
+# there. Compiled kernels outlive a run beside this checkout: their names are digests of what they are made of.
+_BUILD = Path(__file__).parent.parent / "build"
+_MODELS = caches.folder("models")
 _SESSION = Path(tempfile.mkdtemp(prefix="seamwise-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(_SESSION)
-_KERNELS = Path(__file__).parent.parent / "build" / "kernels-of-tests"
-caches.make_private(_KERNELS)
 caches.make_private(caches.cache_dir())
-caches.folder("cpp").symlink_to(_KERNELS)
-caches.folder("models").symlink_to(USER_CACHES / "models")
+for kind in ("cpp", "models"):
+    there = kind == "models" and (_MODELS / "SmolLM2-135M-Instruct" / "config.json").exists()
+    caches.folder(kind).symlink_to(_MODELS if there else caches.make_private(_BUILD / f"{kind}-of-tests"))
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a test that wants more threads sets them itself

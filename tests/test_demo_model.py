@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from seamwise import LLM, SamplingParams, StepInput
 from seamwise.bench.demo_model import demo_model_dir
-from seamwise.runtime.scheduler.scheduler import SchedulerConfig
+from seamwise.runtime.scheduler.config import SchedulerConfig
 
 TOKENS = 64
 NEAR_TIE = 1e-4

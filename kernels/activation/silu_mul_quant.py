@@ -127,7 +127,9 @@ def _padded(row_T: Any) -> str | None:
     return "rows of padding need the op as a whole" if row_T is not None else None
 
 
-@silu_mul_quant.provider("composed", devices=("cpu",), refuses=_padded, strided=True, launches=True, composed=True)
+@silu_mul_quant.provider(
+    "composed", devices=("cpu", "cuda"), refuses=_padded, strided=True, launches=True, composed=True
+)
 def silu_mul_quant_composed(
     x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -110,8 +110,8 @@ def attention_quant_triton(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-@attention_quant.provider("composed", devices=("cpu",), strided=True, launches=True, composed=True)
+@attention_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def attention_quant_composed(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """The two ops by their own kernels."""
+    """The two ops by their own kernels: on CUDA for schemes that the fused kernel refuses, as one scale a row."""
     dtype, group, out_scale = (*args[12:], None)[:3]
     return quantize(attention(q_THD, *args[:12]).flatten(1), dtype, group, out_scale)

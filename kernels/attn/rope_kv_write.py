@@ -74,7 +74,7 @@ def rope_kv_write_triton(
     launch_append(k_TKD, v_TKD, cos_TR, sin_TR, k_cache, v_cache, slot_mapping_T, interleaved)
 
 
-@rope_kv_write.provider("composed", devices=("cpu",), strided=True, launches=True, composed=True)
+@rope_kv_write.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def rope_kv_write_composed(
     k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
     slot_mapping_T: Tensor, interleaved: bool = False,

@@ -103,7 +103,8 @@ def published(x: Tensor, group_name: str) -> Iterator[Tensor]:
     """Yield the addresses, int64 on the device in rank order, at which kernels may read every rank's contiguous x."""
     if not group_name:
         own = x.contiguous()
-        yield torch.tensor([own.data_ptr()], device=x.device)
+        # Filled on the device: a copy from the host would wait, and is refused while a graph is captured.
+        yield torch.full((1,), own.data_ptr(), dtype=torch.int64, device=x.device)
         return
     shared = _SHARED[group_name]
     shared.copy(x)

@@ -19,15 +19,14 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP runtime must be in the process before a library that calls it is loaded)
 
+from seamwise import caches
+
 from . import instruction_set
 
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC")
 COMPILERS = ("g++", "clang++", "c++")
+_MOST_BUILDS = 256  # kept in the cache folder; the least recently built go first
 _INCLUDE = re.compile(rb'^\s*#include\s+"([^"]+)"', re.MULTILINE)
-
-
-def default_cache_dir() -> Path:
-    return Path.home() / ".cache" / "seamwise" / "cpp"
 
 
 def flags(*extra: str) -> tuple[str, ...]:
@@ -43,12 +42,13 @@ def instructions() -> str:
 def load(
     source: Path, *, cache_dir: Path | None = None, extra: tuple[str, ...] = (), compiler: str | None = None
 ) -> ctypes.CDLL:
-    """Return the library built from `source`, compiling it when the cache folder has no build of exactly this.
+    """Return the library built from `source`, compiling it when the cache folder has no whole build of exactly this.
 
     The build's name holds a digest of the source, the headers it includes with quotes, the flags (those of the
     instruction set in use, and `extra`), and the compiler's predefined macros (its version and, under -march=native,
-    the machine's instruction sets).
-    Raises RuntimeError when there is no compiler, or with the compiler's message.
+    the machine's instruction sets). Its last bytes are a digest of those before: a file that was cut short would kill
+    the process that loads it.
+    Raises RuntimeError when there is no compiler, with the compiler's message, or where others can write the folder.
     """
     return _load(source, cache_dir, flags(*extra), compiler)
 
@@ -56,14 +56,32 @@ def load(
 @functools.cache
 def _load(source: Path, cache_dir: Path | None, flags: tuple[str, ...], compiler: str | None) -> ctypes.CDLL:
     compiler = find_compiler() if compiler is None else compiler
-    folder = default_cache_dir() if cache_dir is None else cache_dir
+    folder = caches.folder("cpp") if cache_dir is None else cache_dir
     target = folder / f"{source.stem}-{build_key(source, flags, compiler)}.so"
-    if not target.exists():
+    try:
+        whole = _is_whole(target)
+        if whole:
+            caches.check_private(folder)
+            caches.check_private(target)
+    except PermissionError as error:
+        raise RuntimeError(f"compiled kernels: {error}") from error
+    if not whole:
         _compile(source, target, flags, compiler)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise RuntimeError(f"{target} does not load: {error}; delete the file to have it compiled again") from error
+        raise RuntimeError(
+            f"{target} does not load: {error}; its compiler makes nothing this Python can load"
+        ) from error
+
+
+def _is_whole(target: Path) -> bool:
+    """Return whether a build is there, as long as it was written."""
+    if not target.exists():
+        return False
+    content = target.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def find_compiler() -> str:
@@ -107,13 +125,21 @@ def _predefined_macros(flags: tuple[str, ...], compiler: str) -> bytes:
 def _compile(source: Path, target: Path, flags: tuple[str, ...], compiler: str) -> None:
     """Compile into a temporary file beside `target`, then rename it: another process sees a whole file or none."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        caches.make_private(target.parent)
+        caches.remove_left_overs(target.parent, f".{source.stem}-")
+        caches.keep_newest(target.parent, _MOST_BUILDS)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{source.stem}-", suffix=".so")
     except OSError as error:
-        raise RuntimeError(f"cannot write compiled kernels to {target.parent}: {error}; make it writable") from error
+        raise RuntimeError(
+            f"cannot write compiled kernels to {target.parent}: {error}; make it writable,"
+            " or choose another folder with cache_dir="
+        ) from error
     os.close(descriptor)
     try:
         _run([compiler, *flags, "-o", temporary, str(source)], f"{source} does not compile")
+        with open(temporary, "r+b") as file:  # what follows the sections of a shared object is not read
+            digest = hashlib.sha256(file.read()).digest()
+            file.write(digest)
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)

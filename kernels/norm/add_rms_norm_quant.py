@@ -54,7 +54,7 @@ def add_rms_norm_quant_triton(
     return launch_norm_quant(x_TD, residual_TD, weight_D, eps, dtype, group, scale)
 
 
-@add_rms_norm_quant.provider("composed", devices=("cpu",), strided=True, launches=True, composed=True)
+@add_rms_norm_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def add_rms_norm_quant_composed(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

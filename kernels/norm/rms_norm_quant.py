@@ -104,7 +104,7 @@ def rms_norm_quant_triton(
     return launch_norm_quant(x_TD, None, weight_D, eps, dtype, group, scale)[:2]
 
 
-@rms_norm_quant.provider("composed", devices=("cpu",), strided=True, launches=True, composed=True)
+@rms_norm_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def rms_norm_quant_composed(x_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any) -> tuple[Tensor, Tensor]:
     """The norm by its own kernel, then quantize's meaning, which has none here."""
     return call(quantize.meaning, rms_norm.direct(x_TD, weight_D, eps), *scheme)

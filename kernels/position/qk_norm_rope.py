@@ -139,7 +139,7 @@ def qk_norm_rope_triton(
     return q, k
 
 
-@qk_norm_rope.provider("composed", devices=("cpu",), strided=True, launches=True, composed=True)
+@qk_norm_rope.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def qk_norm_rope_composed(
     qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
     num_kv_heads: int, eps: float,

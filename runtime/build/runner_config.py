@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from seamwise.compile import pack
+from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.runtime.weights.formats import check_load_format
 from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
@@ -66,7 +66,7 @@ class RunnerConfig:
     max_recorded_bytes  memory of recordings; what would take more runs op by op
     pipeline       what differs from the default compiler pipeline
     pack_dir       where compiled models are kept; None compiles every time
-    pack_name      the pack in pack_dir to use and write; None: named by its key
+    pack_name      the pack of `seamwise compile` in pack_dir to run; None: one named by its key
     offline        neither trace nor compile: a pack that is missing or does not fit is an error
     """
 
@@ -87,13 +87,15 @@ class RunnerConfig:
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     max_recorded_bytes: int = 2 << 30
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
-    pack_dir: Path | None = pack.DEFAULT_DIRECTORY
+    pack_dir: Path | None = field(default_factory=lambda: caches.folder("packs"))
     pack_name: str | None = None
     offline: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size}: wanted a power of two (16 is the default)")
+        if self.pack_dir is not None:
+            object.__setattr__(self, "pack_dir", Path(self.pack_dir).absolute())  # a str is taken too
         check_load_format(self.load_format)
         if self.cudagraph_mode not in (None, *_MODES):
             raise ValueError(f"cudagraph_mode={self.cudagraph_mode!r}: wanted one of {', '.join(map(repr, _MODES))}")
@@ -104,6 +106,12 @@ class RunnerConfig:
         sizes = self.capture_sizes
         if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
             raise ValueError(f"cudagraph_capture_sizes={sizes}: wanted rising numbers of tokens, from 1 up")
+        if self.cudagraph_capture_sizes is not None and "piecewise" not in self.recorded_modes:
+            warnings.warn(
+                "cudagraph_capture_sizes has no effect here: no pieces are recorded; they are with"
+                " cudagraph_mode='piecewise' or 'full_and_piecewise'",
+                stacklevel=2,
+            )
         if self.pack_dir is None and (self.offline or self.pack_name):
             raise ValueError("offline and pack_name need a pack_dir, got pack_dir=None")
         if self.pipeline.parallel is not None and self.pack_name:
@@ -161,8 +169,13 @@ class RunnerConfig:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
             raise ValueError(f"device={device!r}: wanted 'auto', 'cpu', 'cuda' or 'cuda:0'")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+        device = str(device)  # a torch.device is taken too
+        if torch.device(device).type == "cuda":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if not count:
+                raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
+            if (torch.device(device).index or 0) >= count:
+                raise ValueError(f"device={device!r}: torch finds {count} CUDA devices, cuda:0 to cuda:{count - 1}")
         if dtype == "auto":
             dtype = config.dtype
         if isinstance(dtype, str):

@@ -1,31 +1,75 @@
-"""Turn a schedule into the step's ragged tensors, with numpy and no work proportional to a sequence's length."""
+"""Turn a committed plan into a step's ragged tensors, with no Python work in proportion to tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Series
+from dataclasses import dataclass
 
 import numpy as np
 
 from seamwise.runtime.build.step import StepInput, ragged_step
-from seamwise.runtime.scheduler.sequence import Sequence
+from seamwise.runtime.sampling.rows import SamplingRows, SamplingSlots
+from seamwise.runtime.scheduler.commit import Step
+from seamwise.runtime.scheduler.slots import Slots
 
 
-def build_batch(work: Series[tuple[Sequence, int]], block_size: int) -> tuple[StepInput, list[Sequence]]:
-    """Return the step for (sequence, number of tokens) pairs, and the sequences whose next token it yields, in the
-    order of the logits' rows: those for which the step computes the last known token."""
-    firsts = np.array([s.num_computed for s, _ in work], dtype=np.int32)
-    counts = np.array([count for _, count in work], dtype=np.int32)
-    token_ids = np.empty(counts.sum(), dtype=np.int64)
-    table = np.zeros((len(work), max(len(s.blocks) for s, _ in work)), dtype=np.int32)
-    rows, yielding = [], []
-    end = 0
-    for r, (sequence, count) in enumerate(work):
-        start, end = end, end + count
-        last = sequence.num_computed + count
-        num_blocks = len(sequence.blocks)
-        table[r, :num_blocks] = sequence.table[:num_blocks]
-        token_ids[start:end] = sequence.tokens[sequence.num_computed : last]
-        if last == sequence.num_tokens:
-            rows.append(end - 1)
-            yielding.append(sequence)
-    return ragged_step(token_ids, table, firsts, counts, block_size, np.array(rows, dtype=np.int64)), yielding
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRows:
+    """Rows of logits that tell a prompt's log probabilities: those after its tokens start : start + len(following)."""
+
+    sequence: int  # index in the step
+    start: int
+    following: np.ndarray
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A step and what is done with its logits. Token ids are read when it runs: the step before may sample some.
+
+    owner, positions  (T,) slot and position of each token
+    sampling          the rows that yield a token; prompts: those after them
+    """
+
+    inputs: StepInput
+    owner: np.ndarray
+    positions: np.ndarray
+    sampling: SamplingRows
+    prompts: list[PromptRows]
+
+    def fill_tokens(self, history: np.ndarray) -> None:
+        """Write the token ids, known by now, into the step."""
+        self.inputs.token_ids.numpy()[:] = history[self.owner, self.positions]
+
+
+def build_batch(step: Step, slots: Slots, sampling: SamplingSlots) -> Batch:
+    """Return the batch of a step; its logits' rows are those that yield, then those of prompts."""
+    size = slots.block_size
+    counts, yields = step.counts, step.yields
+    ends = counts.cumsum()
+    owner = np.repeat(step.slots, counts)
+    positions = np.arange(ends[-1]) + np.repeat(step.firsts - (ends - counts), counts)
+    width = -(-int((step.firsts + counts).max()) // size)
+    yielding = step.slots[yields]
+    rows = [ends[yields] - 1]
+    prompts = _prompt_rows(step, sampling)
+    for p in prompts:
+        begin = int(ends[p.sequence] - counts[p.sequence] - step.firsts[p.sequence])
+        rows.append(np.arange(begin + p.start, begin + p.start + len(p.following)))
+    inputs = ragged_step(
+        np.empty(ends[-1], dtype=np.int64), slots.table[step.slots, :width], step.firsts.astype(np.int32),
+        counts.astype(np.int32), size, np.concatenate(rows),
+    )  # fmt: skip
+    sampled = sampling.rows(yielding, (step.firsts + counts)[yields], slots.tokens)
+    return Batch(inputs=inputs, owner=owner, positions=positions, sampling=sampled, prompts=prompts)
+
+
+def _prompt_rows(step: Step, sampling: SamplingSlots) -> list[PromptRows]:
+    found = []
+    for i in sampling.flags[step.slots, 2].nonzero()[0].tolist():
+        s, first, count = step.sequences[i], int(step.firsts[i]), int(step.counts[i])
+        wanted = sampling.options[s.slot].params.prompt_logprobs
+        end = min(first + count, len(s.prompt) - 1)  # what follows the prompt's last token is sampled
+        if wanted is not None and first < end:
+            following = s.prompt[first + 1 : end + 1]
+            found.append(PromptRows(sequence=i, start=first, following=following, count=wanted))
+    return found

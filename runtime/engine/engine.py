@@ -1,239 +1,337 @@
-"""The engine: requests in, one step at a time, outputs out. It joins scheduler, runner and sampler."""
+"""The engine: requests in, one step at a time, outputs out. It joins scheduler, runner and sampler.
+
+    step:  plan and launch N+1, while N runs ─► wait for N ─► commit N ─► text and outputs of N
+
+State changes only inside `with self._change`. An exception in there, a Ctrl-C too, leaves the change marked as torn;
+the next call then lets all that runs start over from its known tokens, none of which is lost.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from collections.abc import Sequence as Series
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
 
 import numpy as np
 
+from seamwise.runtime.kv.names import Namespace
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.sampling.sampler import Sampled, sample
-from seamwise.runtime.scheduler.scheduler import Scheduler, SchedulerConfig
-from seamwise.runtime.scheduler.sequence import Sequence
-from seamwise.runtime.text.detokenize import Detokenizer
+from seamwise.runtime.sampling.report import check_mode
+from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
+from seamwise.runtime.sampling.words import tokens_of_words
+from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.runtime.scheduler.policies import Policy
+from seamwise.runtime.scheduler.scheduler import Recorder, Scheduler
+from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
 from seamwise.runtime.text.tokenizer import Tokenizer
 
-from .batch import build_batch
-from .outputs import CompletionOutput, RequestMetrics, RequestOutput
+from .admit import check_request
+from .answer import Answers
+from .loop import Loop
+from .outputs import RequestMetrics, RequestOutput
+from .request import Completion, Request
+from .worker import Worker
 
-_Reason = tuple[str, str | int | None]  # finish_reason, stop_reason
+_PROMPT_ROWS = 256  # prompt tokens of a step whose log probabilities are wanted: logits of so many rows are kept
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Request:
-    """A request and its sequences, one for each of its n outputs."""
+class _Change:
+    """A change of state; `torn` after one that did not come to its end."""
 
-    output: RequestOutput
-    sequences: list[Sequence] = field(default_factory=list)
-    detokenizers: list[Detokenizer | None] = field(default_factory=list)
+    torn = False
+
+    def __enter__(self) -> None:
+        self.torn = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.torn = kind is not None
 
 
 class Engine:
-    """Runs requests to completion over one runner. A bad request raises where it is added and disturbs no other."""
+    """Runs requests to completion over one runner. A bad request raises where it is added and disturbs no other.
+
+    namespace  what prefix blocks' names begin with
+    """
 
     def __init__(
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
-        enable_prefix_caching: bool = True, seed: int = 0,
+        enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
+        policy: Policy | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(runner, tokenizer)
         self.seed = seed
+        self.namespace = Namespace()
         pool = BlockPool(num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching)
-        self.scheduler = Scheduler(config=config, pool=pool)
-        self._requests: dict[str, _Request] = {}
-        self._of_sequence: dict[str, tuple[_Request, int]] = {}
+        self.scheduler = Scheduler(
+            config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
+        )
+        worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
+        self._loop = Loop(self.scheduler, worker, depth=2 if config.async_scheduling else 1)
+        self._answers = Answers(tokenizer)
+        self._requests: dict[str, Request] = {}
+        self._ready: list[RequestOutput] = []
+        self._change = _Change()
+        self._paused: str | None = None
+        self._clears = False
         self._arrivals = 0
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests)
-
-    def reset_prefix_cache(self) -> None:
-        """Forget what the KV cache holds. Raises RuntimeError while requests run, whose past is in it."""
-        if self._requests:
-            raise RuntimeError(f"{len(self._requests)} requests are running; finish or abort them first")
-        self.scheduler.pool.forget_all()
+        """Return whether step() has something to compute or to give out, now or after resume()."""
+        return bool(self._requests or self._ready)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """Return how many tokens a request may produce. Raises ValueError for one that cannot be served."""
-        limit, vocab = self.runner.options.max_model_len, self.runner.config.vocab_size
-        if not prompt_token_ids:
-            raise ValueError("the prompt has no tokens; wanted at least one")
-        if bad := [t for t in prompt_token_ids if not 0 <= t < vocab]:
-            raise ValueError(f"the prompt has token id {bad[0]}, wanted 0 to {vocab - 1} (the vocabulary)")
-        if len(prompt_token_ids) >= limit:
-            raise ValueError(
-                f"the prompt has {len(prompt_token_ids)} tokens, max_model_len is {limit} with the output included;"
-                " shorten the prompt or raise max_model_len"
-            )
-        if bad := [t for t in (*params.biases, *params.stop_tokens) if t >= vocab]:
-            raise ValueError(f"logit_bias or stop_token_ids has token id {bad[0]}, wanted 0 to {vocab - 1}")
-        if params.detokenize and self.tokenizer is None:
-            raise ValueError("detokenize=True needs a tokenizer; this model directory has none: pass detokenize=False")
-        room = limit - len(prompt_token_ids)
-        if params.min_tokens > room:
-            raise ValueError(
-                f"min_tokens={params.min_tokens}, but max_model_len={limit} leaves room for {room}; lower it"
-            )
-        return min(room, params.max_tokens) if params.max_tokens is not None else room
+        return check_request(
+            prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
+            has_tokenizer=self.tokenizer is not None,
+        )  # fmt: skip
 
     def add_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None
-    ) -> None:
-        """Queue a request. Raises ValueError when it cannot be served, or its id is in use; nothing is queued then."""
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
+        priority: int = 0, tenant: str = "", cache_salt: str | None = None, mask_providers: Series[MaskProvider] = (),
+        blocked: str | None = None,
+    ) -> None:  # fmt: skip
+        """Queue a request.
+
+        priority, tenant  read by policies: lower numbers first; whom tokens are charged to
+        cache_salt        its prefix is shared with requests of the same salt only
+        mask_providers    one for each of the n outputs: which tokens each may continue with
+        blocked           why it cannot be scheduled yet, until unblock(request_id)
+        Raises ValueError when it cannot be served or its id is in use, QueueFullError when the queue is full; nothing
+        is queued then.
+        """
+        self._recover()
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is in use by an unfinished request")
+        if type(priority) is not int:
+            raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
+        if mask_providers and len(mask_providers) != params.n:
+            raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
         max_tokens = self.check(prompt_token_ids, params)
-        metrics = RequestMetrics(arrival_time=time.perf_counter())
-        output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), metrics=metrics
-        )
-        request = _Request(output=output)
+        self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
+        request = Request(
+            request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
+            metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "",
+        )  # fmt: skip
         for index in range(params.n):
-            sequence = self._sequence(request_id, index, prompt_token_ids, params, max_tokens)
-            self.scheduler.add(sequence)  # raises for the first or for none: they are of one size
-            request.sequences.append(sequence)
-            request.detokenizers.append(self._detokenizer(prompt_token_ids, params))
-            logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-            output.outputs.append(CompletionOutput(index=index, text="", token_ids=[], logprobs=logprobs))
-            self._of_sequence[sequence.id] = (request, index)
-        self._requests[request_id] = request
+            provider = mask_providers[index] if mask_providers else None
+            request.completions.append(self._completion(request, index, max_tokens, provider))
+        with self._change:
+            for c in request.completions:
+                s = c.sequence
+                s.priority, s.tenant = priority, self.scheduler.tenant(tenant)
+                s.blocked = blocked or ("paused" if self._paused else None)
+                self._loop.owners[s.arrival] = request, c
+                self.scheduler.add(s)
+            self._requests[request_id] = request  # from here on it is in the engine
 
-    def abort_request(self, request_id: str) -> RequestOutput | None:
-        """End a request now and release its memory; return what it produced, None when there is no such request."""
+    def abort_request(self, request_id: str, reason: str = "abort", message: str | None = None) -> RequestOutput | None:
+        """End a request now and release its memory; return what it produced, None when there is no such request.
+
+        reason, message  finish_reason and stop_reason: "error" and what went wrong for one that cannot go on
+        """
+        self._recover()
         request = self._requests.get(request_id)
         if request is None:
             return None
-        running = [i for i, completion in enumerate(request.output.outputs) if not completion.finished()]
-        for index in running:
-            if detokenizer := request.detokenizers[index]:
-                detokenizer.finish(may_stop=False)
-                request.output.outputs[index].text = detokenizer.text
-            self._finish(request, index, "abort", None)
-        self.scheduler.remove([request.sequences[i] for i in running])
-        return request.output
+        with self._change:
+            running = [c for c in request.completions if c.reason is None]
+            for c in running:
+                self._answers.close(request, c)
+                c.reason = reason, message
+            self.scheduler.remove([c.sequence for c in running])
+            output, request.given = request.output()
+            self._leave(request)
+        return output
+
+    def unblock(self, request_id: str, reason: str | None = None) -> None:
+        """Let a request be scheduled that was added as blocked, or name another reason that it is blocked for now."""
+        self._recover()
+        if request_id not in self._requests:
+            raise ValueError(f"there is no unfinished request {request_id!r}")
+        with self._change:
+            for c in self._requests[request_id].completions:
+                if c.reason is None:
+                    self.scheduler.block(c.sequence, reason or ("paused" if self._paused else None))
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; return the requests it gave tokens, finished ones marked.
+        """Compute one step; return the outputs that are due.
 
-        When the runner raises, no token is lost: the sequences start over from their known tokens at the next call.
+        When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
-        plan = self.scheduler.schedule()
-        if not plan:
+        self._recover()
+        if self._paused != "keep" and self._requests:
+            while len(self._loop.flights) < self._loop.depth:
+                with self._change:
+                    launched = self._loop.launch()
+                if not launched:
+                    break
+        if self._loop.flights:
+            self._finish()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
+        """Stop at a step's end, for weights to be changed.
+
+        abort  end all requests; they are returned
+        wait   let the requests that are here end: call step() until is_paused
+        keep   freeze them where they are; resume() lets them go on
+        clear_cache  nothing computed until now is used again: kept requests compute their tokens anew when resumed
+        Requests added from now on wait until resume(), with the reason "paused".
+        """
+        if mode not in ("abort", "wait", "keep"):
+            raise ValueError(f"pause: mode={mode!r}, wanted 'abort', 'wait' or 'keep'")
+        self._recover()
+        self._paused, self._clears = mode, clear_cache
+        if mode == "wait":
             return []
-        work = []
-        for sequence_id, count in plan.items():
-            request, index = self._of_sequence[sequence_id]
-            work.append((request.sequences[index], count))
-        try:
-            batch, yielding = build_batch(work, self.runner.block_size)
-            sampled = sample(self.runner.step(batch).logits, yielding)
-        except BaseException:
-            self.scheduler.restart([s for s, _ in work])
-            raise
-        for sequence, count in work:
-            sequence.num_computed += count
-        return self._take(yielding, sampled)
+        self.drain()
+        found = [self.abort_request(name) for name in list(self._requests)] if mode == "abort" else []
+        if clear_cache:
+            self.reset_prefix_cache(reset_running_requests=True)
+        return [output for output in found if output is not None]
 
-    def _take(self, yielding: list[Sequence], sampled: Sampled) -> list[RequestOutput]:
-        """Append each sampled token to its request, and finish what it ends."""
+    def resume(self) -> None:
+        """Go on after pause()."""
+        self._recover()
+        if self._paused == "wait" and self._clears:
+            self.reset_prefix_cache(reset_running_requests=True)
+        with self._change:
+            self._paused = None
+            for request in self._requests.values():
+                for c in request.completions:
+                    if c.sequence.blocked == "paused":
+                        self.scheduler.block(c.sequence, None)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether a pause is in effect and nothing runs or is under way any more."""
+        if self._paused is None or self._loop.flights:
+            return False
+        left = [s for s in self.scheduler.queue.sequences if s.blocked != "paused"]
+        return self._paused != "wait" or not (left or self.scheduler.running)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
+        """Forget what the KV cache holds.
+
+        Raises RuntimeError while requests run, whose past is in it, unless they are to compute their tokens anew.
+        """
+        self.drain()
+        if self._requests and not reset_running_requests:
+            raise RuntimeError(f"{len(self._requests)} requests are running; finish or abort them first")
+        with self._change:
+            self.scheduler.preempt(self.scheduler.running)
+            self.scheduler.pool.forget_all()
+
+    def weights_changed(self, version: str, *, recompute: bool = True) -> None:
+        """Say that the weights are others now: no block computed with the old ones is found again.
+
+        recompute  requests that run compute their tokens anew; else they go on with the keys and values they have
+        """
+        self.drain()
+        with self._change:
+            self.namespace = replace(self.namespace, weights=version)
+            if recompute:
+                self.scheduler.preempt(self.scheduler.running)
+            self.scheduler.pool.forget_all()
+            for request in self._requests.values():
+                for c in request.completions:
+                    c.sequence.rename(self._root(request))
+
+    def drain(self) -> None:
+        """Wait for what is under way and commit it; its outputs come with the next step(). Raises what it raised."""
+        self._recover()
+        while self._loop.flights:
+            self._finish()
+
+    def close(self) -> None:
+        """Wait for what is under way and end the thread."""
+        self._loop.worker.drain()
+        self._loop.worker.close()
+
+    def _finish(self) -> None:
+        """Wait for the earliest step, commit it, and make outputs of it."""
+        result = self._loop.wait()
+        if isinstance(result, Exception):
+            with self._change:
+                self._loop.undo()
+            raise result
+        with self._change:
+            self._loop.commit(result)
+            self._answer()
+
+    def _answer(self) -> None:
+        """Make text of what was committed, end what its text ends, and collect the outputs that are due."""
         now = time.perf_counter()
-        touched: dict[str, RequestOutput] = {}
-        ended: list[Sequence] = []
-        for sequence, token, logprobs in zip(yielding, sampled.tokens, sampled.logprobs, strict=True):
-            request, index = self._of_sequence[sequence.id]
-            output = request.output
-            touched[output.request_id] = output
-            completion = output.outputs[index]
-            sequence.append(token)
-            completion.token_ids.append(token)
-            if output.metrics.first_token_time is None:
-                output.metrics.first_token_time = now
-                output.metrics.num_cached_tokens = sequence.num_cached
-            if logprobs is not None:
-                self._take_logprobs(completion, token, logprobs, request.detokenizers[index])
-            reason = self._ended_by_token(sequence, token)
-            if detokenizer := request.detokenizers[index]:
-                if (stop := self._show(detokenizer, sequence, token, reason)) is not None:
-                    reason = "stop", stop
-                completion.text = detokenizer.text
-            if reason is not None:
-                ended.append(sequence)
-                self._finish(request, index, *reason)
-        if ended:
-            self.scheduler.remove(ended)
-        return list(touched.values())
+        touched: dict[str, Request] = {}
+        while self._loop.events:
+            event = self._loop.events[0]
+            request, c = event.request, event.completion
+            self._answers.take(event)
+            self._loop.events.popleft()
+            touched[request.request_id] = request
+            if request.metrics.first_token_time is None and c.num_taken:
+                request.metrics.first_token_time = now
+                request.metrics.num_cached_tokens = c.sequence.num_cached or 0
+            if c.reason is not None and not c.sequence.done:
+                self.scheduler.remove([c.sequence])
+        self._give(touched.values(), now)
 
-    @staticmethod
-    def _ended_by_token(sequence: Sequence, token: int) -> _Reason | None:
-        """Return (finish_reason, stop_reason) when a token, or the number of them, ends the sequence."""
-        produced = sequence.num_tokens - sequence.num_prompt
-        if produced > sequence.params.min_tokens:  # before that the sampler cannot choose one that ends
-            if token in sequence.stop_ids:
-                return "stop", None
-            if token in sequence.params.stop_tokens:
-                return "stop", token
-        return ("length", None) if produced >= sequence.max_tokens else None
+    def _give(self, requests: Iterable[Request], now: float) -> None:
+        for request in requests:
+            if request.due():
+                if request.finished:
+                    request.metrics.finished_time = now
+                    request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
+                output, given = request.output()
+                request.given, self._ready = given, [*self._ready, output]  # both or none
+            if request.given.finished:
+                self._leave(request)
 
-    @staticmethod
-    def _show(detokenizer: Detokenizer, sequence: Sequence, token: int, reason: _Reason | None) -> str | None:
-        """Give a token to the detokenizer; return the stop string found. The text of a token that stops is left out."""
-        p = sequence.params
-        may_stop = sequence.num_tokens - sequence.num_prompt > p.min_tokens
-        stop = None
-        if reason is None or reason[0] != "stop" or p.include_stop_str_in_output:
-            stop = detokenizer.add(token, may_stop=may_stop)
-        if reason is not None and stop is None:
-            stop = detokenizer.finish(may_stop=may_stop)
-        return stop
+    def _leave(self, request: Request) -> None:
+        self._requests.pop(request.request_id, None)
+        for c in request.completions:
+            self._loop.owners.pop(c.sequence.arrival, None)
 
-    @staticmethod
-    def _take_logprobs(
-        completion: CompletionOutput, token: int, logprobs: dict[int, Logprob], detokenizer: Detokenizer | None
-    ) -> None:
-        assert completion.logprobs is not None
-        completion.logprobs.append(logprobs)
-        completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + logprobs[token].logprob
-        if detokenizer is not None:
-            for logprob, text in zip(logprobs.values(), detokenizer.texts_of(logprobs), strict=True):
-                logprob.decoded_token = text
+    def _recover(self) -> None:
+        """Begin anew from the known tokens when a change of state was interrupted."""
+        if not self._change.torn:
+            return
+        self._loop.rebuild((r, c) for r in self._requests.values() for c in r.completions)
+        self._answer()
+        self._give(list(self._requests.values()), time.perf_counter())
+        self._change.torn = False
 
-    def _finish(self, request: _Request, index: int, reason: str, stop_reason: str | int | None) -> None:
-        """Mark one output finished, and its request when it was the last. The caller removes it from the scheduler."""
-        completion, sequence = request.output.outputs[index], request.sequences[index]
-        completion.finish_reason, completion.stop_reason = reason, stop_reason
-        del self._of_sequence[sequence.id]
-        request.output.metrics.num_preemptions += sequence.num_preemptions
-        if all(c.finished() for c in request.output.outputs):
-            request.output.finished = True
-            request.output.metrics.finished_time = time.perf_counter()
-            del self._requests[request.output.request_id]
-
-    def _sequence(
-        self, request_id: str, index: int, prompt: list[int], params: SamplingParams, max_tokens: int
-    ) -> Sequence:
-        tokens = np.empty(len(prompt) + max_tokens, dtype=np.int64)
-        tokens[: len(prompt)] = prompt
-        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals
-        assert seed is not None
+    def _completion(self, request: Request, index: int, max_tokens: int, provider: MaskProvider | None) -> Completion:
+        params, prompt = request.params, request.prompt_token_ids
         self._arrivals += 1
-        return Sequence(
-            id=f"{request_id}/{index}", tokens=tokens, num_tokens=len(prompt), num_prompt=len(prompt), params=params,
-            max_tokens=max_tokens, arrival=self._arrivals, seed=seed + (index << 48),
+        predicted = (params.extra_args or {}).get("predicted_tokens", self.scheduler.predict(max_tokens))
+        s = Sequence(
+            id=f"{request.request_id}/{index}", prompt=np.array(prompt, dtype=np.int32), max_tokens=max_tokens,
+            arrival=self._arrivals, root=self._root(request), predicted=predicted,
+            reads_cache=params.reads_prefix_cache,
+            max_chunk=NO_LIMIT if params.prompt_logprobs is None else _PROMPT_ROWS,
+        )  # fmt: skip
+        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1
+        assert seed is not None
+        encode = None if self.tokenizer is None else partial(self.tokenizer.encode, add_special_tokens=False)
+        options = RowOptions(
+            params=params, seed=seed + (index << 48), num_prompt=len(prompt), mask_provider=provider,
             stop_ids=() if params.ignore_eos else self.eos_ids,
+            bad_words=tokens_of_words(params.bad_words or (), encode) if encode else (),
         )  # fmt: skip
+        return Completion(sequence=s, options=options, detokenizer=self._answers.detokenizer(prompt, params))
 
-    def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
-        if not params.detokenize or self.tokenizer is None:
-            return None
-        return Detokenizer(
-            self.tokenizer, prompt_token_ids, stop=params.stop_strings, skip_special_tokens=params.skip_special_tokens,
-            include_stop=params.include_stop_str_in_output,
-        )  # fmt: skip
+    def _root(self, request: Request) -> bytes:
+        return replace(self.namespace, cache_salt=request.cache_salt).root()
 
 
 def _eos_ids(runner: ModelRunner, tokenizer: Tokenizer | None) -> tuple[int, ...]:

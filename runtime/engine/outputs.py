@@ -9,12 +9,12 @@ from seamwise.runtime.sampling.logprob import Logprob
 
 @dataclass(slots=True, kw_only=True)
 class CompletionOutput:
-    """One output of a request.
+    """One output of a request: all until now, or what is new since the last one (SamplingParams.output_kind).
 
     text           without what may yet turn out to be a stop string, while it runs
     logprobs       one {token id: Logprob} a token, when asked for
-    finish_reason  None while running, "stop", "length" or "abort"
-    stop_reason    the stop string or token id that ended it; None for EOS
+    finish_reason  None while running, "stop", "length", "repetition", "abort", or "error"
+    stop_reason    the stop string or token id that ended it, None for EOS; with "error", what went wrong
     """
 
     index: int
@@ -34,6 +34,7 @@ class RequestMetrics:
     """Seconds on time.perf_counter's clock, None before they happen; prompt tokens served from the prefix cache."""
 
     arrival_time: float
+    first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_cached_tokens: int = 0
@@ -42,7 +43,11 @@ class RequestMetrics:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """One prompt with its outputs, in the order asked for. It is one object from first token to last, and grows."""
+    """One prompt with its outputs, in the order asked for; never changed once it was given out.
+
+    prompt_logprobs  when asked for: None for the first token, then one {token id: Logprob} a token, in the output
+                     that comes with the first sampled token and, where outputs hold all, in every later one
+    """
 
     request_id: str
     prompt: str | None
@@ -50,3 +55,4 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -1,36 +1,36 @@
-"""Which request holds which KV cache blocks, with prefix caching.
+"""Which blocks of the KV cache are held, by how many, and which contents can be found by name.
 
-A full block is named by the hash of its tokens and of the block before it; a block that no request holds keeps its
-contents until it is needed for something else, least recently used first.
-Source: vLLM's automatic prefix caching, https://docs.vllm.ai/en/latest/design/prefix_caching.html
+      take            release, published            take (least recently used first)
+free ──────► held ───────────────────────► resting ────────► held
+  ▲            │ release, not published       ▲ hold(found by name)
+  ├────────────┤                              │
+  └── fenced ◄─┘ release while a step may still touch it; free or resting when that step is done
+
+A held block's name is *promised* from when a step that fills it is planned until that step is committed: sequences of
+the same step and of later ones may share it, nobody else sees it. Then it is *published*. A lease holds blocks for
+somebody who is no sequence (a copy in flight, a session that may go on).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
+from .names import BlockName
 
 NULL_BLOCK = 0  # padding points here; it is never handed out
-
-BlockName = bytes
-ROOT: BlockName = b""
-
-
-def name_after(parent: BlockName, tokens: np.ndarray) -> BlockName:
-    """Return the name of a full block with these int64 tokens after the block named `parent` (128 bits)."""
-    return hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
 
 
 @dataclass(slots=True, kw_only=True)
 class BlockPool:
-    """All blocks of the cache. A block is free (unnamed), resting (named, held by none) or held (by one or more).
+    """All blocks of the cache; each but the null block is in exactly one of free, resting, fenced, holders.
 
-    names   block -> its content's name, for full blocks when caching; by_name is the inverse
-    holders block -> how many requests hold it
+    holders   block -> how many sequences and leases hold it
+    fenced    block -> the step after which it is free or resting, in the order of these steps
+    names     block -> name of its contents, promised or published; by_name is the inverse
+    promised  blocks whose names are promised
+    leases    lease -> its blocks
     """
 
     num_blocks: int
@@ -39,8 +39,11 @@ class BlockPool:
     free: list[int] = field(init=False)
     resting: OrderedDict[int, None] = field(init=False, default_factory=OrderedDict)
     holders: dict[int, int] = field(init=False, default_factory=dict)
+    fenced: dict[int, int] = field(init=False, default_factory=dict)
     names: dict[int, BlockName] = field(init=False, default_factory=dict)
     by_name: dict[BlockName, int] = field(init=False, default_factory=dict)
+    promised: set[int] = field(init=False, default_factory=set)
+    leases: dict[str, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_blocks < 2:
@@ -53,12 +56,17 @@ class BlockPool:
         return len(self.free) + len(self.resting)
 
     def check(self) -> None:
-        """Assert that every block but the null block is in exactly one state."""
-        states = [*self.free, *self.resting, *self.holders]
+        """Assert that every block is in exactly one state and that names are where they may be."""
+        states = [*self.free, *self.resting, *self.holders, *self.fenced]
         assert sorted(states) == list(range(1, self.num_blocks)), "a block is lost or in two states"
         assert all(count > 0 for count in self.holders.values())
         assert {b: n for n, b in self.by_name.items()} == self.names
-        assert not set(self.free) & self.names.keys()
+        assert not set(self.free) & self.names.keys(), "a free block has a name"
+        assert self.promised <= self.names.keys() and not self.promised & self.resting.keys()
+        assert self.resting.keys() <= self.names.keys(), "a resting block cannot be found"
+        assert list(self.fenced.values()) == sorted(self.fenced.values())
+        leased = Counter(b for blocks in self.leases.values() for b in blocks)
+        assert all(count <= self.holders.get(b, 0) for b, count in leased.items()), "a leased block is not held"
 
     def take(self, count: int) -> list[int]:
         """Hand out `count` blocks with undefined contents. The caller has checked num_available."""
@@ -69,30 +77,44 @@ class BlockPool:
                 block = self.free.pop()
             else:
                 block, _ = self.resting.popitem(last=False)
-                del self.by_name[self.names.pop(block)]
+                self._unname(block)
             self.holders[block] = 1
             taken.append(block)
         return taken
 
     def hold(self, block: int) -> None:
-        """Let one more request hold a named block."""
+        """Let one more sequence hold a named block, wherever it is."""
+        assert block in self.names, "a block without a name is shared"
         self.resting.pop(block, None)
+        self.fenced.pop(block, None)
         self.holders[block] = self.holders.get(block, 0) + 1
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Give back a request's blocks, its last first, so that a prefix outlives what follows it."""
+    def release(self, blocks: Sequence[int], fence: int | None = None) -> None:
+        """Give back a sequence's blocks, its last first, so that a prefix outlives what follows it.
+
+        fence  the last step that may still touch them; None when there is none
+        """
         for block in reversed(blocks):
             self.holders[block] -= 1
             if self.holders[block]:
                 continue
             del self.holders[block]
-            if block in self.names:
-                self.resting[block] = None
+            if fence is None:
+                self._settle(block)
             else:
-                self.free.append(block)
+                self.fenced[block] = fence
+
+    def step_done(self, step: int) -> None:
+        """Free what waited for a step, which is now committed with its names published, or has failed."""
+        while self.fenced:
+            block, fence = next(iter(self.fenced.items()))
+            if fence > step:
+                break
+            del self.fenced[block]
+            self._settle(block)
 
     def longest_prefix(self, names: Iterable[BlockName]) -> list[int]:
-        """Return the cached blocks of the longest run of names from the first."""
+        """Return the blocks of the longest run of names from the first, promised ones included."""
         found: list[int] = []
         for name in names:
             block = self.by_name.get(name)
@@ -101,20 +123,54 @@ class BlockPool:
             found.append(block)
         return found
 
-    def forget(self, block: int) -> None:
-        """Take a held block's name away: its contents are not what the name says."""
-        if block in self.names:
-            del self.by_name[self.names.pop(block)]
-
-    def forget_all(self) -> None:
-        """Take all names away; what no request holds is free."""
-        self.names.clear()
-        self.by_name.clear()
-        self.free += self.resting
-        self.resting.clear()
-
-    def record(self, block: int, name: BlockName) -> None:
-        """Name a block that is now full, unless it or an equal block is named already."""
+    def promise(self, block: int, name: BlockName) -> None:
+        """Name a held block that a planned step fills, unless it or an equal block is named already."""
         if self.caching and name not in self.by_name and block not in self.names:
             self.by_name[name] = block
             self.names[block] = name
+            self.promised.add(block)
+
+    def publish(self, block: int, name: BlockName) -> None:
+        """Say that a block holds what the name says: the step that computed it is committed."""
+        self.promise(block, name)
+        if self.names.get(block) == name:
+            self.promised.discard(block)
+
+    def forget(self, block: int) -> None:
+        """Take a held or fenced block's name away: its contents are not what the name says."""
+        if block in self.names:
+            self._unname(block)
+
+    def forget_all(self) -> None:
+        """Take all names away; what nobody holds is free."""
+        self.names.clear()
+        self.by_name.clear()
+        self.promised.clear()
+        self.free += self.resting
+        self.resting.clear()
+
+    def lease(self, lease: str, blocks: Sequence[int]) -> None:
+        """Keep published blocks, held or resting, under a lease until it ends."""
+        if lease in self.leases:
+            raise ValueError(f"lease {lease!r} is in use; end it first")
+        if bad := [b for b in blocks if b not in self.names or b in self.promised]:
+            raise ValueError(f"lease {lease!r}: block {bad[0]} is not published, wanted blocks found by their names")
+        for block in blocks:
+            self.hold(block)
+        self.leases[lease] = list(blocks)
+
+    def end_lease(self, lease: str) -> None:
+        """Give a lease's blocks back. Raises KeyError for one that does not exist."""
+        self.release(self.leases.pop(lease))
+
+    def _settle(self, block: int) -> None:
+        if block in self.promised:  # what was to fill it did not
+            self._unname(block)
+        if block in self.names:
+            self.resting[block] = None
+        else:
+            self.free.append(block)
+
+    def _unname(self, block: int) -> None:
+        del self.by_name[self.names.pop(block)]
+        self.promised.discard(block)

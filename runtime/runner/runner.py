@@ -8,6 +8,7 @@ logits = runner.step(StepInput(...)).logits
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from seamwise import caches
 from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
@@ -23,14 +25,16 @@ from seamwise.compile.record.recorder import Recording
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
-from seamwise.runtime.build.packs import load_program, open_pack
+from seamwise.runtime.build.packs import load_program, open_pack, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, step_of_padding
 from seamwise.runtime.distributed.group import smallest
 
+from .memory_plan import MemoryPlan, plan_memory
+from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
-from .update_weights import update_weights
+from .update_weights import WeightUpdates
 
 
 class ModelRunner:
@@ -51,27 +55,37 @@ class ModelRunner:
         self.options = options
         self.executable = executable
         self.startup_s = ledger.seconds
-        self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
+        self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
+        self._updates = WeightUpdates()
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
-        ranks = options.tensor_parallel_size > 1
-        agree = partial(smallest, device=options.device) if ranks else int
-        self._recordings = Recordings(executable.program, options, agree)
+        self._recordings = self._new_recordings()
+
+    def _new_recordings(self) -> Recordings:
+        ranks = self.options.tensor_parallel_size > 1
+        agree = partial(smallest, device=self.options.device) if ranks else int
+        return Recordings(self.program, self.options, agree)
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> ModelRunner:
+    def load(cls, path: str | Path, *, cache_dir: str | Path | None = None, **options: Any) -> ModelRunner:
         """Load a Hugging Face model directory, compiling it or taking its pack, or a pack of `seamwise compile`.
 
-        Options are the fields of RunnerConfig. Raises ValueError for a directory, configuration or checkpoint that
-        cannot be served, naming what is wrong.
+        Options are the fields of RunnerConfig; cache_dir moves all caches of this process. Raises ValueError for a
+        directory, configuration or checkpoint that cannot be served, naming what is wrong.
         """
+        if cache_dir is not None:
+            caches.set_cache_dir(cache_dir)
         with shown_ledger("start-up") as ledger:
             path = Path(path)
             if pack.is_pack(path):
                 path, options = open_pack(path, options)
+            elif options.get("pack_name"):
+                options = with_recorded(options)
             with ledger.stage("read config"):
                 config = ModelConfig.from_directory(Path(path))
                 settings = RunnerConfig.for_model(config, **options)
+            if torch.device(settings.device).index is not None:
+                torch.cuda.set_device(settings.device)  # where kernels are launched
             program, buffers = load_program(config, settings, ledger)
             with ledger.stage("load weights"):
                 weights = load_step_weights(Path(path), settings, program, buffers)
@@ -92,6 +106,23 @@ class ModelRunner:
         """Blocks in the KV cache, the null block included; 0 before allocate_kv."""
         return self.kv_caches[0][0].shape[0] if self.kv_caches else 0
 
+    def plan(self, budget: int | None = None, **limits: Any) -> MemoryPlan:
+        """Return every byte that this runner takes, before its KV cache is allocated. limits: see plan_memory."""
+        derived = [n for n, recipe in self.program.recipes.items() if "weight" not in recipe]
+        places = dict(zip(self.program.recipes, self.executable.weights, strict=True))
+        return plan_memory(
+            self.program, self.options, self.kv_spec, sum(b.nbytes for b in self.buffers.values()),
+            sum(places[name].nbytes for name in derived), budget=budget,
+            held_bytes=sum(weight.nbytes for weight in self.executable.weights), **limits,
+        )  # fmt: skip
+
+    def limit_model_len(self, max_model_len: int) -> None:
+        """Let requests be at most so long, as a plan says. Raises ValueError for more than the model was built for."""
+        if not 1 <= max_model_len <= self.options.max_model_len:
+            raise ValueError(f"max_model_len={max_model_len}: wanted 1 to {self.options.max_model_len}")
+        self.options = replace(self.options, max_model_len=max_model_len)
+        self._recordings = self._new_recordings()
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the KV cache. Raises ValueError for fewer than 2 blocks (block 0 is the null block)."""
         if num_blocks < 2:
@@ -108,6 +139,8 @@ class ModelRunner:
         """
         if not self.kv_caches:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
+        if (unfinished := self._updates.unfinished(self.program)) is not None:
+            raise RuntimeError(unfinished)
         batch.check()
         self._check_served(batch)
         match self._recordings.kind_of(batch):
@@ -128,7 +161,7 @@ class ModelRunner:
 
         What the KV cache holds was computed with the old ones. See update_weights.py for what is refused.
         """
-        update_weights(self.executable, self.options, self.buffers, weights)
+        self._updates.update(self.executable, self.options, self.buffers, named_tensors(weights).items())
 
     def recording(self, num_requests: int, tokens_each: int = 1) -> Recording:
         """Return the recorded step of so many requests and tokens of each. Raises KeyError before such a step ran."""

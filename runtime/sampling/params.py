@@ -5,13 +5,63 @@ Source: https://docs.vllm.ai/en/latest/api/vllm/sampling_params.html
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
 
-_GREATEST = 1e6  # an infinite divisor turns -inf into NaN
+from seamwise.runtime.build.arguments import named_arguments
+
+from .check_params import check_params, whole
+from .plain import make_plain
+
+LogitsProcessor = Callable[..., Any]  # ([prompt_ids,] output_ids, logits (V,)) -> logits (V,)
 
 
+class RequestOutputKind(IntEnum):
+    """What an output holds: all until now, what is new since the last one, or all and only at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepetitionDetectionParams:
+    """End an output whose last tokens are one pattern over and over, with finish_reason "repetition".
+
+    A pattern of min_pattern_size (0: 1) to max_pattern_size tokens that stands min_count times in a row at the end.
+    """
+
+    max_pattern_size: int
+    min_pattern_size: int = 0
+    min_count: int = 2
+
+    def __post_init__(self) -> None:
+        whole("max_pattern_size", self.max_pattern_size, 1)
+        whole("min_pattern_size", self.min_pattern_size, 0)
+        whole("min_count", self.min_count, 2)
+        if self.min_pattern_size > self.max_pattern_size:
+            raise ValueError(
+                f"min_pattern_size={self.min_pattern_size} is more than max_pattern_size={self.max_pattern_size}"
+            )
+
+    def found(self, tokens: Sequence[int]) -> bool:
+        """Return whether the tokens end so. Looks at max_pattern_size · min_count tokens at most."""
+        for size in range(max(self.min_pattern_size, 1), self.max_pattern_size + 1):
+            length = size * self.min_count
+            if length > len(tokens):
+                return False
+            tail = tokens[-length:]
+            if tail[size:] == tail[:-size]:
+                return True
+        return False
+
+
+@named_arguments(
+    best_of="use n", do_sample="use temperature (0 is greedy)", max_new_tokens="use max_tokens",
+    num_return_sequences="use n", truncate_prompt_tokens="cut the prompt's ids before",
+)  # fmt: skip
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling options of one request; every field is checked here and in effect.
@@ -27,9 +77,20 @@ class SamplingParams:
     ignore_eos           go on after the model's end-of-sequence tokens
     max_tokens           greatest number of output tokens; None: up to max_model_len
     min_tokens           so many output tokens come before EOS, a stop token or the end of a stop string
-    logprobs             log probabilities of so many most likely tokens, and of the sampled one, at each position
+    logprobs             log probabilities of so many most likely tokens, and of the sampled one, at each position; -1:
+                         of all tokens
+    prompt_logprobs      the same of the prompt's tokens; its prefix is then computed, not read from the cache
+    logprob_token_ids    log probabilities of these tokens at each position, instead of the most likely ones
     logit_bias           token id -> value added to its logit
+    allowed_token_ids    only these can be sampled
+    bad_words            words that are not produced: the last token of one is never sampled after its others
+    logits_processors    functions of (output_ids, logits) or (prompt_ids, output_ids, logits), in order, that return
+                         the logits (V,) to go on with; after penalties, before temperature
+    repetition_detection ends an output that repeats itself
     detokenize, skip_special_tokens  whether there is text, and whether special tokens are left out of it
+    output_kind          what outputs hold; stream_interval: they come every so many tokens, the first and last always
+    skip_reading_prefix_cache  compute the whole prompt; None: only with prompt_logprobs
+    extra_args           for logits processors and policies: "predicted_tokens" is the output length to expect
     """
 
     n: int = 1
@@ -47,54 +108,24 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    stream_interval: int | None = None
+    skip_reading_prefix_cache: bool | None = None
+    extra_args: Mapping[str, Any] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        _whole("n", self.n, 1)
-        _real("temperature", self.temperature, 0.0, _GREATEST)
-        _whole("top_k", self.top_k, -1)
-        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _real("min_p", self.min_p, 0.0, 1.0)
-        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, _GREATEST, open_low=True)
-        if self.seed is not None:
-            _whole("seed", self.seed, None)
-        if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; wanted at most it"
-            )
-        if self.logprobs is not None:
-            _whole("logprobs", self.logprobs, 0)
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted True or False")
-        self._check_stops()
-
-    def _check_stops(self) -> None:
-        for name, wanted in (("stop", (str, Sequence)), ("stop_token_ids", (Sequence,)), ("logit_bias", (Mapping,))):
-            got = getattr(self, name)
-            if got is not None and not isinstance(got, wanted):
-                listed = " or ".join(kind.__name__.lower() for kind in wanted)
-                raise ValueError(f"{name}: got {got!r}, wanted None or a {listed}")
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"stop: got {text!r}, wanted non-empty strings")
-        if self.stop_strings and not self.detokenize:
-            raise ValueError(
-                "stop: strings cannot be found with detokenize=False; use stop_token_ids or detokenize=True"
-            )
-        for token in self.stop_tokens:
-            _whole("stop_token_ids", token, 0)
-        for token, bias in self.biases.items():
-            _whole("logit_bias key", token, 0)
-            _real(f"logit_bias[{token}]", bias, -_GREATEST, _GREATEST)
+        make_plain(self)
+        check_params(self)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -116,15 +147,19 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or self.logprob_token_ids is not None
 
-def _whole(name: str, got: object, low: int | None) -> None:
-    if not isinstance(got, int) or isinstance(got, bool) or (low is not None and got < low):
-        raise ValueError(
-            f"{name}: got {got!r}, wanted a whole number" + (f" of at least {low}" if low is not None else "")
-        )
+    @property
+    def reads_prefix_cache(self) -> bool:
+        skip = self.skip_reading_prefix_cache
+        return not (self.prompt_logprobs is not None if skip is None else skip)
 
-
-def _real(name: str, got: object, low: float, high: float, *, open_low: bool = False) -> None:
-    fits = isinstance(got, (int, float)) and not isinstance(got, bool) and not math.isnan(got) and low <= got <= high
-    if not fits or (open_low and got == low):
-        raise ValueError(f"{name}: got {got!r}, wanted a number {'above' if open_low else 'from'} {low:g} to {high:g}")
+    def token_ids(self) -> list[tuple[str, int]]:
+        """Return every token id that a field names, with the field's name, to be checked against a vocabulary."""
+        named = {
+            "logit_bias": self.biases, "stop_token_ids": self.stop_tokens,
+            "allowed_token_ids": self.allowed_token_ids or (), "logprob_token_ids": self.logprob_token_ids or (),
+        }  # fmt: skip
+        return [(name, token) for name, tokens in named.items() for token in tokens]

@@ -1,160 +1,201 @@
-"""Decide how many tokens of each sequence the next step computes: {sequence id: number of tokens}.
-
-There is no prefill and no decode: a sequence has tokens known and tokens computed, and a step computes some of the
-difference within the token budget. Chunked prefill, continuous batching and prefix caching follow from that.
-"""
+"""The scheduler's state: who waits, who runs in which slot, which steps are under way. commit.py carries out plans."""
 
 from __future__ import annotations
 
-from bisect import insort
-from collections import Counter, deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from seamwise.runtime.kv.pool import BlockPool
 
+from .commit import Step, commit, release, requeue
+from .config import QueueFullError, SchedulerConfig
+from .plan import plan
+from .policies import Policy, find_policy
+from .queue import Queue
 from .sequence import Sequence
+from .slots import Slots
+from .view import Plan, View
+from .viewing import take_view
+
+Recorder = Callable[[View, Plan], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """max_num_batched_tokens: tokens a step computes at most; max_num_seqs: sequences that run at once."""
-
-    max_num_batched_tokens: int = 2048
-    max_num_seqs: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: wanted at least 1")
-
-
-@dataclass(slots=True, kw_only=True)
 class Scheduler:
-    """First come, first served. When the cache is full the latest arrival gives its blocks back and starts over."""
+    """Sequences in, steps out.
 
-    config: SchedulerConfig
-    pool: BlockPool
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
+    longest   the greatest number of tokens of a sequence, output included
+    flying    steps that were planned and are not committed, the earliest first
+    clock     tokens scheduled until now; counters: what each tenant was charged
+    refusal   why the next waiting sequence does not start, as of the last plan
+    """
+
+    def __init__(
+        self, *, config: SchedulerConfig, pool: BlockPool, longest: int, policy: Policy | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.pool = pool
+        self.policy = policy or find_policy(config.scheduling_policy)
+        self.recorder = recorder
+        self.queue = Queue()
+        self.slots = Slots(num_slots=2 * config.max_num_seqs, longest=longest, block_size=pool.block_size)
+        self.waiting: dict[int, Sequence] = {}  # by arrival
+        self.flying: list[Step] = []
+        self.num_steps = 0
+        self.clock = 0
+        self.refusal: str | None = None
+        self.tenants: dict[str, int] = {}
+        self.counters = np.zeros(8)
+        self.waits_of = np.zeros(8, dtype=np.int64)  # how many sequences of each tenant wait
+        self._last_left = 0
+        self._mean_output: float | None = None
+
+    @property
+    def running(self) -> list[Sequence]:
+        return [s for s in self.slots.sequences if s is not None]
 
     def check(self) -> None:
         """Assert the invariants that hold between steps."""
         self.pool.check()
+        self.queue.check()
+        self.slots.check()
         assert len(self.running) <= self.config.max_num_seqs
-        assert all(not s.blocks and not s.num_computed for s in self.waiting)
-        arrivals = [s.arrival for s in self.waiting]
-        assert arrivals == sorted(arrivals), "the queue is out of order"
+        assert {s.arrival: s for s in self.queue.sequences} == self.waiting
         held = Counter(block for s in self.running for block in s.blocks)
+        held.update(block for blocks in self.pool.leases.values() for block in blocks)
         assert held == Counter(self.pool.holders), "the pool and the sequences disagree on who holds what"
         for s in self.running:
-            s.check()
-            assert s.num_computed <= len(s.blocks) * self.pool.block_size
+            assert s.num_published <= s.num_promised <= len(s.blocks)
+            flies = any(s is other for step in self.flying for other in step.sequences)
+            assert flies or self.slots.scheduled[s.slot] == self.slots.computed[s.slot]
+        counts = np.bincount([s.tenant for s in self.queue.sequences], minlength=len(self.waits_of))
+        assert (counts == self.waits_of).all(), "tenants' waiting sequences are miscounted"
+        if not self.flying:
+            assert not self.pool.promised and not self.pool.fenced and not self.slots.fenced
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises ValueError when it could not be computed even alone in the cache."""
-        # The last token is returned, never computed.
-        needed = -(-(sequence.num_prompt + sequence.max_tokens - 1) // self.pool.block_size)
-        if needed > self.pool.num_blocks - 1:
+    def tenant(self, name: str) -> int:
+        """Return a tenant's index; its counter begins when it first comes."""
+        index = self.tenants.setdefault(name, len(self.tenants))
+        if index == len(self.counters):
+            self.counters = np.append(self.counters, np.zeros(index))
+            self.waits_of = np.append(self.waits_of, np.zeros(index, dtype=np.int64))
+        return index
+
+    def predict(self, max_tokens: int) -> float:
+        """Return the expected length of an output of which nothing is known but its limit."""
+        return float(max_tokens) if self._mean_output is None else min(self._mean_output, max_tokens)
+
+    def admissible(self, request_id: str, num_prompt: int, count: int) -> None:
+        """Raise ValueError when a prompt can never be computed, QueueFullError when `count` more must not wait now."""
+        needed, there = -(-num_prompt // self.pool.block_size), self.pool.num_blocks - 1
+        if needed > there:
             raise ValueError(
-                f"request {sequence.id}: prompt of {sequence.num_prompt} and max_tokens={sequence.max_tokens} need"
-                f" {needed} KV cache blocks of {self.pool.block_size} tokens, the cache has {self.pool.num_blocks - 1};"
-                " lower max_tokens or give the cache more memory"
+                f"request {request_id}: a prompt of {num_prompt} tokens needs {needed} KV cache blocks of"
+                f" {self.pool.block_size} tokens, the cache has {there}; shorten it or give the cache more memory"
             )
-        self.waiting.append(sequence)
+        limit, waiting = self.config.max_num_queued_reqs, len(self.queue)
+        if limit is not None and waiting + count > limit:
+            raise QueueFullError(
+                f"request {request_id}: {waiting} sequences wait and it has {count}, max_num_queued_reqs={limit};"
+                " try again later"
+            )
+        limit, tokens = self.config.max_num_queued_tokens, self.queue.num_tokens
+        if limit is not None and tokens + count * num_prompt > limit:
+            raise QueueFullError(
+                f"request {request_id}: {tokens} prompt tokens wait and it has {count * num_prompt},"
+                f" max_num_queued_tokens={limit}; try again later"
+            )
 
-    def schedule(self) -> dict[str, int]:
-        """Choose the next step and reserve its blocks. Every scheduled sequence is in `running` afterwards."""
-        budget = self.config.max_num_batched_tokens
-        plan: dict[str, int] = {}
-        self.running.sort(key=lambda s: s.arrival)
-        position = 0
-        while position < len(self.running) and budget:  # the list loses its latest arrivals on the way
-            sequence = self.running[position]
-            count = min(sequence.num_pending, budget)
-            if self._make_room(sequence, count):
-                self._start(sequence, count)
-                plan[sequence.id] = count
-                budget -= count
-                position += 1
-        while self.waiting and budget and len(self.running) < self.config.max_num_seqs:
-            sequence = self.waiting[0]
-            # A newcomer never takes blocks from a running one, and waits until a whole first chunk fits.
-            if not self._adopt_prefix(sequence, budget):
-                break
-            count = min(sequence.num_pending, budget)
-            self.running.append(self.waiting.popleft())
-            self._start(sequence, count)
-            plan[sequence.id] = count
-            budget -= count
-        assert plan or not (self.running or self.waiting), "nothing can be scheduled"
-        return plan
+    def add(self, s: Sequence) -> None:
+        """Queue an admissible sequence.
 
-    def restart(self, sequences: Iterable[Sequence]) -> None:
-        """Queue running sequences again after a step that failed: what it wrote to the cache is not trusted."""
-        for sequence in sequences:
-            for block in sequence.blocks:
-                self.pool.forget(block)
-            self.running.remove(sequence)
-            self._queue_again(sequence)
+        Its max_tokens may be more than fits now, as in vLLM: then others are preempted as it grows. What would not
+        fit even alone in the cache is cut off: it ends there with finish_reason "length".
+        """
+        s.max_tokens = min(s.max_tokens, (self.pool.num_blocks - 1) * self.pool.block_size - len(s.prompt) + 1)
+        s.arrived_clock = self.clock
+        if not self.waits_of[s.tenant]:  # nothing is saved up while idle: see policies/fair.py
+            there = self.waits_of > 0
+            lift = self.counters[there].min() if there.any() else self.counters[self._last_left]
+            self.counters[s.tenant] = max(self.counters[s.tenant], lift)
+        self._wait(s)
+
+    def _wait(self, s: Sequence) -> None:
+        self.queue.add(s)
+        self.waiting[s.arrival] = s
+        self.waits_of[s.tenant] += 1
+
+    def leave_queue(self, s: Sequence) -> None:
+        """Take a sequence out of the queue, in a time that does not depend on the queue's length."""
+        self.queue.remove(s)
+        del self.waiting[s.arrival]
+        self.waits_of[s.tenant] -= 1
+        self._last_left = s.tenant
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
-        """Forget finished or aborted sequences and release their blocks."""
-        gone = {id(s) for s in sequences}
-        for sequence in self.running:
-            if id(sequence) in gone:
-                self.pool.release(sequence.let_go())
-        self.running = [s for s in self.running if id(s) not in gone]
-        if any(id(s) in gone for s in self.waiting):
-            self.waiting = deque(s for s in self.waiting if id(s) not in gone)
+        """Forget ended or aborted sequences; what they hold is free when no step under way can touch it."""
+        for s in sequences:
+            s.done = True
+            if s.place >= 0:
+                self.leave_queue(s)
+            elif s.slot >= 0:
+                release(self, s)
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        """Preempt the latest arrivals until `count` more tokens fit; False when the sequence itself had to go."""
-        while self._num_missing(sequence, count) > self.pool.num_available:
-            victim = self.running.pop()
-            victim.num_preemptions += 1
-            self._queue_again(victim)
-            if victim is sequence:
-                return False
-        return True
+    def ended(self, s: Sequence) -> None:
+        """Learn from the length of an output that ended by itself."""
+        mean, length = self._mean_output, float(len(s.output))
+        self._mean_output = length if mean is None else mean + 0.05 * (length - mean)
 
-    def _adopt_prefix(self, sequence: Sequence, budget: int) -> bool:
-        """Hold the cached blocks of a waiting sequence's start, if its first chunk after them fits in the pool.
+    def block(self, s: Sequence, reason: str | None) -> None:
+        """Keep a sequence from being scheduled, for a named reason, or let it be again with None."""
+        self.queue.block(s, reason)
+        if s.slot >= 0:
+            self.slots.max_chunk[s.slot] = s.max_chunk if reason is None else 0
 
-        At least its last token is always computed, so at least that one is after them.
+    def reasons(self) -> dict[str, int]:
+        """Return why sequences wait: each reason with how many there are of it."""
+        named = Counter(s.blocked for s in self.queue.sequences if s.blocked is not None)
+        if others := len(self.queue) - named.total():
+            named[self.refusal or "next step"] += others
+        return dict(named)
+
+    def schedule(self) -> Step | None:
+        """Plan the next step and commit the plan; None when nothing can be computed now."""
+        view = take_view(self)
+        decided = plan(view, self.config, self.policy)
+        if self.recorder is not None:
+            self.recorder(view, decided)
+        self.refusal = decided.refusal
+        step = commit(self, decided)
+        stuck = step is None and not self.flying and view.candidates and not self.running
+        assert not stuck or self.pool.leases, f"nothing runs, and nothing can start for want of {self.refusal}"
+        return step
+
+    def preempt(self, sequences: Iterable[Sequence]) -> None:
+        """Queue running sequences again; they compute their known tokens anew."""
+        for s in sequences:
+            requeue(self, s)
+
+    def rebuild(self, sequences: Iterable[Sequence]) -> None:
+        """Begin anew with these sequences waiting, whatever was half done; no step may be under way.
+
+        Their tokens are all that must survive an exception in the middle of a change. Leases keep their blocks.
         """
-        size = self.pool.block_size
-        found = []
-        if self.pool.caching:
-            found = self.pool.longest_prefix(sequence.names_of_full_blocks(sequence.num_tokens - 1, size))
-        cached = len(found) * size
-        missing = -(-min(sequence.num_tokens, cached + budget) // size) - len(found)
-        if missing > self.pool.num_available - sum(block in self.pool.resting for block in found):
-            return False
-        for block in found:
-            self.pool.hold(block)
-        sequence.hold(found)
-        sequence.num_computed = sequence.num_cached = cached
-        sequence.num_named = len(found)
-        return True
-
-    def _start(self, sequence: Sequence, count: int) -> None:
-        """Take the blocks that a step needs, and name those it fills, so that even its other sequences can share them.
-
-        That is sound because every layer writes the whole step's keys and values before it attends to any.
-        """
-        if missing := self._num_missing(sequence, count):
-            sequence.hold(self.pool.take(missing))
-        full = (sequence.num_computed + count) // self.pool.block_size
-        if self.pool.caching and full > sequence.num_named:
-            names = sequence.names_of_full_blocks(sequence.num_computed + count, self.pool.block_size)
-            for i in range(sequence.num_named, full):
-                self.pool.record(sequence.blocks[i], names[i])
-            sequence.num_named = full
-
-    def _num_missing(self, sequence: Sequence, count: int) -> int:
-        return max(0, -(-(sequence.num_computed + count) // self.pool.block_size) - len(sequence.blocks))
-
-    def _queue_again(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.let_go())
-        insort(self.waiting, sequence, key=lambda s: s.arrival)
+        old = self.pool
+        self.pool = BlockPool(num_blocks=old.num_blocks, block_size=old.block_size, caching=old.caching)
+        leased = {block for blocks in old.leases.values() for block in blocks}
+        self.pool.free = [block for block in self.pool.free if block not in leased]
+        self.pool.leases = old.leases
+        for block in [b for blocks in old.leases.values() for b in blocks]:
+            self.pool.holders[block] = self.pool.holders.get(block, 0) + 1
+        for block in leased:
+            self.pool.publish(block, old.names[block])
+        self.queue, self.waiting, self.flying = Queue(), {}, []
+        self.waits_of[:] = 0
+        self.slots.clear()
+        for s in sequences:
+            s.slot = s.place = -1
+            s.let_go()
+            self._wait(s)

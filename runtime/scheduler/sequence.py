@@ -1,93 +1,97 @@
-"""One sequence on its way through the engine."""
+"""One sequence on its way through the scheduler."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from seamwise.runtime.kv.pool import ROOT, BlockName, name_after
-from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.kv.names import ROOT, BlockName, ImageSpan, images_within, name_after
+
+NO_LIMIT = 1 << 30  # tokens of a chunk
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """Tokens known and tokens computed; there are no phases, only the difference between the two.
+    """What the host knows of a sequence; its counters while it runs are in its slot.
 
-    tokens        (capacity,) int64: prompt, then output
-    num_tokens    how many of them are known
-    num_computed  how many have their keys and values in the cache
-    blocks        the cache blocks it holds, in order; table (capacity in blocks,) int32 starts with the same
-    names         names of its full blocks of known tokens, as far as they were needed, for prefix caching
-    num_named     how many of the blocks it holds were given to the cache under their names
-    stop_ids      EOS ids that end it (none with ignore_eos)
-    seed          of its draws
-    plain         its next token is the argmax of its logits and nothing else is asked of them
+    prompt      (P,) int32
+    output      sampled tokens of committed steps: nothing takes one back
+    max_tokens  greatest length of output
+    arrival     unique; the earlier goes first where a policy sees no difference
+    root        name that its first block's follows from; images among the prompt's tokens
+    priority, tenant, predicted  read by policies: the lower priority goes first; index of whom it is charged to;
+                expected length of output
+    max_chunk   tokens of it that a step computes at most
+    reads_cache False: all of its tokens are computed
+    blocked     why it cannot be scheduled now, None when it can
+    slot, place where it runs, where it waits; -1 when it does not
+    blocks      cache blocks it holds, in order; the first num_named have been promised or published
+    num_cached  tokens found in the cache when it first started
+    publishes   False: its keys and values are of weights that are no more, so nobody else may find them
+    done        no step will be planned for it again
     """
 
     id: str
-    tokens: np.ndarray
-    num_tokens: int
-    num_prompt: int
-    params: SamplingParams
+    prompt: np.ndarray
     max_tokens: int
     arrival: int
-    num_computed: int = 0
-    num_cached: int = 0
-    num_preemptions: int = 0
+    root: BlockName = ROOT
+    images: Series[ImageSpan] = ()
+    priority: int = 0
+    tenant: int = 0
+    predicted: float = 0.0
+    max_chunk: int = NO_LIMIT
+    reads_cache: bool = True
+    blocked: str | None = None
+    arrived_clock: int = 0
+    output: list[int] = field(default_factory=list)
+    slot: int = -1
+    place: int = -1
     blocks: list[int] = field(default_factory=list)
-    table: np.ndarray = field(init=False)
     names: list[BlockName] = field(default_factory=list)
-    num_named: int = 0
-    seed: int = 0
-    stop_ids: tuple[int, ...] = ()
-    plain: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        p = self.params
-        self.plain = p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) and p.logprobs is None
-        self.table = np.empty(0, dtype=np.int32)
-        self.check()
-
-    def check(self) -> None:
-        """Assert what always holds between steps."""
-        assert 0 < self.num_prompt <= self.num_tokens <= len(self.tokens)
-        assert 0 <= self.num_computed <= self.num_tokens
-        assert self.num_named <= len(self.blocks)
-        assert self.table[: len(self.blocks)].tolist() == self.blocks
+    num_promised: int = 0
+    num_published: int = 0
+    num_cached: int | None = None
+    num_preemptions: int = 0
+    charged: bool = False
+    publishes: bool = True
+    done: bool = False
 
     @property
-    def num_pending(self) -> int:
-        """Known tokens whose keys and values are not computed yet."""
-        return self.num_tokens - self.num_computed
+    def num_known(self) -> int:
+        """Tokens of committed steps."""
+        return len(self.prompt) + len(self.output)
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.tokens[self.num_prompt : self.num_tokens].tolist()
-
-    def hold(self, blocks: list[int]) -> None:
-        """Take hold of further blocks."""
-        start, end = len(self.blocks), len(self.blocks) + len(blocks)
-        if end > len(self.table):
-            self.table = np.resize(self.table, max(end, 2 * len(self.table)))
-        self.table[start:end] = blocks
-        self.blocks += blocks
-
-    def let_go(self) -> list[int]:
-        """Start over: forget what is computed, and return the blocks that were held."""
-        held, self.blocks = self.blocks, []
-        self.num_computed = self.num_named = 0
-        return held
+    def tokens(self) -> np.ndarray:
+        """All of them, (num_known,) int32."""
+        return np.concatenate([self.prompt, np.array(self.output, dtype=np.int32)])
 
     def names_of_full_blocks(self, num_tokens: int, block_size: int) -> list[BlockName]:
-        """Return the names of the blocks that the first `num_tokens` tokens fill; each is computed once."""
+        """Return the names of the blocks that the first `num_tokens` known tokens fill; each is computed once."""
         count = num_tokens // block_size
-        while len(self.names) < count:
+        if len(self.names) < count:
             start = len(self.names) * block_size
-            parent = self.names[-1] if self.names else ROOT
-            self.names.append(name_after(parent, self.tokens[start : start + block_size]))
+            tokens = self.tokens[start:] if start < len(self.prompt) else self._tail(start)
+            for first in range(start, count * block_size, block_size):
+                parent = self.names[-1] if self.names else self.root
+                images = images_within(self.images, first, first + block_size) if self.images else b""
+                self.names.append(name_after(parent, tokens[first - start : first - start + block_size], images))
         return self.names[:count]
 
-    def append(self, token: int) -> None:
-        self.tokens[self.num_tokens] = token
-        self.num_tokens += 1
+    def _tail(self, start: int) -> np.ndarray:
+        return np.array(self.output[start - len(self.prompt) :], dtype=np.int32)
+
+    def rename(self, root: BlockName) -> None:
+        """Begin names anew from another root; what the sequence holds by now belongs to none."""
+        self.root, self.names = root, []
+        self.publishes = not self.blocks
+
+    def let_go(self) -> list[int]:
+        """Start over: return the blocks that were held."""
+        held, self.blocks = self.blocks, []
+        self.num_promised = self.num_published = 0
+        self.publishes = True
+        return held

@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.logprob import Logprob
-from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 
 from .process.client import EngineClient
 from .process.messages import Add, Delta, Ready
@@ -47,6 +47,11 @@ class AsyncLLM:
     def from_engine_args(cls, engine_args: Mapping[str, Any], **more: Any) -> AsyncLLM:
         """Make one from a mapping of the constructor's arguments."""
         return cls(**{**engine_args, **more})
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that hold the model."""
+        return self.engine.info.world_size if self.engine.info else 1
 
     @property
     def is_running(self) -> bool:
@@ -89,6 +94,8 @@ class AsyncLLM:
         if lora_request is not None:
             raise ValueError("lora_request: adapters are not served; leave it out")
         params = sampling_params or SamplingParams()
+        if params.output_kind is not RequestOutputKind.CUMULATIVE:
+            raise ValueError(f"output_kind={params.output_kind!r}: outputs grow here; leave it out")
         prompts = await self.prompts()
         text, ids = await asyncio.to_thread(prompts.of, prompt)
         name = request_id if request_id is not None else f"async-{next(self._ids)}"
@@ -134,7 +141,7 @@ class AsyncLLM:
     async def is_sleeping(self) -> bool:
         return bool(await self.engine.call("is_sleeping"))
 
-    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool | None = None) -> None:
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
         """Stop between two steps; requests that arrive wait. mode: "abort", "wait" or "keep" what runs."""
         await self.engine.call("pause_generation", mode=mode, clear_cache=clear_cache)
 
@@ -197,7 +204,13 @@ class AsyncLLM:
 
 def params_sent(params: SamplingParams) -> dict[str, Any]:
     """Return the fields that differ from SamplingParams' defaults."""
-    return {f.name: value for f in fields(params) if (value := getattr(params, f.name)) != f.default}
+    given = {f.name: value for f in fields(params) if (value := getattr(params, f.name)) != f.default}
+    if given.pop("logits_processors", None):
+        raise ValueError("logits_processors: functions are not sent to another process; use LLM")
+    if repetition := params.repetition_detection:
+        given["repetition_detection"] = asdict(repetition)
+    given.pop("output_kind", None)  # what is sent is always new; AsyncLLM's outputs grow
+    return given
 
 
 def _plain(name: str, value: Any) -> Any:

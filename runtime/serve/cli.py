@@ -7,7 +7,9 @@ import importlib
 import os
 import sys
 
-_COMMANDS = ("serve", "generate", "explain", "compile", "explain_key", "bisect")
+from seamwise import caches
+
+_COMMANDS = ("serve", "chat", "generate", "run_batch", "explain", "compile", "explain_key", "bisect", "cache")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             apply_config(commands[arguments[0]], arguments[1:])
         options = parser.parse_args(arguments)
+        if options.cache_dir is not None:
+            caches.set_cache_dir(options.cache_dir)
         return int(options.run(options))
     except ValueError as error:
         print(f"seamwise {arguments[0]}: {error}", file=sys.stderr)

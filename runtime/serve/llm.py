@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import reprlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -13,31 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seamwise import caches
+from seamwise.runtime.build.arguments import named_arguments
+from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.scheduler.scheduler import SchedulerConfig
+from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.report import check_mode
+from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.runtime.scheduler.policies import find_policy
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
 Prompt = str | Mapping[str, Any]
+_INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
+    "prompt_token_ids": 'give prompts as {"prompt_token_ids": […]}',
+    "lora_request": "adapters are not served",
+    "mm_processor_kwargs": "models are served as text",
+    **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"), "give SamplingParams(…)"),
+}
 
 
 class LLM:
     """Loads a model and generates for lists of prompts.
 
-    model    a Hugging Face directory, a GGUF file, or a hub id (downloaded by huggingface_hub), "org/name:Q4_0"
-             for one of several GGUF files
+    model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by
+             huggingface_hub), "org/name:Q4_0" for one of several GGUF files
     tokenizer  another directory or GGUF file to take the tokenizer from
     skip_tokenizer_init  read no tokenizer: prompts are token ids, and outputs have no text (detokenize=False)
     dtype    "auto" (the checkpoint's), "float32", "bfloat16" or "float16"
     device   "auto" (CUDA when there is one), "cpu", "cuda[:n]"
-    max_model_len  longest request, prompt and output together; default: what the model allows
+    max_model_len  longest request, prompt and output together; default: what the model allows; "auto": what of that
+                   the KV cache has room for
     max_num_seqs, max_num_batched_tokens  sequences that run at once; tokens a step computes
+    scheduling_policy  "fcfs", "priority", "fair", "predictive", "response_ratio", "cache_aware" or an installed one
+    async_scheduling  plan a step while the one before it runs; outputs are the same without
+    long_prefill_token_threshold, scheduler_reserve_full_isl, watermark  see SchedulerConfig
+    logprobs_mode  what log probabilities are of: "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
-                   gpu_memory_utilization of the device's free memory (1/4 of the machine's on a CPU)
+                   what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
+    num_gpu_blocks_override  blocks of the KV cache, instead
+    cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
+               $XDG_CACHE_HOME/seamwise, else ~/.cache/seamwise
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
                kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
@@ -47,42 +68,65 @@ class LLM:
 
     def __init__(
         self, model: str | Path, *, tokenizer: str | Path | None = None, dtype: str | torch.dtype = "auto",
-        device: str = "auto", max_model_len: int | None = None, seed: int = 0, max_num_seqs: int = 256,
+        device: str = "auto", max_model_len: int | str | None = None, seed: int = 0, max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True,
-        gpu_memory_utilization: float = 0.9, kv_cache_memory_bytes: int | None = None,
-        num_gpu_blocks_override: int | None = None, skip_tokenizer_init: bool = False, **options: Any,
+        gpu_memory_utilization: float | None = None, kv_cache_memory_bytes: int | None = None,
+        num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
+        long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
+        logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False,
+        cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization}: wanted above 0 and at most 1")
+        _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
         check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
         if type(seed) is not int:
             raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
-        limits = SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
+        limits = SchedulerConfig(
+            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, watermark=watermark,
+            scheduling_policy=scheduling_policy, async_scheduling=async_scheduling,
+            long_prefill_token_threshold=long_prefill_token_threshold,
+            scheduler_reserve_full_isl=scheduler_reserve_full_isl,
+        )  # fmt: skip
+        find_policy(scheduling_policy)
+        check_mode(logprobs_mode)
+        if cache_dir is not None:
+            caches.set_cache_dir(cache_dir)
         directory = resolve_model(model)
-        home = directory if tokenizer is None else resolve_model(tokenizer, weights=False)
+        home = model_of(directory) if tokenizer is None else resolve_model(tokenizer, weights=False)
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
         runner = ModelRunner.load(  # after the tokenizer: what reading that frees is used again
-            directory, dtype=dtype, device=device, max_model_len=max_model_len, seed=seed, **options
-        )
-        blocks = num_gpu_blocks_override or _num_blocks(runner, limits, gpu_memory_utilization, kv_cache_memory_bytes)
+            directory, dtype=dtype, device=device, max_model_len=None if max_model_len == "auto" else max_model_len,
+            seed=seed, **options,
+        )  # fmt: skip
+        if gpu_memory_utilization is not None and torch.device(runner.options.device).type == "cpu":
+            what = f"gpu_memory_utilization={gpu_memory_utilization} has no effect on a CPU"
+            warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
+        if num_gpu_blocks_override is not None:
+            kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
+        plan = runner.plan(
+            kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=gpu_memory_utilization or 0.9,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+            fit_model_len=max_model_len == "auto",
+        )  # fmt: skip
+        blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1:
             from seamwise.runtime.distributed.group import smallest
 
-            blocks = smallest(blocks, runner.options.device)
-        longest = -(-runner.options.max_model_len // runner.block_size) + 1
-        if blocks < longest:
-            raise ValueError(
-                f"the KV cache would have {blocks} blocks of {runner.block_size} tokens, one request of max_model_len="
-                f"{runner.options.max_model_len} needs {longest}; lower max_model_len or give it more memory"
-            )
+            blocks, length = (smallest(value, runner.options.device) for value in (blocks, length))
+        if length < runner.options.max_model_len:
+            runner.limit_model_len(length)
         runner.allocate_kv(blocks)
-        self.engine = Engine(runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed)
+        self.engine = Engine(
+            runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
+            logprobs_mode=logprobs_mode,
+        )  # fmt: skip
         self._ids = itertools.count()
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write new values of parameters, (the checkpoint's name, tensor) each, in place; nothing is compiled again.
+        """Write new values of parameters, by the checkpoint's names, in place; nothing is compiled again.
+
+        weights  (name, tensor) pairs, or a dict; numpy's arrays are taken too
 
         The prefix cache is forgotten. Raises ValueError for weights that do not fit, all named, nothing being changed;
         RuntimeError while requests run.
@@ -98,12 +142,15 @@ class LLM:
         """Return the transformers tokenizer of the model."""
         return self._tokenizer().full
 
+    @named_arguments(**_INSTEAD)
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Continue each prompt: a string, {"prompt": str} or {"prompt_token_ids": [int]}. Outputs are in its order.
 
+        priority  one for each prompt, lower ones first, with scheduling_policy="priority"
         Raises ValueError for a prompt that cannot be served, naming its index, before anything is computed.
         """
         many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
@@ -116,8 +163,15 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}" if len(many) > 1 else str(error)) from None
             requests.append((text, ids, p))
-        return self._run(requests, use_tqdm)
+        if priority is None:
+            priority = [0] * len(requests)
+        elif len(priority) != len(requests):
+            raise ValueError(f"got {len(priority)} priorities for {len(requests)} prompts; wanted one for each")
+        elif self.engine.scheduler.policy.name != "priority":
+            raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
+        return self._run(requests, priority, use_tqdm)
 
+    @named_arguments(**_INSTEAD)
     def chat(
         self, messages: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *,
         use_tqdm: bool = True, chat_template: str | None = None, chat_template_content_format: str = "auto",
@@ -165,7 +219,7 @@ class LLM:
             raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
 
     def _run(
-        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], use_tqdm: bool
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], priority: Sequence[int], use_tqdm: bool
     ) -> list[RequestOutput]:
         """Run requests to completion; when interrupted, none of them stays in the engine."""
         from tqdm import tqdm
@@ -173,8 +227,9 @@ class LLM:
         ids = [f"llm-{next(self._ids)}" for _ in requests]
         done: dict[str, RequestOutput] = {}
         try:
-            for request_id, (text, tokens, params) in zip(ids, requests, strict=True):
-                self.engine.add_request(request_id, tokens, params, prompt=text)
+            for request_id, (text, tokens, params), urgency in zip(ids, requests, priority, strict=True):
+                params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+                self.engine.add_request(request_id, tokens, params, prompt=text, priority=urgency)
             with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
                 while len(done) < len(ids):
                     for output in self.engine.step():
@@ -188,27 +243,25 @@ class LLM:
         return [done[request_id] for request_id in ids]
 
 
+def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:
+    """Raise ValueError for a value that is none, or two that both say how large the KV cache is."""
+    if utilization is not None and not (type(utilization) in (int, float) and 0 < utilization <= 1):
+        raise ValueError(f"gpu_memory_utilization={utilization!r}: wanted above 0 and at most 1")
+    for name, value, least in (("kv_cache_memory_bytes", kv_bytes, 1), ("num_gpu_blocks_override", blocks, 2)):
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{name}={value!r}: wanted a whole number of at least {least}; None is the default")
+    given = {
+        "gpu_memory_utilization": utilization,
+        "kv_cache_memory_bytes": kv_bytes,
+        "num_gpu_blocks_override": blocks,
+    }
+    if len(said := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(said)} each say how large the KV cache is; leave all but one out")
+
+
 def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
         raise ValueError(f"got {len(params)} sampling_params for {count} prompts; wanted one, or one for each")
     return list(params)
-
-
-def _num_blocks(runner: ModelRunner, limits: SchedulerConfig, utilization: float, budget_bytes: int | None) -> int:
-    """Return how many blocks to allocate: enough for every sequence at full length, within the memory budget."""
-    spec = runner.kv_spec
-    if budget_bytes is not None:
-        return spec.blocks_within(budget_bytes)
-    if torch.device(runner.options.device).type == "cuda":
-        free_bytes, total_bytes = torch.cuda.mem_get_info(runner.options.device)
-        budget_bytes = int(free_bytes - (1 - utilization) * total_bytes) - runner.capture_plan().total_bytes
-    else:
-        import os
-
-        budget_bytes = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (4 * runner.options.tensor_parallel_size)
-        )
-    needed = limits.max_num_seqs * -(-runner.options.max_model_len // runner.block_size) + 1
-    return min(needed, spec.blocks_within(budget_bytes))

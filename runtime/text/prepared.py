@@ -22,6 +22,7 @@ from seamwise import caches
 
 _FORMAT = 1
 _SUFFIXES = (".json", ".txt", ".model", ".tiktoken")  # of files that a tokenizer may be read from
+_MOST_KEPT = 64
 _OWN_WAYS = ("__call__", "encode", "decode", "_encode_plus", "_decode")  # methods that classes may replace
 
 
@@ -123,13 +124,14 @@ def _read(kept: Path, directory: Path) -> Prepared:
     made = json.loads(kept.read_text(encoding="utf-8"))
     if made["format"] != _FORMAT:
         raise ValueError(f"format {made['format']}, wanted {_FORMAT}")
-    os.utime(kept)  # used today: the oldest go first when a cache is cleared by age
+    os.utime(kept)  # the least recently used go first
     return Prepared(light=_light(made, directory), eos_id=made["eos_id"])
 
 
 def _write(kept: Path, made: dict[str, Any]) -> None:
     caches.make_private(kept.parent)
     caches.remove_left_overs(kept.parent, ".writing-")
+    caches.keep_newest(kept.parent, _MOST_KEPT)
     descriptor, temporary = tempfile.mkstemp(dir=kept.parent, prefix=".writing-")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

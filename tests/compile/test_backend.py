@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from seamwise.compile.backend import remarks
+from seamwise.compile.backend import Backend
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -35,10 +35,9 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def compiled(model: Any, **options: str) -> Any:
+def compiled(model: Any, backend: Any, **options: Any) -> Any:
     torch._dynamo.reset()
-    remarks()
-    return torch.compile(model, backend="seamwise", options=options)
+    return torch.compile(model, backend=backend, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -46,18 +45,41 @@ def test_transformers_models(name: str) -> None:
     model = build(name)
     ids = torch.randint(1, 128, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        eager, ours = model(ids).logits, compiled(model, inner="aot_eager")(ids).logits
+        eager, ours = model(ids).logits, compiled(model, backend := Backend("aot_eager"))(ids).logits
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
     found: Counter[str] = Counter()
-    for remark in remarks():
+    for remark in backend.remarks:
         found.update(remark.matched())
     assert {k: found[k] for k in MODELS[name]} == MODELS[name]
+
+
+class Norm(nn.Module):
+    """An RMSNorm whose eps is a number of the module, as transformers' are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(16)), 1e-5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_dynamic_sizes_and_numbers_compile(fullgraph: bool) -> None:
+    """Dynamo gives eps as an input then, which a pass could not read; another eps is another graph."""
+    model, backend = Norm(), Backend("aot_eager")
+    function = compiled(model, backend, dynamic=True, fullgraph=fullgraph)
+    with torch.no_grad():
+        for rows, eps in ((3, 1e-5), (5, 1e-5), (5, 0.5)):
+            x, model.eps = torch.randn(rows, 16), eps
+            torch.testing.assert_close(function(x), model(x))
+    assert {r.matched()["raise_rms_norm"] for r in backend.remarks} == {1}
 
 
 @pytest.mark.slow
 def test_with_inductor_inside_and_other_sizes() -> None:
     model = build("Llama")
-    function = compiled(model)
+    function = compiled(model, "seamwise")
     with torch.no_grad():
         for tokens in (9, 5, 12):
             ids = torch.randint(1, 128, (1, tokens))
@@ -83,31 +105,42 @@ class Breaks(nn.Module):
 def test_graph_breaks_are_tolerated() -> None:
     model, x = Breaks(), torch.randn(3, 16)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(model, inner="eager")(x), model(x))
-    assert [r.matched()["raise_rms_norm"] for r in remarks()] == [1, 1]
+        torch.testing.assert_close(compiled(model, backend := Backend("eager"))(x), model(x))
+    assert [r.matched()["raise_rms_norm"] for r in backend.remarks] == [1, 1]
 
 
 def test_what_is_differentiated_or_written_is_left_alone_and_says_so() -> None:
     model, x = Breaks(), torch.randn(3, 16)
-    compiled(model, inner="aot_eager")(x).sum().backward()
+    backend = Backend("aot_eager")
+    compiled(model, backend)(x).sum().backward()
     grad, model.weight.grad = model.weight.grad, None
     model(x).sum().backward()
     torch.testing.assert_close(grad, model.weight.grad)
-    assert all("differentiated" in (r.left_alone or "") for r in remarks())
+    assert all("differentiated" in (r.left_alone or "") for r in backend.remarks)
+    assert len(backend.remarks) == 2
 
     def writes(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x.add_(1)
         return x * weight
 
+    backend, ones = Backend("aot_eager"), nn.Parameter(torch.ones(4))
     with torch.no_grad():
         a, b = torch.zeros(4), torch.zeros(4)
-        torch.testing.assert_close(compiled(writes, inner="aot_eager")(a, torch.ones(4)), writes(b, torch.ones(4)))
-    assert torch.equal(a, b) and "writes its argument" in (remarks()[0].left_alone or "")
+        torch.testing.assert_close(compiled(writes, backend)(a, ones), writes(b, ones))
+    assert torch.equal(a, b) and "writes its argument" in (backend.remarks[0].left_alone or "")
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(Exception, match="inner"):
-        compiled(Breaks(), inner="fast")(torch.randn(3, 16))
+    for options in ({"inner": "fast"}, {"outer": "inductor"}):
+        with pytest.raises(Exception, match="inner"), torch.no_grad():
+            compiled(Breaks(), "seamwise", options=options)(torch.randn(3, 16))
+
+
+def test_by_name_its_remarks_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="seamwise.compile.backend"), torch.no_grad():
+        compiled(Breaks(), "seamwise", options={"inner": "eager"})(torch.randn(3, 16))
+    logged = [r.message for r in caplog.records if r.name == "seamwise.compile.backend"]
+    assert len(logged) == 2 and all("'raise_rms_norm': 1" in line for line in logged)
 
 
 class Rotation(nn.Module):
@@ -120,7 +153,7 @@ class Rotation(nn.Module):
         return (x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)) * self.gain
 
 
-class Norm(nn.Module):
+class WeightedNorm(nn.Module):
     def __init__(self, size: int, step: int = 1) -> None:
         super().__init__()
         self.weight, self.step = nn.Parameter(torch.rand(size)), step
@@ -133,8 +166,8 @@ class Norm(nn.Module):
 @pytest.mark.parametrize(
     ("module", "shapes", "raised"),
     [
-        (Norm(1), [(5, 64)], 0), (Norm(64), [(5, 1)], 0), (Norm(64), [(64,)], 1), (Norm(64), [(5, 64)], 1),
-        (Norm(64, 2), [(5, 32)], 1), (Norm(64), [(2, 3, 64)], 1), (Rotation(), [(1, 3, 8), (5, 8), (5, 8)], 0),
+        (WeightedNorm(1), [(5, 64)], 0), (WeightedNorm(64), [(5, 1)], 0), (WeightedNorm(64), [(64,)], 1), (WeightedNorm(64), [(5, 64)], 1),
+        (WeightedNorm(64, 2), [(5, 32)], 1), (WeightedNorm(64), [(2, 3, 64)], 1), (Rotation(), [(1, 3, 8), (5, 8), (5, 8)], 0),
         (Rotation(), [(5, 3, 8), (1, 8), (1, 8)], 0), (Rotation(), [(5, 3, 8), (5, 8), (5, 8)], 1),
     ],
     ids=str,
@@ -142,11 +175,8 @@ class Norm(nn.Module):
 def test_shapes_that_broadcast_are_left_as_they_are(
     module: nn.Module, shapes: list[tuple[int, ...]], raised: int, dynamic: bool
 ) -> None:
-    torch._dynamo.reset()
-    remarks()
-    inputs = [torch.randn(shape) for shape in shapes]
-    function = torch.compile(module, backend="seamwise", options={"inner": "aot_eager"}, dynamic=dynamic)
+    inputs, backend = [torch.randn(shape) for shape in shapes], Backend("aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(function(*inputs), module(*inputs))
-    matched = [r.matched() for r in remarks()]
+        torch.testing.assert_close(compiled(module, backend, dynamic=dynamic)(*inputs), module(*inputs))
+    matched = [r.matched() for r in backend.remarks]
     assert sum(m["raise_rms_norm"] + m["raise_rope"] for m in matched) == raised

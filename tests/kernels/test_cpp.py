@@ -1,9 +1,11 @@
 """Compiling at first use: cached by everything that matters, whole files only, failures that say what to do."""
 
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,13 +101,51 @@ def test_unwritable_cache_folder_is_named(source: Path, tmp_path: Path) -> None:
         cpp.load(source, cache_dir=tmp_path / "file" / "cache")
 
 
-def test_damaged_cached_file_is_named(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut short", "cut by a byte", "empty", "another file", "changed"])
+def test_a_damaged_build_is_compiled_again(source: Path, tmp_path: Path, damage: str) -> None:
+    """In a process of its own: loading a shared object that was cut short kills it."""
     folder = tmp_path / "cache"
-    folder.mkdir()
-    key = cpp.build_key(source, cpp.flags(), cpp.find_compiler())
-    (folder / f"answer-{key}.so").write_bytes(b"not a library")
-    with pytest.raises(RuntimeError, match="delete the file"):
-        cpp.load(source, cache_dir=folder)
+    cpp.load(source, cache_dir=folder)
+    (built,) = folder.iterdir()
+    whole = built.read_bytes()
+    middle = len(whole) // 2
+    built.unlink()  # this process has it mapped
+    built.write_bytes(
+        {
+            "cut short": whole[:middle], "cut by a byte": whole[:-1], "empty": b"", "another file": b"not a library",
+            "changed": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        }[damage]
+    )  # fmt: skip
+    code = f"""
+from pathlib import Path
+from seamwise.kernels.cpu import cpp
+assert cpp.load(Path({str(source)!r}), cache_dir=Path({str(folder)!r})).answer() == 42
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    assert built.read_bytes() == whole
+
+
+def test_a_folder_that_others_can_write_is_not_loaded_from(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    cpp.load(source, cache_dir=folder)
+    (built,) = folder.iterdir()
+    for place in (folder, built):
+        before = place.stat().st_mode
+        place.chmod(0o777)
+        cpp._load.cache_clear()
+        with pytest.raises(RuntimeError, match=r"can be written by others .*`chmod go-w .*cache_dir="):
+            cpp.load(source, cache_dir=folder)
+        place.chmod(before)
+
+
+def test_a_killed_compilers_file_goes(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir(0o700)
+    for name, age_s in ((".answer-old.so", 7200), (".answer-new.so", 60)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age_s,) * 2)
+    cpp.load(source, cache_dir=folder)
+    assert {p.name for p in folder.glob(".answer-*")} == {".answer-new.so"}
 
 
 def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_torch_refuses_what_other_dtypes_scales_and_strides_need() -> None:
             ((x, x_scale, w, w_scale, torch.float16), "must be bfloat16, got torch.float16"),
             ((x, x_scale, w, w_scale, dtype, bias), "torch.float32"),
             ((strided, x_scale, w, w_scale, dtype), "contiguous"),
-            ((x, double, w, w_scale, dtype), "must be float32"),
+            ((x, double, w, w_scale, dtype), "must be torch.float32"),
             (fake_args(32, 128, 512, FLOAT8, group=128), "on both sides"),
             (fake_args(32, 128, 512, FLOAT8, blocks=True), "on both sides"),
             (fake_args(32, 128, 640, FLOAT8, group=128, blocks=True), "multiples of 512"),
@@ -218,7 +218,7 @@ def test_wrong_weights_are_named() -> None:
         w4a16_linear(x, packed, scale, torch.ones(5, 2, dtype=torch.int32), 32)
     with pytest.raises(ValueError, match="33 columns, wanted a multiple of 32"):
         mxfp4_linear(torch.zeros(2, 33), torch.zeros(5, 16, dtype=torch.uint8), torch.zeros(5, 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="scale has 1 columns but x has 64 columns|scale has 1 columns"):
+    with pytest.raises(ValueError, match="scale has 1 columns, wanted G = 2"):
         mxfp4_linear(x, torch.zeros(5, 32, dtype=torch.uint8), torch.zeros(5, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match="'int5' is not one of float8_e4m3fn, int8, int4"):
         weight_scale(x, "int5", 0, 0)

@@ -114,9 +114,10 @@ def test_both_entries_have_the_checkpoints_parameters(family: str) -> None:
 def test_the_real_model_gives_transformers_logits(entry: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    from seamwise.bench.demo_model import DEFAULT_CACHE, NAME
+    from seamwise.bench.demo_model import NAME
+    from seamwise.caches import folder
 
-    directory = DEFAULT_CACHE / NAME
+    directory = folder("models") / NAME
     if not (directory / "config.json").exists():
         pytest.skip(f"{directory} is not there; `python -m seamwise.bench.demo_model` makes it")
     model, config = load_tiny(directory, entry)

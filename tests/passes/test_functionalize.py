@@ -37,6 +37,17 @@ def twice(x: Tensor) -> Tensor:
     return y.mul_(2).add_(y)
 
 
+def narrow(x: Tensor) -> Tensor:
+    """What is written keeps its dtype."""
+    return (x + 1).bfloat16().mul_(x)
+
+
+def seen_through_what_gives_itself(x: Tensor) -> Tensor:
+    y = x.type_as(x)
+    y.mul_(2)
+    return y + x
+
+
 def seen_through_a_view(x: Tensor) -> Tensor:
     y = x + 1
     view = y.view(-1)
@@ -55,7 +66,7 @@ def an_input(x: Tensor) -> Tensor:
     return x.mul_(2) + 1
 
 
-@pytest.mark.parametrize("function", [normalize, mask, join, twice])
+@pytest.mark.parametrize("function", [normalize, mask, join, twice, narrow])
 def test_it_computes_the_same_without_writing(function: Callable[[Tensor], Tensor]) -> None:
     module = make_fx(function, tracing_mode="fake")(torch.randn(3, 4))
     wrote = sum(writes(n) for n in module.graph.nodes if n.op == "call_function")
@@ -67,7 +78,9 @@ def test_it_computes_the_same_without_writing(function: Callable[[Tensor], Tenso
     assert functionalize(module) == 0
 
 
-@pytest.mark.parametrize("function", [seen_through_a_view, seen_through_a_part, an_input])
+@pytest.mark.parametrize(
+    "function", [seen_through_a_view, seen_through_a_part, seen_through_what_gives_itself, an_input]
+)
 def test_what_other_memory_could_see_stays(function: Callable[[Tensor], Tensor]) -> None:
     module = make_fx(function, tracing_mode="fake")(torch.randn(3, 4))
     assert functionalize(module) == 0

@@ -34,25 +34,32 @@ def run(options: argparse.Namespace) -> int:
     if options.validate and options.tp > 1:
         raise ValueError("--validate runs the graph, and --tp has no other ranks to run it with; leave one out")
 
+    from seamwise.compile import pack
     from seamwise.compile.explain.html import as_html
     from seamwise.compile.explain.text import as_json, as_text
     from seamwise.compile.pipeline import PipelineConfig
     from seamwise.runtime.build.model_config import ModelConfig
-    from seamwise.runtime.build.packs import load_program
+    from seamwise.runtime.build.packs import load_program, open_pack
     from seamwise.runtime.build.progress import shown_ledger
     from seamwise.runtime.build.runner_config import RunnerConfig
     from seamwise.runtime.distributed.group import fake_group
     from seamwise.runtime.runner.recordings import CapturePlan
     from seamwise.runtime.weights.hub import resolve_model
 
+    model, given = resolve_model(options.model), loading(options)
+    packed = pack.is_pack(model)
+    if packed and (options.validate or options.tp > 1):
+        raise ValueError(f"{model} is a pack, as it was made; --validate and --tp need the model's directory")
+    if packed:
+        model, given = open_pack(model, given)
     with shown_ledger("compile") as ledger:
-        config = ModelConfig.from_directory(resolve_model(options.model))
+        config = ModelConfig.from_directory(model)
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
         ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep}
         ranks |= {"enable_sequence_parallel": options.sp != 0, "enable_async_tp": options.async_tp}
         ranks["sp_min_token_num"] = options.sp or 1
         with fake_group(options.tp) if options.tp > 1 else nullcontext():
-            settings = RunnerConfig.for_model(config, pipeline=chosen, **ranks, **loading(options))
+            settings = RunnerConfig.for_model(config, **({"pipeline": chosen} | ranks | given))
             program, _ = load_program(config, settings, ledger)
     if options.html:
         # The roofline is the benchmarks'.

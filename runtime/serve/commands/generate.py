@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ from .options import Commands, add_command, loading, model_options
 
 
 def add(commands: Commands) -> None:
-    what = "continue a prompt and print text, speed and where start-up time went"
+    what = "answer a prompt (or continue it, with --raw) and print text, speed and where start-up time went"
     parser = add_command(commands, "generate", run, what)
     model_options(parser)
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    parser.add_argument("--raw", action="store_true", help="continue the text, without the model's chat template")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--next", action="store_true", help="say what to try next")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -30,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """`seamwise generate`: one prompt, streamed to a terminal, then its figures."""
     from seamwise.runtime.sampling.params import SamplingParams
     from seamwise.runtime.serve.llm import LLM
+    from seamwise.runtime.serve.process.describe import chat_templates
 
     params = SamplingParams(
         temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed,
@@ -40,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ValueError(f"{options.model}: has no tokenizer, which --prompt needs")
     messages = [{"role": "user", "content": options.prompt}]
-    template: dict[str, Any] = {"chat_template": None, "add_generation_prompt": True}
-    ids = tokenizer.apply_chat_template(messages, **template) if options.chat else tokenizer.encode(options.prompt)
+    chat = not options.raw and bool(chat_templates(tokenizer))
+    ids = tokenizer.apply_chat_template(messages) if chat else tokenizer.encode(options.prompt)
     engine.add_request("cli", ids, params, prompt=options.prompt)
     output, shown, first_token_s = None, 0, None
     while engine.has_unfinished_requests():
@@ -65,6 +68,9 @@ def run(options: argparse.Namespace) -> int:
     rest = {"imports, tokenizer, allocation": first_token_s - sum(stages.values())}  # what no stage claims
     for stage, seconds in (rest | stages).items():
         print(f"  {stage:32} {seconds:6.2f} s")
+    if options.next:
+        print(f"\nnow try:  {Path(sys.argv[0])} chat --model {options.model}")
+        print(f"     or:  {Path(sys.argv[0])} serve --model {options.model}   (pip install 'seamwise[serve]' first)")
     return 0
 
 

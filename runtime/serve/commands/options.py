@@ -26,6 +26,7 @@ def add_command(
     """Declare a command."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what)
     parser.set_defaults(run=run)
+    parser.add_argument("--cache-dir", metavar="DIR", help="where compiled kernels, packs and tokenizers are kept")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with options, by the flags' names")
     return parser
 
@@ -64,7 +65,7 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return what engine_options and model_options asked for, as LLM's options."""
-    given = {name: getattr(options, name) for name in (*_ENGINE, "enforce_eager")}
+    given = {name: getattr(options, name) for name in (*_ENGINE, "enforce_eager", "cache_dir")}
     if options.no_prefix_caching:
         given["enable_prefix_caching"] = False
     return loading(options) | {name: value for name, value in given.items() if value is not None}

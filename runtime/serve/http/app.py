@@ -14,10 +14,10 @@ from starlette.types import ASGIApp
 
 from .errors import add_handlers
 from .guards import Guard
-from .routes import chat, completions, health, tokens
+from .routes import chat, completions, control, embeddings, generate, health, pages, responses, tokens
 from .serving import Serving
 
-_ROUTERS = (health.router, completions.router, chat.router, tokens.router)
+_FAMILIES = (health, completions, chat, responses, generate, tokens, embeddings, control, pages)
 
 
 def build_app(state: Serving) -> ASGIApp:
@@ -37,8 +37,8 @@ def build_app(state: Serving) -> ASGIApp:
         description="OpenAI's routes, with vLLM's options.",
     )  # fmt: skip
     app.state.serving = state
-    for router in _ROUTERS:
-        app.include_router(router)
+    for family in _FAMILIES:
+        app.include_router(family.router)
     add_handlers(app)
     _describe(app)
     guarded: ASGIApp = Guard(app, settings.keys(), settings.max_body_bytes, state.refuse)

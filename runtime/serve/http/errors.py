@@ -11,13 +11,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from seamwise.runtime.serve.process.streams import EngineError, RequestRefused, Unsupported
+from seamwise.runtime.serve.process.streams import CallFailed, EngineError, RequestFailed, RequestRefused, Unsupported
 
 logger = logging.getLogger("seamwise.http")
 _TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
-    413: "RequestTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError", 500: "InternalServerError",
-    501: "NotImplementedError", 503: "ServiceUnavailableError",
+    409: "ConflictError", 413: "RequestTooLargeError", 415: "UnsupportedMediaTypeError", 429: "RateLimitError",
+    500: "InternalServerError", 501: "NotImplementedError", 503: "ServiceUnavailableError",
 }  # fmt: skip
 _ELSEWHERE = {  # fields that clients of OpenAI and vLLM know, and what there is instead
     "best_of": "it does not exist any more; use n",
@@ -37,6 +37,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.retry_s = status, message, param, retry_s
 
 
+class ClientGone(Exception):
+    """The client closed the connection, broke the protocol, or took nothing for too long."""
+
+
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """Return the JSON of an error."""
     return {"error": {"message": message, "type": _TYPES.get(status, "APIError"), "param": param, "code": status}}
@@ -54,8 +58,14 @@ def as_api_error(error: Exception) -> ApiError:
     """Return what a client is told of an exception. One that nobody foresaw is logged, and told without its text."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientGone):
+        return ApiError(499, "the client is gone")
     if isinstance(error, RequestRefused | ValueError):
         return ApiError(400, str(error))
+    if isinstance(error, CallFailed):
+        return ApiError(409, str(error))
+    if isinstance(error, RequestFailed):
+        return ApiError(500, str(error))
     if isinstance(error, Unsupported):
         return ApiError(501, str(error))
     if isinstance(error, EngineError):
@@ -80,7 +90,7 @@ def add_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    for kind in (ApiError, ValueError, EngineError, Unsupported, Exception):
+    for kind in (ApiError, ValueError, CallFailed, EngineError, Unsupported, Exception):
         app.add_exception_handler(kind, other)
 
 

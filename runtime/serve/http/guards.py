@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, as_api_error, error_response
+from .errors import ApiError, ClientGone, as_api_error, error_response
 
 logger = logging.getLogger("seamwise.access")
 _OPEN = frozenset({"/", "/playground", "/health", "/health/ready", "/ping", "/static/page.css", "/static/page.js"})
@@ -69,7 +69,12 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
+            try:
+                await send(message)
+            except Exception as error:
+                if "SERVER and state=" not in str(error):  # h11's words for a client that broke the protocol meanwhile
+                    raise
+                raise ClientGone from error
 
         try:
             self._admit(scope["path"], scope["method"], headers)

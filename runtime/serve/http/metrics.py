@@ -61,6 +61,12 @@ class Metrics:
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of an output.", _SECONDS)
         self.tpot = histogram("request_time_per_output_token_seconds", "A request's mean of it.", _SECONDS)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", _LONG_SECONDS)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _LONG_SECONDS)
+        self.prefill = histogram(
+            "request_prefill_time_seconds", "From the first step to the first token.", _LONG_SECONDS
+        )
+        self.decode = histogram("request_decode_time_seconds", "From the first token to the end.", _LONG_SECONDS)
+        self.inference = histogram("request_inference_time_seconds", "From the first step to the end.", _LONG_SECONDS)
         self.iteration = histogram("iteration_tokens_total", "Tokens that a step's requests got.", _COUNTS)
         self.of_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _COUNTS)
         self.of_output = histogram("request_generation_tokens", "Tokens generated for a request.", _COUNTS)
@@ -111,8 +117,28 @@ class Metrics:
             if delta.request_finished:
                 self.e2e.observe(now - times.arrival_s)
                 self.of_output.observe(times.tokens)
+                if delta.times_s:
+                    queued_s, prefill_s, decode_s = delta.times_s
+                    self.queue.observe(queued_s)
+                    self.prefill.observe(prefill_s)
+                    self.decode.observe(decode_s)
+                    self.inference.observe(prefill_s + decode_s)
                 if times.tokens > 1:
                     self.tpot.observe((now - times.first_s) / (times.tokens - 1))
+
+    def values(self) -> dict[str, float]:
+        """Return each counter's value by its name in the exposition."""
+        found: dict[str, float] = {}
+        for family in self.registry.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total") and family.type == "counter":
+                    found[sample.name] = found.get(sample.name, 0.0) + sample.value
+        return found
+
+    def total_of(self, histogram: str) -> tuple[int, float]:
+        """Return how many values a histogram of this object has, and their sum."""
+        samples = {s.name.rpartition("_")[2]: s.value for m in getattr(self, histogram).collect() for s in m.samples}
+        return int(samples["count"]), samples["sum"]
 
     def text(self) -> bytes:
         """Return the exposition."""

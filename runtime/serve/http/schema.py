@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.sampling.params import RepetitionDetectionParams, SamplingParams
 
 _LABELS = "A label of the client's; it changes nothing."
-_SAMPLING = tuple(f.name for f in fields(SamplingParams))
+_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name != "stream_interval")
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -44,6 +44,14 @@ class Labels(Body):
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one.")
 
 
+class RepetitionDetection(Body):
+    """As RepetitionDetectionParams."""
+
+    max_pattern_size: Annotated[int, Field(ge=1, lt=2**16)]
+    min_pattern_size: Annotated[int, Field(ge=0, lt=2**16)] = 0
+    min_count: Annotated[int, Field(ge=2, lt=2**16)] = 2
+
+
 class Sampling(Labels):
     """How to continue a prompt; what each means stands at SamplingParams."""
 
@@ -60,6 +68,11 @@ class Sampling(Labels):
     stop: str | list[str] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool = False
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words: list[str] | None = None
+    logprob_token_ids: list[TokenId] | None = None
+    repetition_detection: RepetitionDetection | None = None
+    skip_reading_prefix_cache: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool = True
@@ -85,6 +98,8 @@ class Sampling(Labels):
             raise ValueError("stop: got an empty string, wanted text that ends the output")
         asked = {name: getattr(self, name) for name in _SAMPLING if name in type(self).model_fields}
         asked |= {"max_tokens": max_tokens, "logprobs": logprobs, "logit_bias": self._biases(), "stop": stop or None}
+        if self.repetition_detection is not None:
+            asked["repetition_detection"] = RepetitionDetectionParams(**self.repetition_detection.model_dump())
         given = {name: value for name, value in asked.items() if value is not None or name == "max_tokens"}
         return SamplingParams(**{**defaults, **given})
 

@@ -13,20 +13,22 @@ from fastapi import Request
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
 from seamwise.runtime.serve.process.messages import Delta
-from seamwise.runtime.serve.process.streams import EngineError, Stream
+from seamwise.runtime.serve.process.streams import EngineError, RequestFailed, Stream
 from seamwise.runtime.serve.prompts import Prompts
 
 from .errors import ApiError
 from .metrics import Metrics, RequestTimes
 from .settings import ServeSettings
 
-Route = Callable[[str, Request], str | None]
+_UNSEEN = 16  # tokens between deltas that no client sees
+Route = Callable[[str, Request, Any], str | None]
 
 
 class Serving:
     """One server's state, kept by the application as app.state.serving.
 
-    route  may say which served model a request is for: (the name it asks for, the request) -> a name, None: as asked
+    route  may say which served model a request is for: (the name it asks for, the request, its body) -> a name, or
+           None: as asked
     """
 
     def __init__(self, models: dict[str, AsyncLLM], settings: ServeSettings, route: Route | None = None) -> None:
@@ -38,6 +40,7 @@ class Serving:
         self.started_s = time.time()
         self.draining = False
         self.num_in_work = 0
+        self._names: dict[str, list[str]] = {}  # a request's id in answers -> its ids in the engine
         self._template = settings.own_template()
 
     @property
@@ -45,17 +48,31 @@ class Serving:
         """The model that is served, the first where there are several."""
         return self.models[self.default]
 
+    def names_in_work(self, request_ids: Sequence[str] | None) -> list[str] | None:
+        """Return the engine's ids of requests by the ids that their answers carry; None: of all."""
+        return None if request_ids is None else [one for name in request_ids for one in self._names.get(name, ())]
+
+    def remember(self, name: str, engine_id: str) -> None:
+        """Note a request that is in work."""
+        self._names.setdefault(name, []).append(engine_id)
+
+    def forget(self, name: str, engine_id: str) -> None:
+        """Note that a request is no longer in work."""
+        held = [one for one in self._names.pop(name, []) if one != engine_id]
+        if held:
+            self._names[name] = held
+
     def refuse(self, path: str) -> ApiError | None:
         """Say why no request is taken now: the server is about to end."""
         if self.draining and path not in ("/health", "/health/ready", "/metrics", "/load"):
             return ApiError(503, "the server is shutting down", retry_s=10)
         return None
 
-    def choose(self, asked: str | None, request: Request) -> tuple[str, AsyncLLM]:
+    def choose(self, asked: str | None, request: Request, body: Any) -> tuple[str, AsyncLLM]:
         """Return the model that a request is for. Raises ApiError 404 for one that is not served."""
         name = asked or self.default
         if self.route is not None:
-            name = self.route(name, request) or name
+            name = self.route(name, request, body) or name
         if name not in self.models:
             raise ApiError(404, f"model {name!r} is not served; there are: {', '.join(self.models)}", "model")
         return name, self.models[name]
@@ -116,8 +133,8 @@ def request_name(request: Request, asked: str | None, prefix: str) -> str:
 class Work:
     """The generation of one HTTP request: one stream for each prompt, in the engine until it is closed."""
 
-    def __init__(self, state: Serving, llm: AsyncLLM) -> None:
-        self._state, self._llm = state, llm
+    def __init__(self, state: Serving, llm: AsyncLLM, name: str) -> None:
+        self._state, self._llm, self._name = state, llm, name
         self._metrics = state.metrics[id(llm)]
         self._streams: list[Stream] = []
         self._times: list[RequestTimes] = []
@@ -126,7 +143,10 @@ class Work:
         self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams, *, priority: int,
         stream_interval: int,
     ) -> None:  # fmt: skip
-        """Queue the prompts, (text, ids) each. Raises ValueError, ApiError and EngineError; nothing is queued then."""
+        """Queue the prompts, (text, ids) each. Raises ValueError, ApiError and EngineError; nothing is queued then.
+
+        stream_interval  0: the client waits for the end, and deltas come as often as metrics want them
+        """
         for _, ids in prompts:
             self._state.check(params, ids, self._llm)
         self._state.admit(self._llm, len(prompts))
@@ -135,12 +155,13 @@ class Work:
             self._times.append(self._metrics.arrived(len(ids), params))
             try:
                 stream = self._llm.submit(
-                    name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval
+                    name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval or _UNSEEN
                 )
             except Exception:
                 self.close()
                 raise
             self._streams.append(stream)
+            self._state.remember(self._name, name)
             self._state.num_in_work += 1
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
@@ -171,6 +192,8 @@ class Work:
         got = await self._streams[i].take()
         self._metrics.got(self._times[i], got)
         for delta in got:
+            if delta.finish_reason == "error":
+                raise RequestFailed(str(delta.stop_reason))
             if delta.finish_reason == "abort":
                 raise EngineError("the request was aborted: the engine was paused, or /abort_requests was called")
         return got
@@ -179,6 +202,7 @@ class Work:
         """End what still runs."""
         for stream in self._streams:
             self._llm.engine.drop(stream)
+            self._state.forget(self._name, stream.request_id)
         self._state.num_in_work -= len(self._streams)
         self._streams = []
 

@@ -48,7 +48,7 @@ class ServeSettings:
     stream_interval: int = 1
     write_timeout_s: float = 60.0
     shutdown_timeout_s: float = 30.0
-    enable_control: bool = True
+    enable_control: bool = False
     enable_collective_rpc: bool = False
     metric_aliases: bool = False
 

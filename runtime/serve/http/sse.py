@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import ApiError, as_api_error, error_body
+from .errors import ApiError, ClientGone, as_api_error, error_body
 
 DONE = b"data: [DONE]\n\n"
 encode_json = msgspec.json.Encoder().encode
@@ -22,10 +22,6 @@ def event(data: Any, name: str | None = None) -> bytes:
     """Return one event with JSON data."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + encode_json(data) + b"\n\n"
-
-
-class ClientGone(Exception):
-    """The client closed the connection, or took nothing for too long."""
 
 
 class EventStream(Response):

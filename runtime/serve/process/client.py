@@ -11,7 +11,7 @@ from typing import Any
 
 from .child import Child, Ended
 from .messages import Abort, Add, Call, Delta, Event, Progress, Ready, Refused, Result, Stage, Stats
-from .streams import EngineError, RequestRefused, Stream, Unsupported
+from .streams import CallFailed, EngineError, QueueFull, RequestRefused, Stream, Unsupported
 
 _MOST_RESTARTS = 5  # starts that fail one after the other before it is given up
 _LONGEST_PAUSE_S = 16.0
@@ -174,7 +174,7 @@ class EngineClient:
                         del self._streams[delta.request_id]
         elif isinstance(event, Refused):
             if stream := self._streams.pop(event.request_id, None):
-                stream.fail(RequestRefused(event.message))
+                stream.fail((QueueFull if event.full else RequestRefused)(event.message))
         elif isinstance(event, Result):
             future = self._calls.get(event.call_id)
             if future is not None and not future.done():
@@ -194,4 +194,4 @@ def _answer(future: asyncio.Future[Any], result: Result) -> None:
     elif result.kind == "caller":
         future.set_exception(ValueError(result.error))
     else:
-        future.set_exception(RuntimeError(result.error))
+        future.set_exception(CallFailed(result.error))

@@ -1,85 +1,76 @@
-"""From the engine's outputs, which grow, to what each got since it was last sent."""
+"""From the engine's outputs, which hold what is new, to what is sent of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from seamwise.runtime.engine.outputs import CompletionOutput, RequestOutput
+from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.logprob import Logprob
 
 from .messages import Delta, TokenLogprob
 
 
-@dataclass(slots=True)
-class _Sent:
-    """How much of one output was sent: tokens, characters, log probabilities, and whether its end was."""
-
-    tokens: int = 0
-    characters: int = 0
-    finished: bool = False
-
-
-@dataclass(slots=True)
-class _Followed:
-    interval: int
-    sent: list[_Sent]
-
-
 class Deltas:
-    """What was sent of every unfinished request."""
+    """Which outputs of unfinished requests have ended: an end is sent once, though the engine repeats it."""
 
     def __init__(self) -> None:
-        self._followed: dict[str, _Followed] = {}
+        self._ended: dict[str, set[int]] = {}
 
-    def follow(self, request_id: str, *, outputs: int, interval: int) -> None:
-        """Start on a request with so many outputs; interval: tokens between two deltas, 0 for one at the end."""
-        self._followed[request_id] = _Followed(interval, [_Sent() for _ in range(outputs)])
-
-    def forget(self, request_id: str) -> None:
-        self._followed.pop(request_id, None)
+    def follow(self, request_id: str) -> None:
+        """Start on a request."""
+        self._ended[request_id] = set()
 
     @property
     def unfinished(self) -> list[str]:
-        return list(self._followed)
+        return list(self._ended)
 
     def of(self, output: RequestOutput) -> list[Delta]:
-        """Return what is due of a request's outputs: the first token, each interval's, and every end."""
-        followed = self._followed.get(output.request_id)
-        if followed is None:
+        """Return what is new of a request's outputs."""
+        ended = self._ended.get(output.request_id)
+        if ended is None:
             return []
         found = []
-        for completion, sent in zip(output.outputs, followed.sent, strict=True):
-            if sent.finished:
-                continue
-            new, ended = len(completion.token_ids) - sent.tokens, completion.finish_reason is not None
-            due = followed.interval and (sent.tokens == 0 or new >= followed.interval)
-            if ended or (new and due):
-                found.append(_delta(output, completion, sent))
+        for completion in output.outputs:
+            if completion.index not in ended and (completion.token_ids or completion.finish_reason is not None):
+                found.append(_delta(output, completion))
+                if completion.finish_reason is not None:
+                    ended.add(completion.index)
+        if found and output.prompt_logprobs is not None:
+            ids = output.prompt_token_ids
+            found[0].prompt_logprobs = [
+                None if row is None else _row(token, row)
+                for token, row in zip(ids, output.prompt_logprobs, strict=True)
+            ]
         if output.finished:
             if found:
-                found[-1].request_finished = True
-            del self._followed[output.request_id]
+                found[-1].request_finished, found[-1].times_s = True, _times(output.metrics)
+            del self._ended[output.request_id]
         return found
 
 
-def _delta(output: RequestOutput, completion: CompletionOutput, sent: _Sent) -> Delta:
-    start = sent.tokens
-    tokens = completion.token_ids[start:]
+def _delta(output: RequestOutput, completion: CompletionOutput) -> Delta:
     logprobs = None
     if completion.logprobs is not None:
-        rows = zip(tokens, completion.logprobs[start:], strict=True)
+        rows = zip(completion.token_ids, completion.logprobs, strict=True)
         logprobs = [_row(token, row) for token, row in rows]
-    delta = Delta(
-        request_id=output.request_id, index=completion.index, text=completion.text[sent.characters :], token_ids=tokens,
+    return Delta(
+        request_id=output.request_id, index=completion.index, text=completion.text, token_ids=completion.token_ids,
         logprobs=logprobs, finish_reason=completion.finish_reason, stop_reason=completion.stop_reason,
         num_cached_tokens=output.metrics.num_cached_tokens, num_preemptions=output.metrics.num_preemptions,
     )  # fmt: skip
-    sent.tokens, sent.characters = len(completion.token_ids), len(completion.text)
-    sent.finished = completion.finish_reason is not None
-    return delta
 
 
-def _row(token: int, row: dict[int, Logprob]) -> list[TokenLogprob]:
-    """Return the sampled token's log probability first, then the others as they come."""
+def _row(token: int, row: Mapping[int, Logprob]) -> list[TokenLogprob]:
+    """Return the token's own log probability first, then the others as they come."""
     ids = [token, *(one for one in row if one != token)]
-    return [TokenLogprob(one, row[one].logprob, row[one].rank, row[one].decoded_token) for one in ids]
+    return [TokenLogprob(one, row[one].logprob, row[one].rank, row[one].decoded_token) for one in ids if one in row]
+
+
+def _times(m: RequestMetrics) -> list[float]:
+    """Return the seconds that a request waited, until its first token, and after it; nothing of one that had none."""
+    if m.first_scheduled_time is None or m.first_token_time is None or m.finished_time is None:
+        return []
+    return [
+        m.first_scheduled_time - m.arrival_time, m.first_token_time - m.first_scheduled_time,
+        m.finished_time - m.first_token_time,
+    ]  # fmt: skip

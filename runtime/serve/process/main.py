@@ -97,6 +97,7 @@ def _ready(llm: Any, model: str) -> Ready:
         special_tokens=special_tokens(tokenizer),
         split_special_tokens=bool(getattr(tokenizer and tokenizer._light, "encode_special_tokens", False)),
         startup_s=dict(runner.startup_s), explain=explanation(runner),
+        world_size=int(getattr(runner.options, "tensor_parallel_size", 1)),
     )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ class Delta(Struct, array_like=True):
 
     logprobs  for each token: the sampled one's first, then the most likely ones
     num_cached_tokens, num_preemptions  of the request, until now
-    queued_s, first_token_s  seconds from its arrival in the engine to its first step's end
+    prompt_logprobs  with the first one: for each token of the prompt as in logprobs, None for the first
+    times_s   with the last one: seconds that the request waited, until its first token, and after it
     """
 
     request_id: str
@@ -66,6 +67,8 @@ class Delta(Struct, array_like=True):
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     request_finished: bool = False
+    prompt_logprobs: list[list[TokenLogprob] | None] | None = None
+    times_s: list[float] = field(default_factory=list)
 
 
 class Stats(Struct, array_like=True):
@@ -91,10 +94,11 @@ class Progress(Struct, tag=True, array_like=True):
 
 
 class Refused(Struct, tag=True, array_like=True):
-    """A request was not queued, or ended without an answer, and why."""
+    """A request was not queued, and why; full: it may come again when the queue is shorter."""
 
     request_id: str
     message: str
+    full: bool = False
 
 
 class Result(Struct, tag=True, array_like=True):
@@ -136,6 +140,7 @@ class Ready(Struct, tag=True, array_like=True):
     split_special_tokens: bool
     startup_s: dict[str, float]
     explain: dict[str, Any]
+    world_size: int = 1
     default_sampling: dict[str, Any] = field(default_factory=dict)
 
 

@@ -15,6 +15,18 @@ class RequestRefused(ValueError):
     """The engine did not take the request: the message names what is wrong with it."""
 
 
+class QueueFull(EngineError):
+    """The engine's queue is full; the request may come again."""
+
+
+class RequestFailed(RuntimeError):
+    """The request ended with an error of its own; the engine and other requests go on. The message says which."""
+
+
+class CallFailed(RuntimeError):
+    """A method of the engine raised: its state does not allow the call, or something failed. The message says what."""
+
+
 class Unsupported(NotImplementedError):
     """The engine has no such method."""
 
@@ -68,4 +80,5 @@ def merged(first: Delta, second: Delta) -> Delta:
         token_ids=first.token_ids + second.token_ids, logprobs=logprobs, finish_reason=second.finish_reason,
         stop_reason=second.stop_reason, num_cached_tokens=second.num_cached_tokens,
         num_preemptions=second.num_preemptions, request_finished=second.request_finished,
+        prompt_logprobs=first.prompt_logprobs, times_s=second.times_s,
     )  # fmt: skip

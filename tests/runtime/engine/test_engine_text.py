@@ -9,7 +9,7 @@ from tiny_tokenizers import unigram, write
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.scheduler.scheduler import SchedulerConfig
+from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.text.tokenizer import Tokenizer
 
 

@@ -20,5 +20,7 @@ def server(demo_model: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server over the fake engine, called "fake"."""
-    with run_app({"fake": fake_llm()}, max_body_bytes=100_000, max_concurrent_requests=64) as running:
+    with run_app(
+        {"fake": fake_llm()}, max_body_bytes=100_000, max_concurrent_requests=64, enable_control=True
+    ) as running:
         yield running

@@ -11,7 +11,6 @@ import os
 import signal
 import tempfile
 import time
-from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.logprob import Logprob
-from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?<>|_-{}[]\"'\n"
 TEMPLATE = (
@@ -38,16 +37,19 @@ class FakeEngine:
             options=SimpleNamespace(max_model_len=MAX_MODEL_LEN, device="cpu", dtype="letters"), block_size=16,
             config=SimpleNamespace(vocab_size=len(LETTERS) + 1, eos_ids=()), num_blocks=101, startup_s={"fake": 0.0},
         )  # fmt: skip
-        self.requests: dict[str, tuple[RequestOutput, SamplingParams, list[int]]] = {}
+        self.requests: dict[str, Held] = {}
         self.pool = SimpleNamespace(num_available=100, num_blocks=101)
         self.max_num_seqs = max_num_seqs
+        self.paused: str | None = None
+        self.before_pause: set[str] = set()
 
     @property
     def scheduler(self) -> Any:
-        names = deque(self.requests)
-        running = [names.popleft() for _ in range(min(len(names), self.max_num_seqs))]
-        self.pool.num_available = 100 - len(running)
-        return SimpleNamespace(running=running, waiting=names, pool=self.pool)
+        names = list(self.requests)
+        self.pool.num_available = 100 - len(names[: self.max_num_seqs])
+        return SimpleNamespace(
+            running=names[: self.max_num_seqs], waiting=names[self.max_num_seqs :], pool=self.pool, num_steps=0
+        )
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.requests)
@@ -57,46 +59,80 @@ class FakeEngine:
             raise RuntimeError(f"{len(self.requests)} requests are running; finish or abort them first")
 
     def add_request(
-        self, request_id: str, ids: list[int], params: SamplingParams, *, prompt: str | None = None
+        self, request_id: str, ids: list[int], params: SamplingParams, *, prompt: str | None = None, priority: int = 0
     ) -> None:
         if len(ids) == 13:
             raise ValueError("the fake engine takes no prompt of 13 tokens")
-        output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=ids,
-            metrics=RequestMetrics(arrival_time=time.perf_counter()),
-        )  # fmt: skip
-        for index in range(params.n):
-            logprobs: Any = None if params.logprobs is None else []
-            output.outputs.append(CompletionOutput(index=index, text="", token_ids=[], logprobs=logprobs))
-        self.requests[request_id] = output, params, ids
+        self.requests[request_id] = Held(request_id, ids, params)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
-        if (held := self.requests.pop(request_id, None)) is None:
-            return None
-        for completion in held[0].outputs:
-            completion.finish_reason = completion.finish_reason or "abort"
-        held[0].finished = True
-        return held[0]
+        held = self.requests.pop(request_id, None)
+        return None if held is None else held.output("abort")
+
+    def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
+        if mode not in ("abort", "wait", "keep"):
+            raise ValueError(f"pause: mode={mode!r}, wanted 'abort', 'wait' or 'keep'")
+        self.paused, self.before_pause = mode, set(self.requests)
+        return [self.requests.pop(name).output("abort") for name in self.before_pause] if mode == "abort" else []
+
+    def resume(self) -> None:
+        self.paused = None
+
+    @property
+    def is_paused(self) -> bool:
+        return self.paused in ("abort", "keep") or (self.paused == "wait" and not self._runnable())
+
+    def _runnable(self) -> list[str]:
+        return [name for name in self.requests if self.paused is None or name in self.before_pause][: self.max_num_seqs]
 
     def step(self) -> list[RequestOutput]:
-        touched = []
-        for request_id in list(self.requests)[: self.max_num_seqs]:
-            output, params, ids = self.requests[request_id]
-            token = ids[len(output.outputs[0].token_ids) % len(ids)]
-            _fault(LETTERS[token] if token < len(LETTERS) else "a")
-            for completion in output.outputs:
-                completion.token_ids.append(token)
-                completion.text += LETTERS[token]
-                if completion.logprobs is not None:
-                    completion.logprobs.append({token: Logprob(-0.5, 1, LETTERS[token])})
-                room = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(ids))
-                if len(completion.token_ids) >= room:
-                    completion.finish_reason = "length"
-            if output.outputs[0].finish_reason:
-                output.finished = True
+        touched, slow = [], False
+        for request_id in self._runnable():
+            held = self.requests[request_id]
+            token = held.ids[held.count % len(held.ids)]
+            letter = LETTERS[token] if token < len(LETTERS) else "?"
+            _fault(letter)
+            slow = slow or letter == "Z"
+            held.take(token, letter)
+            ended = held.count >= min(held.params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(held.ids))
+            if ended:
                 del self.requests[request_id]
-            touched.append(output)
+            if ended or held.params.output_kind is RequestOutputKind.DELTA:
+                touched.append(held.output("length" if ended else None))
+        time.sleep(0.2 * slow)
         return touched
+
+
+class Held:
+    """A request, and what of its answer was not given out yet."""
+
+    def __init__(self, request_id: str, ids: list[int], params: SamplingParams) -> None:
+        self.request_id, self.ids, self.params = request_id, ids, params
+        self.metrics = RequestMetrics(arrival_time=time.perf_counter())
+        self.count = 0
+        self.new: list[int] = []
+        self.text = ""
+
+    def take(self, token: int, letter: str) -> None:
+        self.count += 1
+        self.new.append(token)
+        self.text += letter
+
+    def output(self, reason: str | None) -> RequestOutput:
+        """Give out what is new."""
+        rows: Any = None
+        if self.params.logprobs is not None:
+            rows = [{t: Logprob(-0.5, 1, c)} for t, c in zip(self.new, self.text, strict=True)]
+        made = RequestOutput(
+            request_id=self.request_id, prompt=None, prompt_token_ids=self.ids, finished=reason is not None,
+            metrics=self.metrics,
+            outputs=[
+                CompletionOutput(index=i, text=self.text, token_ids=self.new, logprobs=rows, finish_reason=reason)
+                for i in range(self.params.n)
+            ],
+        )  # fmt: skip
+        self.new, self.text = [], ""
+        return made
 
 
 def _fault(letter: str) -> None:
@@ -108,8 +144,6 @@ def _fault(letter: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if letter == "S":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if letter == "Z":
-        time.sleep(0.2)
 
 
 def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -> Any:
@@ -135,7 +169,9 @@ def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -
     home = Path(tempfile.mkdtemp(prefix="fake-llm-"))
     (home / "tokenizer.json").write_text("{}")
     (home / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "!"}))
+    engine = FakeEngine(max_num_seqs)
     return SimpleNamespace(
-        engine=FakeEngine(max_num_seqs), tokenizer=SimpleNamespace(_light=light, directory=home),
+        engine=engine, reset_prefix_cache=engine.reset_prefix_cache,
+        tokenizer=SimpleNamespace(_light=light, directory=home),
         collective_rpc=lambda method, args=(), kwargs=None: [[method, args, kwargs]],
     )  # fmt: skip

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -52,6 +53,7 @@ def run_app(models: dict[str, AsyncLLM], route: Route | None = None, **settings:
     chosen = ServeSettings(**({"port": 0} | settings))
     state = Serving(models, chosen, route)
     sock = listen(chosen)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that does not read is felt soon
     server = Server(
         uvicorn.Config(build_app(state), log_config=None, access_log=False, timeout_graceful_shutdown=2), state
     )

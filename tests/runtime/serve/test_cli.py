@@ -12,7 +12,8 @@ from seamwise.runtime.serve.cli import main
 
 def test_generate_prints_text_and_figures(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["generate", "--model", str(demo_model), "--prompt", "The capital of France is", "--max-tokens", "8"]) == 0
+        main(["generate", "--model", str(demo_model), "--prompt", "Which city is the capital of France?", "--next"])
+        == 0
     )
     out = capsys.readouterr().out
     assert "Paris" in out
@@ -54,7 +55,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert message in error and "Traceback" not in error
 
 
-COMMANDS = ("serve", "generate", "explain", "compile", "explain-key", "bisect", "bench")
+COMMANDS = ("serve", "chat", "generate", "run-batch", "explain", "compile", "explain-key", "bisect", "cache", "bench")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -120,3 +121,32 @@ def test_what_pieces_cost_is_their_weights_and_rows(tiny_llama_dir: Path, capsys
     least = sum(count * one[name]["bytes"] for name, count in calls.items())
     embedding = 512 * 64 * 4  # bytes of it that one token does not read
     assert report["weight_bytes"] - embedding < least < 1.2 * report["weight_bytes"]
+
+
+def test_options_come_from_a_file_too_and_flags_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], demo_model: Path
+) -> None:
+    config = tmp_path / "options.toml"
+    config.write_text(f'model = "{demo_model}"\nprompt = "1, 2, 3,"\nmax-tokens = 2\nraw = true\njson = true\n')
+    assert main(["generate", "--config", str(config), "--max-tokens", "4"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["output_tokens"] == 4 and report["text"] == " 4, 5"[: len(report["text"])]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max_tokes = 3", "no option 'max_tokes'; did you mean max_tokens?"),
+        ('max_tokens = "many"', "max_tokens = 'many', wanted a int"),
+        ("raw = 1", "raw = 1, wanted a bool"),
+        ("temperature = true", "temperature = True, wanted a float"),
+        ("= 3", "no valid TOML"),
+    ],
+)
+def test_a_wrong_line_of_the_file_is_named(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.toml").write_text(line)
+    assert main(["generate", "--config", str(tmp_path / "wrong.toml"), "--model", "x", "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "wrong.toml" in error

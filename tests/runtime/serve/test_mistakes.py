@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from seamwise import LLM, SamplingParams
 from seamwise.runtime.serve.cli import main
@@ -32,6 +33,14 @@ def small(model: Path, pack_dir: Path | None, **options: Any) -> LLM:
         ({"device": "gpu"}, "device='gpu': wanted 'auto', 'cpu', 'cuda' or 'cuda:0'"),
         ({"dtype": "bf16"}, "dtype='bf16': wanted 'auto' or one of float32, bfloat16"),
         ({"seed": None}, "seed=None: wanted a whole number"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization=True: wanted above 0 and at most 1"),
+        ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override=0: wanted a whole number of at least 2"),
+        ({"kv_cache_memory_bytes": 1e9}, "kv_cache_memory_bytes=1000000000.0: wanted a whole number"),
+        (
+            {"kv_cache_memory_bytes": 1 << 20, "num_gpu_blocks_override": 9},
+            "kv_cache_memory_bytes and num_gpu_blocks_override each say how large the KV cache is; leave all but one",
+        ),
+        ({"tokenizer": ".", "skip_tokenizer_init": True}, "skip_tokenizer_init and tokenizer='.' contradict"),
     ],
 )
 def test_an_option_that_is_not_served_is_named(
@@ -44,6 +53,50 @@ def test_an_option_that_is_not_served_is_named(
 def test_half_and_float_are_vllms_names(tiny_llama_dir: Path, pack_dir: Path) -> None:
     for name, wanted in (("half", "torch.float16"), ("float", "torch.float32")):
         assert str(small(tiny_llama_dir, pack_dir, dtype=name).engine.runner.options.dtype) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"gpu_memory_utilization": 0.5},
+            "gpu_memory_utilization=0.5 has no effect on a CPU; use kv_cache_memory_bytes",
+        ),
+        ({"cudagraph_capture_sizes": (8,)}, "cudagraph_capture_sizes has no effect here: no pieces are recorded"),
+    ],
+)
+def test_an_option_that_does_nothing_says_so(
+    tiny_llama_dir: Path, pack_dir: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.warns(UserWarning, match=message):
+        small(tiny_llama_dir, pack_dir, **options)
+
+
+def test_an_unknown_argument_is_named_with_the_nearest(tiny_llama_dir: Path, pack_dir: Path) -> None:
+    llm = small(tiny_llama_dir, pack_dir, device=torch.device("cpu"))
+    for call, name, message in (
+        (
+            llm.generate,
+            "sampling_param",
+            r"no argument of LLM.generate: 'sampling_param'; did you mean sampling_params\?",
+        ),
+        (llm.generate, "max_tokens", "'max_tokens'; give SamplingParams"),
+        (
+            llm.chat,
+            "add_generation_prompts",
+            r"LLM.chat: 'add_generation_prompts'; did you mean add_generation_prompt\?",
+        ),
+        (llm.chat, "lora_request", "'lora_request'; adapters are not served"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call([[1]], **{name: None})
+
+
+def test_a_gpu_that_is_not_there_is_named(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device='cuda:2': torch finds 2 CUDA devices, cuda:0 to cuda:1"):
+        LLM(tiny_llama_dir, device="cuda:2")
 
 
 @pytest.mark.parametrize("messages", ["hi", {"role": "user", "content": "hi"}, []])
@@ -83,7 +136,7 @@ def main_raising(arguments: list[str]) -> None:
     """Run a command, its ValueError raised."""
     from seamwise.runtime.serve import cli
 
-    options = cli._parser().parse_args(arguments)
+    options = cli._parser()[0].parse_args(arguments)
     options.run(options)
 
 

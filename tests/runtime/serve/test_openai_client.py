@@ -14,7 +14,7 @@ from servers import get, post
 
 from seamwise import LLM, SamplingParams
 
-MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "Which city is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_models_tokens_and_versions(client: openai.OpenAI, server: str, offline:
     (want,) = offline.chat(MESSAGES, SamplingParams(max_tokens=1), use_tqdm=False)
     assert status == 200 and chat["tokens"] == want.prompt_token_ids
     rendered = post(f"{server}/v1/chat/completions/render", {"messages": MESSAGES})[1]
-    assert rendered["prompt_token_ids"] == want.prompt_token_ids and "What is the capital" in rendered["prompt"]
+    assert rendered["prompt_token_ids"] == want.prompt_token_ids and "Which city is the capital" in rendered["prompt"]
     assert get(f"{server}/version")[1]["version"]
     assert get(f"{server}/load")[1]["num_steps"] > 0
 

@@ -23,13 +23,14 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the conversation, n times; one answer, or events with stream=true."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = body.sampling(llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
     tools = _tools(body, prompts)
     text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
-    work = Work(state, llm)
+    request_id = request_name(request, body.request_id, "chatcmpl")
+    work = Work(state, llm, request_id)
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
     work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
     marks = reasoning_marks(prompts.templates.get("default", ""))
@@ -39,7 +40,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         return ChatParts(tools=tools, reasoning=marks, thinking=thinking)
 
     prefix = body.messages[-1].text() if body.echo else ""
-    answer = ChatAnswer(body, request_name(request, body.request_id, "chatcmpl"), name, parts, prefix)
+    answer = ChatAnswer(body, request_id, name, parts, prefix)
     if body.stream:
         return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
     return await while_connected(request, answer.whole(work), work.close)
@@ -53,7 +54,7 @@ class RenderRequest(ChatRequest):
 async def render(body: RenderRequest, request: Request) -> Response:
     """Return the text and ids that /v1/chat/completions would continue."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     tools = _tools(body, prompts)
     text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)

@@ -42,7 +42,7 @@ class CompletionRequest(Sampling):
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt, with n outputs each; one answer, or events with stream=true."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     asked = body.prompts()
     if not 1 <= len(asked) <= state.settings.max_prompts:
@@ -51,10 +51,11 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
         raise ValueError("echo and logprobs: prompt tokens have no log probabilities here; leave one out")
     params = body.sampling(llm.default_sampling, max_tokens=body.max_tokens, logprobs=body.logprobs)
     encoded = await asyncio.to_thread(_encoded, prompts, asked, body)
-    work = Work(state, llm)
+    request_id = request_name(request, body.request_id, "cmpl")
+    work = Work(state, llm, request_id)
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
     work.submit(encoded, params, priority=body.priority, stream_interval=interval)
-    answer = _Answer(body, request_name(request, body.request_id, "cmpl"), name, [text or "" for text, _ in encoded])
+    answer = _Answer(body, request_id, name, [text or "" for text, _ in encoded])
     if body.stream:
         return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
     return await while_connected(request, answer.whole(work), work.close)

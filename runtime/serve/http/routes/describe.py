@@ -24,6 +24,7 @@ _WHAT = {
     400: "What the request asks cannot be served; the message says why.",
     401: "No API key, or a wrong one.",
     404: "The model, or what the path names, is not here.",
+    409: "The engine's state does not allow it now.",
     413: "The body is too long.",
     415: "The body is no JSON.",
     429: "Too many requests are in work; Retry-After says when to come again.",
@@ -45,5 +46,5 @@ def answers(*statuses: int, stream: bool = False, content: dict[str, Any] | None
 
 GENERATES = answers(400, 401, 404, 413, 415, 429, 501, 503, stream=True)
 ASKS = answers(400, 401, 404, 413, 415, 503)
-CONTROLS = answers(400, 401, 404, 413, 415, 501, 503)
+CONTROLS = answers(400, 401, 404, 409, 413, 415, 501, 503)
 READS = answers(401, 503)

@@ -1,0 +1,44 @@
+"""Arguments by name: one that a function does not have is refused with the nearest that it has."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+def refuse_unknown(given: Iterable[str], known: Collection[str], instead: Mapping[str, str], what: str) -> None:
+    """Raise ValueError for a name that is not known: what stands instead of it, the nearest known one, or all."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+            hint = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(sorted(known))}"
+            raise ValueError(f"there is no {what} {name!r}; {instead.get(name, hint)}")
+
+
+def named_arguments(**instead: str) -> Callable[[Called], Called]:
+    """Make a function, or a dataclass's constructor, refuse unknown keyword arguments by name.
+
+    instead  an argument that other libraries have -> what there is here
+    """
+
+    def checked(called: Called) -> Called:
+        target = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
+        known = [name for name in inspect.signature(target).parameters if name != "self"]
+        what = f"argument of {called.__qualname__}:"
+
+        @functools.wraps(target)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            refuse_unknown(kwargs, known, instead, what)
+            return target(*args, **kwargs)
+
+        if isinstance(called, type):
+            called.__init__ = call  # type: ignore[misc]
+            return called
+        return call  # type: ignore[return-value]
+
+    return checked

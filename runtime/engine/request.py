@@ -1,0 +1,105 @@
+"""A request in the engine: its sequences, and what of them has been turned into text and given out."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, field
+
+from seamwise.runtime.sampling.logprob import Logprob
+from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.rows import RowOptions
+from seamwise.runtime.sampling.stop import Reason
+from seamwise.runtime.scheduler.sequence import Sequence
+from seamwise.runtime.text.detokenize import Detokenizer
+
+from .outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Completion:
+    """One of a request's outputs: the tokens of its sequence that have become text.
+
+    torn   the detokenizer was interrupted: its text is made anew from token_ids
+    """
+
+    sequence: Sequence
+    options: RowOptions
+    detokenizer: Detokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    text: str = ""
+    reason: Reason | None = None
+    torn: bool = False
+
+    @property
+    def num_taken(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What has been given out: tokens and characters of each completion, and whether the end was."""
+
+    tokens: tuple[int, ...]
+    characters: tuple[int, ...]
+    finished: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Request:
+    """A request: n completions of one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    cache_salt: str = ""
+    completions: list[Completion] = field(default_factory=list)
+    given: Given = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given = Given(tokens=(0,) * self.params.n, characters=(0,) * self.params.n)
+
+    @property
+    def finished(self) -> bool:
+        return all(c.reason is not None for c in self.completions)
+
+    def due(self) -> bool:
+        """Return whether an output is to be given out now."""
+        if self.finished or self.given.finished:
+            return not self.given.finished
+        if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
+            return False
+        interval = self.params.stream_interval or 1
+        return any(
+            c.num_taken > given and (given == 0 or c.reason is not None or c.num_taken - given >= interval)
+            for c, given in zip(self.completions, self.given.tokens, strict=True)
+        )
+
+    def output(self) -> tuple[RequestOutput, Given]:
+        """Return what is to be given out, and what has been given out with it."""
+        delta = self.params.output_kind is RequestOutputKind.DELTA
+        shown = self.completions[0].prompt_logprobs if self.params.prompt_logprobs is not None else None
+        if delta and any(self.given.tokens):
+            shown = None
+        made = RequestOutput(
+            request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids,
+            outputs=[self._completion(i, delta) for i in range(len(self.completions))], finished=self.finished,
+            metrics=copy(self.metrics), prompt_logprobs=shown,
+        )  # fmt: skip
+        tokens, characters = zip(*((c.num_taken, len(c.text)) for c in self.completions), strict=True)
+        return made, Given(tokens=tokens, characters=characters, finished=self.finished)
+
+    def _completion(self, index: int, delta: bool) -> CompletionOutput:
+        c = self.completions[index]
+        start, text = (self.given.tokens[index], self.given.characters[index]) if delta else (0, 0)
+        made = CompletionOutput(
+            index=index, text=c.text[text:], token_ids=c.token_ids[start:], cumulative_logprob=c.cumulative_logprob,
+            logprobs=c.logprobs[start:] if self.params.wants_logprobs else None,
+        )  # fmt: skip
+        if c.reason is not None:
+            made.finish_reason, made.stop_reason = c.reason
+        return made

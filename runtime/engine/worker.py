@@ -1,0 +1,96 @@
+"""Where steps run: one thread, in order, so that the host can plan the next one beside it.
+
+A job is the whole of a step: read the tokens that are known by now, run the model, sample, write the sampled tokens
+where the next step reads them. Torch and our kernels run without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.sampling.report import Found, prompt_logprobs
+from seamwise.runtime.sampling.sampler import Sampled, sample
+from seamwise.runtime.scheduler.commit import Step
+
+from .batch import Batch
+
+
+class Steps(Protocol):
+    """What computes steps: a ModelRunner, or anything that stands for one."""
+
+    def step(self, batch: StepInput) -> StepOutput: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a step gave: sampled rows, log probabilities of prompts by the step's sequence; began and ended, seconds."""
+
+    sampled: Sampled
+    prompts: list[tuple[int, int, list[Found]]]
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flight:
+    """A step under way."""
+
+    step: Step
+    future: Future[Result]
+
+
+class Worker:
+    """Runs jobs one after the other, in a thread of its own or, not `threaded`, where they are submitted."""
+
+    def __init__(self, steps: Steps, *, threaded: bool, mode: str) -> None:
+        self.steps = steps
+        self._mode = mode
+        self._pool = ThreadPoolExecutor(1, "seamwise-step") if threaded else None
+        self._last: Future[Result] | None = None
+
+    def submit(self, batch: Batch, history: np.ndarray) -> Future[Result]:
+        """Run a step after those submitted before; one that comes after a failed one fails as well."""
+        before = self._last
+        if self._pool is not None:
+            future = self._pool.submit(self._run, batch, history, before)
+        else:
+            future = Future()
+            try:
+                future.set_result(self._run(batch, history, before))
+            except Exception as error:
+                future.set_exception(error)
+        self._last = future
+        return future
+
+    def drain(self) -> None:
+        """Wait until nothing runs; what failed does not matter any more."""
+        if self._last is not None:
+            self._last.exception()
+            self._last = None
+
+    def close(self) -> None:
+        """End the thread, when what it runs has ended."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _run(self, batch: Batch, history: np.ndarray, before: Future[Any] | None) -> Result:
+        if before is not None and before.exception() is not None:
+            raise RuntimeError("the step before this one failed")
+        began = time.perf_counter()
+        batch.fill_tokens(history)
+        logits = self.steps.step(batch.inputs).logits
+        count = len(batch.sampling.slots)
+        sampled = sample(logits[:count], batch.sampling, self._mode)
+        history[batch.sampling.slots, batch.sampling.positions] = sampled.tokens
+        prompts, at = [], count
+        for p in batch.prompts:
+            rows = logits[at : at + len(p.following)]
+            prompts.append((p.sequence, p.start, prompt_logprobs(rows, p.following, p.count, self._mode)))
+            at += len(p.following)
+        return Result(sampled=sampled, prompts=prompts, began=began, ended=time.perf_counter())

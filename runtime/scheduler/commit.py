@@ -1,0 +1,209 @@
+"""Carry out a plan, and what comes of it: the only code that changes pool, slots and counters.
+
+    commit(plan)     preempt, adopt, take blocks, advance `scheduled`             -> Step
+    complete(step)   append what was sampled, advance `computed`, publish names
+    undo()           after a step that failed: all that is under way starts over
+
+Any exception inside leaves the caller with `Scheduler.rebuild`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from seamwise.runtime.kv.names import BlockName
+
+from .sequence import Sequence
+from .view import Plan
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Step:
+    """A committed plan: R sequences, each computing `counts` tokens after its first `firsts`.
+
+    slots, epochs  (R,) where each runs, and which owner of the slot it is
+    firsts, counts (R,) int64
+    yields         (R,) bool: the last of these tokens is the last known one, so a token is sampled after it
+    fills          blocks that the step fills with known tokens, and the names promised for them
+    """
+
+    number: int
+    sequences: list[Sequence]
+    slots: np.ndarray
+    epochs: np.ndarray
+    firsts: np.ndarray
+    counts: np.ndarray
+    yields: np.ndarray
+    fills: list[tuple[int, BlockName]] = field(default_factory=list)
+
+
+def commit(scheduler: Scheduler, plan: Plan) -> Step | None:
+    """Change pool, queue and slots as the plan says; return the step to compute."""
+    slots, pool, size = scheduler.slots, scheduler.pool, scheduler.pool.block_size
+    for slot in plan.preemptions:
+        victim = slots.sequences[slot]
+        assert victim is not None
+        victim.num_preemptions += 1
+        requeue(scheduler, victim)
+    starting = [scheduler.waiting[a.arrival] for a in plan.admissions]
+    adopted = []  # held before anything is taken: taking could evict it
+    for s, admission in zip(starting, plan.admissions, strict=True):
+        adopted.append(pool.longest_prefix(s.names[: admission.hits]))
+        for block in adopted[-1]:
+            pool.hold(block)
+    granted = np.array(plan.grants, dtype=np.int64).reshape(-1, 2)
+    rows, counts = granted[:, 0], granted[:, 1]
+    missing = -(-(slots.scheduled[rows] + counts) // size) - slots.held[rows]
+    for i in (missing > 0).nonzero()[0].tolist():
+        running = slots.sequences[rows[i]]
+        assert running is not None
+        slots.extend(running, pool.take(int(missing[i])))
+    fills: list[tuple[int, BlockName]] = []
+    for i in (counts > 1).nonzero()[0].tolist():
+        _promise(scheduler, slots.sequences[rows[i]], int(slots.scheduled[rows[i]] + counts[i]), fills)
+    for s, admission, blocks in zip(starting, plan.admissions, adopted, strict=True):
+        _start(scheduler, s, admission.hits, admission.count, blocks, fills)
+    if not plan:
+        return None
+    rows = np.concatenate([rows, np.array([s.slot for s in starting], dtype=np.int64)])
+    counts = np.concatenate([counts, np.array([a.count for a in plan.admissions], dtype=np.int64)])
+    firsts = slots.scheduled[rows]
+    yields = firsts + counts == slots.known[rows]
+    slots.scheduled[rows] += counts
+    slots.known[rows] += yields
+    scheduler.num_steps += 1
+    scheduler.clock += int(counts.sum())
+    step = Step(
+        number=scheduler.num_steps, sequences=[slots.sequences[slot] for slot in rows.tolist()],
+        slots=rows, epochs=slots.epoch[rows], firsts=firsts, counts=counts, yields=yields, fills=fills,
+    )  # fmt: skip
+    scheduler.flying.append(step)
+    return step
+
+
+def _start(
+    scheduler: Scheduler, s: Sequence, hits: int, count: int, blocks: list[int], fills: list[tuple[int, BlockName]]
+) -> None:
+    """Move a sequence from the queue to a slot; what its step shares with earlier ones of it is promised by now."""
+    pool = scheduler.pool
+    scheduler.leave_queue(s)
+    for block in pool.longest_prefix(s.names[:hits])[len(blocks) :]:
+        pool.hold(block)
+        blocks.append(block)
+    assert len(blocks) == hits, "a block that was to be adopted is gone"
+    computed = hits * pool.block_size
+    scheduler.slots.enter(s, blocks, computed)
+    s.num_promised = s.num_published = hits
+    if s.num_cached is None:
+        s.num_cached = computed
+    if not s.charged:
+        s.charged = True
+        scheduler.counters[s.tenant] += scheduler.policy.cost(np.array([len(s.prompt)]), np.zeros(1))[0]
+    missing = -(-(computed + count) // pool.block_size) - hits
+    if missing > 0:
+        scheduler.slots.extend(s, pool.take(missing))
+    _promise(scheduler, s, computed + count, fills)
+
+
+def _promise(scheduler: Scheduler, s: Sequence | None, end: int, fills: list[tuple[int, BlockName]]) -> None:
+    """Name the blocks that a step fills, so that even its other sequences can share them.
+
+    That is sound because every layer writes the whole step's keys and values before it attends to any.
+    """
+    assert s is not None
+    pool = scheduler.pool
+    full = min(end, s.num_known) // pool.block_size
+    if pool.caching and s.publishes and full > s.num_promised:
+        names = s.names_of_full_blocks(full * pool.block_size, pool.block_size)
+        for i in range(s.num_promised, full):
+            pool.promise(s.blocks[i], names[i])
+            fills.append((s.blocks[i], names[i]))
+        s.num_promised = full
+
+
+def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence]) -> None:
+    """Account for the earliest step under way: its sampled tokens are in the sequences' outputs by now."""
+    slots, pool = scheduler.slots, scheduler.pool
+    assert scheduler.flying[0] is step
+    for block, name in step.fills:
+        if pool.names.get(block) == name:
+            pool.publish(block, name)
+    here = slots.epoch[step.slots] == step.epochs
+    rows = step.slots[here]
+    slots.computed[rows] += step.counts[here]
+    if pool.caching:
+        for slot in rows[slots.computed[rows] // pool.block_size > slots.published[rows]].tolist():
+            _publish(scheduler, slot)
+    for i in (~here & step.yields).nonzero()[0].tolist():
+        s = step.sequences[i]
+        if s.place >= 0:  # preempted meanwhile
+            scheduler.queue.set(s, "known", s.num_known)
+    yielding = np.array([s.tenant for s, y in zip(step.sequences, step.yields.tolist(), strict=True) if y])
+    if len(yielding):
+        cost = scheduler.policy.cost(np.zeros(len(yielding)), np.ones(len(yielding)))
+        np.add.at(scheduler.counters, yielding, cost)
+    for s in ended:
+        scheduler.ended(s)
+    scheduler.flying.pop(0)
+    scheduler.remove(ended)
+    pool.step_done(step.number)
+    slots.step_done(step.number)
+
+
+def _publish(scheduler: Scheduler, slot: int) -> None:
+    slots, pool = scheduler.slots, scheduler.pool
+    s = slots.sequences[slot]
+    assert s is not None
+    if not s.publishes:
+        return
+    full = int(slots.computed[slot]) // pool.block_size
+    names = s.names_of_full_blocks(full * pool.block_size, pool.block_size)
+    for i in range(s.num_published, full):
+        pool.publish(s.blocks[i], names[i])
+    s.num_published = full
+    s.num_promised = max(s.num_promised, full)
+    slots.published[slot] = full
+
+
+def undo(scheduler: Scheduler) -> None:
+    """Let all that is under way start over: what failed steps wrote to the cache is not trusted."""
+    steps, scheduler.flying = scheduler.flying, []
+    for step in steps:
+        for block, name in step.fills:
+            if block in scheduler.pool.promised and scheduler.pool.names[block] == name:
+                scheduler.pool.forget(block)
+    for step in steps:
+        for s, epoch in zip(step.sequences, step.epochs.tolist(), strict=True):
+            if s.slot >= 0 and scheduler.slots.epoch[s.slot] == epoch:
+                requeue(scheduler, s, fence=None)
+    for step in steps:
+        scheduler.pool.step_done(step.number)
+        scheduler.slots.step_done(step.number)
+
+
+def release(scheduler: Scheduler, s: Sequence) -> None:
+    """Take slot and blocks from a running sequence; what steps under way may touch waits for the last of them."""
+    _leave(scheduler, s, _fence(scheduler, s))
+
+
+def requeue(scheduler: Scheduler, s: Sequence, fence: int | None = -1) -> None:
+    """Let a running sequence wait and start over."""
+    _leave(scheduler, s, _fence(scheduler, s) if fence == -1 else fence)
+    scheduler._wait(s)
+
+
+def _leave(scheduler: Scheduler, s: Sequence, fence: int | None) -> None:
+    scheduler.slots.leave(s, fence)
+    scheduler.pool.release(s.let_go(), fence)
+
+
+def _fence(scheduler: Scheduler, s: Sequence) -> int | None:
+    flying = scheduler.slots.scheduled[s.slot] > scheduler.slots.computed[s.slot]
+    return scheduler.flying[-1].number if flying else None

@@ -1,0 +1,121 @@
+"""`plan(view, limits, policy) -> Plan`: who computes how many tokens in the next step. A pure function.
+
+There is no prefill and no decode: a sequence has tokens known and tokens scheduled, and a step takes some of the
+difference within the token budget. Chunked prefill, continuous batching and prefix caching follow from that.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .config import SchedulerConfig
+from .policies import Policy
+from .sequence import NO_LIMIT
+from .view import Admission, Plan, View
+
+
+def plan(view: View, limits: SchedulerConfig, policy: Policy) -> Plan:
+    """Serve what runs, in the policy's order; when blocks are short the policy's victims give theirs back.
+
+    What waits starts behind it, in the policy's order and none past another. A step that is short of blocks for those
+    that run starts nobody.
+    """
+    order = _order(policy.serve(view, view.running), view.running.arrival)
+    counts, preempted, available = _serve(view, limits, policy, order)
+    order = order[counts[order] > 0]
+    if available is not None:
+        started, refusal = _admit(view, limits, counts, available)
+    else:
+        started, refusal = (), "preemption" if view.candidates else None
+    return Plan(
+        grants=tuple(zip(view.progress.slot[order].tolist(), counts[order].tolist(), strict=True)),
+        admissions=started,
+        preemptions=tuple(view.progress.slot[preempted].tolist()),
+        refusal=refusal,
+    )
+
+
+def shortlist(view: View, policy: Policy, count: int) -> np.ndarray:
+    """Return the first `count` rows of view.waiting in the policy's order."""
+    rows = np.arange(len(view.waiting))
+    sure: list[np.ndarray] = []
+    keys = [*policy.admit(view, view.waiting), view.waiting.arrival]
+    left = count
+    for key in keys:  # cut by one key after the other, so that only ties of the last place are looked at again
+        if len(rows) <= left:
+            break
+        values = key[rows]
+        last = np.partition(values, left - 1)[left - 1]
+        sure.append(rows[values < last])
+        left -= len(sure[-1])
+        rows = rows[values == last]
+    chosen = np.concatenate([*sure, rows[:left]])
+    return chosen[np.lexsort([key[chosen] for key in reversed(keys)])]
+
+
+def _order(keys: tuple[np.ndarray, ...], arrival: np.ndarray) -> np.ndarray:
+    """Return the rows in the order of keys, the most significant first, then of arrival."""
+    return np.lexsort([arrival, *reversed(keys)])
+
+
+def _serve(
+    view: View, limits: SchedulerConfig, policy: Policy, order: np.ndarray
+) -> tuple[np.ndarray, list[int], int | None]:
+    """Return each running row's tokens, the rows that are preempted, and the blocks left; None: they were short."""
+    run, size = view.progress, view.block_size
+    wanted = np.minimum(run.pending, run.max_chunk)
+    wanted = np.minimum(wanted, limits.long_prefill_token_threshold or NO_LIMIT)
+    available, coming = view.available, view.coming
+    preempted: list[int] = []
+    victims: list[int] | None = None
+    while True:
+        before = wanted[order].cumsum() - wanted[order]
+        counts = np.zeros_like(wanted)
+        counts[order] = np.clip(limits.max_num_batched_tokens - before, 0, wanted[order])
+        missing = np.maximum(-(-(run.scheduled + counts) // size) - run.held, 0)
+        missing[preempted] = 0
+        needed = int(missing.sum())
+        if needed <= available:
+            return counts, preempted, None if preempted else available - needed
+        if needed <= available + coming:  # blocks are on their way: who does not fit now waits a step
+            counts[order[(missing[order].cumsum() > available) & (missing[order] > 0)]] = 0
+            return counts, preempted, None
+        if victims is None:
+            victims = _order(policy.evict(view, view.running), view.running.arrival).tolist()
+        victim = victims.pop()
+        preempted.append(victim)
+        wanted[victim] = 0
+        freed = int(run.own[victim])
+        available, coming = (available, coming + freed) if run.flying[victim] else (available + freed, coming)
+
+
+def _admit(
+    view: View, limits: SchedulerConfig, counts: np.ndarray, available: int
+) -> tuple[tuple[Admission, ...], str | None]:
+    """Return who starts, and why the next one does not."""
+    run, size, running = view.progress, view.block_size, len(view.running)
+    budget = limits.max_num_batched_tokens - int(counts.sum())
+    seats = limits.max_num_seqs - running
+    if limits.scheduler_reserve_full_isl:  # what those that run have still to take for the tokens they know
+        held = np.maximum(run.held, -(-(run.scheduled + counts) // size))
+        available -= int(np.maximum(-(-(run.scheduled + run.pending) // size) - held, 0).sum())
+    spare = int(limits.watermark * view.num_blocks)
+    started: list[Admission] = []
+    promised: set[bytes] = set()
+    for candidate in view.candidates:
+        if not seats or not budget:
+            return tuple(started), "budget" if seats else "seats"
+        hits = candidate.hits
+        while hits < len(candidate.names) and candidate.names[hits] in promised:
+            hits += 1
+        pending = candidate.known - hits * size
+        count = min(pending, candidate.max_chunk, limits.long_prefill_token_threshold or NO_LIMIT, budget)
+        reach = candidate.known if limits.scheduler_reserve_full_isl else hits * size + count
+        needed = -(-reach // size) - hits + candidate.resting
+        if needed + (spare if running or started else 0) > available:
+            return tuple(started), "blocks"
+        started.append(Admission(arrival=candidate.arrival, hits=hits, count=count))
+        promised.update(candidate.names[: (hits * size + count) // size])
+        available -= needed
+        budget, seats = budget - count, seats - 1
+    return tuple(started), None

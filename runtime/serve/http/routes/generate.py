@@ -1,0 +1,98 @@
+"""POST /inference/v1/generate: token ids in, token ids out; what trains models needs no text between.
+
+Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.serve.http.schema import Body, TokenId
+from seamwise.runtime.serve.http.serving import Work, request_name, serving
+from seamwise.runtime.serve.http.sse import DONE, EventStream, encode_json, event, while_connected
+from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.process.streams import merged
+
+from .describe import GENERATES
+
+router = APIRouter()
+
+
+class GenerateRequest(Body):
+    """token_ids: the prompt. sampling_params: SamplingParams' fields; without text, detokenize=false is the default."""
+
+    model: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    token_ids: Annotated[list[TokenId], Field(min_length=1)]
+    sampling_params: dict[str, Any] = {}  # noqa: RUF012  # pydantic copies it
+    stream: bool | None = False
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+
+
+@router.post("/inference/v1/generate", responses=GENERATES, response_class=Response)
+async def generate(body: GenerateRequest, request: Request) -> Response:
+    """Continue token ids; the answer holds the ids of n outputs, with their log probabilities when asked for."""
+    state = serving(request)
+    _, llm = state.choose(body.model, request, body)
+    (await state.prompts(llm)).check(body.token_ids)
+    given = {"detokenize": False, **llm.default_sampling, **body.sampling_params}
+    if taken := given.keys() & {"output_kind", "stream_interval", "logits_processors", "repetition_detection"}:
+        raise ValueError(f"sampling_params: {min(taken)} is not taken here; leave it out")
+    try:
+        params = SamplingParams(**given)
+    except TypeError as error:  # a name that is no field, or a value that cannot be compared
+        raise ValueError(f"sampling_params: {error}") from None
+    name = request_name(request, body.request_id, "generate-tokens")
+    work = Work(state, llm, name)
+    interval = state.settings.stream_interval if body.stream else 0
+    work.submit([(None, body.token_ids)], params, priority=body.priority, stream_interval=interval)
+    if body.stream:
+        return await EventStream.of(_events(work, name), request, state.settings.write_timeout_s, work.close)
+    return await while_connected(request, _whole(work, name), work.close)
+
+
+async def _events(work: Work, name: str) -> AsyncIterator[bytes]:
+    async for _, delta in work.deltas():
+        chunk: dict[str, Any] = {"request_id": name, "choices": [_choice(delta)]}
+        if delta.prompt_logprobs is not None:
+            chunk["prompt_logprobs"] = [None if row is None else _row(row) for row in delta.prompt_logprobs]
+        yield event(chunk)
+    yield DONE
+
+
+async def _whole(work: Work, name: str) -> Response:
+    whole: dict[int, Delta] = {}
+    prompt: Any = None
+    async for _, delta in work.deltas():
+        prompt = prompt or delta.prompt_logprobs
+        before = whole.get(delta.index)
+        whole[delta.index] = delta if before is None else merged(before, delta)
+    body: dict[str, Any] = {
+        "request_id": name,
+        "choices": [_choice(whole[i]) for i in sorted(whole)],
+        "usage": work.usage(),
+    }
+    if prompt is not None:
+        body["prompt_logprobs"] = [None if row is None else _row(row) for row in prompt]
+    return Response(encode_json(body), media_type="application/json")
+
+
+def _choice(delta: Delta) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": delta.index, "token_ids": delta.token_ids, "finish_reason": delta.finish_reason,
+        "stop_reason": delta.stop_reason, "logprobs": None,
+    }  # fmt: skip
+    if delta.text:
+        choice["text"] = delta.text
+    if delta.logprobs is not None:
+        choice["logprobs"] = {"content": [{**row[0], "top_logprobs": row} for row in map(_row, delta.logprobs)]}
+    return choice
+
+
+def _row(row: list[TokenLogprob]) -> list[dict[str, Any]]:
+    return [{"token_id": one.token_id, "logprob": one.logprob, "rank": one.rank} for one in row]
