@@ -28,7 +28,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _MEMO = 4096  # verdicts kept by an op; a step of other sizes is another
 
@@ -261,7 +260,11 @@ def known_unequal(a: Any, b: Any) -> bool:
 
 def _known(condition: Any) -> bool:
     """Return whether a condition holds for every value of the symbols in it."""
-    return condition if isinstance(condition, bool) else bool(statically_known_true(condition))
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and seldom needed
+
+    return bool(statically_known_true(condition))
 
 
 def _contiguous(x: Tensor, count: int) -> bool:

@@ -166,9 +166,10 @@ class WeightedNorm(nn.Module):
 @pytest.mark.parametrize(
     ("module", "shapes", "raised"),
     [
-        (WeightedNorm(1), [(5, 64)], 0), (WeightedNorm(64), [(5, 1)], 0), (WeightedNorm(64), [(64,)], 1), (WeightedNorm(64), [(5, 64)], 1),
-        (WeightedNorm(64, 2), [(5, 32)], 1), (WeightedNorm(64), [(2, 3, 64)], 1), (Rotation(), [(1, 3, 8), (5, 8), (5, 8)], 0),
-        (Rotation(), [(5, 3, 8), (1, 8), (1, 8)], 0), (Rotation(), [(5, 3, 8), (5, 8), (5, 8)], 1),
+        (WeightedNorm(1), [(5, 64)], 0), (WeightedNorm(64), [(5, 1)], 0), (WeightedNorm(64), [(64,)], 1),
+        (WeightedNorm(64), [(5, 64)], 1), (WeightedNorm(64, 2), [(5, 32)], 1), (WeightedNorm(64), [(2, 3, 64)], 1),
+        (Rotation(), [(1, 3, 8), (5, 8), (5, 8)], 0), (Rotation(), [(5, 3, 8), (1, 8), (1, 8)], 0),
+        (Rotation(), [(5, 3, 8), (5, 8), (5, 8)], 1),
     ],
     ids=str,
 )  # fmt: skip
