@@ -92,7 +92,7 @@ class Parameter:
         rows = self.shapes[0][0][0] == "*"
         if rows and len(self.shapes[0]) > 1 and _known(x.shape[-1] == 0):
             return f"{self.label} has rows of no columns"
-        count = x.dim() if rows and x.dim() != 2 else self.dense
+        count = x.dim() if rows and x.dim() != len(self.shapes[0]) else self.dense
         if _contiguous(x, count):
             return None
         where = (

@@ -54,7 +54,7 @@ def test_tensors_lie_on_one_device(name: str) -> None:
     for args in drawn(name, 1):
         tensors = list(of_tensors(record, args))
         for at, x in tensors[1:] if record.signature.one_device else ():
-            with pytest.raises(WrongArguments, match="is on meta but .* is on cpu; move one of them"):
+            with pytest.raises(WrongArguments, match=r"is on meta but .* is on cpu; move one of them"):
                 record(*args[:at], x.to("meta"), *args[at + 1 :])
 
 
@@ -98,6 +98,12 @@ def test_what_is_said(call: Any, message: str) -> None:
 
 
 INDICES = torch.zeros(1, 1).int(), torch.ones(1).int(), torch.tensor([0, 1]).int()
+
+
+def test_heads_of_a_joint_projection_are_turned_where_they_lie() -> None:
+    qkv = torch.randn(3, 4, 16)
+    for x in (qkv[:, :2], qkv[:, 2:]):
+        assert k.rope.choose((x, torch.ones(3, 16), torch.ones(3, 16))).name == "cpp"
 
 
 def test_leading_dimensions_are_any() -> None:
