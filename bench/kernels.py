@@ -55,9 +55,9 @@ def measure(contract: Contract, sizes: Mapping[str, Any], *, device: str, dtype:
 
 def provider_times(contract: Contract, args: Sequence[Any], device: str) -> dict[str, tuple[float, float, bool]]:
     """Return device_us of each accepting provider by name; the meaning only where there is no other."""
-    accepting = [p for p in contract.providers if p.name != "measured" and p.why_not(device, args) is None]
-    timed = [p for p in accepting if p.name != "torch"] or accepting
-    return {p.name: device_us(partial(p.call, *args), device, graph=p.name != "torch") for p in timed}
+    accepting = [p for p in contract.providers if not p.defers and contract.why_not(p, args) is None]
+    timed = [p for p in accepting if p.call is not contract.meaning] or accepting
+    return {p.name: device_us(partial(p.call, *args), device, graph=p.call is not contract.meaning) for p in timed}
 
 
 def device_us(call: Callable[[], Any], device: str, *, graph: bool = True) -> tuple[float, float, bool]:
@@ -138,7 +138,7 @@ def check_eager(names: list[str], least: float = 0.95) -> int:
 
 def _serves_cpu(contract: Contract) -> bool:
     """Return whether a provider other than the meaning may serve a CPU."""
-    own = [p for p in contract.providers if p.call is not contract.meaning and p.name != "measured"]
+    own = [p for p in contract.providers if p.call is not contract.meaning and not p.defers]
     return any(p.devices is None or "cpu" in p.devices for p in own)
 
 

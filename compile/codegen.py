@@ -134,7 +134,7 @@ def load(text: str) -> dict[str, Any]:
 
 def _provider(contract: str, name: str) -> Any:
     record = CONTRACTS[contract]
-    found = next(p.call for p in record.providers if p.name == name)
-    if not record.seam and (name == "cpp" or not record.reads_values):
-        return found
-    return partial(tape.call, found, seam=contract if record.seam else "", launches=name in tape.LAUNCHING)
+    found = next(p for p in record.providers if p.name == name)
+    if not record.seam and (found.launches or not record.reads_values):
+        return found.call
+    return partial(tape.call, found.call, seam=contract if record.seam else "", launches=found.launches)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from . import tuned, versions
 from .by_name import by_name
 from .draw import Draw
+from .signature import Signature
 
 NAMESPACE = "seamwise"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -37,22 +38,32 @@ class Cost:
 class Provider:
     """One implementation of a contract, called with the op's arguments.
 
-    `refuses(*args)` returns why these arguments cannot be served, or None; it may read shapes, strides, dtypes and
-    devices, never values, so that the compiler can ask it about fake tensors.
+    refuses   `refuses(*args)` returns why these arguments cannot be served, or None; it may read shapes, strides,
+              dtypes and devices, never values, so that the compiler can ask it about fake tensors
+    devices   it runs on; None: any
+    triton    it runs in Triton's interpreter too
+    strided   it reads what the signature keeps from kernels, because it is made of torch's ops or of other contracts
+    launches  all that it computes goes through `tape.launch`, itself or by the parts it is composed of
+    composed  it calls other contracts, so that a tape records these instead of it
+    defers    it only chooses another provider, at each call
     """
 
     name: str
     call: Callable[..., Any]
-    devices: tuple[str, ...] | None = None  # None: any device
     refuses: Callable[..., str | None] = lambda *args: None
+    devices: tuple[str, ...] | None = None
     triton: bool = False
+    strided: bool = False
+    launches: bool = False
+    composed: bool = False
+    defers: bool = False
 
-    def why_not(self, device: str, args: Sequence[Any]) -> str | None:
-        """Return why this provider cannot serve `args` on `device`, or None when it can."""
+    def why_not(self, device: str, args: Sequence[Any], loose: str | None) -> str | None:
+        """Return why this provider cannot serve `args` on `device`, or None; `loose`: why kernels do not read them."""
         interpreted = self.triton and versions.triton_interprets()
         if self.devices is not None and device not in self.devices and not interpreted:
             return f"it runs on {'/'.join(self.devices)}, the arguments are on {device}"
-        return self.refuses(*args)
+        return (loose if not self.strided else None) or self.refuses(*args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +94,19 @@ class Contract:
     opaque   True for an op that a compiler gains nothing from looking into (a GEMM over a packed layout)
     fake     the shape function: the meaning, unless another is given
     flops    of one call, a function of its arguments
-    reads_values  True where the meaning looks at values, so that its calls are recorded as a whole
+    signature     what its arguments must be, whichever provider serves them (signature.py)
+    reads_values  True where the meaning looks at values, or waits for other ranks: a tape records its calls as wholes
     """
 
     name: str
     meaning: Callable[..., Any]
+    signature: Signature
     seam: bool
     mutates: tuple[str, ...]
     opaque: bool
     fake: Callable[..., Any]
     flops: Callable[..., int]
-    reads_values: bool = False
+    reads_values: bool
     op: Any = None
     providers: list[Provider] = field(default_factory=list)
     _cost: Callable[..., Cost] | None = None
@@ -118,39 +131,43 @@ class Contract:
         """Call the provider itself, for kernels composed of others: an op of torch costs 6 to 20 us more a call."""
         return self.choose(args).call(*args)
 
+    def why_not(self, provider: Provider, args: Sequence[Any]) -> str | None:
+        """Return why a provider cannot serve `args`, or None. Raises ValueError for arguments the op does not take."""
+        return provider.why_not(_device(args), args, self.signature.judge(*args))
+
     def choose(self, args: Sequence[Any], requested: str | None = None) -> Provider:
         """Return the provider for `args`: the requested one, else the first that accepts them.
 
         First stands the measured winner (`tuned_by`), then the others as they were registered, last the meaning itself,
-        as provider "torch", which accepts everything.
+        as provider "torch", which accepts everything. Raises ValueError for arguments that the op does not take.
         """
-        device = _device(args)
+        device, loose = _device(args), self.signature.judge(*args)
         if requested is None:
             providers: Iterable[Provider] = self.providers
             if self._key is not None:
                 fastest = self._winner(args)
                 providers = sorted(providers, key=lambda p: p.name != fastest)
-            return next(p for p in providers if p.why_not(device, args) is None)
+            return next(p for p in providers if p.why_not(device, args, loose) is None)
         for provider in self.providers:
             if provider.name == requested:
-                if reason := provider.why_not(device, args):
+                if reason := provider.why_not(device, args, loose):
                     raise ValueError(f"{self.name}: provider {requested!r} cannot serve this call: {reason}")
                 return provider
         names = ", ".join(p.name for p in self.providers)
         raise ValueError(f"{self.name}: no provider named {requested!r}; it has: {names}")
 
     def provider(
-        self, name: str, *, devices: tuple[str, ...] | None = None,
-        refuses: Callable[..., str | None] | Sequence[Callable[..., str | None]] = (), triton: bool = False,
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:  # fmt: skip
+        self, name: str, *, refuses: Callable[..., str | None] | Sequence[Callable[..., str | None]] = (), **fields: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register the decorated function as a provider, before the meaning and after earlier registrations.
 
-        `refuses`, one function or several, name the parameters that they read; the first reason counts.
+        `refuses`, one function or several, name the parameters that they read; the first reason counts. The fields are
+        Provider's.
         """
         accept = by_name(self.meaning, *((refuses,) if callable(refuses) else refuses))
 
         def register(call: Callable[..., Any]) -> Callable[..., Any]:
-            entry = Provider(name=name, call=call, devices=devices, refuses=accept, triton=triton)
+            entry = Provider(name=name, call=call, refuses=accept, **fields)
             self.providers.insert(len(self.providers) - 1, entry)
             return call
 
@@ -167,7 +184,7 @@ class Contract:
         def refuses(*args: Any) -> str | None:
             return None if self._winner(args) == "measured" else "the rows are known, or nothing was measured"
 
-        self.provider("measured", refuses=refuses)(lambda *args: self.choose(args).call(*args))
+        self.provider("measured", refuses=refuses, defers=True)(lambda *args: self.choose(args).call(*args))
         return key
 
     def _winner(self, args: Sequence[Any]) -> str | None:
@@ -244,13 +261,18 @@ class Contract:
 
 
 def contract(
-    *, seam: bool = False, opaque: bool = False, mutates: tuple[str, ...] = (), fake: Callable[..., Any] | None = None,
-    flops: Callable[..., int] = lambda *args: 0,
+    *, args: Mapping[str, str] | None = None, limits: Callable[..., str | None] | Sequence[Callable[..., Any]] = (),
+    one_device: bool = True, seam: bool = False, opaque: bool = False, mutates: tuple[str, ...] = (),
+    fake: Callable[..., Any] | None = None, reads_values: bool = False, flops: Callable[..., int] = lambda *args: 0,
 ) -> Callable[[Callable[..., Any]], Contract]:  # fmt: skip
     """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
 
-    The op must return fresh tensors, never views of its arguments. `fake` replaces the meaning for shape
-    propagation, where the meaning reads values (a seam's block table). It and `flops` name the parameters they read.
+    args    what names do not say of the tensors' shapes and dtypes, as signature.py has it
+    limits  one function or several that return what else is wrong with the arguments, for every provider, or None
+    one_device  whether all tensors lie on one device
+    fake    replaces the meaning for shape propagation, where the meaning reads values (a seam's block table)
+    The op must return fresh tensors, never views of its arguments. `limits`, `fake` and `flops` name the parameters
+    that they read.
     """
 
     def declare(meaning: Callable[..., Any]) -> Contract:
@@ -259,13 +281,20 @@ def contract(
             raise ValueError(f"{name}: only a seam may write its arguments, got mutates={mutates}; return new tensors")
         schema = torch.library.infer_schema(meaning, mutates_args=mutates)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        limited = by_name(meaning, *((limits,) if callable(limits) else limits))
         record = Contract(
-            name=name, meaning=meaning, seam=seam, mutates=mutates, opaque=opaque, flops=by_name(meaning, flops),
-            fake=meaning if fake is None else by_name(meaning, fake), reads_values=fake is not None,
+            name=name, meaning=meaning, signature=Signature(meaning, args or {}, limited, one_device), seam=seam,
+            mutates=mutates, opaque=opaque, flops=by_name(meaning, flops),
+            fake=meaning if fake is None else by_name(meaning, fake), reads_values=reads_values,
         )  # fmt: skip
-        record.providers.append(Provider(name="torch", call=meaning))
-        _LIBRARY.impl(name, lambda *args: record.choose(args).call(*args), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", record.fake, lib=_LIBRARY)
+
+        def infer(*given: Any) -> Any:
+            record.signature.check(*given)
+            return record.fake(*given)
+
+        record.providers.append(Provider(name="torch", call=meaning, strided=True))
+        _LIBRARY.impl(name, lambda *given: record.choose(given).call(*given), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", infer, lib=_LIBRARY)
         record.op = getattr(getattr(torch.ops, NAMESPACE), name).default
         record.__doc__ = meaning.__doc__
         CONTRACTS[name] = record
@@ -281,14 +310,9 @@ def contract_of(target: object) -> Contract | None:
     return None
 
 
-def refuses_rows(**tensors: Tensor | None) -> str | None:
-    """Return which of the named tensors given is not rows a stride apart with contiguous columns, or None."""
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if x.stride(-1) != 1 or (x.dim() != 2 and not x.is_contiguous()):
-            return f"{name} must be rows contiguous in their last dimension, its strides are {x.stride()}"
-    return None
+def rows_of(x: Tensor) -> tuple[int, int]:
+    """Return how many rows x has, of one dimension or more, and how far apart they lie."""
+    return x.numel() // x.shape[-1], x.stride(-2) if x.dim() > 1 else 0
 
 
 def _device(args: Sequence[Any]) -> str:

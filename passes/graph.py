@@ -17,6 +17,8 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_flatten
 
+from seamwise.kernels.signature import WrongArguments
+
 aten = torch.ops.aten
 
 # Ops that only look at their argument's memory another way: free to keep, free to repeat.
@@ -54,34 +56,44 @@ def fake_values(argument: Any) -> Any:
 def inserting(graph: Graph, before: Node, like: Node) -> Iterator[Callable[[Node], Proxy]]:
     """Give a function that wraps a node as a Proxy; ops called on proxies are inserted before `before`.
 
-    The new nodes get their fake values on exit, and the module path of `like`.
+    The new nodes get their fake values on exit, and the module path of `like`. Raises WrongArguments, and leaves the
+    graph as it was, where a contract among them does not take its arguments.
     """
-    last = before.prev
+    start = last = before.prev
     tracer = GraphAppendingTracer(graph)
     with graph.inserting_before(before):
         yield lambda node: Proxy(node, tracer)
-    while (new := last.next) is not before:
-        new.meta.setdefault("nn_module_stack", like.meta.get("nn_module_stack"))
-        infer(new)
-        last = new
+    try:
+        while (new := last.next) is not before:
+            new.meta.setdefault("nn_module_stack", like.meta.get("nn_module_stack"))
+            infer(new)
+            last = new
+    except WrongArguments:
+        while (new := before.prev) is not start:
+            graph.erase_node(new)
+        raise
 
 
 def infer(node: Node) -> None:
-    """Compute the fake value of a call_function node from its arguments."""
+    """Give a call_function node the fake value that follows from its arguments."""
+    node.meta["val"] = inferred(node)
+
+
+def inferred(node: Node) -> Any:
+    """Return the fake value that a call_function node's op makes of its arguments."""
     assert node.op == "call_function" and callable(node.target), node.format_node()
     args, kwargs = fake_values(node.args), fake_values(node.kwargs)
     # An op takes milliseconds on symbolic sizes, and equal layers ask the same.
     leaves, structure = tree_flatten((args, kwargs))
     mode = next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
     if mode is None:
-        node.meta["val"] = node.target(*args, **kwargs)
-        return
+        return node.target(*args, **kwargs)
     key = (node.target, structure, *map(_identity, leaves))
     known = _INFERRED.setdefault(mode, {})
     if key not in known:
         with enable_python_dispatcher():  # without it, C++ asks a symbolic tensor for its size (torch 2.11's linear)
             known[key] = node.target(*args, **kwargs)
-    node.meta["val"] = known[key]
+    return known[key]
 
 
 _INFERRED: WeakKeyDictionary[FakeTensorMode, dict[Any, Any]] = WeakKeyDictionary()

@@ -114,9 +114,9 @@ def _pack_int(module: GraphModule, node: Node, report: Report) -> None:
 
 def _unserved(record: Contract, arguments: Any) -> str | None:
     """Return why no kernel of an op takes these arguments, or None."""
-    if record.choose(arguments).name != "torch":
+    if record.choose(arguments).call is not record.meaning:
         return None
-    reasons = (p.why_not(arguments[0].device.type, arguments) for p in record.providers[:-1])
+    reasons = (record.why_not(p, arguments) for p in record.providers[:-1])
     return next((r for r in reasons if r), "no kernel is registered")
 
 

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node, Proxy
 
-from .graph import inserting, is_op, is_weight, place, replace, sweep, value
+from seamwise.kernels.contract import contract_of
+from seamwise.kernels.signature import WrongArguments, known_equal
+
+from .graph import fake_values, inserting, is_op, is_weight, place, replace, sweep, value
 from .matcher import Match, Miss, Pattern
 
 
@@ -162,11 +165,11 @@ def pattern_pass(
                 match = pattern.match(node)
                 if isinstance(match, Miss):
                     continue
-                if reason := pattern.applies(match) or _unplaceable(match):
+                reason = pattern.applies(match) or _unplaceable(match) or _replace(module, match, pattern.replacement)
+                if reason is not None:
                     for inner in match.nodes:
                         refused[inner] = Miss(place(node), node.name, reason)
                     continue
-                _replace(module, match, pattern.replacement)
                 report.matched += 1
             sweep(module)
         for node in module.graph.nodes:
@@ -194,17 +197,43 @@ def _unplaceable(match: Match) -> str | None:
     return f"{', '.join(late)} is computed after {first.name}, which the replacement must give" if late else None
 
 
-def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any]) -> None:
+def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any]) -> str | None:
+    """Put the replacement in the match's place; or return why it would not be the same, and leave the graph alone."""
     first = min(match.outputs)
     for node in match.inputs:
         lift(node, first)
-    with inserting(module.graph, first, like=match.outputs[0]) as proxy:
-        results = replacement(*map(proxy, match.inputs), **match.scalars)
-        results = results if isinstance(results, (list, tuple)) else [results]
+    before = first.prev
+    try:
+        with inserting(module.graph, first, like=match.outputs[0]) as proxy:
+            results = replacement(*map(proxy, match.inputs), **match.scalars)
+            results = results if isinstance(results, (list, tuple)) else [results]
+    except WrongArguments as wrong:  # shapes that broadcast, which no contract's do
+        return str(wrong)
+    if reason := _other_shapes(match.outputs, [new.node for new in results]) or _doubt(before, first):
+        sweep(module)  # what was inserted
+        return reason
     for old, new in zip(match.outputs, results, strict=True):
         assert isinstance(new, Proxy)
         replace(old, new.node)
         module.graph.erase_node(old) if not old.users else None
+    return None
+
+
+def _other_shapes(old: Sequence[Node], new: Sequence[Node]) -> str | None:
+    """Return which value is not known to have its replacement's shape, or None."""
+    for was, now in zip(old, new, strict=True):
+        if not known_equal(tuple(value(was).shape), tuple(value(now).shape)):
+            return f"its result is {tuple(value(was).shape)}, the replacement's {tuple(value(now).shape)}"
+    return None
+
+
+def _doubt(before: Node, first: Node) -> str | None:
+    """Return which sizes a contract inserted between two nodes takes for equal that are not known to be, or None."""
+    while (before := before.next) is not first:
+        record = contract_of(before.target)
+        if record is not None and (doubt := record.signature.check(*fake_values(before.args)).unsure):
+            return doubt
+    return None
 
 
 def lift(node: Node, first: Node) -> None:

@@ -57,7 +57,7 @@ TINY_RANK = RankShape(
 def call(record: Contract, *args: Any) -> Any:
     """Call a contract's provider for these arguments; on a CPU's tape, what is no C++ kernel is recorded as a whole."""
     provider = record.choose(args)
-    if provider.name == "cpp":
+    if provider.launches and not provider.composed:
         return provider.call(*args)
     return tape.call(provider.call, *args, seam=record.name if record.seam else "")
 

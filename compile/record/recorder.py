@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seamwise.kernels.contract import contract_of
 from seamwise.kernels.cpu.pool import Pool
-from seamwise.kernels.cpu.tape import LAUNCHING, StandIn, Tape, call, recording
+from seamwise.kernels.cpu.tape import StandIn, Tape, call, recording
 
 
 class RecordingRefused(RuntimeError):
@@ -143,14 +143,14 @@ class OntoTape(TorchDispatchMode):
             given = [*args, *kwargs.values()]
             known = [self.tape.arguments[a.position] if isinstance(a, StandIn) else a for a in given]
             provider = record.choose(known)
-            if provider.name == "composed" and (self.tape.full or not record.seam):
+            if provider.composed and (self.tape.full or not record.seam):
                 with self:  # its parts are recorded, not itself
                     return provider.call(*args, **kwargs)
-            if record.seam or provider.name not in LAUNCHING:
+            if record.seam or not provider.launches:
                 named, count = tuple(kwargs), len(args)
                 return call(
                     lambda *now: func(*now[:count], **dict(zip(named, now[count:], strict=True))), *given,
-                    seam=record.name if record.seam else "", launches=provider.name in LAUNCHING,
+                    seam=record.name if record.seam else "", launches=provider.launches,
                 )  # fmt: skip
             return func(*args, **kwargs)
         if any(issubclass(t, StandIn) for t in types):

@@ -13,19 +13,21 @@ from torch import Tensor
 from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
 
-from .silu_mul import gated_builds, launch_gated, refuses_gated
+from .silu_mul import GATED, gated_builds, launch_gated
 
 _KINDS = {"tanh": "gelu_tanh", "none": "gelu"}
 
 
-@contract(flops=lambda x_TI2: 3 * x_TI2.numel())
+def _limits(approximate: str) -> str | None:
+    return None if approximate in _KINDS else f"approximate is {approximate!r}, wanted 'tanh' or 'none'"
+
+
+@contract(args=GATED, limits=_limits, flops=lambda x_TI2: 3 * x_TI2.numel())
 def gelu_mul(x_TI2: Tensor, approximate: str = "tanh") -> Tensor:
     """Return gelu(x[..., :I]) * x[..., I:] for x (T, 2·I): (T, I) in x's dtype, float32 or wider inside.
 
     `approximate` is "tanh" or "none" (by erf), as in torch; anything else raises ValueError. Moves 3·T·I elements.
     """
-    if reason := _refuses_kind(approximate):
-        raise ValueError(f"gelu_mul: {reason}")
     gate, up = x_TI2.to(torch.promote_types(x_TI2.dtype, torch.float32)).chunk(2, -1)
     return (torch.nn.functional.gelu(gate, approximate=approximate) * up).to(x_TI2.dtype)
 
@@ -43,10 +45,6 @@ def make(draw: Draw, T: int, I: int, approximate: str = "tanh") -> tuple[Any, ..
 gelu_mul.builds(build for kind in _KINDS.values() for build in gated_builds(kind))
 
 
-def _refuses_kind(approximate: str) -> str | None:
-    return None if approximate in _KINDS else f"approximate is {approximate!r}, wanted 'tanh' or 'none'"
-
-
-@gelu_mul.provider("triton", devices=("cuda",), refuses=(_refuses_kind, refuses_gated), triton=True)
+@gelu_mul.provider("triton", devices=("cuda",), triton=True)
 def gelu_mul_triton(x_TI2: Tensor, approximate: str = "tanh") -> Tensor:
     return launch_gated(x_TI2, _KINDS[approximate])

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, contract, refuses_rows
+from seamwise.kernels.contract import Build, contract, rows_of
 from seamwise.kernels.draw import Draw
 
+GATED = {"x_TI2": "*T 2*I"}
 
-@contract(flops=lambda x_TI2: 3 * x_TI2.numel())
+
+@contract(args=GATED, flops=lambda x_TI2: 3 * x_TI2.numel())
 def silu_mul(x_TI2: Tensor) -> Tensor:
     """Return silu(x[..., :I]) * x[..., I:] for x (T, 2·I): (T, I) in x's dtype, float32 or wider inside.
 
@@ -81,25 +83,18 @@ def gated_builds(kind: str, interleaved: bool = False) -> Iterator[Build]:
 silu_mul.builds(gated_builds("silu"))
 
 
-def refuses_gated(x_TI2: Tensor) -> str | None:
-    """Return why x is not rows of gate and up, or None."""
-    if x_TI2.shape[-1] % 2:
-        return f"x has {x_TI2.shape[-1]} columns, wanted an even number: gate and up"
-    return refuses_rows(x=x_TI2)
-
-
 def launch_gated(x_TI2: Tensor, kind: str, alpha: float = 0.0, limit: float = 0.0, interleaved: bool = False) -> Tensor:
     """Launch the gated activation `kind` over (T, 2·I); `interleaved`: gate and up alternate instead of halves."""
-    width = x_TI2.shape[-1] // 2
+    (rows, stride), width = rows_of(x_TI2), x_TI2.shape[-1] // 2
     out = torch.empty((*x_TI2.shape[:-1], width), dtype=x_TI2.dtype, device=x_TI2.device)
-    if rows := x_TI2.numel() // (2 * width):
+    if rows:
         chosen = config(width)
         _gated_kernel[(rows, triton.cdiv(width, chosen["BLOCK"]))](
-            x_TI2, out, x_TI2.stride(-2), width, alpha, limit, KIND=kind, INTERLEAVED=interleaved, **chosen
+            x_TI2, out, stride, width, alpha, limit, KIND=kind, INTERLEAVED=interleaved, **chosen
         )
     return out
 
 
-@silu_mul.provider("triton", devices=("cuda",), refuses=refuses_gated, triton=True)
+@silu_mul.provider("triton", devices=("cuda",), triton=True)
 def silu_mul_triton(x_TI2: Tensor) -> Tensor:
     return launch_gated(x_TI2, "silu")

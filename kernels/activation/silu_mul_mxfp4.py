@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
-from seamwise.kernels.quant.quantize_mxfp4 import launch_mxfp4, mxfp4_build, quantize_mxfp4
+from seamwise.kernels.quant.quantize_mxfp4 import launch_mxfp4, mxfp4_build, quantize_mxfp4, refuses_wide
 
-from .silu_mul import refuses_gated, silu_mul
+from .silu_mul import silu_mul
 
 
-@contract(flops=lambda x_TI2: 9 * x_TI2.numel() // 2)
+@contract(args={"x_TI2": "*T 64*G"}, flops=lambda x_TI2: 9 * x_TI2.numel() // 2)
 def silu_mul_mxfp4(x_TI2: Tensor) -> tuple[Tensor, Tensor]:
     """Return quantize_mxfp4(silu_mul(x)) of x (T, 2·I): codes (T, I/2) and scales (T, I/32), I a multiple of 32.
 
@@ -43,12 +42,6 @@ def make(draw: Draw, T: int, I: int) -> tuple[Any, ...]:
 silu_mul_mxfp4.builds([mxfp4_build(2880, gated=True)])
 
 
-def _refuses(x_TI2: Tensor) -> str | None:
-    if x_TI2.shape[-1] % 64 or x_TI2.dtype == torch.float64:
-        return f"x must be two halves of 32·n columns of float32 or narrower, got {x_TI2.shape[-1]} of {x_TI2.dtype}"
-    return None
-
-
-@silu_mul_mxfp4.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_gated), triton=True)
+@silu_mul_mxfp4.provider("triton", devices=("cuda",), refuses=lambda x_TI2: refuses_wide(x_TI2), triton=True)
 def silu_mul_mxfp4_triton(x_TI2: Tensor) -> tuple[Tensor, Tensor]:
     return launch_mxfp4(x_TI2, x_TI2.shape[-1] // 2, gated=True)

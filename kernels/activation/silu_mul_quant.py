@@ -12,23 +12,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import contract
+from seamwise.kernels.contract import contract, rows_of
 from seamwise.kernels.cpu.tape import call
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.quantize import (
+    SCHEME,
     empty_quantized,
+    limits_scheme,
     quantize,
-    refuses_scheme,
+    refuses_group,
     row_builds,
     row_config,
     scheme,
     store_quantized,
 )
 
-from .silu_mul import gated, refuses_gated, silu_mul
+from .silu_mul import GATED, gated, silu_mul
 
 
-@contract(flops=lambda x_TI2: 9 * x_TI2.numel() // 2)
+@contract(
+    args={**GATED, **SCHEME, "row_T": "*T int32|int64!"}, limits=limits_scheme,
+    flops=lambda x_TI2: 9 * x_TI2.numel() // 2,
+)  # fmt: skip
 def silu_mul_quant(
     x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -40,8 +45,6 @@ def silu_mul_quant(
     """
     activated_TI = silu_mul.meaning(x_TI2)
     if row_T is not None:
-        if row_T.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"silu_mul_quant: row_T is {row_T.dtype}, wanted int32 or int64 with -1 for padding")
         activated_TI = activated_TI.masked_fill((row_T < 0).unsqueeze(-1), 0)
     return quantize.meaning(activated_TI, dtype, group, scale)
 
@@ -99,24 +102,22 @@ def config(I: int, dtype: torch.dtype, group: int, static: bool) -> dict[str, ob
 silu_mul_quant.builds(row_builds(_silu_mul_quant_kernel, {"row_ptr": "*i32"}, (1024, 14336), config, PADDED=True))
 
 
-def _refuses(x_TI2: Tensor, group: int, row_T: Tensor | None) -> str | None:
-    if row_T is not None and (row_T.dtype not in (torch.int32, torch.int64) or not row_T.is_contiguous()):
-        return f"row_T must be contiguous int32 or int64, got {row_T.dtype}, strides {row_T.stride()}"
+def _refuses(x_TI2: Tensor, group: int) -> str | None:
     if not group and x_TI2.shape[-1] > 2 * 16384:
         return f"{x_TI2.shape[-1] // 2} columns under one scale do not fit in registers, wanted groups or at most 16384"
     return None
 
 
-@silu_mul_quant.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_gated, refuses_scheme), triton=True)
+@silu_mul_quant.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_group), triton=True)
 def silu_mul_quant_triton(
     x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    width = x_TI2.shape[-1] // 2
+    (rows, stride), width = rows_of(x_TI2), x_TI2.shape[-1] // 2
     out, scales = empty_quantized(x_TI2[..., :width], dtype, group)
-    if rows := x_TI2.numel() // (2 * width):
+    if rows:
         chosen = config(width, dtype, group, scale is not None)
         _silu_mul_quant_kernel[(rows, triton.cdiv(width, chosen["BLOCK"]))](
-            x_TI2, out, scales, scale, row_T, x_TI2.stride(-2), width, scales.shape[-1], PADDED=row_T is not None,
+            x_TI2, out, scales, scale, row_T, stride, width, scales.shape[-1], PADDED=row_T is not None,
             **chosen,
         )  # fmt: skip
     return out, scales
@@ -126,7 +127,9 @@ def _padded(row_T: Any) -> str | None:
     return "rows of padding need the op as a whole" if row_T is not None else None
 
 
-@silu_mul_quant.provider("composed", devices=("cpu", "cuda"), refuses=_padded)
+@silu_mul_quant.provider(
+    "composed", devices=("cpu", "cuda"), refuses=_padded, strided=True, launches=True, composed=True
+)
 def silu_mul_quant_composed(
     x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
 
-from .silu_mul import gated_builds, launch_gated, refuses_gated
+from .silu_mul import GATED, gated_builds, launch_gated
 
 
-@contract(flops=lambda x_TI2: 3 * x_TI2.numel())
+@contract(args=GATED, flops=lambda x_TI2: 3 * x_TI2.numel())
 def swiglu_clamped(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False) -> Tensor:
     """Return (u + 1) · g · sigmoid(alpha · g), g = min(gate, limit), u = up clamped to ±limit: (T, I) in x's dtype.
 
@@ -44,6 +44,6 @@ def make(draw: Draw, T: int, I: int, limit: float = 7.0, interleaved: bool = Fal
 swiglu_clamped.builds(build for interleaved in (False, True) for build in gated_builds("swiglu_clamped", interleaved))
 
 
-@swiglu_clamped.provider("triton", devices=("cuda",), refuses=refuses_gated, triton=True)
+@swiglu_clamped.provider("triton", devices=("cuda",), triton=True)
 def swiglu_clamped_triton(x_TI2: Tensor, alpha: float = 1.702, limit: float = 7.0, interleaved: bool = False) -> Tensor:
     return launch_gated(x_TI2, "swiglu_clamped", alpha, limit, interleaved)

@@ -18,7 +18,28 @@ from seamwise.kernels.draw import Draw
 SPLIT_UNIT = 64  # keys; the ranges that splits attend over are whole multiples of it
 
 
-@contract(seam=True, fake=lambda q_THD: q_THD.new_empty(q_THD.shape))
+# What every attention over the paged cache takes: N blocks of P tokens, K heads of keys; queries start at R + 1 rows.
+BATCH = {"block_table_RB": "int32", "seq_lens_R": "int32", "query_starts_S": "R+1 int32"}
+CACHES = {"k_cache": "N K [P D]", "v_cache": "N K [P D]"}
+SCALES = {"k_scale": "1|K float32", "v_scale": "1|K float32"}
+
+
+def limits_attention(
+    q_THD: Tensor, k_cache: Tensor, window: int = 0, softcap: float = 0.0, splits: int = 1
+) -> str | None:
+    """Return what is wrong with the arguments of attention that their shapes do not say, or None."""
+    heads, kv_heads = q_THD.shape[1], k_cache.shape[1]
+    if not kv_heads or heads % kv_heads:
+        return f"q has {heads} heads, wanted a multiple of the cache's {kv_heads}"
+    if window < 0 or softcap < 0 or splits < 1:
+        return f"wanted window, softcap >= 0 and splits >= 1, got {window}, {softcap}, {splits}"
+    return None
+
+
+@contract(
+    args=BATCH | CACHES | SCALES, seam=True, fake=lambda q_THD: q_THD.new_empty(q_THD.shape), reads_values=True,
+    limits=lambda q_THD, k_cache, window, softcap: limits_attention(q_THD, k_cache, window, softcap),
+)  # fmt: skip
 def attention(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
@@ -51,8 +72,6 @@ def attend(
     splits: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return attention over each split of every request's keys, and its log-sum-exp: the meaning of all these ops."""
-    if window < 0 or softcap < 0 or splits < 1:
-        raise ValueError(f"attention: wanted window, softcap >= 0 and splits >= 1, got {window}, {softcap}, {splits}")
     kv_heads, block_size = k_cache.shape[1:3]
     wide, device = torch.promote_types(q_THD.dtype, torch.float32), q_THD.device
     out_STHD = torch.zeros((splits, *q_THD.shape), dtype=wide, device=device)

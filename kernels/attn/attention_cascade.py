@@ -14,12 +14,16 @@ from torch import Tensor
 from seamwise.kernels.contract import Cost, contract
 from seamwise.kernels.draw import Draw
 
-from .attention import attention, attention_cost
+from .attention import BATCH, CACHES, SCALES, attention, attention_cost, limits_attention
 from .attention_triton import STATES, kernel_builds, launch, refuses
 from .merge_states import merge_states_triton
 
 
-@contract(seam=True, fake=lambda q_THD: q_THD.new_empty(q_THD.shape))
+@contract(
+    args={**BATCH, **CACHES, **SCALES, "prefix_N": "F int32"}, seam=True, reads_values=True,
+    limits=lambda q_THD, k_cache, softcap: limits_attention(q_THD, k_cache, 0, softcap),
+    fake=lambda q_THD: q_THD.new_empty(q_THD.shape),
+)  # fmt: skip
 def attention_cascade(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_N: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor, scale: float, softcap: float = 0.0, sinks_H: Tensor | None = None,
@@ -79,14 +83,7 @@ attention_cascade.builds(
 )
 
 
-def _refuses(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, softcap: float, sinks_H: Tensor | None, k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> str | None:  # fmt: skip
-    return refuses(q_THD, k_cache, v_cache, 0, softcap, sinks_H, None, k_scale, v_scale)
-
-
-@attention_cascade.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@attention_cascade.provider("triton", devices=("cuda",), refuses=refuses, triton=True)
 def attention_cascade_triton(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, prefix_N: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor, scale: float, softcap: float = 0.0, sinks_H: Tensor | None = None,

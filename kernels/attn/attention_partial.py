@@ -14,7 +14,7 @@ from torch import Tensor
 from seamwise.kernels.contract import Cost, contract
 from seamwise.kernels.draw import Draw
 
-from .attention import attend, attention, attention_cost
+from .attention import BATCH, CACHES, SCALES, attend, attention, attention_cost, limits_attention
 from .attention_triton import STATES, kernel_builds, launch, refuses
 
 
@@ -23,7 +23,7 @@ def _fake(q_THD: Tensor, splits: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return q_THD.new_empty(shape, dtype=dtype), q_THD.new_empty(shape[:3], dtype=wide)
 
 
-@contract(seam=True, fake=_fake)
+@contract(args=BATCH | CACHES | SCALES, limits=limits_attention, seam=True, fake=_fake, reads_values=True)
 def attention_partial(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor, scale: float, window: int, softcap: float, sinks_H: Tensor | None,
@@ -66,11 +66,7 @@ def make(draw: Draw, splits: int, **sizes: Any) -> tuple[Any, ...]:
 attention_partial.builds(lambda dtype: kernel_builds(dtype, STATES, ((8, 4096, 2),)))  # attention has the others
 
 
-def _refuses(splits: int) -> str | None:
-    return f"splits must be positive, got {splits}" if splits < 1 else None
-
-
-@attention_partial.provider("triton", devices=("cuda",), refuses=(refuses, _refuses), triton=True)
+@attention_partial.provider("triton", devices=("cuda",), refuses=refuses, triton=True)
 def attention_partial_triton(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *attended, splits, dtype = args
     outs = torch.zeros((splits, *q_THD.shape), dtype=dtype, device=q_THD.device)

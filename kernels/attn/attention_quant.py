@@ -17,14 +17,15 @@ from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.quantize import (
     LIMITS,
     empty_quantized,
+    limits_scheme,
     quantize,
     quantize_rows,
     quantize_triton,
-    refuses_scheme,
+    refuses_group,
     scheme,
 )
 
-from .attention import attention, attention_cost
+from .attention import BATCH, CACHES, SCALES, attention, attention_cost, limits_attention
 from .attention_triton import FEATURES, attention_triton, kernel_builds, launch, num_splits, refuses
 
 
@@ -32,7 +33,13 @@ def _fake(q_THD: Tensor, dtype: torch.dtype, group: int, out_scale: Tensor | Non
     return empty_quantized(q_THD.flatten(1), dtype, group if out_scale is None else 0)
 
 
-@contract(seam=True, fake=_fake)
+@contract(
+    args={**BATCH, **CACHES, **SCALES, "out_scale": "1 float32"}, seam=True, fake=_fake, reads_values=True,
+    limits=(
+        lambda q_THD, k_cache, window, softcap: limits_attention(q_THD, k_cache, window, softcap),
+        lambda dtype, group, out_scale: limits_scheme(dtype, group, out_scale),
+    ),
+)  # fmt: skip
 def attention_quant(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor, scale: float, window: int, softcap: float, sinks_H: Tensor | None,
@@ -85,7 +92,7 @@ def _refuses(q_THD: Tensor, dtype: torch.dtype, group: int, out_scale: Tensor | 
     width = q_THD.shape[2]
     if dtype != torch.float8_e4m3fn or (group != width if out_scale is None else group != 0):
         return f"wanted float8_e4m3fn with one scale, or groups of a head's {width} columns, got {dtype}, group {group}"
-    return refuses_scheme(dtype, group, out_scale)
+    return refuses_group(group)  # where the keys are split, quantize follows
 
 
 @attention_quant.provider("triton", devices=("cuda",), refuses=(_refuses, refuses), triton=True)
@@ -103,7 +110,7 @@ def attention_quant_triton(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-@attention_quant.provider("composed", devices=("cpu", "cuda"))
+@attention_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def attention_quant_composed(q_THD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The two ops by their own kernels: on CUDA for schemes that the fused kernel refuses, as one scale a row."""
     dtype, group, out_scale = (*args[12:], None)[:3]

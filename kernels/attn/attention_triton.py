@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build
+from seamwise.kernels.quant.quantize import largest_magnitude
 
 from .attention import SPLIT_UNIT, attention
 from .merge_states import merge_states_triton
@@ -49,9 +50,9 @@ def find_request(start_ptr, requests, tile, QUERIES: tl.constexpr):
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, start_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, k_scale_ptr,
     v_scale_ptr, static_ptr, group_scale_ptr, tokens, requests, table_stride, q_token, q_head, k_block, k_head, v_block,
-    v_head, k_scale_step, v_scale_step, scale, P, D, H, GROUP: tl.constexpr, PACK: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
+    v_head, k_scale_step, v_scale_step, scale, blocks, room, P, D, H, GROUP: tl.constexpr, PACK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Write rows; with lse_ptr the states of a split, with static_ptr or group_scale_ptr rows quantized to float8."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -63,7 +64,7 @@ def _attention_kernel(
         length = tl.load(length_ptr + request)
         row = tl.arange(0, QUERIES * PACK)  # [ROWS]
         token, member = begun + row // PACK, row % PACK
-        valid = (token < stop) & (member < GROUP)
+        valid = (token < tl.minimum(stop, tokens)) & (member < GROUP)
         position = length - stop + token
         column = tl.arange(0, WIDTH)  # [WIDTH]
         head = kv_head * GROUP + member
@@ -81,9 +82,9 @@ def _attention_kernel(
             factor *= tl.load(k_scale_ptr + kv_head * k_scale_step)
         if slope_ptr is not None:
             slope = tl.load(slope_ptr + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
-        start, end = 0, length  # of the keys that the tile's queries see
+        start, end = 0, tl.minimum(length, room)  # of the keys that the tile's queries see
         if CAUSAL:
-            end = tl.minimum(length, length - stop + begun + QUERIES)
+            end = tl.minimum(end, length - stop + begun + QUERIES)
         if WINDOW > 0:
             seen_from = tl.maximum(length - stop + begun - WINDOW + 1, 0)
             start = seen_from // KEYS * KEYS
@@ -100,6 +101,7 @@ def _attention_kernel(
             if WINDOW > 0:
                 known = known & (key >= seen_from)
             block = tl.load(table_ptr + tl.cast(request, tl.int64) * table_stride + key // P, mask=known, other=0)
+            known = known & (block >= 0) & (block < blocks)  # no other memory is read, whatever the table says
             inner = (key % P).to(tl.int64) * D
             k_at = block.to(tl.int64) * k_block + kv_head * k_head + inner
             k = tl.load(k_ptr + k_at[None, :] + column[:, None], mask=known[None, :] & (column < D)[:, None], other=0.0)
@@ -135,15 +137,14 @@ def _attention_kernel(
         else:
             result = result.to(q.dtype)
         if group_scale_ptr is not None:  # a group is a head's row
-            largest = tl.maximum(tl.max(tl.abs(result.to(tl.float32)), 1), 1e-10)
-            step = tl.math.div_rn(largest, 448.0)
+            step = tl.math.div_rn(largest_magnitude(result.to(tl.float32)), 448.0)
             tl.store(group_scale_ptr + out_row, step, mask=valid)
         if static_ptr is not None:
             step = tl.zeros([QUERIES * PACK], tl.float32) + tl.load(static_ptr)
         if (group_scale_ptr is not None) or (static_ptr is not None):
             spread = tl.broadcast_to(step[:, None], [QUERIES * PACK, WIDTH])
             result = tl.math.div_rn(result.to(tl.float32), spread)
-            result = tl.minimum(tl.maximum(result, -448.0), 448.0)
+            result = tl.clamp(result, -448.0, 448.0, tl.PropagateNan.ALL)
         out_at = out_row[:, None] * D + column[None, :]
         tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (column < D)[None, :])
 
@@ -199,29 +200,13 @@ def builds(dtype: str) -> Iterator[Build]:
     yield from kernel_builds(dtype, STATES | FEATURES, ((8, 8, 8),), **everything)
 
 
-def refuses(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, window: int, softcap: float, sinks_H: Tensor | None,
-    alibi_slopes_H: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
-) -> str | None:  # fmt: skip
+def refuses(q_THD: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """Return why the kernel cannot serve these arguments, or None."""
     if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (q_THD.dtype, torch.float8_e4m3fn):
         return f"the caches must share q's dtype or be float8, got {q_THD.dtype}, {k_cache.dtype}, {v_cache.dtype}"
-    if q_THD.stride(2) != 1 or q_THD.shape[1] % k_cache.shape[1]:
-        return f"q must be contiguous in D and its {q_THD.shape[1]} heads a multiple of {k_cache.shape[1]} KV heads"
-    if k_cache.stride()[2:] != (k_cache.shape[3], 1) or v_cache.stride()[2:] != (v_cache.shape[3], 1):
-        return "the caches must be contiguous in P and D"
     widest = (64 if k_cache.dtype != q_THD.dtype else 128) if q_THD.dtype == torch.float32 else 256  # wider ones spill
     if q_THD.shape[2] > widest or q_THD.dtype.itemsize > 4:
         return f"heads are {q_THD.shape[2]} wide, wanted at most {widest} for {q_THD.dtype} over {k_cache.dtype}"
-    if window < 0 or softcap < 0:
-        return f"window and softcap must not be negative, got {window}, {softcap}"
-    per_head, per_kv_head = ((q_THD.shape[1],),), ((1,), (k_cache.shape[1],))
-    for name, x, shapes in (
-        ("sinks", sinks_H, per_head), ("alibi_slopes", alibi_slopes_H, per_head), ("k_scale", k_scale, per_kv_head),
-        ("v_scale", v_scale, per_kv_head),
-    ):  # fmt: skip
-        if x is not None and (x.shape not in shapes or x.stride(0) != 1):
-            return f"{name} must be contiguous of shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}"
     return None
 
 
@@ -244,8 +229,8 @@ def launch(
         q_THD, k_cache, v_cache, block_table_RB, seq_lens_R, query_starts_S, out, lse, sinks_H, alibi_slopes_H, k_scale,
         v_scale, static, group_scale, tokens, requests, block_table_RB.stride(0), *q_THD.stride()[:2],
         *k_cache.stride()[:2], *v_cache.stride()[:2], *(int(s is not None and len(s) > 1) for s in (k_scale, v_scale)),
-        scale, k_cache.shape[2], width, heads, GROUP=group, PRECISION=precision, CAUSAL=causal, WINDOW=window,
-        SOFTCAP=softcap, UNIT=SPLIT_UNIT, **chosen,
+        scale, k_cache.shape[0], block_table_RB.shape[1] * k_cache.shape[2], k_cache.shape[2], width, heads,
+        GROUP=group, PRECISION=precision, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap, UNIT=SPLIT_UNIT, **chosen,
     )  # fmt: skip
 
 

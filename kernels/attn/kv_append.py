@@ -17,8 +17,13 @@ from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.position.rope import rotated
 
+from .attention import CACHES, SCALES
 
-@contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
+
+@contract(
+    args=CACHES | SCALES | {"slot_mapping_T": "int64"}, seam=True, mutates=("k_cache", "v_cache"), reads_values=True,
+    fake=lambda *args: None,
+)  # fmt: skip
 def kv_append(
     k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
@@ -26,12 +31,10 @@ def kv_append(
     """Store row t of k and v (T, K, D) at slot_mapping[t] = block · P + offset; a slot of -1 stores nothing.
 
     Caches are (N blocks, K heads, P tokens a block, D). What is stored is divided by a given scale, (1,) or (K,)
-    float32, and saturates in a cache of float8_e4m3fn. Moves 4·T·K·D elements.
+    float32, and saturates in a cache of float8_e4m3fn. Moves 4·T·K·D elements. Raises ValueError for a slot beyond the
+    cache; on a GPU, where none can be told, it stores nothing.
     """
-    block_size = k_cache.shape[2]
-    kept = slot_mapping_T >= 0
-    slots = slot_mapping_T[kept]
-    block, offset = slots // block_size, slots % block_size
+    kept, block, offset = kept_slots("kv_append", slot_mapping_T, k_cache.shape[0], k_cache.shape[2])
     for x_TKD, cache, scale in ((k_TKD, k_cache, k_scale), (v_TKD, v_cache, v_scale)):
         x_TKD = x_TKD[kept]
         if scale is not None:
@@ -40,6 +43,17 @@ def kv_append(
             cache.view(torch.uint8)[block, :, offset] = x_TKD.clamp(-448, 448).to(cache.dtype).view(torch.uint8)
         else:
             cache[block, :, offset] = x_TKD.to(cache.dtype)
+
+
+def kept_slots(op: str, slot_mapping_T: Tensor, blocks: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which tokens are stored, and the blocks and offsets of their slots."""
+    kept = slot_mapping_T >= 0
+    if bool((slot_mapping_T >= blocks * block_size).any()):
+        token = int((slot_mapping_T >= blocks * block_size).nonzero()[0])
+        slot = int(slot_mapping_T[token])
+        raise ValueError(f"{op}: slot_mapping[{token}] is {slot}, the cache has slots 0..{blocks * block_size - 1}")
+    slots = slot_mapping_T[kept]
+    return kept, slots // block_size, slots % block_size
 
 
 @kv_append.costs
@@ -66,14 +80,14 @@ def make(draw: Draw, T: int, K: int, D: int, P: int, fp8: str = "") -> tuple[Any
 @triton.jit
 def _kv_append_kernel(
     k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, k_scale_ptr, v_scale_ptr, k_token, k_head,
-    v_token, v_head, cos_token, sin_token, k_block, k_cache_head, v_block, v_cache_head, k_scale_step, v_scale_step, P,
-    D, R, INTERLEAVED: tl.constexpr, SATURATE: tl.constexpr, BLOCK: tl.constexpr,
+    v_token, v_head, cos_token, sin_token, k_block, k_cache_head, v_block, v_cache_head, k_scale_step, v_scale_step,
+    blocks, P, D, R, INTERLEAVED: tl.constexpr, SATURATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write a head's row of a token; with cos_ptr the key is turned first, by R angles."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + token)
     column = tl.arange(0, BLOCK)  # [BLOCK]
-    mask = column < tl.where(slot >= 0, D, 0)  # a slot of -1 stores nothing
+    mask = column < tl.where((slot >= 0) & (slot < blocks * P), D, 0)  # another slot than the cache's stores nothing
     block, offset = slot // P, slot % P
     k_at = k_ptr + token * k_token + head * k_head
     if cos_ptr is not None:
@@ -119,13 +133,6 @@ def refuses_append(
     if k_TKD.dtype != v_TKD.dtype or not (k_cache.dtype == v_cache.dtype == kept):
         got = f"{k_TKD.dtype}, {v_TKD.dtype} and caches of {k_cache.dtype}, {v_cache.dtype}"
         return f"k, v and the caches must share a dtype, or the caches be float8 with two scales, got {got}"
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None and (scale.shape not in ((1,), k_TKD.shape[1:2]) or scale.stride(0) != 1):
-            return f"{name} must be contiguous of 1 or {k_TKD.shape[1]} elements, got {tuple(scale.shape)}"
-    if k_TKD.stride(2) != 1 or v_TKD.stride(2) != 1:
-        return f"k and v must be contiguous in D, their strides are {k_TKD.stride()}, {v_TKD.stride()}"
-    if k_cache.stride()[2:] != (k_cache.shape[3], 1) or v_cache.stride()[2:] != (v_cache.shape[3], 1):
-        return "the caches must be contiguous in P and D"
     return None
 
 
@@ -140,7 +147,7 @@ def launch_append(
         _kv_append_kernel[(tokens, heads)](
             k_TKD, v_TKD, cos_TR, sin_TR, k_cache, v_cache, slot_mapping_T, k_scale, v_scale, *k_TKD.stride()[:2],
             *v_TKD.stride()[:2], *angles, *k_cache.stride()[:2], *v_cache.stride()[:2],
-            *(int(s is not None and len(s) > 1) for s in (k_scale, v_scale)), k_cache.shape[2], width,
+            *(int(s is not None and len(s) > 1) for s in (k_scale, v_scale)), k_cache.shape[0], k_cache.shape[2], width,
             0 if cos_TR is None else cos_TR.shape[1], INTERLEAVED=interleaved, SATURATE=k_scale is not None,
             **config(width),
         )  # fmt: skip

@@ -13,8 +13,22 @@ from torch import Tensor
 from seamwise.kernels.contract import Cost, contract
 from seamwise.kernels.draw import Draw
 
+_ARGS = {
+    "k_from": "M K P D", "v_from": "M K P D", "k_cache": "N K P D", "v_cache": "N K P D", "source_N": "C int64",
+    "target_N": "C int64",
+}  # fmt: skip
 
-@contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
+
+def _limits(k_from: Tensor, v_from: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+    if (k_from.dtype, v_from.dtype) == (k_cache.dtype, v_cache.dtype):
+        return None
+    return f"blocks are of {k_from.dtype}, {v_from.dtype} and {k_cache.dtype}, {v_cache.dtype}, wanted the same"
+
+
+@contract(
+    args=_ARGS, limits=_limits, one_device=False, seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None,
+    reads_values=True,
+)  # fmt: skip
 def kv_copy_blocks(
     k_from: Tensor, v_from: Tensor, k_cache: Tensor, v_cache: Tensor, source_N: Tensor, target_N: Tensor
 ) -> None:
@@ -25,9 +39,6 @@ def kv_copy_blocks(
     Raises ValueError for caches whose blocks differ in shape or dtype.
     """
     for read, written in ((k_from, k_cache), (v_from, v_cache)):
-        if read.shape[1:] != written.shape[1:] or read.dtype != written.dtype:
-            blocks = [f"{tuple(c.shape[1:])} of {c.dtype}" for c in (read, written)]
-            raise ValueError(f"kv_copy_blocks: blocks are {blocks[0]} and {blocks[1]}, wanted the same")
         # Bytes, because indexing serves no float8; gathered first, so that one transfer crosses between devices.
         blocks_NKPD = read.view(torch.uint8)[source_N].to(written.device)
         written.view(torch.uint8)[target_N.to(written.device)] = blocks_NKPD

@@ -17,7 +17,9 @@ from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
 
-@contract(flops=lambda outs_STHD: 2 * outs_STHD.numel())
+@contract(
+    args={"outs_STHD": "[S T H D] float32", "lse_STH": "[S T H] float32"}, flops=lambda outs_STHD: 2 * outs_STHD.numel()
+)
 def merge_states(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return (out, lse): Σ exp(lse_s - lse) out_s, (T, H, D) in dtype, and lse = log Σ exp(lse_s), (T, H).
 
@@ -89,15 +91,7 @@ merge_states.builds(
 )
 
 
-def _refuses(outs_STHD: Tensor, lse_STH: Tensor) -> str | None:
-    if not (outs_STHD.is_contiguous() and lse_STH.is_contiguous()):
-        return f"outs and lse must be contiguous, their strides are {outs_STHD.stride()}, {lse_STH.stride()}"
-    if outs_STHD.dtype != torch.float32 or lse_STH.dtype != torch.float32:
-        return f"outs and lse must be float32, got {outs_STHD.dtype}, {lse_STH.dtype}"
-    return None
-
-
-@merge_states.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@merge_states.provider("triton", devices=("cuda",), triton=True)
 def merge_states_triton(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     splits, *shape = outs_STHD.shape
     out = torch.empty(shape, dtype=dtype, device=outs_STHD.device)

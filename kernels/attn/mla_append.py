@@ -15,27 +15,31 @@ from torch import Tensor
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
 
+from .kv_append import kept_slots
+
 FLOAT8 = torch.float8_e4m3fn
 
 
-@contract(seam=True, mutates=("cache",), fake=lambda *args: None)
+@contract(
+    args={"cache": "N P C+R", "slot_mapping_T": "int64", "cache_scale": "1 float32"}, seam=True, mutates=("cache",),
+    fake=lambda *args: None, reads_values=True,
+)  # fmt: skip
 def mla_append(
     latent_TC: Tensor, rope_TR: Tensor, cache: Tensor, slot_mapping_T: Tensor, cache_scale: Tensor | None = None
 ) -> None:
     """Store row t of [latent, rope], C + R wide, at slot_mapping[t] = block · P + offset; a slot of -1 stores nothing.
 
     The cache is (N blocks, P tokens a block, C + R). With `cache_scale`, (1,) float32, it holds rows / scale, which
-    saturate where it is float8_e4m3fn. Moves 2·T·(C + R) elements.
+    saturate where it is float8_e4m3fn. Moves 2·T·(C + R) elements. Slots beyond the cache are as in `kv_append`.
     """
-    kept = slot_mapping_T >= 0
+    kept, block, offset = kept_slots("mla_append", slot_mapping_T, *cache.shape[:2])
     rows_TE = torch.cat((latent_TC[kept], rope_TR[kept]), -1)
     if cache_scale is not None:
         rows_TE = rows_TE.to(torch.promote_types(rows_TE.dtype, torch.float32)) / cache_scale
     if cache.dtype == FLOAT8:
         limit = torch.finfo(FLOAT8).max
         rows_TE = rows_TE.clamp(-limit, limit)
-    slots, block_size = slot_mapping_T[kept], cache.shape[1]
-    cache[slots // block_size, slots % block_size] = rows_TE.to(cache.dtype)
+    cache[block, offset] = rows_TE.to(cache.dtype)
 
 
 @mla_append.costs
@@ -62,20 +66,20 @@ def make(draw: Draw, T: int, C: int, R: int, P: int, float8: bool = False) -> tu
 
 @triton.jit
 def _mla_append_kernel(
-    latent_ptr, rope_ptr, cache_ptr, slot_ptr, scale_ptr, latent_stride, rope_stride, cache_block, cache_stride, P,
-    C, R, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+    latent_ptr, rope_ptr, cache_ptr, slot_ptr, scale_ptr, latent_stride, rope_stride, cache_block, cache_stride, blocks,
+    P, C, R, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token)
     column = tl.arange(0, BLOCK)  # [BLOCK]
-    kept = column < tl.where(slot >= 0, C + R, 0)  # a slot of -1 stores nothing
+    kept = column < tl.where((slot >= 0) & (slot < blocks * P), C + R, 0)  # other slots store nothing
     latent = tl.load(latent_ptr + token * latent_stride + column, mask=kept & (column < C), other=0.0)
     rope = tl.load(rope_ptr + token * rope_stride + column - C, mask=kept & (column >= C), other=0.0)
     row = tl.where(column < C, latent, rope).to(tl.float32)
     if scale_ptr is not None:
         row = tl.math.div_rn(row, tl.zeros([BLOCK], tl.float32) + tl.load(scale_ptr))
     if LIMIT > 0.0:
-        row = tl.minimum(tl.maximum(row, -LIMIT), LIMIT)
+        row = tl.clamp(row, -LIMIT, LIMIT, tl.PropagateNan.ALL)
     at = (slot // P) * cache_block + (slot % P) * cache_stride + column
     tl.store(cache_ptr + at, row.to(cache_ptr.dtype.element_ty), mask=kept)
 
@@ -101,10 +105,6 @@ def _refuses(latent_TC: Tensor, rope_TR: Tensor, cache: Tensor) -> str | None:
             "latent and rope must share a dtype, and the cache have it or float8_e4m3fn, "
             f"got {latent_TC.dtype}, {rope_TR.dtype}, {cache.dtype}"
         )
-    if latent_TC.shape[1] + rope_TR.shape[1] != cache.shape[2]:
-        return f"latent {tuple(latent_TC.shape)} and rope {tuple(rope_TR.shape)} do not fill {cache.shape[2]} columns"
-    if latent_TC.stride(1) != 1 or rope_TR.stride(1) != 1 or cache.stride(2) != 1:
-        return "latent, rope and cache must be contiguous in their last dimension"
     return None
 
 
@@ -115,6 +115,6 @@ def mla_append_triton(
     if tokens := latent_TC.shape[0]:
         _mla_append_kernel[(tokens,)](
             latent_TC, rope_TR, cache, slot_mapping_T, cache_scale, latent_TC.stride(0), rope_TR.stride(0),
-            *cache.stride()[:2], cache.shape[1], latent_TC.shape[1], rope_TR.shape[1],
+            *cache.stride()[:2], *cache.shape[:2], latent_TC.shape[1], rope_TR.shape[1],
             **config(cache.shape[2], cache.dtype),
         )  # fmt: skip

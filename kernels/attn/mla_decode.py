@@ -15,6 +15,7 @@ from torch import Tensor
 from seamwise.kernels.contract import Cost, contract
 from seamwise.kernels.draw import Draw
 
+from .attention import BATCH
 from .mla_append import FLOAT8
 
 
@@ -31,7 +32,15 @@ def ragged_rows(
             yield slice(first, last), cache[blocks].flatten(0, 1)[:length], key > key[first - last :, None]
 
 
-@contract(seam=True, fake=lambda q_THE, latent: q_THE.new_empty((*q_THE.shape[:2], latent)))
+def _limits(q_THE: Tensor, latent: int) -> str | None:
+    width = q_THE.shape[2]
+    return None if 0 < latent < width else f"latent is {latent}, wanted 1 to {width - 1}, less than q's columns"
+
+
+@contract(
+    args={**BATCH, "cache": "N P E", "cache_scale": "1 float32"}, limits=_limits, seam=True, reads_values=True,
+    fake=lambda q_THE, latent: q_THE.new_empty((*q_THE.shape[:2], latent)),
+)  # fmt: skip
 def mla_decode(
     q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, scale: float,
     latent: int, cache_scale: Tensor | None = None,

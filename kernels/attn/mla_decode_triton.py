@@ -28,9 +28,9 @@ from .mla_decode import mla_decode
 def mla_kernel(
     q_ptr, q_rope_ptr, k_ptr, k_rope_ptr, v_ptr, table_ptr, length_ptr, start_ptr, cache_scale_ptr, out_ptr, lse_ptr,
     requests, tokens, table_stride, q_token, q_head, q_rope_token, q_rope_head, k_block, k_token, k_head, k_rope_block,
-    k_rope_token, scale, P, H, D: tl.constexpr, D_BLOCK: tl.constexpr, R: tl.constexpr, R_BLOCK: tl.constexpr,
-    V: tl.constexpr, V_BLOCK: tl.constexpr, QUERIES: tl.constexpr, PACK: tl.constexpr, KEYS: tl.constexpr,
-    EXPANDED: tl.constexpr, CONTEXT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    k_rope_token, scale, blocks, room, P, H, D: tl.constexpr, D_BLOCK: tl.constexpr, R: tl.constexpr,
+    R_BLOCK: tl.constexpr, V: tl.constexpr, V_BLOCK: tl.constexpr, QUERIES: tl.constexpr, PACK: tl.constexpr,
+    KEYS: tl.constexpr, EXPANDED: tl.constexpr, CONTEXT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write out (SPLITS, T, H, V) and, where lse_ptr is given, each row's log-sum-exp (SPLITS, T, H).
 
@@ -51,6 +51,7 @@ def mla_kernel(
         valid = (query < count) & (head < H)
         position = context + query
         token = (first + query).to(tl.int64)
+        valid = valid & (token < tokens)
         column, rope_column = tl.arange(0, D_BLOCK), tl.arange(0, R_BLOCK)  # [D_BLOCK], [R_BLOCK]
         value_column = tl.arange(0, V_BLOCK)  # [V_BLOCK]
         q_at = token * q_token + head * q_head
@@ -67,6 +68,8 @@ def mla_kernel(
         last = context if CONTEXT else context + tl.minimum(done + QUERIES, count)
         share = tl.cdiv(tl.cdiv(last, SPLITS), KEYS) * KEYS
         end = tl.minimum(last, (split + 1) * share)
+        if not EXPANDED:
+            end = tl.minimum(end, room)
         for begin in range(split * share, end, KEYS):
             key = begin + tl.arange(0, KEYS)  # [KEYS]
             known = key < end
@@ -77,6 +80,7 @@ def mla_kernel(
             else:
                 table_at = tl.cast(request, tl.int64) * table_stride + key // P
                 block = tl.load(table_ptr + table_at, mask=known, other=0).to(tl.int64)
+                known = known & (block >= 0) & (block < blocks)  # no other memory is read, whatever the table says
                 k_at = block * k_block + (key % P) * k_token
                 k_rope_at = block * k_rope_block + (key % P) * k_rope_token
             k_mask = known[:, None] & (column < D)[None, :]
@@ -166,16 +170,12 @@ def builds(dtype: str) -> Iterator[Build]:
         yield Build(mla_kernel, {**constants, "CONTEXT": False, "SPLITS": 8}, {**types, "out_ptr": "*fp32"})
 
 
-def refuses_absorbed(q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, latent: int) -> str | None:
-    """Return why `attend_absorbed` cannot serve these arguments, or None."""
-    if cache.dtype not in (q_THE.dtype, FLOAT8):
-        return f"the cache must have q's dtype {q_THE.dtype} or float8_e4m3fn, got {cache.dtype}"
-    if q_THE.stride(2) != 1 or cache.stride(2) != 1 or block_table_RB.stride(1) != 1:
-        return "q, the cache and the block table must be contiguous in their last dimension"
-    if not 0 < latent < q_THE.shape[2] == cache.shape[2]:
-        return f"latent {latent} must be less than the width of q, {q_THE.shape[2]}, and of the cache, {cache.shape[2]}"
-    if latent > (widest := widest_latent(q_THE.dtype, cache.dtype)):
-        return f"latents are {latent} wide, wanted at most {widest} for {q_THE.dtype} over {cache.dtype}"
+def refuses_absorbed(dtype: torch.dtype, cache: Tensor, latent: int) -> str | None:
+    """Return why `attend_absorbed` cannot serve queries of a dtype, or None."""
+    if cache.dtype not in (dtype, FLOAT8):
+        return f"the cache must have q's dtype {dtype} or float8_e4m3fn, got {cache.dtype}"
+    if latent > (widest := widest_latent(dtype, cache.dtype)):
+        return f"latents are {latent} wide, wanted at most {widest} for {dtype} over {cache.dtype}"
     return None
 
 
@@ -203,8 +203,9 @@ def attend_absorbed(
         mla_kernel[(tiles, head_tiles, splits)](
             q_THE, q_THE[..., latent:], cache, cache[..., latent:], cache, block_table_RB, seq_lens_R, query_starts_S,
             cache_scale, part, lse_STH, requests, tokens, block_table_RB.stride(0), *q_THE.stride()[:2],
-            *q_THE.stride()[:2], *cache.stride()[:2], 0, *cache.stride()[:2], scale, cache.shape[1], heads,
-            **widths(latent, width - latent, latent), **chosen, EXPANDED=False, CONTEXT=context, SPLITS=splits,
+            *q_THE.stride()[:2], *cache.stride()[:2], 0, *cache.stride()[:2], scale, cache.shape[0],
+            columns * cache.shape[1], cache.shape[1], heads, **widths(latent, width - latent, latent), **chosen,
+            EXPANDED=False, CONTEXT=context, SPLITS=splits,
             PRECISION="ieee" if q_THE.dtype == torch.float32 else "tf32",
         )  # fmt: skip
     if lse_STH is None:
@@ -212,7 +213,12 @@ def attend_absorbed(
     return (out_THC, lse_STH[0]) if splits == 1 else merge_states(part, lse_STH, q_THE.dtype)
 
 
-@mla_decode.provider("triton", devices=("cuda",), refuses=refuses_absorbed, triton=True)
+@mla_decode.provider(
+    "triton",
+    devices=("cuda",),
+    triton=True,
+    refuses=lambda q_THE, cache, latent: refuses_absorbed(q_THE.dtype, cache, latent),
+)
 def mla_decode_triton(
     q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, scale: float,
     latent: int, cache_scale: Tensor | None = None,

@@ -27,7 +27,18 @@ def _empty(q_nope_THN: Tensor, kv_b_HXC: Tensor) -> Tensor:
     return q_nope_THN.new_empty((tokens, heads, kv_b_HXC.shape[1] - nope))
 
 
-@contract(seam=True, fake=_empty)
+_ARGS = {
+    "cache": "Z P C+R", "block_table_RB": "Q B int32", "seq_lens_R": "Q int32", "query_starts_S": "Q+1 int32",
+    "cache_scale": "1 float32",
+}  # fmt: skip
+
+
+def _limits(q_nope_THN: Tensor, kv_b_HXC: Tensor) -> str | None:
+    nope, expanded = q_nope_THN.shape[2], kv_b_HXC.shape[1]
+    return None if nope < expanded else f"kv_b expands to {expanded} columns, wanted more than q_nope's {nope}"
+
+
+@contract(args=_ARGS, limits=_limits, seam=True, fake=_empty, reads_values=True)
 def mla_prefill(
     q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, block_table_RB: Tensor,
     seq_lens_R: Tensor, query_starts_S: Tensor, scale: float, cache_scale: Tensor | None = None,
@@ -130,7 +141,7 @@ def project(latent_THC: Tensor, kv_b_HXC: Tensor, nope: int) -> Tensor:
     return torch.einsum("thc,hvc->thv", latent_THC, kv_b_HXC[:, nope:]).contiguous()
 
 
-@mla_prefill.provider("absorbed", devices=("cpu",))
+@mla_prefill.provider("absorbed", devices=("cpu",), strided=True)
 def mla_prefill_absorbed(
     q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, block_table_RB: Tensor,
     seq_lens_R: Tensor, query_starts_S: Tensor, scale: float, cache_scale: Tensor | None = None,
@@ -144,19 +155,13 @@ def mla_prefill_absorbed(
     return project(mla_decode(q_THE, cache, *batch, kv_b_HXC.shape[2], cache_scale), kv_b_HXC, q_nope_THN.shape[2])
 
 
-def _refuses(
-    q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor, block_table_RB: Tensor
-) -> str | None:
+def _refuses(q_nope_THN: Tensor, q_rope_THR: Tensor, cache: Tensor, kv_b_HXC: Tensor) -> str | None:
     if not (q_nope_THN.dtype == q_rope_THR.dtype == kv_b_HXC.dtype):
         return f"q and kv_b must share a dtype, got {q_nope_THN.dtype}, {q_rope_THR.dtype}, {kv_b_HXC.dtype}"
-    if q_nope_THN.stride(2) != 1 or q_rope_THR.stride(2) != 1:
-        return "q_nope and q_rope must be contiguous in their last dimension"
     nope, (_, expanded, latent) = q_nope_THN.shape[2], kv_b_HXC.shape
     if max(nope, expanded - nope) > 128:
         return f"heads are {nope} and {expanded} - {nope} wide, wanted at most 128"
-    shape = (*q_nope_THN.shape[:2], latent + q_rope_THR.shape[2])
-    absorbed_THE = torch.empty(shape, dtype=q_nope_THN.dtype, device="meta")
-    return refuses_absorbed(absorbed_THE, cache, block_table_RB, latent)
+    return refuses_absorbed(q_nope_THN.dtype, cache, latent)
 
 
 @mla_prefill.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
@@ -201,7 +206,7 @@ def attend_expanded(
     mla_kernel[(tokens // chosen["QUERIES"] + requests, heads, 1)](
         q_nope_THN, q_rope_THR, kv_THX, rows_TE[:, latent:], kv_THX[..., nope:], None, seq_lens_R, query_starts_S, None,
         out_THV, lse_TH, requests, tokens, 0, *q_nope_THN.stride()[:2], *q_rope_THR.stride()[:2], 0,
-        *kv_THX.stride()[:2], 0, rows_TE.stride(0), scale, 1, heads,
+        *kv_THX.stride()[:2], 0, rows_TE.stride(0), scale, 0, 0, 1, heads,
         **widths(nope, q_rope_THR.shape[2], expanded - nope), **chosen, EXPANDED=True, CONTEXT=False, SPLITS=1,
         PRECISION="ieee" if q_nope_THN.dtype == torch.float32 else "tf32",
     )  # fmt: skip

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from seamwise.kernels.contract import Cost, contract
 from seamwise.kernels.draw import Draw
-from seamwise.kernels.position.rope import refuses_rope, rope
+from seamwise.kernels.position.rope import limits_angles, rope
 
+from .attention import CACHES
 from .kv_append import append_build, append_cost, kv_append, launch_append, refuses_append
 
 
-@contract(seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None)
+@contract(
+    args=CACHES | {"slot_mapping_T": "int64"}, limits=lambda k_TKD, cos_TR: limits_angles(cos_TR, D=k_TKD.shape[-1]),
+    seam=True, mutates=("k_cache", "v_cache"), fake=lambda *args: None, reads_values=True,
+)  # fmt: skip
 def rope_kv_write(
     k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
     slot_mapping_T: Tensor, interleaved: bool = False,
@@ -61,10 +65,7 @@ rope_kv_write.builds(
 
 @rope_kv_write.provider(
     "triton", devices=("cuda",), triton=True,
-    refuses=(
-        lambda k_TKD, v_TKD, k_cache, v_cache: refuses_append(k_TKD, v_TKD, k_cache, v_cache),
-        lambda k_TKD, cos_TR, sin_TR: refuses_rope(k_TKD, cos_TR, sin_TR),
-    ),
+    refuses=lambda k_TKD, v_TKD, k_cache, v_cache: refuses_append(k_TKD, v_TKD, k_cache, v_cache),
 )  # fmt: skip
 def rope_kv_write_triton(
     k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
@@ -73,7 +74,7 @@ def rope_kv_write_triton(
     launch_append(k_TKD, v_TKD, cos_TR, sin_TR, k_cache, v_cache, slot_mapping_T, interleaved)
 
 
-@rope_kv_write.provider("composed", devices=("cpu", "cuda"))
+@rope_kv_write.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def rope_kv_write_composed(
     k_TKD: Tensor, v_TKD: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_cache: Tensor, v_cache: Tensor,
     slot_mapping_T: Tensor, interleaved: bool = False,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, contract, refuses_rows
+from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.norm.add_rms_norm import add_rms_norm
 from seamwise.kernels.norm.rms_norm import config, inverse_rms, norm_weight, rms_norm, weighted
@@ -129,19 +129,14 @@ def summed(x_TD: Tensor, group_name: str) -> Tensor:
     return torch.ops.symm_mem.two_shot_all_reduce_(shared.copy(x_TD), "sum", group_name).clone()
 
 
-def refuses_shared(x_TD: Tensor, weight_D: Tensor, group_name: str) -> str | None:
+def refuses_shared(group_name: str) -> str | None:
     """Return why kernels that read all ranks' rows cannot serve these arguments, or None."""
     if group_name and shared_memory(group_name) is None:
         return f"the ranks of group {group_name!r} share no memory; call share_memory on every rank first"
-    if x_TD.dim() != 2 or x_TD.shape[1] != weight_D.shape[0]:
-        return f"wanted x of rows as wide as the weight, got {tuple(x_TD.shape)} and {tuple(weight_D.shape)}"
     return None
 
 
-@allreduce_rms_norm.provider(
-    "triton", devices=("cuda",), triton=True,
-    refuses=(refuses_shared, lambda residual_TD: refuses_rows(residual=residual_TD)),
-)  # fmt: skip
+@allreduce_rms_norm.provider("triton", devices=("cuda",), triton=True, refuses=refuses_shared)
 def allreduce_rms_norm_triton(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +146,7 @@ def allreduce_rms_norm_triton(
     return allreduce_rms_norm_collective(x_TD, residual_TD, weight_D, eps, group_name)
 
 
-@allreduce_rms_norm.provider("collective")
+@allreduce_rms_norm.provider("collective", strided=True)
 def allreduce_rms_norm_collective(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str
 ) -> tuple[Tensor, Tensor]:

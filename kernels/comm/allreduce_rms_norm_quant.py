@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import contract, refuses_rows
+from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.norm.add_rms_norm_quant import add_rms_norm_quant
 from seamwise.kernels.norm.rms_norm import inverse_rms, weighted
 from seamwise.kernels.norm.rms_norm_quant import rms_norm_quant
 from seamwise.kernels.quant.quantize import (
+    SCHEME,
     empty_quantized,
+    limits_scheme,
     quantize,
-    refuses_scheme,
+    refuses_group,
     row_builds,
     row_config,
     scheme,
@@ -31,7 +33,10 @@ from .allreduce_rms_norm import allreduce_rms_norm, normed_sum, one_shot, refuse
 from .collectives import all_reduce, published
 
 
-@contract(flops=lambda x_TD, residual_TD: (7 if residual_TD is None else 8) * x_TD.numel())
+@contract(
+    args=SCHEME, limits=limits_scheme,
+    flops=lambda x_TD, residual_TD: (7 if residual_TD is None else 8) * x_TD.numel(),
+)  # fmt: skip
 def allreduce_rms_norm_quant(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, dtype: torch.dtype,
     group: int = 0, scale: Tensor | None = None,
@@ -80,10 +85,7 @@ allreduce_rms_norm_quant.builds(
 )  # fmt: skip
 
 
-@allreduce_rms_norm_quant.provider(
-    "triton", devices=("cuda",), triton=True,
-    refuses=(refuses_shared, refuses_scheme, lambda residual_TD: refuses_rows(residual=residual_TD)),
-)  # fmt: skip
+@allreduce_rms_norm_quant.provider("triton", devices=("cuda",), triton=True, refuses=(refuses_shared, refuses_group))
 def allreduce_rms_norm_quant_triton(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, dtype: torch.dtype,
     group: int = 0, scale: Tensor | None = None,
@@ -110,7 +112,7 @@ def sum_norm_quant(
     return out, scales, total
 
 
-@allreduce_rms_norm_quant.provider("collective")
+@allreduce_rms_norm_quant.provider("collective", strided=True)
 def allreduce_rms_norm_quant_collective(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, *scheme: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

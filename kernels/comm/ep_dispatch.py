@@ -19,6 +19,11 @@ from seamwise.kernels.draw import Draw
 from .collectives import all_to_all_rows, group_rank, group_size
 
 
+def _undivided(num_experts: int, group_name: str) -> str | None:
+    ranks = group_size(group_name)
+    return f"{num_experts} experts do not divide among {ranks} ranks" if num_experts % ranks else None
+
+
 def _empty_dispatch(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, group_name: str, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -32,7 +37,9 @@ def _empty_dispatch(
     )  # fmt: skip
 
 
-@contract(fake=_empty_dispatch)
+@contract(
+    limits=lambda num_experts, group_name: _undivided(num_experts, group_name), fake=_empty_dispatch, reads_values=True
+)
 def ep_dispatch(
     x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_experts: int, group_name: str, capacity: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -46,8 +53,6 @@ def ep_dispatch(
     checks. Every rank has the same T. Moves M·(D + 2·K) elements. Raises ValueError where experts do not divide.
     """
     ranks, tokens = group_size(group_name), x_TD.shape[0]
-    if num_experts % ranks:
-        raise ValueError(f"ep_dispatch: {num_experts} experts do not divide among {ranks} ranks")
     capacity, share = capacity or tokens, num_experts // ranks
     rank_R = torch.arange(ranks, device=x_TD.device)
     owner_TK = torch.where(experts_TK >= 0, experts_TK // share, -1)
@@ -89,8 +94,9 @@ def make_dispatch(draw: Draw, T: int, K: int, E: int, D: int, capacity: int = 0)
 
 
 @contract(
-    fake=lambda y_MD, places_TR: y_MD.new_empty((places_TR.shape[0], y_MD.shape[1])), flops=lambda y_MD: y_MD.numel()
-)
+    fake=lambda y_MD, places_TR: y_MD.new_empty((places_TR.shape[0], y_MD.shape[1])), reads_values=True,
+    flops=lambda y_MD: y_MD.numel(),
+)  # fmt: skip
 def ep_combine(y_MD: Tensor, places_TR: Tensor, group_name: str) -> Tensor:
     """Return each token's sum of what its ranks made of it: (T, D) in y's dtype, summed wider in the ranks' order.
 

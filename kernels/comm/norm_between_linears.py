@@ -21,7 +21,7 @@ from seamwise.kernels.norm.rms_norm import rms_norm
 
 from .allreduce_rms_norm import normed_sum
 from .collectives import group_size, shared_memory
-from .reduce_scatter_rms_norm import reduce_scatter_rms_norm
+from .reduce_scatter_rms_norm import limits_share, reduce_scatter_rms_norm
 
 CHUNK_ROWS, MAX_CHUNKS = 1024, 4  # unmeasured: fewer rows fill no GPU's GEMM, and each chunk is a launch of everything
 _OPS = torch.ops._c10d_functional
@@ -32,7 +32,10 @@ def _empty(x_TK: Tensor, down_DK: Tensor, up_ND: Tensor, group_name: str) -> tup
     return x_TK.new_empty((rows, up_ND.shape[0])), x_TK.new_empty((share, down_DK.shape[0]))
 
 
-@contract(opaque=True, fake=_empty)
+@contract(
+    limits=lambda x_TK, residual_SD, group_name: limits_share(x_TK, residual_SD, group_name), opaque=True, fake=_empty,
+    reads_values=True,
+)  # fmt: skip
 def norm_between_linears(
     x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
     up_ND: Tensor, bias_N: Tensor | None = None,
@@ -76,7 +79,7 @@ def _refuses(group_name: str) -> str | None:
     return None
 
 
-@norm_between_linears.provider("symmetric", devices=("cuda",), refuses=_refuses)
+@norm_between_linears.provider("symmetric", devices=("cuda",), refuses=_refuses, strided=True)
 def norm_between_linears_symmetric(
     x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
     up_ND: Tensor, bias_N: Tensor | None = None,
@@ -94,7 +97,7 @@ def norm_between_linears_symmetric(
     return (made if bias_N is None else made + bias_N)[:rows], total_SD
 
 
-@norm_between_linears.provider("chunked")
+@norm_between_linears.provider("chunked", strided=True)
 def norm_between_linears_chunked(
     x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
     up_ND: Tensor, bias_N: Tensor | None = None,

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seamwise.kernels.contract import contract, refuses_rows
+from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.norm.add_rms_norm import add_rms_norm
 from seamwise.kernels.norm.rms_norm import rms_norm
+from seamwise.kernels.signature import cdiv
 
 from .allreduce_rms_norm import BUILDS, allreduce_rms_norm, normed_sum, refuses_shared, sum_norm
 from .collectives import all_gather_rows, group_rank, group_size, published, reduce_scatter_rows, shared_memory
@@ -24,7 +25,19 @@ def _empty(x_TD: Tensor, group_name: str, gather: bool) -> tuple[Tensor, Tensor]
     return x_TD.new_empty(x_TD.shape) if gather else torch.empty_like(share_SD), share_SD
 
 
-@contract(fake=_empty, flops=lambda x_TD: 5 * x_TD.numel())
+def limits_share(x: Tensor, residual_SD: Tensor | None, group_name: str) -> str | None:
+    """Return why a residual is not this rank's share of the rows of x, or None."""
+    if residual_SD is None:
+        return None
+    share, got = cdiv(x.shape[0], group_size(group_name)), residual_SD.shape[0]
+    wrong = isinstance(got, int) and isinstance(share, int) and got != share
+    return f"residual has {got} rows, wanted {share}: this rank's share of {x.shape[0]}" if wrong else None
+
+
+@contract(
+    limits=lambda x_TD, residual_SD, group_name: limits_share(x_TD, residual_SD, group_name), fake=_empty,
+    reads_values=True, flops=lambda x_TD: 5 * x_TD.numel(),
+)  # fmt: skip
 def reduce_scatter_rms_norm(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -56,10 +69,7 @@ def make(draw: Draw, T: int, D: int, residual: bool = True, gather: bool = False
 reduce_scatter_rms_norm.builds(BUILDS)
 
 
-@reduce_scatter_rms_norm.provider(
-    "triton", devices=("cuda",), triton=True,
-    refuses=(refuses_shared, lambda residual_SD: refuses_rows(residual=residual_SD)),
-)  # fmt: skip
+@reduce_scatter_rms_norm.provider("triton", devices=("cuda",), triton=True, refuses=refuses_shared)
 def reduce_scatter_rms_norm_triton(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +83,7 @@ def reduce_scatter_rms_norm_triton(
     return _gathered(normed_SD, x_TD, group_name) if gather else normed_SD, total_SD
 
 
-@reduce_scatter_rms_norm.provider("collective")
+@reduce_scatter_rms_norm.provider("collective", strided=True)
 def reduce_scatter_rms_norm_collective(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:

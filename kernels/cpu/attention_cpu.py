@@ -19,49 +19,31 @@ _ATTENTION = Kernel("attention_cpu.cpp", "seamwise_attention", seam=True)
 _KV_APPEND = Kernel("kv_append_cpu.cpp", "seamwise_kv_append", seam=True)
 
 
-def _refuses_caches(k_cache: Tensor, v_cache: Tensor) -> str | None:
+def _refuses_system() -> str | None:
     if not sys.platform.startswith("linux"):
         return f"it takes its threads from the libgomp of torch's Linux builds, this is {sys.platform}"
-    if k_cache.shape != v_cache.shape:
-        return f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must have one shape"
-    dim = k_cache.shape[3]
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(3) != 1 or cache.stride(2) != dim:
-            return f"{name} (N, K, P, D) must be contiguous in P and D, its strides are {cache.stride()}"
     return None
 
 
 def _refuses_attention(
-    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
-    alibi_slopes_H: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sinks_H: Tensor | None,
+    alibi_slopes_H: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> str | None:  # fmt: skip
-    heads, dim, kv_heads = q_THD.shape[1], q_THD.shape[2], k_cache.shape[1]
     if alibi_slopes_H is not None or k_scale is not None or v_scale is not None:
         return "it serves neither ALiBi's slopes nor scaled caches"
-    if window < 0 or softcap < 0:
-        return f"window and softcap must not be negative, got {window}, {softcap}"
-    if sinks_H is not None and (sinks_H.dtype not in _SINKS or sinks_H.shape != (heads,) or sinks_H.stride(0) != 1):
-        got = f"{sinks_H.dtype}, shape {tuple(sinks_H.shape)}, strides {sinks_H.stride()}"
-        return f"sinks must be {heads} contiguous elements of float32 or bfloat16, got {got}"
+    if sinks_H is not None and sinks_H.dtype not in _SINKS:
+        return f"sinks must be float32 or bfloat16, got {sinks_H.dtype}"
     dtypes = (q_THD.dtype, k_cache.dtype, v_cache.dtype)
     if len(set(dtypes)) > 1 or q_THD.dtype not in _DTYPES:
         return f"q, k_cache and v_cache must all be float32, bfloat16 or float16, got {dtypes}"
-    if dim % 16 or dim != k_cache.shape[3] or heads % kv_heads:
-        shapes = f"got q {tuple(q_THD.shape)}, k_cache {tuple(k_cache.shape)}"
-        return f"it needs a head dim that is a multiple of 16 and H a multiple of K, {shapes}"
-    if q_THD.stride(2) != 1:
-        return f"q (T, H, D) must be contiguous in D, its strides are {q_THD.stride()}"
-    for name, tensor in (("block_table", block_table_RB), ("seq_lens", seq_lens_R), ("query_starts", query_starts_S)):
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
-            got = f"{tensor.dtype}, strides {tensor.stride()}"
-            return f"{name} must be int32 and contiguous in its last dimension, got {got}"
+    if q_THD.shape[2] % 16:
+        return f"it needs a head dim that is a multiple of 16, got q {tuple(q_THD.shape)}"
     if not scale > 0:
         return f"scale must be positive, got {scale}"
-    return _refuses_caches(k_cache, v_cache)
+    return _refuses_system()
 
 
-@attention.provider("cpp", devices=("cpu",), refuses=_refuses_attention)
+@attention.provider("cpp", devices=("cpu",), refuses=_refuses_attention, launches=True)
 def attention_cpp(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
@@ -105,26 +87,17 @@ def _attention_error(
 
 
 def _refuses_kv_append(
-    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
-) -> str | None:  # fmt: skip
+    k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> str | None:
     if k_scale is not None or v_scale is not None:
         return "it copies bytes, and serves no scales"
     dtypes = (k_TKD.dtype, v_TKD.dtype, k_cache.dtype, v_cache.dtype)
     if len(set(dtypes)) > 1:
         return f"k, v and the caches must share a dtype, got {dtypes}"
-    wanted = (slot_mapping_T.shape[0], k_cache.shape[1], k_cache.shape[3])
-    for name, tensor in (("k", k_TKD), ("v", v_TKD)):
-        if tensor.shape != wanted:
-            return f"{name} must be {wanted} (T, K, D), got {tuple(tensor.shape)}"
-        if tensor.stride(2) != 1:
-            return f"{name} (T, K, D) must be contiguous in D, its strides are {tensor.stride()}"
-    if slot_mapping_T.dtype != torch.int64 or slot_mapping_T.stride(0) != 1:
-        return f"slot_mapping must be contiguous int64, got {slot_mapping_T.dtype}, strides {slot_mapping_T.stride()}"
-    return _refuses_caches(k_cache, v_cache)
+    return _refuses_system()
 
 
-@kv_append.provider("cpp", devices=("cpu",), refuses=_refuses_kv_append)
+@kv_append.provider("cpp", devices=("cpu",), refuses=_refuses_kv_append, launches=True)
 def kv_append_cpp(
     k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping_T: Tensor,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seamwise.kernels.contract import rows_of
 from seamwise.kernels.linear.linear import linear_packed, pack_linear, packed_shape
 
 from . import huge_pages
@@ -18,13 +19,10 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def _refuses_pack(weight_NK: Tensor) -> str | None:
-    if weight_NK.dtype not in _DTYPES or weight_NK.dim() != 2 or weight_NK.stride(1) != 1:
-        got = f"{weight_NK.dtype} {tuple(weight_NK.shape)}, strides {weight_NK.stride()}"
-        return f"weight must be float32 or bfloat16 (N, K), contiguous in K, got {got}"
-    return None
+    return None if weight_NK.dtype in _DTYPES else f"weight must be float32 or bfloat16, got {weight_NK.dtype}"
 
 
-@pack_linear.provider("cpp", devices=("cpu",), refuses=_refuses_pack)
+@pack_linear.provider("cpp", devices=("cpu",), refuses=_refuses_pack, launches=True)
 def pack_linear_cpp(weight_NK: Tensor) -> Tensor:
     rows, columns = weight_NK.shape
     size = weight_NK.element_size()
@@ -36,28 +34,20 @@ def pack_linear_cpp(weight_NK: Tensor) -> Tensor:
     return packed
 
 
-def _refuses(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None = None) -> str | None:
-    if x_TK.dtype not in _DTYPES or packed.dtype != x_TK.dtype:
-        return f"x and packed must both be float32 or both bfloat16, got {x_TK.dtype}, {packed.dtype}"
-    if x_TK.stride(-1) != 1 or x_TK.dim() < 2 or (x_TK.dim() > 2 and not x_TK.is_contiguous()):
-        return f"x must be rows contiguous in K, got {tuple(x_TK.shape)}, strides {x_TK.stride()}"
-    depth = x_TK.shape[-1]
-    wanted = packed_shape(out_features, depth, x_TK.dtype)
-    if depth == 0 or tuple(packed.shape) != wanted or not packed.is_contiguous():
-        sizes = f"{depth} inputs and {out_features} outputs"
-        return f"packed must be contiguous {wanted} for {sizes}, got {tuple(packed.shape)}"
-    if bias_N is not None and (bias_N.dtype != x_TK.dtype or bias_N.shape != (out_features,) or bias_N.stride(0) != 1):
-        return f"bias must be {x_TK.dtype} ({out_features},), contiguous, got {bias_N.dtype} {tuple(bias_N.shape)}"
+def _refuses(x_TK: Tensor, packed: Tensor, bias_N: Tensor | None = None) -> str | None:
+    dtypes = [t.dtype for t in (x_TK, packed, bias_N) if t is not None]
+    if x_TK.dtype not in _DTYPES or len(set(dtypes)) > 1:
+        return f"x, packed and bias must all be float32 or all bfloat16, got {', '.join(map(str, dtypes))}"
     return None
 
 
-@linear_packed.provider("cpp", devices=("cpu",), refuses=_refuses)
+@linear_packed.provider("cpp", devices=("cpu",), refuses=_refuses, launches=True)
 def linear_packed_cpp(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None = None) -> Tensor:
-    depth, size = x_TK.shape[-1], x_TK.element_size()
+    (rows, stride), depth, size = rows_of(x_TK), x_TK.shape[-1], x_TK.element_size()
     out = empty((*x_TK.shape[:-1], out_features), x_TK.dtype)
     launch(
         _LINEAR, _DTYPES[x_TK.dtype], x_TK.data_ptr(), packed.data_ptr(), 0 if bias_N is None else bias_N.data_ptr(),
-        out.data_ptr(), x_TK.numel() // depth, out_features, depth, x_TK.stride(-2) * size, out_features * size,
+        out.data_ptr(), rows, out_features, depth, stride * size, out_features * size,
         torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -223,9 +223,6 @@ def current() -> Tape | None:
     return _recording.tape
 
 
-LAUNCHING = ("cpp", "composed")  # providers that compute by `launch`, or by other ops and calls
-
-
 def call(function: Callable[..., Any], *args: Any, seam: str = "", launches: bool = False) -> Any:
     """Call what is recorded as a whole when a tape records: code that neither `launch` nor torch's dispatcher sees, or
     whose calls depend on values. Returns what it returns: a tensor, a tuple of them, or None.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seamwise.kernels.activation.silu_mul import silu_mul
-from seamwise.kernels.contract import refuses_rows
+from seamwise.kernels.contract import rows_of
 from seamwise.kernels.linear.gather_rows import gather_rows
 from seamwise.kernels.norm.add_rms_norm import add_rms_norm
 from seamwise.kernels.norm.rms_norm import rms_norm
@@ -34,32 +34,27 @@ def _one_dtype(*tensors: Tensor) -> str | None:
     return None
 
 
-def _refuses_rms_norm(x_TD: Tensor, weight_D: Tensor) -> str | None:
-    return _one_dtype(x_TD, weight_D) or refuses_rows(x=x_TD)
-
-
-def _refuses_add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> str | None:
-    return _one_dtype(x_TD, residual_TD, weight_D) or refuses_rows(x=x_TD, residual=residual_TD)
-
-
-@rms_norm.provider("cpp", devices=("cpu",), refuses=_refuses_rms_norm)
+@rms_norm.provider("cpp", devices=("cpu",), refuses=lambda x_TD, weight_D: _one_dtype(x_TD, weight_D), launches=True)
 def rms_norm_cpp(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    width = x_TD.shape[-1]
+    rows, stride = rows_of(x_TD)
     out = empty(x_TD.shape, x_TD.dtype)
     launch(
         _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), 0, weight_D.data_ptr(), out.data_ptr(), 0,
-        x_TD.numel() // width, width, x_TD.stride(-2), 0, float(eps), torch.get_num_threads(),
+        rows, x_TD.shape[-1], stride, 0, float(eps), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-@add_rms_norm.provider("cpp", devices=("cpu",), refuses=_refuses_add_rms_norm)
+@add_rms_norm.provider(
+    "cpp", devices=("cpu",), launches=True,
+    refuses=lambda x_TD, residual_TD, weight_D: _one_dtype(x_TD, residual_TD, weight_D),
+)  # fmt: skip
 def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    width = x_TD.shape[-1]
+    (rows, stride), (_, residual_stride) = rows_of(x_TD), rows_of(residual_TD)
     out, total = empty(x_TD.shape, x_TD.dtype), empty(x_TD.shape, x_TD.dtype)
     launch(
         _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), out.data_ptr(),
-        total.data_ptr(), x_TD.numel() // width, width, x_TD.stride(-2), residual_TD.stride(-2), float(eps),
+        total.data_ptr(), rows, x_TD.shape[-1], stride, residual_stride, float(eps),
         torch.get_num_threads(),
     )  # fmt: skip
     return out, total
@@ -68,10 +63,10 @@ def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: f
 def _refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> str | None:
     if interleaved or cos_TR.shape[-1] != x_THD.shape[-1]:
         return f"it turns whole heads in halves, got {cos_TR.shape[-1]} of {x_THD.shape[-1]} columns, {interleaved=}"
-    return refuses_rope(x_THD, cos_TR, sin_TR) or _one_dtype(x_THD, cos_TR, sin_TR)
+    return refuses_rope(x_THD) or _one_dtype(x_THD, cos_TR, sin_TR)
 
 
-@rope.provider("cpp", devices=("cpu",), refuses=_refuses_rope)
+@rope.provider("cpp", devices=("cpu",), refuses=_refuses_rope, launches=True)
 def rope_cpp(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     out = empty(x_THD.shape, x_THD.dtype)
     launch(
@@ -81,21 +76,15 @@ def rope_cpp(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = 
     return out
 
 
-def _refuses_rope_table(
-    positions_T: Tensor, speeds_F: Tensor, dtype: torch.dtype, sections: list[int] | None
-) -> str | None:
+def _refuses_rope_table(positions_T: Tensor, dtype: torch.dtype, sections: list[int] | None) -> str | None:
     if sections is not None:
         return f"it takes one position a token, got sections {sections}"
     if dtype not in _DTYPES:
         return f"dtype must be float32 or bfloat16, got {dtype}"
-    if positions_T.dtype != torch.int64 or speeds_F.dtype != torch.float32:
-        return f"positions must be int64 and speeds float32, got {positions_T.dtype}, {speeds_F.dtype}"
-    if positions_T.dim() != 1 or not (positions_T.is_contiguous() and speeds_F.is_contiguous()):
-        return f"positions and speeds must be contiguous vectors, got {positions_T.stride()}, {speeds_F.stride()}"
-    return None
+    return None if positions_T.dim() == 1 else f"positions must be a vector, got {tuple(positions_T.shape)}"
 
 
-@rope_table.provider("cpp", devices=("cpu",), refuses=_refuses_rope_table)
+@rope_table.provider("cpp", devices=("cpu",), refuses=_refuses_rope_table, launches=True)
 def rope_table_cpp(
     positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -108,24 +97,17 @@ def rope_table_cpp(
     return cos, sin
 
 
-@silu_mul.provider("cpp", devices=("cpu",), refuses=lambda x_TI2: _one_dtype(x_TI2) or refuses_rows(x=x_TI2))
+@silu_mul.provider("cpp", devices=("cpu",), refuses=lambda x_TI2: _one_dtype(x_TI2), launches=True)
 def silu_mul_cpp(x_TI2: Tensor) -> Tensor:
-    width = x_TI2.shape[-1]
-    out = empty((*x_TI2.shape[:-1], width // 2), x_TI2.dtype)
+    (rows, stride), width = rows_of(x_TI2), x_TI2.shape[-1] // 2
+    out = empty((*x_TI2.shape[:-1], width), x_TI2.dtype)
     launch(
-        _SILU_MUL, _DTYPES[x_TI2.dtype], x_TI2.data_ptr(), out.data_ptr(), x_TI2.numel() // width, width // 2,
-        x_TI2.stride(-2), torch.get_num_threads(),
+        _SILU_MUL, _DTYPES[x_TI2.dtype], x_TI2.data_ptr(), out.data_ptr(), rows, width, stride, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def _refuses_gather(table_VD: Tensor, index_T: Tensor) -> str | None:
-    if table_VD.dim() != 2 or table_VD.stride(1) != 1 or index_T.dtype != torch.int64 or not index_T.is_contiguous():
-        return f"wanted rows contiguous in D and contiguous int64 indices, got {table_VD.stride()}, {index_T.dtype}"
-    return None
-
-
-@gather_rows.provider("cpp", devices=("cpu",), refuses=_refuses_gather)
+@gather_rows.provider("cpp", devices=("cpu",), launches=True)
 def gather_rows_cpp(table_VD: Tensor, index_T: Tensor) -> Tensor:
     """Copy rows in C++. Raises ValueError when an index lies outside the table."""
     out = empty((*index_T.shape, table_VD.shape[1]), table_VD.dtype)
@@ -141,7 +123,7 @@ def gather_rows_cpp(table_VD: Tensor, index_T: Tensor) -> Tensor:
 
 def argmax_rows(x_RV: Tensor) -> Tensor:
     """Return what torch.argmax does, the first greatest of each row, int64 (R,), a NaN above all."""
-    if x_RV.dtype not in _DTYPES or refuses_rows(x=x_RV) or not x_RV.shape[1]:
+    if x_RV.dtype not in _DTYPES or x_RV.stride(1) != 1 or not x_RV.shape[1]:
         return x_RV.argmax(-1)
     out = empty(x_RV.shape[:1], torch.int64)
     launch(

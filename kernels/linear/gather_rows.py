@@ -16,7 +16,7 @@ from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
 
 
-@contract()
+@contract(args={"index_T": "[*T] int64"})
 def gather_rows(table_VD: Tensor, index_T: Tensor) -> Tensor:
     """Return table[index]: (T, D) for a table (V, D) and int64 indices (T,) from 0 to V - 1. Moves 2·T·D elements."""
     return table_VD.index_select(0, index_T.flatten()).unflatten(0, index_T.shape)
@@ -38,11 +38,12 @@ def make(draw: Draw, V: int, T: int, D: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _gather_rows_kernel(table_ptr, index_ptr, out_ptr, table_stride, D, BLOCK: tl.constexpr):
+def _gather_rows_kernel(table_ptr, index_ptr, out_ptr, table_stride, V, D, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     source = tl.load(index_ptr + row)
-    values = tl.load(table_ptr + source * table_stride + column, mask=column < D)
+    known = column < tl.where((source >= 0) & (source < V), D, 0)  # zeros for another row than the table's
+    values = tl.load(table_ptr + source * table_stride + column, mask=known, other=0.0)
     tl.store(out_ptr + row * D + column, values, mask=column < D)
 
 
@@ -57,18 +58,12 @@ def builds(dtype: str) -> Iterator[Build]:
         yield Build(_gather_rows_kernel, config(width), {"index_ptr": "*i64"})
 
 
-def _refuses(table_VD: Tensor, index_T: Tensor) -> str | None:
-    if table_VD.dim() != 2 or table_VD.stride(1) != 1 or index_T.dtype != torch.int64 or not index_T.is_contiguous():
-        return f"wanted a table (V, D) contiguous in D and contiguous int64 indices, got {index_T.dtype}"
-    return None
-
-
-@gather_rows.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@gather_rows.provider("triton", devices=("cuda",), triton=True)
 def gather_rows_triton(table_VD: Tensor, index_T: Tensor) -> Tensor:
     width = table_VD.shape[1]
     out = torch.empty((*index_T.shape, width), dtype=table_VD.dtype, device=table_VD.device)
     if index_T.numel():
         chosen = config(width)
         grid = (index_T.numel(), triton.cdiv(width, chosen["BLOCK"]))
-        _gather_rows_kernel[grid](table_VD, index_T, out, table_VD.stride(0), width, **chosen)
+        _gather_rows_kernel[grid](table_VD, index_T, out, table_VD.stride(0), table_VD.shape[0], width, **chosen)
     return out

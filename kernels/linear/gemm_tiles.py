@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from seamwise.kernels.contract import refuses_rows
 
 
 def config(T: int, N: int, itemsize: int) -> dict[str, int]:
@@ -46,13 +45,9 @@ def grid(T: int, N: int, chosen: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(T, chosen["BLOCK_T"]) * triton.cdiv(N, chosen["BLOCK_N"]),)
 
 
-def refuses_operands(x_TK: Tensor, w: Tensor, bias_N: Tensor | None) -> str | None:
-    """Return why the kernels cannot read these operands, or None."""
-    if x_TK.dim() != 2:
-        return f"x must be a matrix, its shape is {tuple(x_TK.shape)}"
-    if bias_N is not None and bias_N.stride(0) != 1:
-        return f"bias must be contiguous, its stride is {bias_N.stride(0)}"
-    return refuses_rows(x=x_TK, weight=w)
+def refuses_wide(x_TK: Tensor) -> str | None:
+    """Return why the kernels cannot multiply x, or None."""
+    return "x is float64, wanted float16, bfloat16 or float32" if x_TK.dtype == torch.float64 else None
 
 
 @triton.jit

@@ -32,7 +32,19 @@ def pack_linear(weight_NK: Tensor) -> Tensor:
     return padded.reshape(panels, PANEL, words, per_word).permute(0, 2, 1, 3).contiguous()
 
 
-@contract(opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features)
+def limits_packed(packed: Tensor, out_features: int, in_features: int) -> str | None:
+    """Return why a tensor is not a packed weight (N, K), or None."""
+    wanted = packed_shape(out_features, in_features, packed.dtype)
+    if tuple(packed.shape) == wanted:
+        return None
+    return f"packed is {tuple(packed.shape)}, wanted {wanted} for a weight ({out_features}, {in_features})"
+
+
+@contract(
+    args={"x_TK": "*T K", "packed": "[P W L E]", "bias_N": "out_features"}, opaque=True,
+    limits=lambda x_TK, packed, out_features: limits_packed(packed, out_features, x_TK.shape[-1]),
+    flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features,
+)  # fmt: skip
 def linear_packed(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None = None) -> Tensor:
     """Return x wᵀ + bias: (…, N) in x's dtype, for x (…, K) and w packed by `pack_linear`; sums in float32.
 

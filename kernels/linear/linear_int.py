@@ -18,13 +18,19 @@ from seamwise.kernels.cpu import huge_pages
 from seamwise.kernels.cpu.tape import Kernel, empty, launch
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.quantize_weight import unpack_int4
+from seamwise.kernels.signature import cdiv
 
 from .linear import PANEL
 
 _LINEAR = Kernel("linear_cpu.cpp", "seamwise_linear_int")
 
 
-@contract(opaque=True)
+def _limits(stored: Tensor, in_features: int) -> str | None:
+    columns = cdiv(in_features, 8) if stored.dtype == torch.int32 else in_features
+    return None if stored.shape[1] == columns else f"stored has {stored.shape[1]} columns, wanted {columns}"
+
+
+@contract(args={"stored": "N W int32|int8!"}, limits=_limits, opaque=True)
 def pack_int_panels(stored: Tensor, in_features: int) -> Tensor:
     """Return integers as panels of 32 rows.
 
@@ -43,7 +49,7 @@ def _padded(stored: Tensor, in_features: int) -> Tensor:
     return torch.nn.functional.pad(values_NK, (0, -K % 2, 0, -N % PANEL), value=8 if int4 else 0)
 
 
-@pack_int_panels.provider("huge_pages", devices=("cpu",))
+@pack_int_panels.provider("huge_pages", devices=("cpu",), strided=True)
 def pack_into_huge_pages(stored: Tensor, in_features: int) -> Tensor:
     """The same, where the kernel reads fastest; a word of two inputs moves as one int16."""
     padded = _padded(stored, in_features)
@@ -64,7 +70,21 @@ def pack_group_values(values_NG: Tensor) -> Tensor:
     return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-@contract(opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features)
+_VALUES = "[cdiv(out_features,32) blocks(K,group) 32] float32"
+
+
+def _limits_panels(panels: Tensor) -> str | None:
+    columns = PANEL if panels.dtype == torch.uint8 else 2 * PANEL
+    return None if panels.shape[2] == columns else f"panels of {panels.dtype} have {panels.shape[2]}, wanted {columns}"
+
+
+@contract(
+    args={
+        "panels": "[cdiv(out_features,32) cdiv(K,2) 32|64] uint8|int8!", "scale_PGC": _VALUES, "offset_PGC": _VALUES,
+        "bias_N": "out_features",
+    },
+    limits=_limits_panels, opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features,
+)  # fmt: skip
 def linear_int(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
     bias_N: Tensor | None = None,
@@ -139,30 +159,17 @@ def make(
     return draw(T, K), panels, scale_PGC, offset_PGC if offset else None, group, N, draw(N) if bias else None
 
 
-def _refuses(
-    x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
-    bias_N: Tensor | None = None,
-) -> str | None:  # fmt: skip
-    if x_TK.dtype != torch.bfloat16 or x_TK.dim() != 2 or x_TK.stride(1) != 1 or not x_TK.shape[1]:
-        return f"x must be bfloat16 (T, K), contiguous in K, got {x_TK.dtype} {tuple(x_TK.shape)}"
+def _refuses(x_TK: Tensor, group: int, bias_N: Tensor | None) -> str | None:
+    if x_TK.dtype != torch.bfloat16 or not x_TK.shape[1]:
+        return f"x must be bfloat16 of some columns, got {x_TK.dtype} {tuple(x_TK.shape)}"
     if group % 2:
         return f"group must be even, for words of two inputs, got {group}"
-    if scale_PGC.dtype != torch.float32:
-        return f"scales must be float32, got {scale_PGC.dtype}"
-    blocks, groups = -(-out_features // PANEL), -(-x_TK.shape[1] // group) if group else 1
-    columns = {torch.uint8: PANEL, torch.int8: 2 * PANEL}.get(panels.dtype)
-    if columns is None:
-        return f"panels must be uint8 of int4 or int8, got {panels.dtype}"
-    wanted = ((blocks, -(-x_TK.shape[1] // 2), columns), (blocks, groups, PANEL), (blocks, groups, PANEL))
-    for tensor, shape in zip((panels, scale_PGC, offset_PGC), wanted, strict=True):
-        if tensor is not None and (tuple(tensor.shape) != shape or not tensor.is_contiguous()):
-            return f"wanted contiguous panels {shape}, got {tuple(tensor.shape)}"
-    if bias_N is not None and (bias_N.dtype != x_TK.dtype or bias_N.shape != (out_features,) or bias_N.stride(0) != 1):
-        return f"bias must be {x_TK.dtype} ({out_features},), contiguous, got {bias_N.dtype} {tuple(bias_N.shape)}"
-    return None
+    return (
+        f"bias must be {x_TK.dtype}, got {bias_N.dtype}" if bias_N is not None and bias_N.dtype != x_TK.dtype else None
+    )
 
 
-@linear_int.provider("cpp", devices=("cpu",), refuses=_refuses)
+@linear_int.provider("cpp", devices=("cpu",), refuses=_refuses, launches=True)
 def linear_int_cpp(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
     bias_N: Tensor | None = None,

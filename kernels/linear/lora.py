@@ -18,13 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, Cost, contract, refuses_rows
+from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
 
 _CHUNK = 512  # columns of x a program; fixed, so that the order of the sums is
 
 
-@contract()
+_ADAPTER = {"adapter_T": "int32|int64!"}
+
+
+@contract(args={**_ADAPTER, "a_LRD": "[L R D]"})
 def lora_shrink(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
     """Return x[t] · a[adapter[t]]ᵀ: (T, R) in x's dtype, sums in float32 or wider; zeros where the adapter is -1.
 
@@ -38,7 +41,7 @@ def lora_shrink(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
     return s_TR.masked_fill((adapter_T < 0).unsqueeze(-1), 0).to(x_TD.dtype)
 
 
-@contract()
+@contract(args={**_ADAPTER, "b_LNR": "[L N R]", "scaling_L": "float32"})
 def lora_expand(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> Tensor:
     """Return y[t] + scaling[adapter[t]] · (b[adapter[t]] · s[t]): (T, N) in y's dtype; y where the adapter is -1.
 
@@ -186,29 +189,13 @@ def expand_builds(dtype: str) -> Iterator[Build]:
     yield from _builds(_expand_kernel, {}, {"scaling_ptr": "*fp32"}, dtype)
 
 
-def _refuses(wide_TD: Tensor, weight: Tensor, adapter_T: Tensor, **rows: Tensor) -> str | None:
-    if weight.dim() != 3 or not weight.is_contiguous() or weight.dtype != wide_TD.dtype or wide_TD.dim() != 2:
-        return f"adapters must be contiguous (L, ·, ·) of {wide_TD.dtype}, got {tuple(weight.shape)}, {weight.dtype}"
-    if adapter_T.dtype not in (torch.int32, torch.int64) or not adapter_T.is_contiguous():
-        return f"adapter_T must be contiguous int32 or int64, got {adapter_T.dtype}"
-    if wide_TD.dtype == torch.float64 or any(r.dtype != wide_TD.dtype for r in rows.values()):
-        return f"rows must share a dtype of at most 32 bits, got {wide_TD.dtype}, {[r.dtype for r in rows.values()]}"
-    return refuses_rows(**rows)
+def _refuses(*rows: Tensor) -> str | None:
+    if rows[0].dtype == torch.float64 or len({r.dtype for r in rows}) > 1:
+        return f"rows and adapters must share a dtype of at most 32 bits, got {[r.dtype for r in rows]}"
+    return None
 
 
-def _refuses_shrink(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> str | None:
-    if a_LRD.shape[-1] != x_TD.shape[-1]:
-        return f"a has {a_LRD.shape[-1]} columns, x {x_TD.shape[-1]}"
-    return _refuses(x_TD, a_LRD, adapter_T, x=x_TD)
-
-
-def _refuses_expand(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> str | None:
-    if b_LNR.shape[-2:] != (y_TN.shape[-1], s_TR.shape[-1]) or scaling_L.dtype != torch.float32:
-        return f"b {tuple(b_LNR.shape)} does not take s {tuple(s_TR.shape)} to y {tuple(y_TN.shape)}"
-    return _refuses(y_TN, b_LNR, adapter_T, y=y_TN, s=s_TR)
-
-
-@lora_shrink.provider("triton", devices=("cuda",), refuses=_refuses_shrink, triton=True)
+@lora_shrink.provider("triton", devices=("cuda",), refuses=lambda x_TD, a_LRD: _refuses(x_TD, a_LRD), triton=True)
 def lora_shrink_triton(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
     (tokens, width), rank = x_TD.shape, a_LRD.shape[1]
     chunks = triton.cdiv(width, _CHUNK)
@@ -223,7 +210,9 @@ def lora_shrink_triton(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor
     return out
 
 
-@lora_expand.provider("triton", devices=("cuda",), refuses=_refuses_expand, triton=True)
+@lora_expand.provider(
+    "triton", devices=("cuda",), triton=True, refuses=lambda y_TN, s_TR, b_LNR: _refuses(y_TN, s_TR, b_LNR)
+)
 def lora_expand_triton(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> Tensor:
     (tokens, width), rank = y_TN.shape, s_TR.shape[1]
     out = torch.empty((tokens, width), dtype=y_TN.dtype, device=y_TN.device)

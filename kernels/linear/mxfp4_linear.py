@@ -18,44 +18,34 @@ from torch import Tensor
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
-from .gemm_tiles import config, configs, grid, program_tile, refuses_operands, store_tile
+from .gemm_tiles import config, configs, grid, program_tile, refuses_wide, store_tile
 
 GROUP = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and their negatives, with the fourth bit
 
 
-@contract(flops=lambda x_TK, packed: 2 * x_TK.numel() * packed.shape[0])
+@contract(
+    args={"x_TK": "T 32*G", "packed": "N 16*G uint8!", "scale_NG": "N G uint8!"},
+    flops=lambda x_TK, packed: 2 * x_TK.numel() * packed.shape[0],
+)
 def mxfp4_linear(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """Return x wᵀ + bias: (T, N) in x's dtype, for w = e2m1 · 2^(scale - 127); sums in float32 or wider.
 
     packed  uint8 (N, K/2): two e2m1 floats, the first in the low 4 bits
-    scale   uint8 (N, K/32): the exponents e8m0 of groups of 32 columns
+    scale   uint8 (N, K/32): the exponents e8m0 of groups of 32 columns, 255 for NaN
     Moves T·K + T·N elements and N·K·17/32 bytes, and takes 2·T·N·K flops. Raises ValueError for other shapes.
     """
-    check(x_TK, packed, scale_NG, bias_N)
     wide = torch.promote_types(x_TK.dtype, torch.float32)
     out_TN = x_TK.to(wide) @ dequantize_mxfp4(packed, scale_NG, wide).T
     return (out_TN if bias_N is None else out_TN + bias_N.to(wide)).to(x_TK.dtype)
 
 
 def dequantize_mxfp4(packed: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight (…, K) of packed (…, K/2) and its scales (…, K/32)."""
+    """Return the weight (…, K) of packed (…, K/2) and its scales (…, K/32); a scale of 255 is NaN."""
     values = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=dtype, device=packed.device)
     codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).unflatten(-1, (-1, GROUP))
-    return torch.ldexp(values[codes.int()], scale_NG.int().unsqueeze(-1) - 127).flatten(-2)
-
-
-def check(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> None:
-    """Raise ValueError unless these are arguments of `mxfp4_linear`."""
-    K, N = x_TK.shape[1], packed.shape[0]
-    if K % GROUP:
-        raise ValueError(f"mxfp4_linear: x has {K} columns, wanted a multiple of {GROUP}")
-    shapes = (N, K // 2), (N, K // GROUP), (N,)
-    for name, tensor, shape in zip(("packed", "scale", "bias"), (packed, scale_NG, bias_N), shapes, strict=True):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"mxfp4_linear: {name} is {tuple(tensor.shape)}, wanted {shape} for K {K}")
-    if packed.dtype != torch.uint8 or scale_NG.dtype != torch.uint8:
-        raise ValueError(f"mxfp4_linear: packed is {packed.dtype}, scale {scale_NG.dtype}, wanted uint8 for both")
+    weight = torch.ldexp(values[codes.int()], scale_NG.int().unsqueeze(-1) - 127)
+    return weight.masked_fill((scale_NG == 255).unsqueeze(-1), torch.nan).flatten(-2)
 
 
 @mxfp4_linear.tuned_by
@@ -94,7 +84,8 @@ def mxfp4_tile(byte, exponent, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     half = (((code & 7) << 9) | ((code & 8) << 12)).to(tl.uint16).to(tl.float16, bitcast=True)
     value = tl.reshape(half.to(tl.float32) * 16384.0, [BLOCK_N, BLOCK_K // 32, 32])
     bits = exponent.to(tl.int32) << 23
-    scale = tl.where(bits == 0, 0x400000, bits).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
+    bits = tl.where(exponent == 255, 0x7FC00000, tl.where(bits == 0, 0x400000, bits))  # NaN; 2^-127 is subnormal
+    scale = bits.to(tl.float32, bitcast=True)
     return tl.reshape(value * scale[:, :, None], [BLOCK_N, BLOCK_K])
 
 
@@ -130,15 +121,8 @@ def builds(dtype: str) -> Iterator[Build]:
         yield Build(_mxfp4_kernel, constants, {"packed_ptr": "*u8", "scale_ptr": "*u8"})
 
 
-def _refuses(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None) -> str | None:
-    if x_TK.dtype == torch.float64 or scale_NG.stride(1) != 1:
-        return f"x must be float16, bfloat16 or float32, scale contiguous in K, got {x_TK.dtype}, {scale_NG.stride()}"
-    return refuses_operands(x_TK, packed, bias_N)
-
-
-@mxfp4_linear.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@mxfp4_linear.provider("triton", devices=("cuda",), refuses=refuses_wide, triton=True)
 def mxfp4_linear_triton(x_TK: Tensor, packed: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    check(x_TK, packed, scale_NG, bias_N)
     T, K, N = *x_TK.shape, packed.shape[0]
     out_TN = torch.empty(T, N, dtype=x_TK.dtype, device=x_TK.device)
     if T and N:

@@ -22,12 +22,25 @@ from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.quantize import LIMITS, TRITON_TYPES, quantize_rows
 from seamwise.kernels.quant.quantize_weight import expand_blocks, quantize_weight, weight_scale
 
-from .gemm_tiles import config, configs, grid, load_tile, program_tile, refuses_operands, store_tile
+from .gemm_tiles import config, configs, grid, load_tile, program_tile, store_tile
 
 BLOCK = 128
 
 
-@contract(flops=lambda x_TK, w_NK: 2 * x_TK.numel() * w_NK.shape[0])
+def limits_quantized(x_TK: Tensor, w_NK: Tensor) -> str | None:
+    """Return why x and w are not both float8 or both int8, or None."""
+    if x_TK.dtype in LIMITS and w_NK.dtype == x_TK.dtype:
+        return None
+    return f"x is {x_TK.dtype}, w {w_NK.dtype}, wanted both float8_e4m3fn or both int8"
+
+
+@contract(
+    args={
+        "x_scale_TG": "T 1|cdiv(K,128) float32",
+        "w_scale": "N 1 or 1 1 or cdiv(N,128) cdiv(K,128) float32",
+    },
+    limits=limits_quantized, flops=lambda x_TK, w_NK: 2 * x_TK.numel() * w_NK.shape[0],
+)  # fmt: skip
 def scaled_linear(
     x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
 ) -> Tensor:
@@ -40,7 +53,6 @@ def scaled_linear(
     scales.
     """
     N, K = w_NK.shape
-    check(x_TK, x_scale_TG, w_NK, w_scale, bias_N)
     wide = torch.promote_types(torch.promote_types(x_scale_TG.dtype, w_scale.dtype), torch.float32)
     x_scale_TK = x_scale_TG.repeat_interleave(BLOCK, 1)[:, :K] if x_scale_TG.shape[1] > 1 else x_scale_TG
     w_scale_NK = expand_blocks(w_scale, (N, K), BLOCK, BLOCK) if scales_blocks(w_scale, N, K) else w_scale
@@ -51,21 +63,6 @@ def scaled_linear(
 def scales_blocks(w_scale: Tensor, N: int, K: int) -> bool:
     """Return whether the weight's scales change along K or in steps of rows: neither a tensor's nor a channel's."""
     return w_scale.shape[1] > 1 or w_scale.shape[0] not in (1, N)
-
-
-def check(x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, bias_N: Tensor | None) -> None:
-    """Raise ValueError unless these are arguments of `scaled_linear`."""
-    T, (N, K) = x_TK.shape[0], w_NK.shape
-    down, across = -(-N // BLOCK), -(-K // BLOCK)
-    if x_TK.dtype not in LIMITS or w_NK.dtype != x_TK.dtype:
-        raise ValueError(f"scaled_linear: x is {x_TK.dtype}, w {w_NK.dtype}, wanted both float8_e4m3fn or both int8")
-    for name, tensor, wanted in (
-        ("x", x_TK, ((T, K),)), ("x_scale", x_scale_TG, ((T, 1), (T, across))),
-        ("w_scale", w_scale, ((N, 1), (1, 1), (down, across))), ("bias", bias_N, ((N,),)),
-    ):  # fmt: skip
-        if tensor is not None and tuple(tensor.shape) not in wanted:
-            shapes = " or ".join(map(str, wanted))
-            raise ValueError(f"scaled_linear: {name} is {tuple(tensor.shape)}, wanted {shapes} for w ({N}, {K})")
 
 
 @scaled_linear.tuned_by
@@ -202,21 +199,19 @@ def lacks_float8(x: Tensor) -> bool:
     return x.dtype.is_floating_point and gpu_before(8, 9)
 
 
-def _refuses(
-    x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None
-) -> str | None:
-    if lacks_float8(x_TK):
+def refuses_scaled(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Return why the kernels cannot multiply x to a result of this dtype, or None."""
+    if lacks_float8(x):
         return "float8 needs compute capability 8.9"
-    if x_scale_TG.dtype != torch.float32 or w_scale.dtype != torch.float32 or not dtype.is_floating_point:
-        return f"scales must be float32 and the result float, got {x_scale_TG.dtype}, {w_scale.dtype}, {dtype}"
-    return refuses_operands(x_TK, w_NK, bias_N)
+    return None if dtype.is_floating_point else f"the result must be float, got {dtype}"
 
 
-@scaled_linear.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@scaled_linear.provider(
+    "triton", devices=("cuda",), refuses=lambda x_TK, dtype: refuses_scaled(x_TK, dtype), triton=True
+)
 def scaled_linear_triton(
     x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None
 ) -> Tensor:
-    check(x_TK, x_scale_TG, w_NK, w_scale, bias_N)
     T, (N, K) = x_TK.shape[0], w_NK.shape
     out_TN = torch.empty(T, N, dtype=dtype, device=x_TK.device)
     if not T or not N:

@@ -19,11 +19,27 @@ from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.dequantize_weight import dequantize_weight
 from seamwise.kernels.quant.quantize_weight import quantize_weight, weight_scale
+from seamwise.kernels.signature import cdiv
 
-from .gemm_tiles import config, configs, grid, program_tile, refuses_operands, store_tile
+from .gemm_tiles import config, configs, grid, program_tile, refuses_wide, store_tile
 
 
-@contract(flops=lambda x_TK, packed: 2 * x_TK.numel() * packed.shape[0])
+def _limits(x_TK: Tensor, packed: Tensor, zero_NG: Tensor | None) -> str | None:
+    columns = x_TK.shape[1] if packed.dtype == torch.int8 else cdiv(x_TK.shape[1], 8)
+    if packed.shape[1] != columns:
+        return f"packed has {packed.shape[1]} columns, wanted {columns} for {x_TK.shape[1]} of x"
+    if zero_NG is not None and zero_NG.dtype != torch.int8 and not zero_NG.is_floating_point():
+        return f"zero is {zero_NG.dtype}, wanted int8 or an offset in a floating dtype"
+    return None
+
+
+_GROUPS = "[N blocks(K,group)]"
+
+
+@contract(
+    args={"packed": "N W int8|int32!", "scale_NG": _GROUPS, "zero_NG": _GROUPS}, limits=_limits,
+    flops=lambda x_TK, packed: 2 * x_TK.numel() * packed.shape[0],
+)  # fmt: skip
 def w4a16_linear(
     x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None = None
 ) -> Tensor:
@@ -35,28 +51,10 @@ def w4a16_linear(
     Moves T·K + T·N elements, N·K/2 or N·K bytes and the scales, and takes 2·T·N·K flops; float64 is summed in itself.
     Raises ValueError for other shapes.
     """
-    check(x_TK, packed, scale_NG, zero_NG, group, bias_N)
     wide, format = torch.promote_types(x_TK.dtype, torch.float32), "int8" if packed.dtype == torch.int8 else "int4"
     weight_NK = dequantize_weight.meaning(packed, scale_NG, zero_NG, format, 1, group, x_TK.shape[1], wide)
     out_TN = x_TK.to(wide) @ weight_NK.T
     return (out_TN if bias_N is None else out_TN + bias_N.to(wide)).to(x_TK.dtype)
-
-
-def check(
-    x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None
-) -> None:
-    """Raise ValueError unless these are arguments of `w4a16_linear`."""
-    K, N = x_TK.shape[1], packed.shape[0]
-    tensors = {"packed": packed, "scale": scale_NG, "zero": zero_NG, "bias": bias_N}
-    groups = (N, -(-K // group) if group else 1)
-    stored = (N, K if packed.dtype == torch.int8 else -(-K // 8))
-    for (name, tensor), shape in zip(tensors.items(), (stored, groups, groups, (N,)), strict=True):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"w4a16_linear: {name} is {tuple(tensor.shape)}, wanted {shape} for K {K}, group {group}")
-    if packed.dtype not in (torch.int8, torch.int32):
-        raise ValueError(f"w4a16_linear: packed is {packed.dtype}, wanted int8, or int32 for int4 (see unpack_int4)")
-    if zero_NG is not None and zero_NG.dtype != torch.int8 and not zero_NG.is_floating_point():
-        raise ValueError(f"w4a16_linear: zero is {zero_NG.dtype}, wanted int8 or an offset in a floating dtype")
 
 
 @w4a16_linear.tuned_by
@@ -163,22 +161,16 @@ def builds(dtype: str) -> Iterator[Build]:
             yield Build(_w4a16_kernel, constants, types)
 
 
-def _refuses(
-    x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None
-) -> str | None:
+def _refuses(group: int) -> str | None:
     if group % 64 and group not in (16, 32):
         return f"group must be 16, 32 or a multiple of 64, or 0 for the row, got {group}"
-    tables = [a for a in (scale_NG, zero_NG) if a is not None]
-    if x_TK.dtype == torch.float64 or not all(a.is_contiguous() for a in tables):
-        return "x must be float16, bfloat16 or float32, scale and zero contiguous"
-    return refuses_operands(x_TK, packed, bias_N)
+    return None
 
 
-@w4a16_linear.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@w4a16_linear.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_wide), triton=True)
 def w4a16_linear_triton(
     x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None = None
 ) -> Tensor:
-    check(x_TK, packed, scale_NG, zero_NG, group, bias_N)
     T, K, N = *x_TK.shape, packed.shape[0]
     out_TN = torch.empty(T, N, dtype=x_TK.dtype, device=x_TK.device)
     zero = "none" if zero_NG is None else "offset" if zero_NG.is_floating_point() else "point"

@@ -18,17 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, Cost, contract, refuses_rows
+from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.linear.gemm_tiles import config, configs, store_tile
 from seamwise.kernels.linear.scaled_linear import load_tile
 
 from .moe_align import make_groups
 
+# What every grouped op takes of `moe_align`: the slots by expert, and where experts start among them.
+GROUPS = {"order_S": "R*top_k int32", "starts_E": "E+1 int32", "bias_EN": "[E N]"}
+
 
 @contract(
-    opaque=True, fake=lambda x_RK, weight_ENK, top_k: x_RK.new_empty((x_RK.shape[0] * top_k, weight_ENK.shape[1]))
-)
+    args=GROUPS, opaque=True, reads_values=True,
+    fake=lambda x_RK, weight_ENK, top_k: x_RK.new_empty((x_RK.shape[0] * top_k, weight_ENK.shape[1])),
+)  # fmt: skip
 def grouped_linear(
     x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
 ) -> Tensor:
@@ -39,7 +43,6 @@ def grouped_linear(
     other rows. Moves R·K + S·N elements and the weights of the experts with slots; takes 2·S·N·K flops. Raises
     ValueError for an order, starts or biases of other sizes.
     """
-    check_groups("grouped_linear", x_RK, weight_ENK, order_S, starts_E, top_k, bias_EN)
     return each_expert(
         order_S, starts_E, top_k, x_RK.new_zeros(order_S.shape[0], weight_ENK.shape[1]),
         lambda e, rows: torch.nn.functional.linear(
@@ -224,37 +227,11 @@ def _refuses(x_RK: Tensor, weight_ENK: Tensor) -> str | None:
     return None
 
 
-def refuses_groups(
-    x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, bias_EN: Tensor | None
-) -> str | None:
-    """Return why a grouped kernel cannot read its operands, or None."""
-    for name, index in (("order", order_S), ("starts", starts_E)):
-        if index.dtype != torch.int32 or not index.is_contiguous():
-            return f"{name} must be contiguous int32, got {index.dtype} of strides {index.stride()}"
-    if bias_EN is not None and not bias_EN.is_contiguous():
-        return f"the bias must be contiguous, its strides are {bias_EN.stride()}"
-    if weight_ENK.stride(2) != 1:
-        return f"the weight must be contiguous in its last dimension, its strides are {weight_ENK.stride()}"
-    return refuses_rows(x=x_RK)
-
-
-def check_groups(
-    name: str, x_RK: Tensor, weight_ENW: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None
-) -> None:
-    """Raise ValueError unless rows, order, starts and biases are of the sizes that a grouped op wants."""
-    E, N, slots = *weight_ENW.shape[:2], x_RK.shape[0] * top_k
-    for of, tensor, shape in (("order", order_S, (slots,)), ("starts", starts_E, (E + 1,)), ("bias", bias_EN, (E, N))):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            rows = f"x of {x_RK.shape[0]} rows, top_k {top_k} and weights of {E} experts"
-            raise ValueError(f"{name}: {of} is {tuple(tensor.shape)}, wanted {shape} for {rows}, as of moe_align")
-
-
-@grouped_linear.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_groups), triton=True)
+@grouped_linear.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
 def grouped_linear_triton(
     x_RK: Tensor, weight_ENK: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int, bias_EN: Tensor | None = None
 ) -> Tensor:
     """Tiles for the tensor cores, or vectors where slots are few: known only now, for a graph serves every batch."""
-    check_groups("grouped_linear", x_RK, weight_ENK, order_S, starts_E, top_k, bias_EN)
     (experts, N, K), slots = weight_ENK.shape, order_S.shape[0]
     out_SN = torch.empty(slots, N, dtype=x_RK.dtype, device=x_RK.device)
     if slots:

@@ -16,24 +16,26 @@ from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
-from seamwise.kernels.linear.gemm_tiles import store_tile
-from seamwise.kernels.linear.mxfp4_linear import check, mxfp4_linear, mxfp4_tile
+from seamwise.kernels.linear.gemm_tiles import refuses_wide, store_tile
+from seamwise.kernels.linear.mxfp4_linear import mxfp4_linear, mxfp4_tile
 
 from .grouped_linear import (
     GROUP_TYPES,
-    check_groups,
+    GROUPS,
     each_expert,
     find_rows,
     grouped_cost,
     num_tiles,
-    refuses_groups,
     tile_config,
     tile_configs,
 )
 from .moe_align import make_groups
 
 
-@contract(opaque=True, fake=lambda x_RK, packed, top_k: x_RK.new_empty((x_RK.shape[0] * top_k, packed.shape[1])))
+@contract(
+    args={"x_RK": "R 32*G", "packed": "E N 16*G uint8!", "scale_ENG": "E N G uint8!", **GROUPS}, opaque=True,
+    fake=lambda x_RK, packed, top_k: x_RK.new_empty((x_RK.shape[0] * top_k, packed.shape[1])), reads_values=True,
+)  # fmt: skip
 def grouped_mxfp4_linear(
     x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int,
     bias_EN: Tensor | None = None,
@@ -45,8 +47,6 @@ def grouped_mxfp4_linear(
     Moves R·K + S·N elements and N·K·17/32 bytes for each expert with slots; takes 2·S·N·K flops. Raises ValueError for
     other sizes.
     """
-    check_groups("grouped_mxfp4_linear", x_RK, packed, order_S, starts_E, top_k, bias_EN)
-    check(x_RK, packed[0], scale_ENG[0], None)
     return each_expert(
         order_S, starts_E, top_k, x_RK.new_zeros(order_S.shape[0], packed.shape[1]),
         lambda e, rows: mxfp4_linear.meaning(
@@ -120,21 +120,11 @@ def builds(dtype: str) -> Iterator[Build]:
         yield Build(_grouped_mxfp4_kernel, constants, {"packed_ptr": "*u8", "scale_ptr": "*u8", **GROUP_TYPES})
 
 
-def _refuses(
-    x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, bias_EN: Tensor | None
-) -> str | None:
-    if x_RK.dtype == torch.float64 or scale_ENG.stride(2) != 1:
-        return f"x must be of up to 32 bits, scale contiguous in K, got {x_RK.dtype}, {scale_ENG.stride()}"
-    return refuses_groups(x_RK, packed, order_S, starts_E, bias_EN)
-
-
-@grouped_mxfp4_linear.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@grouped_mxfp4_linear.provider("triton", devices=("cuda",), refuses=lambda x_RK: refuses_wide(x_RK), triton=True)
 def grouped_mxfp4_linear_triton(
     x_RK: Tensor, packed: Tensor, scale_ENG: Tensor, order_S: Tensor, starts_E: Tensor, top_k: int,
     bias_EN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    check_groups("grouped_mxfp4_linear", x_RK, packed, order_S, starts_E, top_k, bias_EN)
-    check(x_RK, packed[0], scale_ENG[0], None)
     (E, N, _), (slots,), K = packed.shape, order_S.shape, x_RK.shape[1]
     out_SN = torch.empty(slots, N, dtype=x_RK.dtype, device=x_RK.device)
     if slots:

@@ -21,8 +21,8 @@ from seamwise.kernels.linear.scaled_linear import (
     BLOCK,
     blockwise_tile,
     channelwise_tile,
-    check,
-    lacks_float8,
+    limits_quantized,
+    refuses_scaled,
     scaled_linear,
     scales_blocks,
     sum_type,
@@ -32,12 +32,11 @@ from seamwise.kernels.quant.quantize_weight import quantize_weight, weight_scale
 
 from .grouped_linear import (
     GROUP_TYPES,
-    check_groups,
+    GROUPS,
     each_expert,
     find_rows,
     grouped_cost,
     num_tiles,
-    refuses_groups,
     tile_config,
     tile_configs,
 )
@@ -48,7 +47,13 @@ def _fake(x_RK: Tensor, weight_ENK: Tensor, top_k: int, dtype: torch.dtype) -> T
     return torch.empty(x_RK.shape[0] * top_k, weight_ENK.shape[1], dtype=dtype, device=x_RK.device)
 
 
-@contract(opaque=True, fake=_fake)
+_W_SCALE = "E N 1 or E 1 1 or E cdiv(N,128) cdiv(K,128) float32"
+
+
+@contract(
+    args={"x_scale_RG": "R 1|cdiv(K,128) float32", "w_scale": _W_SCALE, **GROUPS}, opaque=True, fake=_fake,
+    reads_values=True, limits=lambda x_RK, weight_ENK: limits_quantized(x_RK, weight_ENK),
+)  # fmt: skip
 def grouped_scaled_linear(
     x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
     top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
@@ -61,8 +66,6 @@ def grouped_scaled_linear(
     Moves R·K bytes, the experts' weights, the scales and S·N elements; takes 2·S·N·K flops. Raises ValueError for
     other dtypes or sizes.
     """
-    check_groups("grouped_scaled_linear", x_RK, weight_ENK, order_S, starts_E, top_k, bias_EN)
-    check_scales(x_RK, x_scale_RG, weight_ENK, w_scale)
     return each_expert(
         order_S, starts_E, top_k, x_scale_RG.new_zeros(order_S.shape[0], weight_ENK.shape[1], dtype=dtype),
         lambda e, rows: scaled_linear.meaning(
@@ -70,14 +73,6 @@ def grouped_scaled_linear(
             None if bias_EN is None else bias_EN[e],
         ),
     )  # fmt: skip
-
-
-def check_scales(x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor) -> None:
-    """Raise ValueError unless these are the scales of `grouped_scaled_linear`."""
-    if w_scale.dim() != 3 or w_scale.shape[0] != weight_ENK.shape[0]:
-        wanted = f"those of each of {weight_ENK.shape[0]} experts"
-        raise ValueError(f"grouped_scaled_linear: w_scale is {tuple(w_scale.shape)}, wanted {wanted}")
-    check(x_RK, x_scale_RG, weight_ENK[0], w_scale[0], None)
 
 
 @grouped_scaled_linear.costs
@@ -171,21 +166,13 @@ def _builds() -> Iterator[Build]:
 grouped_scaled_linear.builds(_builds())
 
 
-def _refuses(x_RK: Tensor, x_scale_RG: Tensor, w_scale: Tensor, dtype: torch.dtype) -> str | None:
-    if lacks_float8(x_RK):
-        return "float8 needs compute capability 8.9"
-    if x_scale_RG.dtype != torch.float32 or w_scale.dtype != torch.float32 or not dtype.is_floating_point:
-        return f"scales must be float32 and the result float, got {x_scale_RG.dtype}, {w_scale.dtype}, {dtype}"
-    return None
-
-
-@grouped_scaled_linear.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_groups), triton=True)
+@grouped_scaled_linear.provider(
+    "triton", devices=("cuda",), refuses=lambda x_RK, dtype: refuses_scaled(x_RK, dtype), triton=True
+)
 def grouped_scaled_linear_triton(
     x_RK: Tensor, x_scale_RG: Tensor, weight_ENK: Tensor, w_scale: Tensor, order_S: Tensor, starts_E: Tensor,
     top_k: int, dtype: torch.dtype, bias_EN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    check_groups("grouped_scaled_linear", x_RK, weight_ENK, order_S, starts_E, top_k, bias_EN)
-    check_scales(x_RK, x_scale_RG, weight_ENK, w_scale)
     (E, N, K), slots = weight_ENK.shape, order_S.shape[0]
     out_SN = torch.empty(slots, N, dtype=dtype, device=x_RK.device)
     if slots:

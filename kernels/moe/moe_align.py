@@ -19,7 +19,7 @@ from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
 
-@contract()
+@contract(args={"experts_TK": "[T K] int32", "expert_map_G": "int32"})
 def moe_align(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (order, starts), int32: every slot (T·K,), sorted by expert and then by slot, and where experts start.
 
@@ -96,14 +96,7 @@ moe_align.builds(
 )  # fmt: skip
 
 
-def _refuses(experts_TK: Tensor, expert_map_G: Tensor | None) -> str | None:
-    for name, given in (("experts", experts_TK), ("expert_map", expert_map_G)):
-        if given is not None and (given.dtype != torch.int32 or not given.is_contiguous()):
-            return f"{name} must be contiguous int32, got {given.dtype} of strides {given.stride()}"
-    return None
-
-
-@moe_align.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@moe_align.provider("triton", devices=("cuda",), triton=True)
 def moe_align_triton(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
     slots, known = experts_TK.numel(), 0 if expert_map_G is None else expert_map_G.shape[0]
     order_S = torch.empty(slots, dtype=torch.int32, device=experts_TK.device)

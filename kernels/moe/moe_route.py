@@ -24,7 +24,23 @@ from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
 
-@contract(flops=lambda logits_TE, top_k: (4 + top_k) * logits_TE.numel())
+def limits_route(
+    logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None, num_groups: int, top_groups: int
+) -> str | None:
+    """Return what is wrong with arguments of `moe_route`, or None."""
+    experts = logits_TE.shape[-1]
+    if score not in ("softmax", "sigmoid"):
+        return f"score {score!r} is not 'softmax' or 'sigmoid'; a softmax of the chosen is 'softmax' with normalize"
+    if num_groups and (experts % num_groups or not 0 < top_groups <= num_groups):
+        return f"wanted groups that divide {experts} experts and some of them; got {top_groups} of {num_groups} groups"
+    if num_groups and bias_E is not None and experts == num_groups:
+        return f"with a bias a group stands by its two best; {num_groups} groups of {experts} experts have one each"
+    if not 0 < top_k <= (reachable := experts // num_groups * top_groups if num_groups else experts):
+        return f"top_k is {top_k}, wanted 1 to {reachable}: the experts that can be chosen"
+    return None
+
+
+@contract(limits=limits_route, flops=lambda logits_TE, top_k: (4 + top_k) * logits_TE.numel())
 def moe_route(
     logits_TE: Tensor, top_k: int, score: str, normalize: bool = True, scaling: float = 1.0,
     bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,
@@ -38,8 +54,6 @@ def moe_route(
     A logit that is NaN is chosen first, so that it shows. Moves the logits and 8·T·top_k bytes.
     Raises ValueError for another score, or for more experts or groups than there are.
     """
-    if reason := refuses_route(logits_TE, top_k, score, bias_E, num_groups, top_groups):
-        raise ValueError(f"moe_route: {reason}")
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     score_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
     # Without a bias the logits themselves choose: rounding makes scores equal whose logits differ.
@@ -59,24 +73,6 @@ def moe_route(
 def _largest(values: Tensor, count: int) -> Tensor:
     """Return the indices of the largest; topk leaves open which of equals it takes, a stable sort does not."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-
-
-def refuses_route(
-    logits_TE: Tensor, top_k: int, score: str, bias_E: Tensor | None, num_groups: int, top_groups: int
-) -> str | None:
-    """Return what is wrong with arguments of `moe_route`, or None."""
-    experts = logits_TE.shape[-1]
-    if score not in ("softmax", "sigmoid"):
-        return f"score {score!r} is not 'softmax' or 'sigmoid'; a softmax of the chosen is 'softmax' with normalize"
-    if bias_E is not None and bias_E.shape != (experts,):
-        return f"bias has shape {tuple(bias_E.shape)}, wanted ({experts},): one for each expert"
-    if num_groups and (experts % num_groups or not 0 < top_groups <= num_groups):
-        return f"wanted groups that divide {experts} experts and some of them; got {top_groups} of {num_groups} groups"
-    if num_groups and bias_E is not None and experts == num_groups:
-        return f"with a bias a group stands by its two best; {num_groups} groups of {experts} experts have one each"
-    if not 0 < top_k <= (reachable := experts // num_groups * top_groups if num_groups else experts):
-        return f"top_k is {top_k}, wanted 1 to {reachable}: the experts that can be chosen"
-    return None
 
 
 @moe_route.inputs(
@@ -183,15 +179,7 @@ ROUTES = (
 moe_route.builds(Build(_moe_route_kernel, {**route_config(*route), "num_warps": 1}, ROUTE_TYPES) for route in ROUTES)
 
 
-def _refuses(logits_TE: Tensor, bias_E: Tensor | None) -> str | None:
-    if logits_TE.dim() != 2 or logits_TE.stride(1) != 1:
-        return f"logits must be rows contiguous in E, their strides are {logits_TE.stride()}"
-    if bias_E is not None and not bias_E.is_contiguous():
-        return f"the bias must be contiguous, its strides are {bias_E.stride()}"
-    return None
-
-
-@moe_route.provider("triton", devices=("cuda",), refuses=(_refuses, refuses_route), triton=True)
+@moe_route.provider("triton", devices=("cuda",), triton=True)
 def moe_route_triton(
     logits_TE: Tensor, top_k: int, score: str, normalize: bool = True, scaling: float = 1.0,
     bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,

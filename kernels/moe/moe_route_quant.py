@@ -16,23 +16,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, contract, refuses_rows
+from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.quantize import (
+    SCHEME,
     TRITON_TYPES,
     empty_quantized,
+    limits_scheme,
     quantize,
-    refuses_scheme,
+    refuses_group,
     row_config,
     scheme,
     store_quantized,
 )
 
-from .moe_route import ROUTE_TYPES, ROUTES, empty_routes, moe_route, refuses_route, route_config, store_route
+from .moe_route import ROUTE_TYPES, ROUTES, empty_routes, limits_route, moe_route, route_config, store_route
 from .moe_route import make as make_route
 
 
-@contract(flops=lambda x_TD, logits_TE, top_k: 3 * x_TD.numel() + (4 + top_k) * logits_TE.numel())
+@contract(
+    args=SCHEME, limits=(limits_route, limits_scheme),
+    flops=lambda x_TD, logits_TE, top_k: 3 * x_TD.numel() + (4 + top_k) * logits_TE.numel(),
+)  # fmt: skip
 def moe_route_quant(
     x_TD: Tensor, logits_TE: Tensor, dtype: torch.dtype, group: int, top_k: int, score: str, normalize: bool = True,
     scaling: float = 1.0, bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,
@@ -103,10 +108,7 @@ def builds(dtype: str) -> Iterator[Build]:
             yield Build(_moe_route_quant_kernel, constants, types)
 
 
-@moe_route_quant.provider(
-    "triton", devices=("cuda",), triton=True,
-    refuses=(refuses_route, refuses_scheme, lambda x_TD, logits_TE: refuses_rows(x=x_TD, logits=logits_TE)),
-)  # fmt: skip
+@moe_route_quant.provider("triton", devices=("cuda",), triton=True, refuses=refuses_group)
 def moe_route_quant_triton(
     x_TD: Tensor, logits_TE: Tensor, dtype: torch.dtype, group: int, top_k: int, score: str, normalize: bool = True,
     scaling: float = 1.0, bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,

@@ -17,7 +17,7 @@ from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
 
-@contract(flops=lambda y_SD: 2 * y_SD.numel())
+@contract(args={"y_SD": "T*K D", "weights_TK": "[T K] float32"}, flops=lambda y_SD: 2 * y_SD.numel())
 def moe_sum(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
     """Return Σ_k weights[t, k] · y[t·K + k] + shared[t]: (T, D) in y's dtype, for y (T·K, D) and weights (T, K).
 
@@ -73,16 +73,7 @@ moe_sum.builds(
 )
 
 
-def _refuses(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None) -> str | None:
-    if weights_TK.dtype != torch.float32 or not weights_TK.is_contiguous():
-        return f"weights must be contiguous float32, got {weights_TK.dtype} of strides {weights_TK.stride()}"
-    for given in (y_SD, shared_TD):
-        if given is not None and (given.dim() != 2 or given.stride(1) != 1):
-            return f"y and shared must be rows contiguous in D, got strides {given.stride()}"
-    return None
-
-
-@moe_sum.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@moe_sum.provider("triton", devices=("cuda",), triton=True)
 def moe_sum_triton(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
     (rows, top_k), width = weights_TK.shape, y_SD.shape[1]
     out_TD = torch.empty(rows, width, dtype=y_SD.dtype, device=y_SD.device)

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from seamwise.kernels.contract import contract, refuses_rows
+from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
 
 from .rms_norm import launch_norm, norm_builds, norm_weight, rms_norm
 
 
-@contract(flops=lambda x_TD: 5 * x_TD.numel())
+@contract(args={"x_TD": "*T D", "residual_TD": "*T D"}, flops=lambda x_TD: 5 * x_TD.numel())
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(s), s) with s = x + residual: both (T, D) in x's dtype.
 
@@ -34,12 +34,6 @@ def make(draw: Draw, T: int, D: int, wide: bool = False) -> tuple[Any, ...]:
 add_rms_norm.builds(norm_builds({}))
 
 
-def refuses_add_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor) -> str | None:
-    if x_TD.shape != residual_TD.shape or x_TD.shape[-1] != weight_D.shape[0]:
-        return f"x {tuple(x_TD.shape)}, residual {tuple(residual_TD.shape)}, weight {tuple(weight_D.shape)} do not fit"
-    return refuses_rows(x=x_TD, residual=residual_TD)
-
-
-@add_rms_norm.provider("triton", devices=("cuda",), refuses=refuses_add_norm, triton=True)
+@add_rms_norm.provider("triton", devices=("cuda",), triton=True)
 def add_rms_norm_triton(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return launch_norm(x_TD, residual_TD, weight_D, eps)

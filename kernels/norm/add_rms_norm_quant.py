@@ -13,13 +13,15 @@ from torch import Tensor
 from seamwise.kernels.contract import contract
 from seamwise.kernels.cpu.tape import call
 from seamwise.kernels.draw import Draw
-from seamwise.kernels.quant.quantize import quantize, refuses_scheme
+from seamwise.kernels.quant.quantize import SCHEME, limits_scheme, quantize, refuses_group
 
-from .add_rms_norm import add_rms_norm, refuses_add_norm
+from .add_rms_norm import add_rms_norm
 from .rms_norm_quant import launch_norm_quant, norm_quant_builds, rms_norm_quant
 
 
-@contract(flops=lambda x_TD: 8 * x_TD.numel())
+@contract(
+    args={"x_TD": "*T D", "residual_TD": "*T D", **SCHEME}, limits=limits_scheme, flops=lambda x_TD: 8 * x_TD.numel()
+)
 def add_rms_norm_quant(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0,
     scale: Tensor | None = None,
@@ -44,7 +46,7 @@ def make(draw: Draw, T: int, D: int, **more: Any) -> tuple[Any, ...]:
 add_rms_norm_quant.builds(norm_quant_builds())
 
 
-@add_rms_norm_quant.provider("triton", devices=("cuda",), refuses=(refuses_add_norm, refuses_scheme), triton=True)
+@add_rms_norm_quant.provider("triton", devices=("cuda",), refuses=refuses_group, triton=True)
 def add_rms_norm_quant_triton(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0,
     scale: Tensor | None = None,
@@ -52,7 +54,7 @@ def add_rms_norm_quant_triton(
     return launch_norm_quant(x_TD, residual_TD, weight_D, eps, dtype, group, scale)
 
 
-@add_rms_norm_quant.provider("composed", devices=("cpu", "cuda"))
+@add_rms_norm_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def add_rms_norm_quant_composed(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,13 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, Cost, contract, refuses_rows
+from seamwise.kernels.contract import Build, Cost, contract, rows_of
 from seamwise.kernels.draw import Draw
 
 from .rms_norm import config, norm_row, norm_weight, rms_norm
 
 
-@contract()
+def _limits(x_TN: Tensor, first_A: Tensor, second_B: Tensor) -> str | None:
+    N, A, B = x_TN.shape[-1], first_A.shape[0], second_B.shape[0]
+    return f"x has {N} columns, wanted at least the weights' {A} + {B}" if N < A + B else None
+
+
+@contract(args={"x_TN": "*T N"}, limits=_limits)
 def dual_rms_norm(x_TN: Tensor, first_A: Tensor, second_B: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return rms_norm of columns :A with weights first and of columns A:A+B with weights second: (T, A), (T, B).
 
@@ -27,8 +32,6 @@ def dual_rms_norm(x_TN: Tensor, first_A: Tensor, second_B: Tensor, eps: float) -
     Raises ValueError when x has fewer columns.
     """
     A, B = first_A.shape[0], second_B.shape[0]
-    if x_TN.shape[-1] < A + B:
-        raise ValueError(f"dual_rms_norm: x has {x_TN.shape[-1]} columns, wanted at least the weights' {A} + {B}")
     return (
         rms_norm.meaning(x_TN[..., :A], first_A, eps), rms_norm.meaning(x_TN[..., A : A + B], second_B, eps)
     )  # fmt: skip
@@ -71,18 +74,11 @@ def _dual_rms_norm_kernel(
 dual_rms_norm.builds([Build(_dual_rms_norm_kernel, config(1536), {"eps": "fp32"})])
 
 
-def _refuses(x_TN: Tensor, first_A: Tensor, second_B: Tensor) -> str | None:
-    if x_TN.shape[-1] < first_A.shape[0] + second_B.shape[0]:
-        return f"x has {x_TN.shape[-1]} columns, the weights {first_A.shape[0]} + {second_B.shape[0]}"
-    return refuses_rows(x=x_TN)
-
-
-@dual_rms_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@dual_rms_norm.provider("triton", devices=("cuda",), triton=True)
 def dual_rms_norm_triton(x_TN: Tensor, first_A: Tensor, second_B: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     A, B = first_A.shape[0], second_B.shape[0]
     first, second = (torch.empty((*x_TN.shape[:-1], n), dtype=x_TN.dtype, device=x_TN.device) for n in (A, B))
-    if rows := x_TN.numel() // x_TN.shape[-1]:
-        _dual_rms_norm_kernel[(rows, 2)](
-            x_TN, first_A, second_B, first, second, x_TN.stride(-2), A, B, eps, **config(max(A, B))
-        )
+    rows, stride = rows_of(x_TN)
+    if rows:
+        _dual_rms_norm_kernel[(rows, 2)](x_TN, first_A, second_B, first, second, stride, A, B, eps, **config(max(A, B)))
     return first, second

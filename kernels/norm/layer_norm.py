@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, contract, refuses_rows
+from seamwise.kernels.contract import Build, contract, rows_of
 from seamwise.kernels.draw import Draw
 
 from .rms_norm import config
 
 
-@contract(flops=lambda x_TD: 7 * x_TD.numel())
+@contract(args={"x_TD": "*T D"}, flops=lambda x_TD: 7 * x_TD.numel())
 def layer_norm(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
     """Return (x - mean) / sqrt(mean((x - mean)²) + eps) * weight + bias: (T, D) in x's dtype, rounded once.
 
@@ -60,19 +60,12 @@ layer_norm.builds(
 )
 
 
-def _refuses(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> str | None:
-    for name, vector in (("weight", weight_D), ("bias", bias_D)):
-        if vector is not None and (vector.shape != x_TD.shape[-1:] or not vector.is_contiguous()):
-            return f"{name} is {tuple(vector.shape)}, wanted ({x_TD.shape[-1]},) as x's columns, contiguous"
-    return refuses_rows(x=x_TD)
-
-
-@layer_norm.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@layer_norm.provider("triton", devices=("cuda",), triton=True)
 def layer_norm_triton(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
-    width = x_TD.shape[-1]
+    (rows, stride), width = rows_of(x_TD), x_TD.shape[-1]
     out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-    if rows := x_TD.numel() // width:
+    if rows:
         _layer_norm_kernel[(rows,)](
-            x_TD, weight_D, bias_D, out, x_TD.stride(-2), width, eps, BIAS=bias_D is not None, **config(width)
+            x_TD, weight_D, bias_D, out, stride, width, eps, BIAS=bias_D is not None, **config(width)
         )
     return out

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, contract, refuses_rows
+from seamwise.kernels.contract import Build, contract, rows_of
 from seamwise.kernels.draw import Draw
 
 
-@contract(flops=lambda x_TD: 4 * x_TD.numel())
+@contract(args={"x_TD": "*T D"}, flops=lambda x_TD: 4 * x_TD.numel())
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x², last) + eps) * weight: (T, D) in x's dtype, statistics in float32 or wider.
 
@@ -104,24 +104,19 @@ def norm_builds(constants: dict[str, None]) -> Iterator[Build]:
 rms_norm.builds(norm_builds({"residual_ptr": None, "total_ptr": None}))
 
 
-def refuses_norm(x_TD: Tensor, weight_D: Tensor) -> str | None:
-    if x_TD.shape[-1] != weight_D.shape[0]:
-        return f"weight has {weight_D.shape[0]} elements but x has {x_TD.shape[-1]} columns"
-    return refuses_rows(x=x_TD)
-
-
 def launch_norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(s), s) with s = x, + residual where given."""
-    width, stride = x_TD.shape[-1], 0 if residual_TD is None else residual_TD.stride(-2)
+    (rows, x_stride), width = rows_of(x_TD), x_TD.shape[-1]
+    residual_stride = 0 if residual_TD is None else rows_of(residual_TD)[1]
     out = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     total = None if residual_TD is None else torch.empty_like(out)
-    if rows := x_TD.numel() // width:
+    if rows:
         _rms_norm_kernel[(rows,)](
-            x_TD, residual_TD, weight_D, out, total, x_TD.stride(-2), stride, width, eps, **config(width)
+            x_TD, residual_TD, weight_D, out, total, x_stride, residual_stride, width, eps, **config(width)
         )
     return out, x_TD if total is None else total
 
 
-@rms_norm.provider("triton", devices=("cuda",), refuses=refuses_norm, triton=True)
+@rms_norm.provider("triton", devices=("cuda",), triton=True)
 def rms_norm_triton(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return launch_norm(x_TD, None, weight_D, eps)[0]

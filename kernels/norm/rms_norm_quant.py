@@ -13,23 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, contract
+from seamwise.kernels.contract import Build, contract, rows_of
 from seamwise.kernels.cpu.tape import call
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.quantize import (
+    SCHEME,
     empty_quantized,
+    limits_scheme,
     quantize,
-    refuses_scheme,
+    refuses_group,
     row_builds,
     row_config,
     scheme,
     store_quantized,
 )
 
-from .rms_norm import inverse_rms, norm_weight, refuses_norm, rms_norm, row_total, weighted
+from .rms_norm import inverse_rms, norm_weight, rms_norm, row_total, weighted
 
 
-@contract(flops=lambda x_TD: 7 * x_TD.numel())
+@contract(args={"x_TD": "*T D", **SCHEME}, limits=limits_scheme, flops=lambda x_TD: 7 * x_TD.numel())
 def rms_norm_quant(
     x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -83,25 +85,26 @@ def launch_norm_quant(
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (*quantize(rms_norm(s), …), s) with s = x, + residual where given."""
-    width, stride = x_TD.shape[-1], 0 if residual_TD is None else residual_TD.stride(-2)
+    (rows, x_stride), width = rows_of(x_TD), x_TD.shape[-1]
+    residual_stride = 0 if residual_TD is None else rows_of(residual_TD)[1]
     out, scales = empty_quantized(x_TD, dtype, group)
     total = None if residual_TD is None else torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-    if rows := x_TD.numel() // width:
+    if rows:
         _rms_norm_quant_kernel[(rows,)](
-            x_TD, residual_TD, weight_D, out, scales, scale, total, x_TD.stride(-2), stride, width, scales.shape[-1],
+            x_TD, residual_TD, weight_D, out, scales, scale, total, x_stride, residual_stride, width, scales.shape[-1],
             eps, **row_config(width, dtype, group, scale is not None),
         )  # fmt: skip
     return out, scales, x_TD if total is None else total
 
 
-@rms_norm_quant.provider("triton", devices=("cuda",), refuses=(refuses_norm, refuses_scheme), triton=True)
+@rms_norm_quant.provider("triton", devices=("cuda",), refuses=refuses_group, triton=True)
 def rms_norm_quant_triton(
     x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return launch_norm_quant(x_TD, None, weight_D, eps, dtype, group, scale)[:2]
 
 
-@rms_norm_quant.provider("composed", devices=("cpu", "cuda"))
+@rms_norm_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def rms_norm_quant_composed(x_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any) -> tuple[Tensor, Tensor]:
     """The norm by its own kernel, then quantize's meaning, which has none here."""
     return call(quantize.meaning, rms_norm.direct(x_TD, weight_D, eps), *scheme)

@@ -13,14 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, Cost, contract, refuses_rows
+from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.norm.rms_norm import inverse_rms, norm_weight, rms_norm, weighted
 
-from .rope import config, refuses_angles, rope, rotation
+from .rope import config, limits_angles, rope, rotation
 
 
-@contract()
+def _limits(qkv_TN: Tensor, q_weight_D: Tensor, cos_TR: Tensor, num_heads: int, num_kv_heads: int) -> str | None:
+    D, wanted = q_weight_D.shape[0], f"{num_heads} + {num_kv_heads} heads of {q_weight_D.shape[0]}"
+    if qkv_TN.shape[-1] < (num_heads + num_kv_heads) * D:
+        return f"qkv has {qkv_TN.shape[-1]} columns, wanted at least {wanted}"
+    return limits_angles(cos_TR, D)
+
+
+@contract(limits=_limits)
 def qk_norm_rope(
     qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
     num_kv_heads: int, eps: float,
@@ -30,22 +37,16 @@ def qk_norm_rope(
     qkv (T, N) is [H heads of q | K heads of k | …], each of D columns; what follows, v, is the caller's to view.
     Everything rounds as the ops composed. Moves 2·T·(H + K)·D + 2·T·R elements. Raises ValueError when columns lack.
     """
-    q_THD, k_TKD = _heads(qkv_TN, q_weight_D, k_weight_D, num_heads, num_kv_heads)
+    q_THD, k_TKD = _heads(qkv_TN, q_weight_D.shape[0], num_heads, num_kv_heads)
     return (
         rope.meaning(rms_norm.meaning(q_THD, q_weight_D, eps), cos_TR, sin_TR),
         rope.meaning(rms_norm.meaning(k_TKD, k_weight_D, eps), cos_TR, sin_TR),
     )
 
 
-def _heads(qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, H: int, K: int) -> tuple[Tensor, Tensor]:
+def _heads(qkv_TN: Tensor, D: int, H: int, K: int) -> tuple[Tensor, Tensor]:
     """Return the heads of q and of k as views (T, H, D) and (T, K, D)."""
-    columns, D, other = qkv_TN.shape[-1], q_weight_D.shape[0], k_weight_D.shape[0]
-    if columns < (H + K) * D or other != D:
-        raise ValueError(
-            f"qk_norm_rope: {H} + {K} heads want weights of D elements and (H + K) · D columns, got weights of {D} and "
-            f"{other}, {columns} columns"
-        )
-    q_TN, k_TN, _ = qkv_TN.split((H * D, K * D, columns - (H + K) * D), -1)
+    q_TN, k_TN, _ = qkv_TN.split((H * D, K * D, qkv_TN.shape[-1] - (H + K) * D), -1)
     return q_TN.unflatten(-1, (H, D)), k_TN.unflatten(-1, (K, D))
 
 
@@ -118,17 +119,7 @@ qk_norm_rope.builds(
 )
 
 
-def _refuses(
-    qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
-    num_kv_heads: int,
-) -> str | None:  # fmt: skip
-    D = q_weight_D.shape[0]
-    if qkv_TN.dim() != 2 or qkv_TN.shape[1] < (num_heads + num_kv_heads) * D or k_weight_D.shape[0] != D:
-        return f"qkv {tuple(qkv_TN.shape)} has no {num_heads} + {num_kv_heads} heads of {D} and {k_weight_D.shape[0]}"
-    return refuses_rows(qkv=qkv_TN) or refuses_angles(D, cos_TR, sin_TR)
-
-
-@qk_norm_rope.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@qk_norm_rope.provider("triton", devices=("cuda",), triton=True)
 def qk_norm_rope_triton(
     qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
     num_kv_heads: int, eps: float,
@@ -148,7 +139,7 @@ def qk_norm_rope_triton(
     return q, k
 
 
-@qk_norm_rope.provider("composed", devices=("cpu", "cuda"))
+@qk_norm_rope.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def qk_norm_rope_composed(
     qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
     num_kv_heads: int, eps: float,
@@ -157,7 +148,7 @@ def qk_norm_rope_composed(
     q_THD, k_TKD = (
         rms_norm(heads.reshape(-1, heads.shape[-1]), weight_D, eps).view(heads.shape)
         for heads, weight_D in zip(
-            _heads(qkv_TN, q_weight_D, k_weight_D, num_heads, num_kv_heads), (q_weight_D, k_weight_D), strict=True
+            _heads(qkv_TN, q_weight_D.shape[0], num_heads, num_kv_heads), (q_weight_D, k_weight_D), strict=True
         )
     )
     return rope(q_THD, cos_TR, sin_TR), rope(k_TKD, cos_TR, sin_TR)

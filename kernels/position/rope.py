@@ -16,7 +16,17 @@ from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
 
-@contract(flops=lambda x_THD, cos_TR: 3 * x_THD.shape[:-1].numel() * cos_TR.shape[-1])
+def limits_angles(cos_TR: Tensor, D: int) -> str | None:
+    """Return why cos and sin do not turn heads of D columns, or None."""
+    R = cos_TR.shape[-1]
+    return f"cos has {R} columns, wanted an even number up to the head's {D}" if R % 2 or R > D else None
+
+
+@contract(
+    args={"x_THD": "*T H D", "cos_TR": "*T R", "sin_TR": "*T R"},
+    limits=lambda x_THD, cos_TR: limits_angles(cos_TR, D=x_THD.shape[-1]),
+    flops=lambda x_THD, cos_TR: 3 * x_THD.shape[:-1].numel() * cos_TR.shape[-1],
+)
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     """Return x with its first R columns as x * cos + cat(-x[..., R/2:R], x[..., :R/2]) * sin, the rest as they are.
 
@@ -26,8 +36,6 @@ def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = Fals
     Moves 2·T·H·D + 2·T·R elements. Raises ValueError for another R.
     """
     R = cos_TR.shape[-1]
-    if R % 2 or x_THD.shape[-1] < R:
-        raise ValueError(f"rope: cos has {R} columns, wanted an even number up to x's {x_THD.shape[-1]}")
     wide = torch.promote_types(x_THD.dtype, torch.float32)
     x, cos, sin = x_THD[..., :R].to(wide), cos_TR.to(wide).unsqueeze(-2), sin_TR.to(wide).unsqueeze(-2)
     if interleaved:
@@ -117,20 +125,9 @@ rope.builds(
 )
 
 
-def refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> str | None:
-    if x_THD.dim() != 3 or x_THD.stride(2) != 1:
-        return f"x must be (T, H, D) contiguous in D, got {tuple(x_THD.shape)}, strides {x_THD.stride()}"
-    return refuses_angles(x_THD.shape[2], cos_TR, sin_TR)
-
-
-def refuses_angles(D: int, cos_TR: Tensor, sin_TR: Tensor) -> str | None:
-    """Return why cos and sin are not rows that turn heads of D columns, or None."""
-    shapes = f"{tuple(cos_TR.shape)}, {tuple(sin_TR.shape)}"
-    if cos_TR.dim() != 2 or cos_TR.shape != sin_TR.shape or cos_TR.stride(1) != 1 or sin_TR.stride(1) != 1:
-        return f"cos and sin must be (T, R) contiguous in R, got {shapes}"
-    if cos_TR.shape[1] % 2 or cos_TR.shape[1] > D:
-        return f"cos and sin must have an even number of columns up to {D}, got {shapes}"
-    return None
+def refuses_rope(x_THD: Tensor) -> str | None:
+    """Return why kernels cannot turn x, or None."""
+    return None if x_THD.dim() == 3 else f"x must be (T, H, D), got {tuple(x_THD.shape)}"
 
 
 @rope.provider("triton", devices=("cuda",), refuses=refuses_rope, triton=True)

@@ -15,7 +15,20 @@ from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
 
 
-@contract(flops=lambda positions_T, speeds_F: 5 * positions_T.shape[-1] * speeds_F.numel())
+def _limits(positions_T: Tensor, speeds_F: Tensor, sections: list[int] | None) -> str | None:
+    if sections is None or (
+        sum(sections) == speeds_F.shape[0] and positions_T.dim() == 2 and positions_T.shape[0] == 3
+    ):
+        return None
+    got = f"got positions {tuple(positions_T.shape)} and {speeds_F.shape[0]} speeds"
+    return f"sections {sections} want positions (3, T) and {sum(sections)} speeds, {got}"
+
+
+@contract(
+    args={"positions_T": "*T int64", "speeds_F": "float32"},
+    limits=_limits,
+    flops=lambda positions_T, speeds_F: 5 * positions_T.shape[-1] * speeds_F.numel(),
+)
 def rope_table(
     positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -27,11 +40,6 @@ def rope_table(
     """
     angles_TF = positions_T.unsqueeze(-1).to(torch.float32) * speeds_F
     if sections is not None:
-        if sum(sections) != speeds_F.shape[0] or positions_T.dim() != 2 or positions_T.shape[0] != 3:
-            raise ValueError(
-                f"rope_table: sections {sections} want positions (3, T) and {sum(sections)} speeds, got positions "
-                f"{tuple(positions_T.shape)} and {speeds_F.shape[0]} speeds"
-            )
         parts = angles_TF.split(sections, -1)
         angles_TF = torch.cat([part[i % 3] for i, part in enumerate(parts)], -1)
     angles_TD = torch.cat((angles_TF, angles_TF), -1)

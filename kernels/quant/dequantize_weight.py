@@ -14,11 +14,25 @@ from torch import Tensor
 
 from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.signature import cdiv
 
 from .quantize_weight import FORMATS, expand_blocks, quantize_weight, unpack_int4, weight_scale
 
 
-@contract(opaque=True, flops=lambda stored, width: stored.shape[0] * width)
+def _limits(stored: Tensor, format: str, width: int) -> str | None:
+    if format not in FORMATS:
+        return f"format {format!r} is not one of {', '.join(FORMATS)}"
+    wanted = cdiv(width, 8) if format == "int4" else width
+    return f"stored has {stored.shape[1]} columns, wanted {wanted}" if stored.shape[1] != wanted else None
+
+
+_SCALE = "blocks(N,rows) blocks(width,columns)"
+
+
+@contract(
+    args={"stored": "N W", "scale": _SCALE, "zero": _SCALE}, limits=_limits, opaque=True,
+    flops=lambda stored, width: stored.shape[0] * width,
+)  # fmt: skip
 def dequantize_weight(
     stored: Tensor, scale: Tensor, zero: Tensor | None, format: str, rows: int, columns: int, width: int,
     dtype: torch.dtype,
@@ -30,8 +44,6 @@ def dequantize_weight(
     zero    of the scale's shape: int8, taken from what is stored; floating, added to the weight; or None
     Raises ValueError for another format.
     """
-    if format not in FORMATS:
-        raise ValueError(f"dequantize_weight: format {format!r} is not one of {', '.join(FORMATS)}")
     plain = unpack_int4(stored, width) if format == "int4" else stored
 
     def every(blocks: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import Build, contract, refuses_rows
+from seamwise.kernels.contract import Build, contract, rows_of
 from seamwise.kernels.draw import Draw
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -26,10 +26,6 @@ def quantize_rows(
     wide_TD: Tensor, dtype: torch.dtype, group: int, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return (q, scale) of float32 or wider rows as `quantize` defines them; fused ops end in it."""
-    if dtype not in LIMITS:
-        raise ValueError(f"quantize: dtype {dtype} is not one of {', '.join(map(str, LIMITS))}")
-    if group < 0 or (group and scale is not None):
-        raise ValueError(f"quantize: group {group} must be positive, or 0 for whole rows or with a given scale")
     width, limit = wide_TD.shape[-1], LIMITS[dtype]
     group = group or width
     groups = -(-width // group)
@@ -37,18 +33,33 @@ def quantize_rows(
     padded = torch.nn.functional.pad(wide_TD, (0, padding)) if padding else wide_TD  # no pad: no copy
     grouped = padded.unflatten(-1, (groups, group))
     largest = grouped.abs().amax(-1)
-    scale_TG = largest.clamp(min=_LEAST) / limit if scale is None else torch.zeros_like(largest) + scale
+    scale_TG = largest.clamp(min=_LEAST) / limit
+    if scale is not None:
+        scale_TG = torch.where(largest.isnan() & (dtype == torch.int8), scale_TG, scale)
     ratio = (grouped / scale_TG.unsqueeze(-1)).flatten(-2)[..., :width]
     rounded = ratio if dtype.is_floating_point else ratio.round()
     return rounded.clamp(-limit, limit).to(dtype), scale_TG.float()
 
 
-@contract(flops=lambda x_TD: 3 * x_TD.numel())
+SCHEME = {"scale": "1 float32"}
+
+
+def limits_scheme(dtype: torch.dtype, group: int, scale: Tensor | None) -> str | None:
+    """Return what is wrong with the arguments that say how to quantize, or None."""
+    if dtype not in LIMITS:
+        return f"dtype {dtype} is not one of {', '.join(map(str, LIMITS))}"
+    if group < 0 or (group and scale is not None):
+        return f"group {group} must be positive, or 0 for whole rows or with a given scale"
+    return None
+
+
+@contract(args={"x_TD": "*T D", **SCHEME}, limits=limits_scheme, flops=lambda x_TD: 3 * x_TD.numel())
 def quantize(x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (q, scale) with x ≈ q · scale: q (T, D) float8_e4m3fn or int8, scale (T, ⌈D/group⌉) float32.
 
     A scale is max |x| over `group` columns (0: the row) / 448 for float8, / 127 for int8; q rounds to nearest, ties to
     even, and saturates. A given `scale`, (1,) float32, serves all (group must be 0) and is returned as (T, 1).
+    NaN stays NaN: a group's scale is NaN where one of its columns is, a given one too for int8, which has no NaN.
     Moves T·D elements, T·D bytes and the scales. Raises ValueError for any other dtype or group.
     """
     return quantize_rows(x_TD.to(torch.promote_types(x_TD.dtype, torch.float32)), dtype, group, scale)
@@ -76,18 +87,24 @@ def scheme(group: int, int8: bool, static: bool, device: str) -> tuple[torch.dty
 
 
 @triton.jit
+def largest_magnitude(x):
+    """Return max |x| of float32 over axis 1, 1e-10 at least; NaN where any is, which as an integer is the largest."""
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    return tl.maximum(bits.to(tl.float32, bitcast=True), 1e-10, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def store_quantized(
     wide, out_ptr, scale_ptr, static_ptr, D, GROUP: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
     STATIC: tl.constexpr,
 ):  # fmt: skip
     """Quantize one row, float32 [BLOCK] with zeros beyond D, in groups; write it at out_ptr and scales at scale_ptr."""
     grouped = tl.reshape(wide, [BLOCK // GROUP, GROUP])
+    scale = tl.math.div_rn(largest_magnitude(grouped), LIMIT)
     if STATIC:
-        scale = tl.zeros([BLOCK // GROUP], tl.float32) + tl.load(static_ptr)
-    else:
-        scale = tl.math.div_rn(tl.maximum(tl.max(tl.abs(grouped), 1), 1e-10), LIMIT)
+        scale = tl.where((scale != scale) & (LIMIT == 127.0), scale, tl.load(static_ptr))  # int8 itself has no NaN
     ratio = tl.math.div_rn(grouped, tl.broadcast_to(scale[:, None], [BLOCK // GROUP, GROUP]))
-    ratio = tl.minimum(tl.maximum(ratio, -LIMIT), LIMIT)
+    ratio = tl.clamp(ratio, -LIMIT, LIMIT, tl.PropagateNan.ALL)
     if LIMIT == 127.0:
         ratio = (ratio + 12582912.0) - 12582912.0  # 1.5 · 2^23: rounds to the nearest even integer
     group = tl.arange(0, BLOCK // GROUP)
@@ -128,11 +145,9 @@ def row_builds(
                 yield Build(kernel, {**config(width, dtype, group, static), **constants}, known)
 
 
-def refuses_scheme(dtype: torch.dtype, group: int, scale: Tensor | None) -> str | None:
-    """Return why `store_quantized` cannot serve a scheme, or None."""
-    if dtype not in LIMITS or group < 0 or group & (group - 1) or (group and scale is not None):
-        return f"wanted float8_e4m3fn or int8 and a power of two as group, 0 with a scale; got {dtype}, {group}"
-    return None
+def refuses_group(group: int) -> str | None:
+    """Return why `store_quantized` cannot serve groups of so many columns, or None."""
+    return f"group must be a power of two, got {group}" if group & (group - 1) else None
 
 
 def empty_quantized(x_TD: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
@@ -148,18 +163,15 @@ def empty_quantized(x_TD: Tensor, dtype: torch.dtype, group: int) -> tuple[Tenso
 quantize.builds(row_builds(_quantize_kernel, {}))
 
 
-@quantize.provider(
-    "triton", devices=("cuda",), refuses=(lambda x_TD: refuses_rows(x=x_TD), refuses_scheme), triton=True
-)
+@quantize.provider("triton", devices=("cuda",), refuses=refuses_group, triton=True)
 def quantize_triton(
     x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    width = x_TD.shape[-1]
-    rows = x_TD.numel() // width
+    (rows, stride), width = rows_of(x_TD), x_TD.shape[-1]
     out, scales = empty_quantized(x_TD, dtype, group)
     if rows:
         _quantize_kernel[(rows,)](
-            x_TD, out, scales, scale, x_TD.stride(-2), width, scales.shape[-1],
+            x_TD, out, scales, scale, stride, width, scales.shape[-1],
             **row_config(width, dtype, group, scale is not None),
         )  # fmt: skip
     return out, scales

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.activation.silu_mul import gated
-from seamwise.kernels.contract import Build, contract, refuses_rows
+from seamwise.kernels.contract import Build, contract, rows_of
 from seamwise.kernels.draw import Draw
 
 
-@contract(flops=lambda x_TD: 3 * x_TD.numel())
+@contract(args={"x_TD": "*T 32*G"}, flops=lambda x_TD: 3 * x_TD.numel())
 def quantize_mxfp4(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Return packed codes (T, D/2) and scales (T, D/32), both uint8, of x (T, D), D a multiple of 32.
 
@@ -27,8 +27,6 @@ def quantize_mxfp4(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     nearest, ties to even, and saturates at 6; column 2·i is the low half of byte i. float32 inside, in which all of it
     is exact. Moves T·D elements, T·D/2 + T·D/32 bytes. Raises ValueError for another D.
     """
-    if x_TD.shape[-1] % 32:
-        raise ValueError(f"quantize_mxfp4: x has {x_TD.shape[-1]} columns, wanted a multiple of 32 (pad it)")
     blocks = x_TD.float().unflatten(-1, (-1, 32))
     largest = blocks.abs().amax(-1, keepdim=True)  # NaN where a column is NaN
     field = largest.view(torch.int32) >> 23  # the exponent, biased by 127
@@ -113,22 +111,22 @@ def mxfp4_build(D: int, *, gated: bool) -> Build:
 quantize_mxfp4.builds([mxfp4_build(7168, gated=False)])
 
 
-def _refuses(x_TD: Tensor) -> str | None:
-    if x_TD.shape[-1] % 32 or x_TD.dtype == torch.float64:
-        return f"x must have a multiple of 32 columns of float32 or narrower, got {x_TD.shape[-1]} of {x_TD.dtype}"
-    return refuses_rows(x=x_TD)
+def refuses_wide(x: Tensor) -> str | None:
+    """Return why the kernel cannot serve x's dtype, or None."""
+    return "x is float64, wanted float32 or narrower" if x.dtype == torch.float64 else None
 
 
 def launch_mxfp4(x: Tensor, width: int, *, gated: bool) -> tuple[Tensor, Tensor]:
     """Launch the kernel, which makes `width` columns of each row of x."""
     out, scale = (torch.empty((*x.shape[:-1], width // n), dtype=torch.uint8, device=x.device) for n in (2, 32))
-    if rows := x.numel() // x.shape[-1]:
+    rows, stride = rows_of(x)
+    if rows:
         chosen = config(width)
         grid = (rows, triton.cdiv(width, chosen["BLOCK"]))
-        _quantize_mxfp4_kernel[grid](x, out, scale, x.stride(-2), width, GATED=gated, **chosen)
+        _quantize_mxfp4_kernel[grid](x, out, scale, stride, width, GATED=gated, **chosen)
     return out, scale
 
 
-@quantize_mxfp4.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@quantize_mxfp4.provider("triton", devices=("cuda",), refuses=lambda x_TD: refuses_wide(x_TD), triton=True)
 def quantize_mxfp4_triton(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return launch_mxfp4(x_TD, x_TD.shape[-1], gated=False)

@@ -28,14 +28,18 @@ def expand_blocks(scale: Tensor, shape: tuple[int, ...], rows: int, columns: int
     return scale.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
 
 
-@contract(opaque=True, flops=lambda weight_NK: weight_NK.numel())
+def _limits(format: str) -> str | None:
+    return None if format in FORMATS else f"format {format!r} is not one of {', '.join(FORMATS)}"
+
+
+@contract(opaque=True, limits=_limits, flops=lambda weight_NK: weight_NK.numel())
 def weight_scale(weight_NK: Tensor, format: str, rows: int, columns: int) -> Tensor:
     """Return the scales (⌈N/rows⌉, ⌈K/columns⌉) float32 of blocks of (rows, columns) weights; 0: all of them.
 
     (128, 128) are DeepSeek-V3's blocks, (1, 0) channels, (0, 0) the whole tensor, (1, 128) groups. A scale is
     max |w| / 448 for float8_e4m3fn, / 127 for int8, / 7.5 for int4. Raises ValueError for any other format.
     """
-    largest, _, _ = _limits(format)
+    largest, _, _ = FORMATS[format]
     N, K = weight_NK.shape
     rows, columns = rows or max(N, 1), columns or max(K, 1)
     down, across = -(-N // rows), -(-K // columns)
@@ -44,25 +48,22 @@ def weight_scale(weight_NK: Tensor, format: str, rows: int, columns: int) -> Ten
     return (blocks.abs().amax((1, 3)).clamp(min=_LEAST) / largest).float()
 
 
-@contract(opaque=True, flops=lambda weight_NK: 2 * weight_NK.numel())
+@contract(
+    args={"scale": "blocks(N,rows) blocks(K,columns) float32"}, limits=_limits, opaque=True,
+    flops=lambda weight_NK: 2 * weight_NK.numel(),
+)  # fmt: skip
 def quantize_weight(weight_NK: Tensor, scale: Tensor, format: str, rows: int, columns: int) -> Tensor:
     """Return weight / scale, rounded to nearest even and saturated: (N, K), or int32 (N, ⌈K/8⌉) for int4.
 
     `scale`, `format`, `rows` and `columns` are those of `weight_scale`.
     """
-    _, low, high = _limits(format)
+    _, low, high = FORMATS[format]
     wide_NK = _wide(weight_NK)
     ratio = (wide_NK / expand_blocks(scale, tuple(weight_NK.shape), rows, columns)).clamp(low, high)
     if format == "float8_e4m3fn":
         return ratio.to(torch.float8_e4m3fn)
     values = ratio.round().to(torch.int8)
     return pack_int4(values) if format == "int4" else values
-
-
-def _limits(format: str) -> tuple[float, float, float]:
-    if format not in FORMATS:
-        raise ValueError(f"quantize_weight: format {format!r} is not one of {', '.join(FORMATS)}")
-    return FORMATS[format]
 
 
 def _wide(weight_NK: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from seamwise.kernels.cpu.tokenwise_cpu import argmax_rows
 from seamwise.kernels.draw import Draw
 
 from .sampling_noise import DRAW, draw_key, draw_keys, gumbel, gumbel_noise
-from .sampling_triton import refuses_logits
+
+_OPTIONS = {"temperature_R": "float32", "seeds_R": "int64", "positions_R": "int64"}
 
 
-@contract(flops=lambda logits_RV: 40 * logits_RV.numel())
+@contract(args=_OPTIONS, flops=lambda logits_RV: 40 * logits_RV.numel())
 def gumbel_sample(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     """Return token ids (R,) int64: argmax(logits / temperature + noise), at temperature 0 argmax(logits).
 
@@ -48,7 +49,7 @@ def make(draw: Draw, R: int, V: int) -> tuple[Any, ...]:
     return logits_RV, temperature_R, seeds_R, torch.arange(R, device=draw.device)
 
 
-@gumbel_sample.provider("cpp", devices=("cpu",))
+@gumbel_sample.provider("cpp", devices=("cpu",), strided=True)
 def gumbel_sample_cpp(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     """Make noise for drawn rows only."""
     drawn = (temperature_R > 0).nonzero().squeeze(-1)
@@ -103,7 +104,7 @@ gumbel_sample.builds(
 )
 
 
-@gumbel_sample.provider("triton", devices=("cuda",), refuses=refuses_logits, triton=True)
+@gumbel_sample.provider("triton", devices=("cuda",), triton=True)
 def gumbel_sample_triton(logits_RV: Tensor, temperature_R: Tensor, seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     rows, vocab = logits_RV.shape
     chosen, device = config(vocab), logits_RV.device

@@ -16,13 +16,18 @@ from torch import Tensor
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
-from .sampling_triton import from_order, log1p, refuses_logits, to_order
+from .sampling_triton import from_order, log1p, to_order
 
 _MOST = 128  # top tokens that the Triton kernel serves: of 64 blocks they are 8192 keys, which one program joins
 _SLACK = 8  # equal logits beyond num_top that the CPU provider looks at before it sorts rows whole
 
 
-@contract(flops=lambda logits_RV: 4 * logits_RV.numel())
+def _limits(logits_RV: Tensor, num_top: int) -> str | None:
+    vocab = logits_RV.shape[1]
+    return None if 0 <= num_top <= vocab else f"num_top is {num_top}, wanted 0 to {vocab} (the vocabulary)"
+
+
+@contract(args={"chosen_R": "int64"}, limits=_limits, flops=lambda logits_RV: 4 * logits_RV.numel())
 def logprobs(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return log_softmax(logits) at the chosen ids (R,), their ranks, and the num_top most likely ids' with these.
 
@@ -30,8 +35,6 @@ def logprobs(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple[Tensor,
     (R, num_top) like the first, falling; (R, num_top) int64, the lower id first among equals.
     Moves R·V elements and takes 4·R·V flops. Raises ValueError when num_top is not from 0 to V.
     """
-    if not 0 <= num_top <= logits_RV.shape[1]:
-        raise ValueError(f"logprobs: num_top is {num_top}, wanted 0 to {logits_RV.shape[1]} (the vocabulary)")
     wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     return _of_ids(wide_RV, chosen_R, wide_RV.argsort(dim=-1, descending=True, stable=True)[:, :num_top])
 
@@ -61,11 +64,11 @@ def make(draw: Draw, R: int, V: int, num_top: int, coarse: bool = False) -> tupl
     return logits_RV.to(draw.dtype), draw.integers(0, V, R), num_top
 
 
-@logprobs.provider("partial", devices=("cpu",))
+@logprobs.provider("partial", devices=("cpu",), strided=True)
 def logprobs_partial(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Order a few greatest logits; whole rows only where more of them are equal."""
     rows, vocab = logits_RV.shape
-    if not rows or not 0 <= num_top <= vocab:
+    if not rows:
         return logprobs.meaning(logits_RV, chosen_R, num_top)
     wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     values_RD, ids_RD = wide_RV.topk(min(num_top + _SLACK, vocab), dim=-1)
@@ -79,6 +82,13 @@ def logprobs_partial(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple
 
 
 @triton.jit
+def _chosen(row_ptr, chosen_ptr, V):
+    """Return the chosen id's logit; that of an id outside the vocabulary, which is not read, is NaN."""
+    token = tl.load(chosen_ptr)
+    return tl.load(row_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
+
+
+@triton.jit
 def _block_kernel(
     logits_ptr, chosen_ptr, keys_ptr, greatest_ptr, sums_ptr, greater_ptr, row_stride, V, splits, num_top,
     BLOCK: tl.constexpr,
@@ -86,7 +96,7 @@ def _block_kernel(
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = split * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     logit = tl.load(logits_ptr + row * row_stride + token, mask=token < V, other=float("-inf")).to(tl.float32)
-    chosen = tl.load(logits_ptr + row * row_stride + tl.load(chosen_ptr + row)).to(tl.float32)
+    chosen = _chosen(logits_ptr + row * row_stride, chosen_ptr + row, V)
     greatest, first = tl.max(logit, 0, return_indices=True)
     others = (tl.arange(0, BLOCK) != first) & (logit > float("-inf"))
     total = tl.sum(tl.where(others, tl.exp(logit - greatest), 0.0), 0)
@@ -105,7 +115,7 @@ def _block_kernel(
 @triton.jit
 def _join_kernel(
     logits_ptr, chosen_ptr, keys_ptr, greatest_ptr, sums_ptr, greater_ptr, own_ptr, ranks_ptr, top_ptr, ids_ptr,
-    row_stride, splits, num_top, SPLITS: tl.constexpr, KEYS: tl.constexpr,
+    row_stride, V, splits, num_top, SPLITS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)  # [SPLITS]
@@ -116,7 +126,7 @@ def _join_kernel(
     # Every block's sum leaves its greatest logit out, so that the logarithm of 1 + the rest is exact near certainty.
     rest = tl.where(split == first, sums, (1.0 + sums) * tl.exp(greatest - largest))
     normalizer = log1p(tl.sum(tl.where(greatest > float("-inf"), rest, 0.0), 0))
-    chosen = tl.load(logits_ptr + row * row_stride + tl.load(chosen_ptr + row)).to(tl.float32)
+    chosen = _chosen(logits_ptr + row * row_stride, chosen_ptr + row, V)
     tl.store(own_ptr + row, chosen - largest - normalizer)
     greater = tl.load(greater_ptr + row * splits + split, mask=known, other=0)
     tl.store(ranks_ptr + row, 1 + tl.sum(greater, 0).to(tl.int64))
@@ -152,13 +162,11 @@ logprobs.builds(
 )
 
 
-def _refuses(logits_RV: Tensor, num_top: int) -> str | None:
-    if not 0 <= num_top <= min(_MOST, logits_RV.shape[1]):
-        return f"num_top is {num_top}, wanted 0 to {min(_MOST, logits_RV.shape[1])}"
-    return None
+def _refuses(num_top: int) -> str | None:
+    return f"num_top is {num_top}, wanted at most {_MOST}" if num_top > _MOST else None
 
 
-@logprobs.provider("triton", devices=("cuda",), refuses=(refuses_logits, _refuses), triton=True)
+@logprobs.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
 def logprobs_triton(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (rows, vocab), device = logits_RV.shape, logits_RV.device
     chosen = config(vocab)
@@ -179,6 +187,6 @@ def logprobs_triton(logits_RV: Tensor, chosen_R: Tensor, num_top: int) -> tuple[
         stride = logits_RV.stride(0)
         _block_kernel[(rows, splits)](logits_RV, chosen_R, *parts, stride, vocab, splits, num_top, **chosen)
         _join_kernel[(rows,)](
-            logits_RV, chosen_R, *parts, *results, stride, splits, num_top, **join_config(splits, num_top)
+            logits_RV, chosen_R, *parts, *results, stride, vocab, splits, num_top, **join_config(splits, num_top)
         )
     return results

@@ -19,10 +19,21 @@ from torch import Tensor
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
-from .sampling_triton import refuses_logits
+
+def _limits(logits_RV: Tensor, allowed_RW: Tensor | None) -> str | None:
+    if allowed_RW is None or allowed_RW.shape[1] * 32 >= logits_RV.shape[1]:
+        return None
+    vocab, words = logits_RV.shape[1], allowed_RW.shape[1]
+    return f"the mask has {words} words of 32 bits a row, logits have {vocab} columns; wanted {-(-vocab // 32)} words"
 
 
-@contract(flops=lambda edited_N: 6 * edited_N.numel())
+_EDITS = {"edited_N": "int64", "counts_N": "int64", "biases_N": "float32", "starts_R1": "R+1 int64"}
+
+
+@contract(
+    args={**_EDITS, "penalties_R3": "[R 3] float32", "allowed_RW": "[R W] int32!"}, limits=_limits,
+    flops=lambda edited_N: 6 * edited_N.numel(),
+)  # fmt: skip
 def penalize(
     logits_RV: Tensor, edited_N: Tensor, counts_N: Tensor, biases_N: Tensor, starts_R1: Tensor, penalties_R3: Tensor,
     allowed_RW: Tensor | None,
@@ -50,11 +61,6 @@ def penalize(
     value_N = value_N - (frequency_N * output_N + presence_N * output_N.clamp(max=1))
     out_RV[row_N, edited_N] = value_N.to(out_RV.dtype)
     if allowed_RW is not None:
-        if allowed_RW.shape[1] * 32 < vocab:
-            raise ValueError(
-                f"penalize: the mask has {allowed_RW.shape[1]} words of 32 bits a row, logits have {vocab} columns;"
-                f" wanted {-(-vocab // 32)} words"
-            )
         bit_32 = torch.arange(32, dtype=torch.int32, device=allowed_RW.device)
         bits_RV = ((allowed_RW.unsqueeze(-1) >> bit_32) & 1).flatten(1)[:, :vocab]
         out_RV.masked_fill_(bits_RV == 0, float("-inf"))
@@ -119,8 +125,8 @@ def _edit_kernel(
     first, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
     for start in range(first, end, BLOCK):
         edit = start + tl.arange(0, BLOCK)  # [BLOCK]
-        inside = edit < end
-        token = tl.load(edited_ptr + edit, mask=inside, other=0)
+        token = tl.load(edited_ptr + edit, mask=edit < end, other=-1)
+        inside = (token >= 0) & (token < V)
         count = tl.load(counts_ptr + edit, mask=inside, other=0)
         logit = tl.load(logits_ptr + row * row_stride + token, mask=inside, other=0.0).to(tl.float32)
         logit += tl.load(biases_ptr + edit, mask=inside, other=0.0)
@@ -145,15 +151,7 @@ penalize.builds(
 )  # fmt: skip
 
 
-def _refuses(logits_RV: Tensor, penalties_R3: Tensor, allowed_RW: Tensor | None) -> str | None:
-    if not all(t is None or t.is_contiguous() for t in (penalties_R3, allowed_RW)):
-        return "penalties and mask must be contiguous"
-    if allowed_RW is not None and allowed_RW.shape[1] * 32 < logits_RV.shape[1]:
-        return f"the mask has {allowed_RW.shape[1]} words of 32 bits a row, logits have {logits_RV.shape[1]} columns"
-    return None
-
-
-@penalize.provider("triton", devices=("cuda",), refuses=(refuses_logits, _refuses), triton=True)
+@penalize.provider("triton", devices=("cuda",), triton=True)
 def penalize_triton(
     logits_RV: Tensor, edited_N: Tensor, counts_N: Tensor, biases_N: Tensor, starts_R1: Tensor, penalties_R3: Tensor,
     allowed_RW: Tensor | None,

@@ -7,14 +7,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-def refuses_logits(logits_RV: Tensor) -> str | None:
-    """Return why the kernels cannot read the logits, or None."""
-    if logits_RV.stride(-1) != 1:
-        return f"logits must be contiguous in V, their strides are {logits_RV.stride()}"
-    return None
 
 
 @triton.jit

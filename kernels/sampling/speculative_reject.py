@@ -20,8 +20,13 @@ from seamwise.kernels.draw import Draw
 
 from .sampling_noise import ACCEPT, DRAW, RECOVER, draw_key, draw_keys, gumbel, gumbel_noise, uniform, uniform_noise
 
+_ARGS = {
+    "draft_ids_N": "int64", "draft_probs_NV": "float32", "starts_R1": "R+1 int64", "logits_MV": "N+R V",
+    "temperature_R": "float32", "seeds_R": "int64", "positions_R": "int64",
+}  # fmt: skip
 
-@contract()
+
+@contract(args=_ARGS)
 def speculative_reject(
     draft_ids_N: Tensor, draft_probs_NV: Tensor | None, starts_R1: Tensor, logits_MV: Tensor, temperature_R: Tensor,
     seeds_R: Tensor, positions_R: Tensor,
@@ -230,13 +235,7 @@ speculative_reject.builds(
 )  # fmt: skip
 
 
-def _refuses(draft_probs_NV: Tensor | None, logits_MV: Tensor) -> str | None:
-    if logits_MV.stride(-1) != 1 or (draft_probs_NV is not None and draft_probs_NV.stride(-1) != 1):
-        return "logits and probabilities must be contiguous in V"
-    return None
-
-
-@speculative_reject.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+@speculative_reject.provider("triton", devices=("cuda",), triton=True)
 def speculative_reject_triton(
     draft_ids_N: Tensor, draft_probs_NV: Tensor | None, starts_R1: Tensor, logits_MV: Tensor, temperature_R: Tensor,
     seeds_R: Tensor, positions_R: Tensor,

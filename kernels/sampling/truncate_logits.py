@@ -22,7 +22,7 @@ from torch import Tensor
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
-from .sampling_triton import from_order, refuses_logits, to_order
+from .sampling_triton import from_order, to_order
 
 _SLACK = 64  # equals of the last of top_k that top_p looks at first
 # So many tokens tell most rows' top_p: 9 ms against 61 ms for sorting 32 x 49,152 (2 cores). Rows that need more are
@@ -31,7 +31,10 @@ _FIRST_LOOK = 1024
 _BUCKETS = 128
 
 
-@contract(flops=lambda logits_RV: 8 * logits_RV.numel())
+_OPTIONS = {"temperature_R": "float32", "top_k_R": "int64", "top_p_R": "float32", "min_p_R": "float32"}
+
+
+@contract(args=_OPTIONS, flops=lambda logits_RV: 8 * logits_RV.numel())
 def truncate_logits(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
@@ -100,7 +103,7 @@ def make(draw: Draw, R: int, V: int, top_k: int = 0, top_p: float = 1.0, min_p: 
     return logits_RV, temperature_R, top_k_R, top_p_R, torch.full((R,), min_p, device=draw.device)
 
 
-@truncate_logits.provider("partial", devices=("cpu",))
+@truncate_logits.provider("partial", devices=("cpu",), strided=True)
 def truncate_logits_partial(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
@@ -224,7 +227,7 @@ _TYPES = {"temperature_ptr": "*fp32", "top_k_ptr": "*i64", "top_p_ptr": "*fp32",
 truncate_logits.builds([Build(_truncate_logits_kernel, config(151936), _TYPES)])
 
 
-@truncate_logits.provider("triton", devices=("cuda",), refuses=refuses_logits, triton=True)
+@truncate_logits.provider("triton", devices=("cuda",), triton=True)
 def truncate_logits_triton(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seamwise.kernels import rms_norm
 from seamwise.passes.graph import aten, is_op
-from seamwise.passes.matcher import HOLE, Match, Pattern
+from seamwise.passes.matcher import HOLE, Pattern
 from seamwise.passes.rewrite import Pass, pattern_pass
 
 _D = HOLE + 9
@@ -44,11 +44,6 @@ def replace_rounded_last(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(x, aten.to.dtype(weight, torch.float32), eps)
 
 
-def _one_weight_a_column(match: Match) -> str | None:
-    x, weight = (n.meta["val"] for n in match.inputs)
-    return None if weight.dim() == 1 else f"weight has shape {tuple(weight.shape)}, wanted ({x.shape[-1]},)"
-
-
 def _patterns(dtype: torch.dtype) -> list[Pattern]:
     shapes = [(3, _D), (_D,)]
     spellings = (
@@ -56,7 +51,7 @@ def _patterns(dtype: torch.dtype) -> list[Pattern]:
         (spelled_out, replacement),  # before rounded_last, which is the same where the model is in float32
         (rounded_last, replace_rounded_last),
     )
-    return [Pattern.trace(p, r, shapes, dtype, applies=_one_weight_a_column, eps=1.5e-5) for p, r in spellings]
+    return [Pattern.trace(p, r, shapes, dtype, eps=1.5e-5) for p, r in spellings]
 
 
 RAISE_RMS_NORM: Pass = pattern_pass(

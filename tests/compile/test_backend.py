@@ -141,3 +141,43 @@ def test_by_name_its_remarks_are_logged(caplog: pytest.LogCaptureFixture) -> Non
         compiled(Breaks(), "seamwise", options={"inner": "eager"})(torch.randn(3, 16))
     logged = [r.message for r in caplog.records if r.name == "seamwise.compile.backend"]
     assert len(logged) == 2 and all("'raise_rms_norm': 1" in line for line in logged)
+
+
+class Rotation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(1))
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        turned = torch.cat((-x[..., 4:], x[..., :4]), -1)
+        return (x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)) * self.gain
+
+
+class WeightedNorm(nn.Module):
+    def __init__(self, size: int, step: int = 1) -> None:
+        super().__init__()
+        self.weight, self.step = nn.Parameter(torch.rand(size)), step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight[:: self.step] * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("module", "shapes", "raised"),
+    [
+        (WeightedNorm(1), [(5, 64)], 0), (WeightedNorm(64), [(5, 1)], 0), (WeightedNorm(64), [(64,)], 1),
+        (WeightedNorm(64), [(5, 64)], 1), (WeightedNorm(64, 2), [(5, 32)], 1), (WeightedNorm(64), [(2, 3, 64)], 1),
+        (Rotation(), [(1, 3, 8), (5, 8), (5, 8)], 0), (Rotation(), [(5, 3, 8), (1, 8), (1, 8)], 0),
+        (Rotation(), [(5, 3, 8), (5, 8), (5, 8)], 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_shapes_that_broadcast_are_left_as_they_are(
+    module: nn.Module, shapes: list[tuple[int, ...]], raised: int, dynamic: bool
+) -> None:
+    inputs, backend = [torch.randn(shape) for shape in shapes], Backend("aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(module, backend, dynamic=dynamic)(*inputs), module(*inputs))
+    matched = [r.matched() for r in backend.remarks]
+    assert sum(m["raise_rms_norm"] + m["raise_rope"] for m in matched) == raised

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from seamwise import ModelRunner
 from seamwise.compile.check.verify import BrokenGraph, verify
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.explain.text import as_json, as_text
 from seamwise.compile.pipeline import BrokenPromise, PipelineConfig
+from seamwise.kernels import rms_norm
 from seamwise.model_defs import blocks
 
 
@@ -111,3 +114,33 @@ def test_explain_has_the_documented_keys(tiny_llama_dir: Path, pack_dir: Path) -
     assert {"total", "distinct"} <= report["pieces"].keys()
     text = as_text(runner.program, runner.startup_s)
     assert "fuse_add_rms_norm" in text and "pieces: 3, distinct: 3" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "weight", "says", "broken"),
+    [
+        (torch.ops.aten.mul.Tensor, (4,), (3, 4), None),
+        (
+            torch.ops.aten.mul.Tensor,
+            (4,),
+            (4, 4),
+            r"it says torch.float32 \(4, 4\), the op makes torch.float32 \(3, 4\)",
+        ),
+        (rms_norm.op, (1,), (3, 4), "rms_norm: weight has 1 elements but x has 4 columns"),
+    ],
+)
+def test_a_value_that_its_op_does_not_make_is_caught_at_the_pass(
+    target: Any, weight: tuple[int, ...], says: tuple[int, ...], broken: str | None
+) -> None:
+    graph = torch.fx.Graph()
+    given = [graph.placeholder(name) for name in ("x", "w")]
+    y = graph.call_function(target, (*given, 1e-5) if target is rms_norm.op else tuple(given))
+    with FakeTensorMode():
+        for node, shape in zip((*given, y), ((3, 4), weight, says), strict=True):
+            node.meta["val"] = torch.empty(shape)
+    graph.output((y,))
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    if broken is None:
+        return verify(module, "fuse_something")
+    with pytest.raises(BrokenGraph, match=f"after fuse_something: .*what its op makes of its arguments: .*{broken}"):
+        verify(module, "fuse_something")

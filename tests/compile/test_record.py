@@ -43,7 +43,7 @@ def test_replay_gives_what_running_gives_for_new_contents(dtype: torch.dtype) ->
 def test_recording_does_not_import_dynamo() -> None:
     """It takes a second and 70 MB, in the middle of a warm start's first answer."""
     program = (
-        "import sys, torch; from seamwise.compile.record import CPURecorder\n"
+        "import sys, torch; from seamwise.compile.record.recorder import CPURecorder\n"
         "print(CPURecorder().record(lambda x: x + 1, torch.ones(2)).results.tolist(), 'torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)

@@ -148,8 +148,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def refusal(contract: Contract, provider: str, args: tuple[Any, ...]) -> str | None:
     """Return why a provider refuses these arguments, or None."""
     record = next(p for p in contract.providers if p.name == provider)
-    device = next(a for a in args if isinstance(a, Tensor)).device.type
-    return record.why_not(device, args)
+    return contract.why_not(record, args)
 
 
 def loosened(args: tuple[Any, ...], rows: tuple[int, ...]) -> tuple[Any, ...]:

@@ -57,7 +57,7 @@ def test_partial_is_glms_and_neoxs(model: str) -> None:
 
 def test_a_whole_head_in_parts_is_refused() -> None:
     x, (cos, sin) = draw(2, 1, 8), table(2, 10)
-    with pytest.raises(ValueError, match="cos has 10 columns, wanted an even number up to x's 8"):
+    with pytest.raises(ValueError, match="cos has 10 columns, wanted an even number up to the head's 8"):
         rope(x, cos, sin)
     with pytest.raises(ValueError, match="provider 'cpp' cannot serve this call: it turns whole heads in halves"):
         rope.run("cpp", x, cos[:, :8], sin[:, :8], True)

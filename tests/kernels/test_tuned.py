@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from seamwise.kernels import scaled_linear, tuned
 from seamwise.kernels.contract import Contract, Provider
+from seamwise.kernels.signature import Signature
 
 Tables = Callable[[str, list[list[Any]]], None]
 
@@ -25,7 +26,10 @@ def op() -> Contract:
     def meaning(x: torch.Tensor) -> torch.Tensor:
         return x.clone()
 
-    record = Contract(name="op", meaning=meaning, fake=meaning, flops=lambda x: 0, seam=False, mutates=(), opaque=False)
+    record = Contract(
+        name="op", meaning=meaning, signature=Signature(meaning, {"x": "T D"}, lambda x: None), fake=meaning,
+        flops=lambda x: 0, seam=False, mutates=(), opaque=False, reads_values=False,
+    )  # fmt: skip
     record.providers.append(Provider(name="torch", call=lambda x: "torch"))
     record.tuned_by(lambda x: (x.shape[0], x.shape[1], "kind"))
     refuses = lambda x: "odd rows" if x.shape[0] % 2 else None  # noqa: E731

@@ -112,11 +112,13 @@ def test_refusals() -> None:
     floats, ids = torch.ones(4, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
     starts = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     penalties = torch.ones(4, 3, device=DEVICE)
-    _refused(gumbel_sample, (logits, floats, ids, ids), "contiguous in V")
-    _refused(truncate_logits, (logits, floats, ids, floats, floats), "contiguous in V")
-    _refused(logprobs, (logits, ids, 1), "contiguous in V")
+    _refused(gumbel_sample, (logits, floats, ids, ids), "contiguous in its last dimension")
+    _refused(truncate_logits, (logits, floats, ids, floats, floats), "contiguous in its last dimension")
+    _refused(logprobs, (logits, ids, 1), "contiguous in its last dimension")
     _refused(logprobs, (logits.contiguous(), ids, 65), "wanted 0 to 64")
-    _refused(penalize, (logits, ids[:0], ids[:0], floats[:0], starts, penalties, None), "contiguous in V")
-    _refused(speculative_reject, (ids[:0], None, starts, logits, floats, ids, ids), "contiguous in V")
+    _refused(
+        penalize, (logits, ids[:0], ids[:0], floats[:0], starts, penalties, None), "contiguous in its last dimension"
+    )
+    _refused(speculative_reject, (ids[:0], None, starts, logits, floats, ids, ids), "contiguous in its last dimension")
     mask = torch.zeros(4, 1, dtype=torch.int32, device=DEVICE)
     _refused(penalize, (logits.contiguous(), ids[:0], ids[:0], floats[:0], starts, penalties, mask), "mask has 1 words")
