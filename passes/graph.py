@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_flatten
 
@@ -54,16 +55,32 @@ def fake_values(argument: Any) -> Any:
 def inserting(graph: Graph, before: Node, like: Node) -> Iterator[Callable[[Node], Proxy]]:
     """Give a function that wraps a node as a Proxy; ops called on proxies are inserted before `before`.
 
-    The new nodes get their fake values on exit, and the module path of `like`.
+    A wrapped node that stands after `before` is moved ahead of it. The new nodes get their fake values on exit, and the
+    module path of `like`.
     """
-    last = before.prev
+    first = last = before.prev
     tracer = GraphAppendingTracer(graph)
+
+    def wrap(node: Node) -> Proxy:
+        lift(node, before if first.next is before else first.next)
+        return Proxy(node, tracer)
+
     with graph.inserting_before(before):
-        yield lambda node: Proxy(node, tracer)
+        yield wrap
+    last = first
     while (new := last.next) is not before:
         new.meta.setdefault("nn_module_stack", like.meta.get("nn_module_stack"))
         infer(new)
         last = new
+
+
+def lift(node: Node, first: Node) -> None:
+    """Move a node that does not read `first`, and what it is computed from, ahead of it where they stand after."""
+    assert node is not first, f"{first.name} would read what stands before itself"
+    if node > first:
+        for source in node.all_input_nodes:
+            lift(source, first)
+        first.prepend(node)
 
 
 def infer(node: Node) -> None:
@@ -91,6 +108,11 @@ def _identity(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return *map(_identity, (*leaf.shape, *leaf.stride())), leaf.dtype, leaf.device
     return (leaf.node.expr,) if isinstance(leaf, torch.SymInt) else (type(leaf), leaf)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Return whether two shapes are known to be equal, whatever the dynamic sizes are."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def replace(old: Node, new: Node) -> None:
@@ -128,13 +150,15 @@ def is_weight(node: Any) -> bool:
 
 
 def given(node: Node) -> Any:
-    """Return a call's arguments by the names its op's schema gives them; one that is left out is its default.
-
-    `vars(given(node)).values()` are all of them, in order.
-    """
+    """Return a call's arguments by the names its op's schema gives them; one that is left out is its default."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     known = {a.name: a.default_value for a in schema}
     return SimpleNamespace(**known | dict(zip(known, node.args, strict=False)) | node.kwargs)
+
+
+def arguments(node: Node) -> list[Any]:
+    """Return all of a call's arguments in order, what is left out as its default."""
+    return list(vars(given(node)).values())
 
 
 def sweep(module: GraphModule) -> None:
