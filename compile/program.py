@@ -44,6 +44,7 @@ class Program:
     loose_ops  how many ops of each distinct piece have no kernel of ours; packages: those that Inductor compiled
     piece_costs   distinct piece -> tokens, bytes and flops of steps of some sizes
     weight_bytes, kv_bytes  of this rank's weights, and of the cache for a token
+    kv_layers  of each layer of the KV cache, the shapes of its tensors in one block, of all ranks
     token_bytes, logit_bytes  most alive at once of a step's values, for each of its tokens and each row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
@@ -66,6 +67,7 @@ class Program:
     piece_costs: dict[str, list[dict[str, int]]] = field(default_factory=dict)
     weight_bytes: int = 0
     kv_bytes: int = 0
+    kv_layers: list[list[list[int]]] = field(default_factory=list)
     token_bytes: int = 0
     logit_bytes: int = 0
     local_inputs: dict[str, tuple[int, int, int]] = field(default_factory=dict)

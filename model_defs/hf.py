@@ -5,43 +5,20 @@ Source: AttentionInterface, https://huggingface.co/docs/transformers/attention_i
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from seamwise.kernels import attention, kv_append
+from . import hf_attention, hf_experts
+from .hf_attention import Step
 
-from . import hf_experts
-
-_IMPLEMENTATION = "seamwise"
 _BY_LENGTH = ("longrope", "dynamic")  # kinds of RoPE whose table transformers chooses anew at each step
-_SERVED = ("full_attention", "sliding_attention")  # kinds of layers
-# Keyword arguments that attention functions are given and that leave causal attention as it is. Any other one that is
-# set (position_bias, …) would change the result: it is refused, not ignored.
-_HARMLESS = {
-    "position_ids", "position_embeddings", "use_cache", "output_attentions", "output_hidden_states",
-    "output_router_logits",
-}  # fmt: skip
-
-
-@dataclass(slots=True, kw_only=True)
-class _Step:
-    """A step's tensors, handed through the model's own code to its attention.
-
-    slides    whether each layer has a sliding window; attended: the layers that came
-    """
-
-    slides: Sequence[bool]
-    kv_caches: Sequence[Sequence[Tensor]]
-    slot_mapping: Tensor
-    spans: tuple[Tensor, Tensor, Tensor]
-    attended: list[int] = field(default_factory=list)
 
 
 class HuggingFaceDecoder(nn.Module):
@@ -52,15 +29,12 @@ class HuggingFaceDecoder(nn.Module):
 
     def __init__(self, architecture: str, raw: Mapping[str, Any]) -> None:
         super().__init__()
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(_IMPLEMENTATION, _attend)
+        hf_attention.register()
         hf_experts.register()
-        # No mask function is registered under this name: transformers then builds no mask.
-        model_class = _class_of(architecture)
-        config = _config_of(model_class, raw)
-        config._attn_implementation = _IMPLEMENTATION
-        config._experts_implementation = hf_experts.IMPLEMENTATION
+        model_class, config = class_and_config(architecture, raw)
+        # A class that does not use transformers' attention interface calls scaled_dot_product_attention, if any.
+        through = "seamwise" if _uses_interface(model_class) else "sdpa"
+        _set_implementation(config, through)
         with _parameters_on_meta():
             model = model_class(config).eval()
         for module in model.modules():
@@ -70,9 +44,10 @@ class HuggingFaceDecoder(nn.Module):
             self.add_module(name, child)
         assert {n for n, _ in model.named_parameters()} == {n for n, _ in self.named_parameters()}
         self.architecture = architecture
-        self.slides = _sliding_layers(config)
+        self.longest = getattr(config, "max_model_len", 1)
         self.tp_plan = {**model.tp_plan}
         self._call: Callable[..., Any] = model.__call__  # a bound method: no child of this module
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.eval()
 
     def forward(
@@ -80,66 +55,31 @@ class HuggingFaceDecoder(nn.Module):
         block_table: Tensor, seq_lens: Tensor, query_starts: Tensor, logit_rows: Tensor,
     ) -> Tensor:  # fmt: skip
         spans = (block_table, seq_lens, query_starts)
-        step = _Step(slides=self.slides, kv_caches=kv_caches, slot_mapping=slot_mapping, spans=spans)
-        logits_1LV = self._call(
-            input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False,
-            logits_to_keep=logit_rows, seamwise_step=step,
-        ).logits  # fmt: skip
-        if step.attended != list(range(len(self.slides))):
+        step = Step(kv_caches=kv_caches, slot_mapping=slot_mapping, spans=spans, longest=self.longest)
+        logits_LV = self._run(step, token_ids, positions, logit_rows)
+        if len(step.called) != len(kv_caches):
             raise ValueError(
-                f"{self.architecture}: attention of layers {step.attended} came through transformers'"
-                f" attention interface, wanted each of its {len(self.slides)} layers once, in order"
+                f"{self.architecture}: attention came {len(step.called)} times through transformers' attention"
+                f" interface, wanted {len(kv_caches)}, once for each KV cache"
             )
-        return logits_1LV.squeeze(0)
+        return logits_LV
 
+    def attended(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> list[tuple[int, int]]:
+        """Return the heads and the width of the keys in each call of attention, in order; computes nothing else."""
+        nothing = token_ids.new_zeros(1)
+        step = Step(kv_caches=None, slot_mapping=nothing, spans=(nothing,) * 3, longest=self.longest)
+        self._run(step, token_ids, positions, logit_rows)
+        return step.called
 
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    seamwise_step: _Step | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention function for transformers: query (1, H, T, E), key (1, K, T, E), value (1, K, T, V) -> (1, T, H, V)."""
-    name = type(module).__name__
-    if seamwise_step is None:
-        raise ValueError(f"{name}: attn_implementation={_IMPLEMENTATION!r} needs a step; call it through seamwise")
-    refused = {k: v for k, v in others.items() if v is not None and v is not False and k not in _HARMLESS}
-    refused |= {"attention_mask": attention_mask} if attention_mask is not None else {}
-    refused |= {"dropout": dropout} if dropout else {}
-    refused |= {"is_causal": False} if is_causal is False or not getattr(module, "is_causal", True) else {}
-    if refused:
-        plain = (int, float, str)
-        shown = ", ".join(f"{k}={v if isinstance(v, plain) else type(v).__name__}" for k, v in refused.items())
-        raise ValueError(f"{name}: {shown} is not served; wanted plain causal attention")
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    if (sliding_window is not None) != seamwise_step.slides[layer]:
-        wanted = "a sliding window" if seamwise_step.slides[layer] else "none"
-        raise ValueError(f"{name}: layer {layer} has sliding_window={sliding_window}, its configuration wants {wanted}")
-    k_cache, v_cache = seamwise_step.kv_caches[layer]
-    width = value.shape[3]
-    if width < key.shape[3]:  # the caches are alike; expanded latents have narrower values
-        value = F.pad(value, (0, key.shape[3] - width))
-    for what, x, cache in (("key", key, k_cache), ("value", value, v_cache)):
-        if (x.shape[1], x.shape[3]) != (cache.shape[1], cache.shape[3]):
-            raise ValueError(
-                f"{name}: layer {layer}'s {what} has {x.shape[1]} heads of width {x.shape[3]}, the KV cache"
-                f" {cache.shape[1]} of {cache.shape[3]} (num_key_value_heads and head_dim of config.json)"
-            )
-    seamwise_step.attended.append(layer)
-    q_THE, k_TKE, v_TKE = (x[0].transpose(0, 1) for x in (query, key, value))
-    kv_append(k_TKE, v_TKE, k_cache, v_cache, seamwise_step.slot_mapping)
-    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    spans, limits = seamwise_step.spans, (sliding_window or 0, softcap or 0.0, s_aux)
-    return attention(q_THE, k_cache, v_cache, *spans, scale, *limits)[..., :width].unsqueeze(0), None
-
-
-def _sliding_layers(config: Any) -> list[bool]:
-    """Return whether each layer has a sliding window: transformers tells its masks, of which none is built here."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [getattr(config, "sliding_window", None) is not None] * config.num_hidden_layers
-    return [kind == "sliding_attention" for kind in kinds]
+    def _run(self, step: Step, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        """Call the model on one row of all requests' tokens; return logits (L, V) of the wanted rows."""
+        given: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0), "use_cache": False}
+        given["position_ids"] = positions.unsqueeze(0)
+        if self._keeps_logits:
+            given["logits_to_keep"] = logit_rows
+        with hf_attention.attending(step):
+            logits_1LV: Tensor = self._call(**given).logits
+        return logits_1LV.squeeze(0) if self._keeps_logits else logits_1LV[0, logit_rows]
 
 
 def _fix_rope(module: nn.Module, config: Any) -> None:
@@ -162,6 +102,12 @@ def _table(config: Any, kind: str, **layer: str) -> Tensor:
     return speeds_F
 
 
+def class_and_config(architecture: str, raw: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return transformers' class and its configuration. Raises ValueError for what is not served."""
+    model_class = _class_of(architecture)
+    return model_class, _config_of(model_class, raw)
+
+
 def _class_of(architecture: str) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -172,9 +118,25 @@ def _class_of(architecture: str) -> Any:
             " wanted a class name like 'LlamaForCausalLM' (code inside a checkpoint is never run)"
         )
     model_class = getattr(transformers, architecture)
-    if not model_class._supports_attention_backend:
-        raise ValueError(f"architecture {architecture!r}: its class does not use transformers' attention interface")
+    if "position_ids" not in inspect.signature(model_class.forward).parameters:
+        raise ValueError(f"{architecture}: its forward takes no position_ids, which requests in one step need")
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    if not _uses_interface(model_class) and "scaled_dot_product_attention" not in source:
+        raise ValueError(
+            f"{architecture}: its attention comes neither through transformers' attention interface nor as"
+            " scaled_dot_product_attention"
+        )
     return model_class
+
+
+def _uses_interface(model_class: Any) -> bool:
+    return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def _set_implementation(config: Any, attention: str) -> None:
+    """Have a configuration, and those within it, choose our experts and this attention."""
+    config._attn_implementation = attention
+    config._experts_implementation = hf_experts.IMPLEMENTATION
 
 
 def _config_of(model_class: Any, raw: Mapping[str, Any]) -> Any:
@@ -185,14 +147,8 @@ def _config_of(model_class: Any, raw: Mapping[str, Any]) -> Any:
         raise ValueError(f"{name}: only Seamwise's own definition reads experts in MXFP4; use entry='own'")
     # The module stays plain: how weights are stored is no part of its equations.
     config = model_class.config_class.from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
-    unserved = {
-        "is_encoder_decoder": config.is_encoder_decoder,
-        "layer_types": [t for t in getattr(config, "layer_types", None) or () if t not in _SERVED],
-        "attention_chunk_size": getattr(config, "attention_chunk_size", None),
-    }
-    for option, found in unserved.items():
-        if found:
-            raise ValueError(f"{name}: {option} has {found!r}, which is not served; wanted plain causal attention")
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name}: is_encoder_decoder is true, which is not served; wanted a decoder alone")
     return config
 
 

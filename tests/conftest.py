@@ -24,6 +24,8 @@ _BUILD = Path(__file__).parent.parent / "build"
 _MODELS = caches.folder("models")
 _SESSION = Path(tempfile.mkdtemp(prefix="seamwise-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(_SESSION)
+for name in ("MPLCONFIGDIR", "TRITON_CACHE_DIR"):
+    os.environ.setdefault(name, str(_BUILD / f"{name.lower()}-of-tests"))
 caches.make_private(caches.cache_dir())
 for kind in ("cpp", "models"):
     there = kind == "models" and (_MODELS / "SmolLM2-135M-Instruct" / "config.json").exists()

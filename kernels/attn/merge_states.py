@@ -51,30 +51,42 @@ def make(draw: Draw, S: int, T: int, H: int, D: int) -> tuple[Any, ...]:
 
 
 @triton.jit
-def _merge_states_kernel(outs_ptr, lse_ptr, out_ptr, out_lse_ptr, S, rows, D, BLOCK: tl.constexpr):
+def _merge_states_kernel(
+    outs_ptr, lse_ptr, out_ptr, out_lse_ptr, S, rows, D, PARTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Merge one row: the largest lse of all parts at once, then the parts in chunks, whose loads do not wait."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)  # [BLOCK]
-    best, total, sums = float("-inf"), 0.0, tl.zeros([BLOCK], tl.float32)
-    for s in range(S):
-        at = s * tl.cast(rows, tl.int64) + row
-        lse = tl.load(lse_ptr + at)
-        out = tl.load(outs_ptr + at * D + column, mask=column < tl.where(lse > float("-inf"), D, 0), other=0.0)
-        now = tl.maximum(best, lse)
-        safe = tl.where(now == float("-inf"), 0.0, now)
-        fade, weight = tl.exp(best - safe), tl.exp(lse - safe)
-        sums, total, best = sums * fade + out * weight, total * fade + weight, now
+    part = tl.arange(0, PARTS)  # [PARTS]
+    best = tl.max(tl.load(lse_ptr + part * tl.cast(rows, tl.int64) + row, mask=part < S, other=float("-inf")), 0)
+    safe = tl.where(best == float("-inf"), 0.0, best)
+    total, sums = 0.0, tl.zeros([BLOCK], tl.float32)
+    for first in range(0, S, CHUNK):
+        some = first + tl.arange(0, CHUNK)  # [CHUNK]
+        at = some * tl.cast(rows, tl.int64) + row
+        lse = tl.load(lse_ptr + at, mask=some < S, other=float("-inf"))
+        weight = tl.exp(lse - safe)
+        seen = (lse > float("-inf"))[:, None] & (column < D)[None, :]
+        out = tl.load(outs_ptr + at[:, None] * D + column[None, :], mask=seen, other=0.0)  # [CHUNK, BLOCK]
+        sums += tl.sum(out * weight[:, None], 0)
+        total += tl.sum(weight, 0)
     result = sums / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * D + column, result.to(out_ptr.dtype.element_ty), mask=column < D)
     tl.store(out_lse_ptr + row, best + tl.log(total))
 
 
-def config(D: int) -> dict[str, int]:
-    """Launch configuration. Unmeasured: a head's row is a program of one warp."""
-    return {"BLOCK": triton.next_power_of_2(D), "num_warps": 1}
+def config(S: int, D: int) -> dict[str, int]:
+    """Launch configuration. Unmeasured: one warp a row holds 8 parts of it in flight, 16 bytes a load."""
+    return {
+        "PARTS": max(8, triton.next_power_of_2(S)), "CHUNK": 8, "BLOCK": triton.next_power_of_2(D),
+        "num_warps": 1 if D <= 128 else 2,
+    }  # fmt: skip
 
 
 _TYPES = dict.fromkeys(("outs_ptr", "lse_ptr", "out_lse_ptr"), "*fp32")
-merge_states.builds(Build(_merge_states_kernel, config(width), _TYPES) for width in (64, 128, 256))
+merge_states.builds(
+    Build(_merge_states_kernel, config(parts, width), _TYPES) for parts in (8, 64) for width in (64, 128, 256, 512)
+)
 
 
 def _refuses(outs_STHD: Tensor, lse_STH: Tensor) -> str | None:
@@ -91,5 +103,6 @@ def merge_states_triton(outs_STHD: Tensor, lse_STH: Tensor, dtype: torch.dtype) 
     out = torch.empty(shape, dtype=dtype, device=outs_STHD.device)
     lse = torch.empty(shape[:2], dtype=torch.float32, device=outs_STHD.device)
     if rows := lse.numel():
-        _merge_states_kernel[(rows,)](outs_STHD, lse_STH, out, lse, splits, rows, shape[2], **config(shape[2]))
+        chosen = config(splits, shape[2])
+        _merge_states_kernel[(rows,)](outs_STHD, lse_STH, out, lse, splits, rows, shape[2], **chosen)
     return out, lse

@@ -111,7 +111,10 @@ def mla_kernel(
 
 
 def config(heads: int, tokens: int, requests: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> dict[str, int]:
-    """Launch configuration. Unmeasured: the most rows that spill no registers on any of sm_80, 90 and 100."""
+    """Launch configuration. Unmeasured: the most rows that spill no registers on any of sm_80, 90 and 100.
+
+    Of decode in 16 bits the keys have two buffers, as attention's (attention_triton.py): 94 kB for sm_90.
+    """
     pack = triton.next_power_of_2(heads)
     wide = dtype == torch.float32
     # 64 rows of 512 columns spill on sm_90, and 32 do while float8 is converted
@@ -119,7 +122,8 @@ def config(heads: int, tokens: int, requests: int, dtype: torch.dtype, cache_dty
     decodes = tokens <= 2 * requests
     rows = 16 if decodes and pack <= 16 else most
     pack = min(pack, rows)
-    return {"PACK": pack, "QUERIES": rows // pack, "KEYS": 16 if wide else 32, "num_warps": 8, "num_stages": 2}
+    stages = 5 if decodes and rows == 16 and not wide else 2
+    return {"PACK": pack, "QUERIES": rows // pack, "KEYS": 16 if wide else 32, "num_warps": 8, "num_stages": stages}
 
 
 def num_splits(programs: int, most_keys: int) -> int:
@@ -188,7 +192,8 @@ def attend_absorbed(
     out_THC = q_THE.new_zeros(tokens, heads, latent)  # rows that no request owns stay zero
     chosen = config(heads, tokens, requests, q_THE.dtype, cache.dtype)
     tiles, head_tiles = tokens // chosen["QUERIES"] + requests, triton.cdiv(heads, chosen["PACK"])
-    splits = num_splits(tiles * head_tiles, columns * cache.shape[1])
+    working = max(requests, triton.cdiv(tokens, chosen["QUERIES"]))  # of the tiles, up to one a request find no work
+    splits = num_splits(working * head_tiles, columns * cache.shape[1])
     part, lse_STH = out_THC, None
     if splits > 1:
         part = torch.empty(splits, *out_THC.shape, dtype=torch.float32, device=q_THE.device)

@@ -28,25 +28,25 @@ struct Rows {
 
 template <class Element, class Words>
 class Worker {
-    static constexpr bool kWiden = !std::is_same<Element, typename Words::Element>::value;
+    static constexpr bool kWiden = std::is_same<Words, WidenedWords<Element>>::value;
     static constexpr int kWeightWords = kTile / Words::kPerWord;
     const Call& c;
     const int group, words;
     const int64_t dim, state;
-    float *queries, *keys, *values, *scores, *weights, *fresh, *merged, *wide, *zeros;
+    float *queries, *keys, *values, *scores, *weights, *fresh, *merged, *zeros;
     Rows buffers[2], *now = &buffers[0], *ahead = &buffers[1];
 
    public:
     Worker(const Call& call, Scratch& scratch)
         : c(call), group(call.group()), words(int(call.dim) / Words::kPerWord), dim(call.dim), state(call.state()) {
         const int64_t rows = std::max(kTaskRows, group);
-        float** const parts[] = {&queries, &keys, &values, &scores, &weights, &fresh, &merged, &wide, &zeros};
+        float** const parts[] = {&queries, &keys, &values, &scores, &weights, &fresh, &merged, &zeros};
         const int64_t sizes[] = {rows * dim,    kTile * dim,  kTile * dim,     kRows * kTile, kRows * kTile,
-                                 kRows * state, rows * state, 2 * kTile * dim, dim};
+                                 kRows * state, rows * state, dim};
         int64_t total = 0;
         for (int64_t size : sizes) total += size;
         float* at = scratch.reserve(total);
-        for (int i = 0; i < 9; at += sizes[i++]) *parts[i] = at;
+        for (int i = 0; i < 8; at += sizes[i++]) *parts[i] = at;
         std::fill(zeros, zeros + dim, 0.f);
     }
 
@@ -91,22 +91,15 @@ class Worker {
         return t.kept + (int64_t(tile - t.first_tile) * rows + row) * state;
     }
 
-    const float* as_words(const Element* in, float* buffer) const {
-        if constexpr (kWiden) {
-            widen(in, buffer, int(dim));
-            return buffer;
-        }
-        return (const float*)in;
-    }
-
     void pack_queries(const Task& t) {
         const Element* base = (const Element*)c.q + (c.query_starts[t.request] + t.first_query) * c.q_strides[0] +
                               t.kv_head * group * c.q_strides[1];
         for (int i = 0; i < t.num_queries; ++i)
             for (int h = 0; h < group; ++h) {
                 float* to = queries + (i * group + h) * words;
-                const float* from = as_words(base + i * c.q_strides[0] + h * c.q_strides[1], to);
-                if (from != to) std::memcpy(to, from, words * sizeof(float));
+                const Element* from = base + i * c.q_strides[0] + h * c.q_strides[1];
+                if constexpr (kWiden) widen(from, to, int(dim));
+                else std::memcpy(to, from, words * sizeof(float));
             }
     }
 
@@ -132,16 +125,11 @@ class Worker {
     }
 
     void pack_tile(bool pack_values_too) {
-        if constexpr (kWiden)
-            for (int j = 0; j < now->count; ++j) {
-                now->keys[j] = as_words((const Element*)now->keys[j], wide + j * dim);
-                now->values[j] = as_words((const Element*)now->values[j], wide + (kTile + j) * dim);
-            }
         const int64_t bytes = dim * sizeof(Element);
         const Ahead wanted{ahead->keys, ahead->count, bytes, (now->count + kLanes - 1) / kLanes};
         for (int j = 0; j < now->count; j += kLanes) {
             wanted.ask(j / kLanes);
-            pack_keys(now->keys + j, words, keys + j, kTile);
+            Words::pack_keys(now->keys + j, words, keys + j, kTile);
         }
         const int depth = (now->count + Words::kPerWord - 1) / Words::kPerWord;
         if (pack_values_too) pack_values<Words>(now->values, depth, int(dim), values);
@@ -281,10 +269,10 @@ extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, c
 #if defined(__AVX512BF16__)
     if (dtype == 1) return run<BFloat16, BFloat16Words>(c, num_threads);
 #else
-    if (dtype == 1) return run<BFloat16, FloatWords>(c, num_threads);
+    if (dtype == 1) return run<BFloat16, WidenedWords<BFloat16>>(c, num_threads);
 #endif
 #if defined(SEAMWISE_FLOAT16)
-    if (dtype == 2) return run<Float16, FloatWords>(c, num_threads);
+    if (dtype == 2) return run<Float16, WidenedWords<Float16>>(c, num_threads);
 #endif
     return -1;
 }

@@ -5,18 +5,138 @@
 #pragma once
 #include "cpu_simd.h"
 
+// The rows of a square of kLanes x kLanes words become its columns.
+inline void transpose(Vec* rows) {
+#if defined(__AVX512F__)
+    __m512i *const r = (__m512i*)rows, *const column = r, t[16], u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; ++j) {  // u[4 i + j] holds column 4 L + j of rows 4 i .. 4 i + 3 in its 128-bit lane L
+        const __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
+        const __m512i b = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
+        column[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        column[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        column[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        column[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+#elif defined(__AVX__)
+    __m256 *const r = (__m256*)rows, t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; ++i) {  // u[i] holds columns i and 4 + i of rows 0 … 3, u[4 + i] of rows 4 … 7
+        r[i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+        r[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
+    }
+#else
+    Vec columns[kLanes];
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < kLanes; ++j) columns[i][j] = rows[j][i];
+    for (int i = 0; i < kLanes; ++i) rows[i] = columns[i];
+#endif
+}
+
+// The first `count` words at p, then zeros.
+inline Vec load_words(const float* p, int count) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_loadu_epi32((1u << count) - 1, p);
+#else
+    if (count == kLanes) return load(p);
+    Vec v = {};
+    std::memcpy(&v, p, count * sizeof(float));
+    return v;
+#endif
+}
+
+// panel[w * stride + j] = word w of keys[j], for kLanes keys.
+inline void pack_words(const float* const* keys, int words, float* panel, int64_t stride) {
+    for (int w = 0; w < words; w += kLanes) {
+        const int columns = words - w < kLanes ? words - w : kLanes;
+        Vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load_words(keys[i] + w, columns);
+        transpose(square);
+        for (int i = 0; i < columns; ++i) store(panel + (w + i) * stride, square[i]);
+    }
+}
+
 struct FloatWords {
     using Element = float;
     static constexpr int kPerWord = 1;
     static constexpr int kChunk = 16;  // terms summed before their sum joins the whole: half the error of one long sum
-    static Vec multiply_add(Vec acc, Vec a, Vec b) { return acc + a * b; }
+    static Vec multiply_add(Vec acc, Vec a, Vec b) { return accumulate(acc, a, b); }
     static void narrow_store(float* to, Vec v) { store(to, v); }
+    static void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
+        pack_words(keys, words, panel, stride);
+    }
 
     // row[n] = word k, for kLanes dimensions from `first + n kLanes`, of values given as pointers to their rows.
     template <int N>
     static void fill(Vec* row, const float* const* values, int k, int first) {
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) row[n] = in_register(load(values[k] + first + n * kLanes));
+    }
+};
+
+// kLanes elements of 16 bits as floats.
+inline Vec widened(const BFloat16* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    float wide[kLanes];
+    widen(p, wide, kLanes);
+    return load(wide);
+#endif
+}
+#if defined(SEAMWISE_FLOAT16)
+inline Vec widened(const Float16* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = (float)((const __fp16*)p)[i];
+    return v;
+#endif
+}
+#endif
+
+// Words are floats, and operands elements of 16 bits, widened where they are read or packed.
+template <class T>
+struct WidenedWords : FloatWords {
+    using Element = T;
+
+    template <int N>
+    static void fill(Vec* row, const float* const* values, int k, int first) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) row[n] = widened((const T*)values[k] + first + n * kLanes);
+    }
+
+    static void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
+        for (int w = 0; w < words; w += kLanes) {  // words: a multiple of 16
+            Vec square[kLanes];
+            for (int i = 0; i < kLanes; ++i) square[i] = widened((const T*)keys[i] + w);
+            transpose(square);
+            for (int i = 0; i < kLanes; ++i) store(panel + (w + i) * stride, square[i]);
+        }
     }
 };
 
@@ -27,6 +147,9 @@ struct BFloat16Words {
     static constexpr int kChunk = 0;  // one sum: its error is far below the operands'
     static Vec multiply_add(Vec acc, Vec a, Vec b) {
         return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+    }
+    static void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
+        pack_words(keys, words, panel, stride);
     }
     static void narrow_store(float* to, Vec v) {
         _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)v));
@@ -114,43 +237,6 @@ void pack_values(const float* const* values, int depth, int dim, float* panel) {
             store(panel + d, row[0]);
         }
     }
-}
-
-// panel[w * stride + j] = word w of keys[j], for kLanes keys.
-inline void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
-#if defined(__AVX512F__)
-    for (int w = 0; w < words; w += 16) {
-        const int columns = words - w < 16 ? words - w : 16;
-        const __mmask16 mask = (1u << columns) - 1;
-        __m512i r[16], t[16], u[16];
-        for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, keys[i] + w);
-        for (int i = 0; i < 16; i += 2) {
-            t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-            t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4) {
-            u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-            u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-            u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-            u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-        }
-        __m512i column[16];
-        for (int j = 0; j < 4; ++j) {  // u[4 i + j] holds column 4 L + j of rows 4 i .. 4 i + 3 in its 128-bit lane L
-            const __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
-            const __m512i b = _mm512_shuffle_i32x4(u[j], u[4 + j], 0xdd);
-            const __m512i c = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);
-            const __m512i d = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0xdd);
-            column[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-            column[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-            column[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-            column[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-        }
-        for (int i = 0; i < columns; ++i) _mm512_storeu_si512(panel + (w + i) * stride, column[i]);
-    }
-#else
-    for (int w = 0; w < words; ++w)
-        for (int j = 0; j < kLanes; ++j) panel[w * stride + j] = keys[j][w];
-#endif
 }
 
 // ---- c[M, N kLanes] = a[M, depth] b[depth, N kLanes] ----

@@ -8,134 +8,56 @@
 //
 // One panel at a time, because it is one stream: a core's prefetchers then read weights as fast as a plain loop does.
 // Measured on Zen 4, one row, weights in DRAM: 62 GB/s; two panels side by side 57, with software prefetch 52.
-#include "cpu_threads.h"
-#include "linear_words.h"
+#include "linear_block.h"
 
 namespace {
 
-constexpr int kBlockRows = kLanes == 16 ? 8 : 2;  // x kVecs sums, in registers
-constexpr int64_t kChunkBytes = 384 << 10;        // of x, which stays in the L2 cache while panels pass
-constexpr int64_t kSerialBytes = 96 << 10;        // of weights, times passes, below which one thread is faster
+constexpr int64_t kChunkBytes = 384 << 10;   // of x, which stays in the L2 cache while panels pass
+constexpr int64_t kSerialBytes = 96 << 10;   // of weights, times passes, below which one thread is faster
 
-struct Linear {
-    const char *x, *packed;
-    const void* bias;
-    char* y;
-    int64_t M, N, K, words, x_stride, y_stride;  // strides in bytes
-    int64_t panel_bytes, terms;                  // terms: words summed apart from the rest
-    const float *scale = nullptr, *offset = nullptr;  // of integers: (panels, groups, 32), offset may be null
-    float* x_sums = nullptr;                          // (M, groups), where there are offsets
-    int64_t groups = 0;
-
-    const char* panel(int64_t p) const { return packed + p * panel_bytes; }
-};
-
-inline void widen(const float* in, float* out, int n) { std::memcpy(out, in, n * sizeof(float)); }
-
-template <int kBytes>
-inline Vec splat_word(const char* x) {
-    int32_t word = 0;
-    std::memcpy(&word, x, kBytes);
-    return (Vec)(word - IntVec{});
-}
-
-// y of R rows and one panel, whose words are at w. `ahead` is asked for, half a panel, unless it is null.
-template <class Words, int R>
-void block(const Linear& c, int64_t m, int64_t panel, const char* w, const char* ahead) {
-    using Element = typename Words::Element;
-    const char* x = c.x + m * c.x_stride;
-    const int64_t ahead_bytes = c.panel_bytes / c.words / 2;
-    const int64_t first_column = panel * kPanel, whole = c.K / Words::kPerWord;
-    const int columns = int(c.N - first_column < kPanel ? c.N - first_column : kPanel);
-    alignas(64) float start[kPanel] = {}, total[R][kPanel];
-    if (c.bias) widen((const Element*)c.bias + first_column, start, columns);
-    Vec sum[R][kVecs];
-    const bool parts = Words::kScaled || c.terms < c.words;
-    for (int64_t begin = 0, group = 0; begin < c.words; begin += c.terms, ++group) {
-        const int64_t end = c.words - begin > c.terms ? begin + c.terms : c.words;
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < kVecs; ++v) sum[r][v] = begin == 0 && !Words::kScaled ? load(start + v * kLanes) : Vec{};
-        const auto add = [&](int64_t i, auto word_at) __attribute__((always_inline)) {
-            Vec weight[kVecs];
-            Words::weights(w + i * kPanel * Words::kWordBytes, weight);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const Vec word = word_at(x + r * c.x_stride + 4 * i);
-#pragma GCC unroll 8
-                for (int v = 0; v < kVecs; ++v) sum[r][v] = Words::multiply_add(sum[r][v], weight[v], word);
-            }
-        };
-        const int64_t last = end < whole ? end : whole;
-        if (ahead)
-            for (int64_t i = begin; i < last; ++i) {
-                __builtin_prefetch(ahead + ahead_bytes * i, 0, 2);
-                add(i, splat_word<4>);
-            }
-        else
-            for (int64_t i = begin; i < last; ++i) add(i, splat_word<4>);
-        if (last < end) add(last, splat_word<2>);
-        if (!Words::kScaled && end == c.words) break;
-        const int64_t at_group = (panel * c.groups + group) * kPanel;
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < kVecs; ++v) {
-                float* at = total[r] + v * kLanes;
-                if constexpr (Words::kScaled) {
-                    Vec scaled = load(begin == 0 ? start + v * kLanes : at) + sum[r][v] * load(c.scale + at_group + v * kLanes);
-                    if (c.offset) {
-                        const float x_sum = c.x_sums[(m + r) * c.groups + group];
-                        scaled += load(c.offset + at_group + v * kLanes) * splat(x_sum);
-                    }
-                    store(at, scaled);
-                } else {
-                    store(at, begin == 0 ? sum[r][v] : load(at) + sum[r][v]);
-                }
-            }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        Element* y = (Element*)(c.y + (m + r) * c.y_stride) + first_column;
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) {
-            if (parts) sum[r][v] = (Words::kScaled ? Vec{} : sum[r][v]) + load(total[r] + v * kLanes);
-            if (const int left = columns - v * kLanes; left > 0)
-                Words::put(y + v * kLanes, sum[r][v], left < kLanes ? left : kLanes);
-        }
-    }
-}
-
-template <class Words, int R>
-inline void block_of(int rows, const Linear& c, int64_t m, int64_t panel, const char* w, const char* ahead) {
-    if (rows == R) return block<Words, R>(c, m, panel, w, ahead);
-    if constexpr (R > 1) block_of<Words, R - 1>(rows, c, m, panel, w, ahead);
-}
-
-// Rows [m0, m1) of one panel, in blocks of equal height. While they share it, the next panel comes from memory.
+// Rows [m0, m1) of one panel, in blocks of equal height.
 template <class Words>
-void sweep(const Linear& c, int64_t m0, int64_t m1, int64_t panel, const char* w, bool more) {
+void sweep(const Linear& c, Rows x, int64_t m0, int64_t m1, int64_t panel, const char* w, bool more) {
     const int64_t rows = m1 - m0, blocks = (rows + kBlockRows - 1) / kBlockRows;
     for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t first = m0 + rows * b / blocks, last = m0 + rows * (b + 1) / blocks;
-        const bool fetch = more && blocks > 1 && b < 2;
-        const char* ahead = fetch ? c.panel(panel + 1) + b * c.panel_bytes / 2 : nullptr;
-        block_of<Words, kBlockRows>(int(last - first), c, first, panel, w, ahead);
+        const int64_t first = rows * b / blocks, last = rows * (b + 1) / blocks;
+        const NextPanel next{more ? c.panel(panel + 1) : nullptr, blocks, b};
+        rows_of<Words>(int(last - first), c, {x.at(first), x.stride}, m0 + first, panel, w, next);
     }
 }
 
-// Returns a panel of integers as bfloat16 words, in memory of this thread.
+// Returns rows [m0, m1) of x as blocks read them: floats in memory of this thread where pairs are not multiplied.
+template <class Words>
+Rows rows_for(const Linear& c, int64_t m0, int64_t m1) {
+    if constexpr (kPairs || Words::kPerWord == 1) return {c.x + m0 * c.x_stride, c.x_stride};
+    static thread_local Scratch scratch;
+    const int64_t width = 2 * c.words + 16;  // rows that are a power of two apart would share a few sets of the cache
+    float* to = scratch.reserve((m1 - m0) * width);
+    for (int64_t m = m0; m < m1; ++m) {
+        float* row = to + (m - m0) * width;
+        widen((const BFloat16*)(c.x + m * c.x_stride), row, int(c.K));
+        if (c.K < 2 * c.words) row[c.K] = 0;
+    }
+    return {(const char*)to, int64_t(width * sizeof(float))};
+}
+
+// Returns a panel in memory of this thread: as bfloat16 words where those are multiplied, else as floats.
 template <class Words>
 const char* unpack(const Linear& c, int64_t panel) {
     static thread_local Scratch scratch;
-    float* to = scratch.reserve(c.words * kPanel);
-    for (int64_t i = 0; i < c.words; ++i) {
-        Vec words[kVecs];
-        Words::weights(c.panel(panel) + i * kPanel * Words::kWordBytes, words);
-        for (int v = 0; v < kVecs; ++v) store(to + i * kPanel + v * kLanes, words[v]);
+    constexpr int kTerms = kPairs ? 1 : 2;
+    float* to = scratch.reserve(c.words * kPanel * kTerms);
+    const char* w = c.panel(panel);
+    for (int64_t i = 0; i < c.words; ++i, w += kPanel * Words::kWordBytes, to += kPanel * kTerms) {
+        Vec kept[kVecs], out[kVecs];
+        if constexpr (!kPairs) Words::template read<kVecs, 0>(w, kept);
+        for (int t = 0; t < kTerms; ++t) {
+            if constexpr (kPairs) Words::template weights<kVecs, 0>(w, out);
+            else Words::template widen<kVecs, 0>(w, kept, t, out);
+            for (int v = 0; v < kVecs; ++v) store(to + t * kPanel + v * kLanes, out[v]);
+        }
     }
-    return (const char*)to;
+    return (const char*)(to - c.words * kPanel * kTerms);
 }
 
 template <class Words>
@@ -145,7 +67,8 @@ int64_t run(const Linear& c, int64_t num_threads) {
     // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
     // Where there are fewer panels than threads, rows are shared out too.
     const int64_t shares = panels < num_threads ? panels : num_threads;
-    const int64_t resident = kChunkBytes / (4 * c.words) / kBlockRows * kBlockRows;
+    const int64_t x_bytes = c.words * (kPairs || Words::kPerWord == 1 ? 4 : 8);
+    const int64_t resident = kChunkBytes / x_bytes / kBlockRows * kBlockRows;
     const int64_t height = resident < kBlockRows ? kBlockRows : resident;
     int64_t chunks = (c.M + height - 1) / height;
     if (chunks * shares < num_threads) chunks = num_threads / shares < blocks ? num_threads / shares : blocks;
@@ -153,14 +76,15 @@ int64_t run(const Linear& c, int64_t num_threads) {
         const int64_t chunk = task / shares, share = task % shares;
         const int64_t m0 = c.M * chunk / chunks, m1 = c.M * (chunk + 1) / chunks;
         const int64_t last = panels * (share + 1) / shares;
+        const Rows x = rows_for<Words>(c, m0, m1);
         for (int64_t p = panels * share / shares; p < last; ++p) {
             if constexpr (Words::kScaled) {
                 if (m1 - m0 > kBlockRows) {  // several blocks of rows read it: it is unpacked once
-                    sweep<Unpacked>(c, m0, m1, p, unpack<Words>(c, p), p + 1 < last);
+                    sweep<Unpacked>(c, x, m0, m1, p, unpack<Words>(c, p), p + 1 < last);
                     continue;
                 }
             }
-            sweep<Words>(c, m0, m1, p, c.panel(p), p + 1 < last);
+            sweep<Words>(c, x, m0, m1, p, c.panel(p), p + 1 < last);
         }
     });
     return 0;
@@ -168,12 +92,16 @@ int64_t run(const Linear& c, int64_t num_threads) {
 
 float sum(const BFloat16* x, int64_t count) {
     constexpr int kStep = 2 * kLanes;
-    const Vec ones = (Vec)(0x3f803f80 - IntVec{});
     Vec total{};
     for (int64_t k = 0; k < count; k += kStep) {
         BFloat16 part[kStep] = {};
         if (count - k < kStep) std::memcpy(part, x + k, (count - k) * sizeof(BFloat16));
-        total = Pairs::multiply_add(total, ones, load(count - k < kStep ? part : x + k));
+        const Vec pairs = load(count - k < kStep ? part : x + k);
+        if constexpr (kPairs) {
+            total = Pairs::multiply_add(total, (Vec)(0x3f803f80 - IntVec{}), pairs);
+        } else {
+            total = total + Pairs::widened(pairs, 0) + Pairs::widened(pairs, 1);
+        }
     }
     return horizontal_sum(total);
 }
@@ -193,7 +121,7 @@ extern "C" int64_t seamwise_pack_linear(const char* w, uint32_t* packed, int64_t
             for (int v = 0; v < kPanel; v += kLanes) {
                 const float* row_of[kLanes];
                 for (int j = 0; j < kLanes; ++j) row_of[j] = (const float*)(rows + (v + j) * stride);
-                pack_keys(row_of, int(whole), (float*)to + v, kPanel);
+                pack_words(row_of, int(whole), (float*)to + v, kPanel);
             }
         for (int64_t i = columns == kPanel ? whole : 0; i < words; ++i)
             for (int64_t n = 0; n < kPanel; ++n) {

@@ -1,21 +1,31 @@
-// The words of packed linear layers (linear_cpu.cpp): how a panel stores them, and how 32 columns' words are multiplied.
+// The words of packed linear layers: how a panel stores them, and how they become vectors to multiply with.
 //
 // A word is 32 bits: one float, or the two bfloat16 of inputs (2i, 2i + 1), exactly what VDPBF16PS multiplies.
 // An int4 word is a byte of four bits of each: inputs (2i, 2i + 1) of columns 0 … 15 in the low halves of its 32 bytes,
-// of columns 16 … 31 in the high ones. A table in a register makes them bfloat16, exactly.
+// of columns 16 … 31 in the high ones. Tables in registers make them bfloat16, exactly.
 // An int8 word is two bytes, inputs (2i, 2i + 1), a column after the other. bfloat16 holds every int8.
+//
+// Where the machine multiplies pairs of bfloat16 (kPairs), weights<V, kFirst>(w, out) gives V vectors of columns from
+// vector kFirst of a panel as such pairs; elsewhere widen<V, kFirst>(w, kept, input, out) gives the floats of the word's
+// first or second input, from what read<V, kFirst>(w, kept) kept.
 #pragma once
 #include "cpu_gemm.h"
 
 constexpr int kPanel = 32, kVecs = kPanel / kLanes;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
 
 struct Singles {  // a word is a float
     using Element = float;
     static constexpr int kPerWord = 1, kWordBytes = 4;
     static constexpr bool kScaled = false;
+    template <int V, int kFirst>
     static void weights(const char* w, Vec* out) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) out[v] = in_register(load(w + v * kLanes * 4));
+        for (int v = 0; v < V; ++v) out[v] = in_register(load(w + (kFirst + v) * kLanes * 4));
     }
     static Vec multiply_add(Vec sum, Vec w, Vec x) { return sum + w * x; }
     static void put(float* y, Vec v, int columns) {
@@ -28,27 +38,46 @@ struct Pairs {  // a word is two bfloat16
     using Element = BFloat16;
     static constexpr int kPerWord = 2, kWordBytes = 4;
     static constexpr bool kScaled = false;
-    static void weights(const char* w, Vec* out) { Singles::weights(w, out); }
-#if defined(__AVX512BF16__)
-    static Vec multiply_add(Vec sum, Vec w, Vec x) {
-        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+    template <int V, int kFirst>
+    static void weights(const char* w, Vec* out) {
+        Singles::weights<V, kFirst>(w, out);
     }
-    static void put(BFloat16* y, Vec v, int columns) {
-        _mm256_mask_storeu_epi16(y, 0xffffu >> (kLanes - columns), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-    }
+    static Vec widened(Vec pair, int input) {
+        if (input == 0) return (Vec)((IntVec)pair << 16);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        alignas(32) static constexpr uint32_t kHigh[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                          0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+        asm("vandps %1, %0, %0" : "+x"(pair) : "m"(kHigh));  // a mask in a register would put a block's sum in memory
+        return pair;
 #else
-    static Vec low(Vec pair) { return (Vec)((IntVec)pair << 16); }
-    static Vec high(Vec pair) { return (Vec)((IntVec)pair & (int32_t)0xffff0000); }
+        return (Vec)((IntVec)pair & (int32_t)0xffff0000);
+#endif
+    }
+    template <int V, int kFirst>
+    static void read(const char* w, Vec*) {}  // nothing to keep: read anew for each input, its floats need the registers
+    template <int V, int kFirst>
+    static void widen(const char* w, const Vec*, int input, Vec* out) {
+        Vec pairs[V];
+        weights<V, kFirst>(w, pairs);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) out[v] = widened(pairs[v], input);
+    }
     static Vec multiply_add(Vec sum, Vec w, Vec x) {
-        sum += low(w) * low(x);
-        return sum + high(w) * high(x);
+#if defined(__AVX512BF16__)
+        return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+#else
+        return sum + w * x;
+#endif
     }
     static void put(BFloat16* y, Vec v, int columns) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+        _mm256_mask_storeu_epi16(y, 0xffffu >> (kLanes - columns), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
         float row[kLanes];
         store(row, v);
         narrow(row, y, columns);
-    }
 #endif
+    }
 };
 
 // The bfloat16 of -8 … 7, twice, so that an index needs no mask.
@@ -59,47 +88,92 @@ alignas(64) constexpr uint16_t kInt4[32] = {
 struct Nibbles : Pairs {  // a word is two int4, made bfloat16
     static constexpr int kWordBytes = 1;
     static constexpr bool kScaled = true;
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    template <int V, int kFirst>
     static void weights(const char* w, Vec* out) {
+#if defined(__AVX512BW__)
+        static_assert(V == 2 && kFirst == 0);
         const __m512i table = _mm512_load_si512(kInt4), bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)w));
         out[0] = in_register((Vec)_mm512_permutexvar_epi16(bytes, table));
         out[1] = in_register((Vec)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
-    }
+#elif defined(__AVX2__)
+        // Tables of the 16 values' low and high bytes; what they give is interleaved, within halves of 128 bits.
+        static_assert(V % 2 == 0 && kFirst % 2 == 0);
+        const __m256i low_bytes = _mm256_setr_epi8(0, -32, -64, -96, -128, 64, 0, -128, 0, -128, 0, 64, -128, -96, -64, -32,
+                                                   0, -32, -64, -96, -128, 64, 0, -128, 0, -128, 0, 64, -128, -96, -64, -32);
+        const __m256i high_bytes = _mm256_setr_epi8(-63, -64, -64, -64, -64, -64, -64, -65, 0, 63, 64, 64, 64, 64, 64, 64,
+                                                    -63, -64, -64, -64, -64, -64, -64, -65, 0, 63, 64, 64, 64, 64, 64, 64);
+        const __m256i bytes = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i*)w), 0xd8);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v += 2) {
+            const __m256i at = kFirst + v < 2 ? bytes : _mm256_srli_epi16(bytes, 4);
+            const __m256i index = _mm256_and_si256(at, _mm256_set1_epi8(15));
+            const __m256i low = _mm256_shuffle_epi8(low_bytes, index), high = _mm256_shuffle_epi8(high_bytes, index);
+            out[v] = (Vec)_mm256_unpacklo_epi8(low, high);
+            out[v + 1] = (Vec)_mm256_unpackhi_epi8(low, high);
+        }
 #else
-    static void weights(const char* w, Vec* out) {
-        uint16_t wide[2][kPanel];
-        for (int j = 0; j < kPanel; ++j) {
-            wide[0][j] = kInt4[(uint8_t)w[j] & 15];
-            wide[1][j] = kInt4[(uint8_t)w[j] >> 4];
+        uint16_t wide[V * kLanes * 2];
+        for (int j = 0; j < V * kLanes * 2; ++j) {
+            const int at = kFirst * kLanes * 2 + j;  // of the word's 64 values
+            wide[j] = kInt4[((uint8_t)w[at % 32] >> at / 32 * 4) & 15];
         }
         std::memcpy(out, wide, sizeof(wide));
-    }
 #endif
+    }
+    template <int V, int kFirst>
+    static void read(const char* w, Vec* kept) {
+        weights<V, kFirst>(w, kept);
+    }
+    template <int V, int kFirst>
+    static void widen(const char*, const Vec* kept, int input, Vec* out) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) out[v] = widened(kept[v], input);
+    }
 };
 
-struct Bytes : Pairs {  // a word is two int8, made bfloat16
+struct Bytes : Pairs {  // a word is two int8
     static constexpr int kWordBytes = 2;
     static constexpr bool kScaled = true;
 #if defined(__AVX512BF16__)
     static __m512 floats(const char* w) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w))); }
+    template <int V, int kFirst>
     static void weights(const char* w, Vec* out) {
-        for (int v = 0; v < 2; ++v, w += 32)
-            out[v] = in_register((Vec)_mm512_cvtne2ps_pbh(floats(w + 16), floats(w)));
-    }
-#else
-    static void weights(const char* w, Vec* out) {
-        uint16_t wide[2 * kPanel];
-        for (int j = 0; j < 2 * kPanel; ++j) {
-            const float value = (signed char)w[j];
-            uint32_t bits;
-            std::memcpy(&bits, &value, 4);
-            wide[j] = bits >> 16;
-        }
-        std::memcpy(out, wide, sizeof(wide));
+        for (int v = 0; v < V; ++v, w += 32) out[v] = in_register((Vec)_mm512_cvtne2ps_pbh(floats(w + 16), floats(w)));
     }
 #endif
+    static IntVec as_int16(const char* w) {
+#if defined(__AVX512BW__)
+        return (IntVec)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
+#elif defined(__AVX2__)
+        return (IntVec)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
+#else
+        int16_t wide[2 * kLanes];
+        for (int j = 0; j < 2 * kLanes; ++j) wide[j] = (signed char)w[j];
+        IntVec v;
+        std::memcpy(&v, wide, sizeof(v));
+        return v;
+#endif
+    }
+    template <int V, int kFirst>
+    static void read(const char* w, Vec* kept) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) kept[v] = (Vec)as_int16(w + (kFirst + v) * kLanes * 2);
+    }
+    template <int V, int kFirst>
+    static void widen(const char*, const Vec* kept, int input, Vec* out) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+            const IntVec both = (IntVec)kept[v];
+            out[v] = __builtin_convertvector(input == 0 ? both << 16 >> 16 : both >> 16, Vec);
+        }
+    }
 };
 
-struct Unpacked : Pairs {  // integers made bfloat16 before: their scales are still to come
+struct Unpacked : Pairs {  // made bfloat16 before, or floats: the first inputs' of 32 columns, then the second ones'
     static constexpr bool kScaled = true;
+    static constexpr int kWordBytes = kPairs ? 4 : 8;
+    template <int V, int kFirst>
+    static void widen(const char* w, const Vec*, int input, Vec* out) {
+        Singles::weights<V, kFirst>(w + input * kPanel * 4, out);
+    }
 };

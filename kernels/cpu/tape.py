@@ -66,7 +66,11 @@ class Kernel:
     def entry(self) -> Any:
         found = self._entries.get(instruction_set.current())
         if found is None:
-            found = getattr(cpp.load(self.source, extra=self.extra), self.symbol)
+            library = cpp.load(self.source, extra=self.extra)
+            if self.source != _REPLAY.source and hasattr(library, "seamwise_use_team"):
+                team = cpp.load(_REPLAY.source, extra=_REPLAY.extra).seamwise_current_team
+                library.seamwise_use_team(ctypes.cast(team, ctypes.c_void_p))
+            found = getattr(library, self.symbol)
             found.restype = ctypes.c_int64
             self._entries[instruction_set.current()] = found
         return found
@@ -178,11 +182,9 @@ class Tape:
                 run()
                 calls.append(("torch", (), time.perf_counter() - began))
                 continue
-            for kernel, args in run:
-                typed = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_double(a) for a in args]
-                began = time.perf_counter()
-                kernel.entry(*typed)
-                calls.append((kernel.symbol, args, time.perf_counter() - began))
+            seconds = (ctypes.c_double * len(run))()
+            _replayer(run, seconds)()
+            calls += [(kernel.symbol, args, s) for (kernel, args), s in zip(run, seconds, strict=True)]
         return calls
 
 
@@ -260,14 +262,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype) if tape is None else tape.pool.empty(shape, dtype)
 
 
-def _replayer(calls: list[tuple[Kernel, tuple[int | float, ...]]]) -> Callable[[], None]:
-    """Return a function that runs kernel calls in one call of C."""
+def _replayer(calls: list[tuple[Kernel, tuple[int | float, ...]]], seconds: Any = None) -> Callable[[], None]:
+    """Return a function that runs kernel calls in one call of C, by a team of threads; `seconds` takes their times."""
     function = _REPLAY.entry
     entries = (_Entry * len(calls))(*map(_entry, calls))
     count, error = ctypes.c_int64(len(calls)), ctypes.c_int64()
 
     def replay() -> None:
-        failed = function(entries, count, ctypes.byref(error))
+        failed = function(entries, count, ctypes.byref(error), seconds, ctypes.c_int64(torch.get_num_threads()))
         if failed:
             symbol = calls[failed - 1][0].symbol
             raise RuntimeError(f"{symbol}: call {failed - 1} of the tape reports error {error.value} in its input")

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import qk_norm_rope, rms_norm, rope
 from seamwise.passes.graph import VIEWS, aten, inserting, is_op, place, replace, value
 from seamwise.passes.matcher import Excuse, Miss
-from seamwise.passes.quantization.quantize_linear import storage_of, why_apart
+from seamwise.passes.quantization.quantize_linear import storage_of
 from seamwise.passes.rewrite import Pass, Report
 
 
@@ -68,7 +68,7 @@ def _stored_apart(made: Any) -> bool:
     if not is_op(made, aten.linear.default):
         return False
     siblings = [u.args[1] for u in made.args[0].users if is_op(u, aten.linear.default)]
-    apart = len({*map(storage_of, siblings)}) > 1 or why_apart(siblings) is not None
+    apart = len({*map(storage_of, siblings)}) > 1
     return apart and made.args[1] is siblings[0]
 
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from seamwise.passes.graph import aten, inserting, is_op, is_weight, place, replace, value
 from seamwise.passes.matcher import Excuse, Miss
-from seamwise.passes.quantization.quantize_linear import storage_of, why_apart
+from seamwise.passes.quantization.quantize_linear import storage_of
 from seamwise.passes.rewrite import Pass, Report
 
 
@@ -46,8 +46,7 @@ def _stored_alike(group: list[Node]) -> list[list[Node]]:
     parts: defaultdict[Any, list[Node]] = defaultdict(list)
     for node in group:
         parts[storage_of(node.args[1])].append(node)
-    meet = {key: why_apart([n.args[1] for n in part]) is None for key, part in parts.items()}
-    return [p for key, part in parts.items() for p in ([part] if meet[key] else [[node] for node in part])]
+    return list(parts.values())
 
 
 def _why_not(group: list[Node]) -> str | None:

@@ -19,8 +19,7 @@ from seamwise.passes.graph import value
 from seamwise.runtime.weights.checkpoint import open_source
 
 from .drawn_steps import CASES, draw_steps
-from .kv_spec import KVCacheSpec
-from .loading import capture_model
+from .loading import capture_model, converting, reading
 from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
@@ -54,9 +53,16 @@ def build_run(path: Path, config: ModelConfig, described: Mapping[str, Any], cas
         rewrite(model.captured, model.structure, pipeline, Ledger())
     choose_providers(model.captured.module)
     source = open_source(
-        path, model.shapes, model.tied, dtype=options.dtype, device="cpu", kept_dtypes=model.kept_dtypes
+        path,
+        model.shapes,
+        model.tied,
+        dtype=options.dtype,
+        device="cpu",
+        kept_dtypes=model.kept_dtypes,
+        convert=converting(path, options, model.shapes),
+        read=reading(options, model.shapes),
     )
-    step = draw_steps(config, replace(KVCacheSpec.of(config, options), dtype=torch.float32))[case]
+    step = draw_steps(config, replace(model.kv_spec, dtype=torch.float32))[case]
     dtypes = {n.name: value(n).dtype for n in model.captured.graph.find_nodes(op="placeholder")}
     inputs = {name: x.to(dtypes[name]) for name, x in zip(model.captured.inputs, step, strict=True)}
 

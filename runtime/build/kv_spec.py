@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,18 @@ class KVCacheSpec:
         if config.latent_dim and options.entry == "own":
             layer = ((options.block_size, config.latent_dim),)
         return cls(layers=(layer,) * config.num_layers, block_size=options.block_size, dtype=options.kv_cache_dtype)
+
+    @classmethod
+    def of_calls(cls, called: Sequence[tuple[int, int]], options: RunnerConfig) -> KVCacheSpec:
+        """Return what calls of attention cache, of the heads and the width of each one's keys."""
+        layers = tuple(((heads, options.block_size, width),) * 2 for heads, width in called)
+        return cls(layers=layers, block_size=options.block_size, dtype=options.kv_cache_dtype)
+
+    @classmethod
+    def of_program(cls, program: Program, options: RunnerConfig) -> KVCacheSpec:
+        """Return what a compiled model caches."""
+        layers = tuple(tuple(tuple(shape) for shape in layer) for layer in program.kv_layers)
+        return cls(layers=layers, block_size=options.block_size, dtype=options.kv_cache_dtype)
 
     def local(self, program: Program) -> KVCacheSpec:
         """Return what this rank caches: some of the heads, where ranks share a model."""

@@ -6,6 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from seamwise.compile.derive import evaluate, parameters_of
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
-from seamwise.runtime.weights.checkpoint import Source, kept_dtypes, open_source, parameter_shapes, show_progress
+from seamwise.runtime.weights.checkpoint import (
+    Convert,
+    Source,
+    kept_dtypes,
+    open_source,
+    parameter_shapes,
+    show_progress,
+)
+from seamwise.runtime.weights.files import StoredTensor
+from seamwise.runtime.weights.foreign import as_transformers_reads
 from seamwise.runtime.weights.quantized import stored_weights
 
 from .drawn_steps import draw_steps
@@ -36,7 +46,7 @@ _TRIM_BYTES = 32 << 20  # of weights read between two returns of freed memory
 class CapturedModel:
     """A traced model: its graph, what its structure promises, its computed buffers; of what a checkpoint holds, shapes,
     tied names, and the dtypes that are not the model's; what was done to read weights that are stored quantized; its
-    own plan for ranks to share it."""
+    own plan for ranks to share it; what it caches."""
 
     captured: Captured
     structure: Structure
@@ -46,6 +56,7 @@ class CapturedModel:
     kept_dtypes: dict[str, torch.dtype | None]
     reports: list[Report]
     plan: dict[str, str] | None
+    kv_spec: KVCacheSpec
 
 
 def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> CapturedModel:
@@ -68,20 +79,32 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         with fake:
             _make_fake(model, options)
     with ledger.stage("capture"):
-        spec = KVCacheSpec.of(config, options)
         with fake:
+            spec = _kv_spec(model, config, options)
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = capture(model, arguments, capture_dims(spec.layers))
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
-        plan=getattr(model, "tp_plan", None),
+        plan=getattr(model, "tp_plan", None), kv_spec=spec,
     )  # fmt: skip
     if options.stored is not None:
         made = _stored_quantized(made, stored_weights(options.stored, model))
     if options.kv_cache_dtype == options.dtype:
         return made
-    return _quantized_kv(made, options.stored is not None and options.stored.has_kv_scales)
+    return _quantized_kv(
+        made, options.stored is not None and (options.stored.has_kv_scales or options.stored.holds_kv_scales)
+    )
+
+
+def _kv_spec(model: nn.Module, config: ModelConfig, options: RunnerConfig) -> KVCacheSpec:
+    """Return what a model caches: of transformers' classes what their attention is called with, on fake tensors."""
+    attended = getattr(model, "attended", None)
+    if attended is None:
+        return KVCacheSpec.of(config, options)
+    ids, rows = (torch.zeros(n, dtype=torch.int64, device=options.device) for n in (7, 2))
+    with torch.no_grad():
+        return KVCacheSpec.of_calls(attended(ids, ids, rows), options)
 
 
 def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> CapturedModel:
@@ -137,13 +160,14 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         pipeline = replace(pipeline, parallel=replace(pipeline.parallel, plan=model.plan))
     if pipeline.validate:
         with ledger.stage("validate"):
-            cases = draw_steps(config, KVCacheSpec.of(config, options))
+            cases = draw_steps(config, model.kv_spec)
             validator = Validator(model.captured, cases, model.buffers)
     program = compile_graph(model.captured, model.structure, pipeline, ledger, validator)
     program.parameters, program.tied = {name: list(shape) for name, shape in model.shapes.items()}, model.tied
     program.kept_dtypes = {
         n: None if d is None else str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()
     }
+    program.kv_layers = [[[*shape] for shape in layer] for layer in model.kv_spec.layers]
     program.reports = [*model.reports, *program.reports]
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
     return program, {name: b for name, b in model.buffers.items() if name in needed}
@@ -155,7 +179,8 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
         seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
-        ranks=options.tensor_parallel_size,
+        ranks=options.tensor_parallel_size, convert=converting(path, options, shapes),
+        read=reading(options, shapes),
     )  # fmt: skip
     readers = readers_of(source, buffers, options)
     weights: dict[str, Tensor] = {}
@@ -173,6 +198,24 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
                 _return_freed_memory()
     _return_freed_memory()
     return [weights[name] for name in program.recipes]
+
+
+def reading(options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:
+    """Return what reads a checkpoint's own quantized layout as the one that layers read; None where it is that."""
+    published = None if options.stored is None else options.stored.published
+    return None if published is None else partial(published.read, parameters=shapes)
+
+
+def converting(path: Path, options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:
+    """Return what fits a published checkpoint's tensors to a transformers class; our own definitions need nothing."""
+    if options.entry != "transformers":
+        return None
+
+    def convert(found: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+        config = ModelConfig.from_directory(path)
+        return as_transformers_reads(found, shapes, config.architecture, config.raw)
+
+    return convert
 
 
 def _return_freed_memory() -> None:

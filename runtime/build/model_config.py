@@ -9,14 +9,20 @@ from typing import Any
 
 import torch
 
-from seamwise.model_defs.hf_config import Reader
+from seamwise.model_defs import has_definition
+from seamwise.model_defs.hf_config import OLDER_NAMES, Reader
 from seamwise.model_defs.hf_defaults import completed
 from seamwise.model_defs.rope import context_lengths
+from seamwise.runtime.weights.checkpoint import holds_kv_scales
+from seamwise.runtime.weights.formats import has_tensors
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 from seamwise.runtime.weights.tied import has_own_head
 
+from .text_part import text_part
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 
@@ -67,10 +73,13 @@ class ModelConfig:
             raise ValueError(
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
-        raw = completed(names[0], raw)
+        raw = text_part(raw, str(path))
+        names = raw["architectures"]
+        raw = completed(names[0], raw) if has_definition(names[0]) else _completed_by_transformers(names[0], raw)
         if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
             raw["tie_word_embeddings"] = False  # the file counts
-        read_quantization(raw, str(path))
+        if read_quantization(raw, str(path)) is not None and has_tensors(directory):
+            raw["holds_kv_scales"] = holds_kv_scales(directory)
         read = Reader(raw, str(path))
         heads, hidden = read.size("num_attention_heads"), read.size("hidden_size")
         latent = raw.get("kv_lora_rank") is not None
@@ -120,6 +129,20 @@ class ModelConfig:
             )
 
 
+def _completed_by_transformers(architecture: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a class that is not defined here, with the sizes that it leaves out or names oddly.
+
+    Imports transformers where one is missing only. What that does not know stays missing.
+    """
+    if all(any(raw.get(one) is not None for one in (name, *OLDER_NAMES.get(name, ()))) for name in _NEEDED):
+        return raw
+    from seamwise.model_defs.hf import class_and_config
+
+    _, config = class_and_config(architecture, raw)
+    sizes = {name: getattr(config, name, None) for name in _NEEDED}
+    return {**raw, **{name: size for name, size in sizes.items() if size is not None and raw.get(name) is None}}
+
+
 def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], directory: Path) -> tuple[int, ...]:
     file, values = ("generation_config.json", generation) if generation.get(name) is not None else ("config.json", raw)
     found = values.get(name)
@@ -129,13 +152,18 @@ def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], direc
     return tuple(ids)
 
 
+def _as_float(read: dict[str, Any]) -> Any:
+    """Return the number that transformers writes as an object, because JSON has no infinity: {"__float__": "NaN"}."""
+    return float(read["__float__"]) if read.keys() == {"__float__"} and isinstance(read["__float__"], str) else read
+
+
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     if not path.exists():
         if required:
             raise ValueError(f"{path.parent}: has no {path.name}; wanted a Hugging Face model directory")
         return {}
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_float)
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(read, dict):

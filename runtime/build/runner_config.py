@@ -244,6 +244,16 @@ class RunnerConfig:
         )  # fmt: skip
 
 
+def entry_of(model_impl: str, entry: str | None = None) -> str:
+    """Return the entry that vLLM's option model_impl names. Raises ValueError for another, or beside an entry."""
+    entries = {"auto": "auto", "vllm": "auto", "transformers": "transformers"}
+    if model_impl not in entries:
+        raise ValueError(f"model_impl={model_impl!r}: wanted one of {', '.join(map(repr, entries))}")
+    if entry is not None:
+        raise ValueError(f"model_impl={model_impl!r} and entry={entry!r} say the same thing; leave one out")
+    return entries[model_impl]
+
+
 def check_options(options: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is no option of RunnerConfig.for_model, nor one of others."""
     asked = {*inspect.signature(RunnerConfig.for_model).parameters} - {"config", "options"}

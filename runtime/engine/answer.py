@@ -78,17 +78,16 @@ class Answers:
                 reason = "stop", stop
         else:
             text = ""
-        logprobs = c.logprobs if event.logprobs is None else [*c.logprobs, event.logprobs]
-        total = c.cumulative_logprob
+        total, taken = c.cumulative_logprob, event.index + 1
+        c.token_ids[event.index :] = [token]  # again the same when it is done again
         if event.logprobs is not None:
+            c.logprobs[event.index :] = [event.logprobs]
             total = (total or 0.0) + event.logprobs[token].logprob
-        c.text, c.logprobs, c.cumulative_logprob, c.reason = text, logprobs, total, reason
-        c.token_ids.append(token)  # last: from here on the event is taken
-        c.torn = False
+        c.text, c.cumulative_logprob, c.reason, c.num_taken, c.torn = text, total, reason, taken, False  # taken now
 
     def _take_prompt(self, event: Event) -> None:
         assert event.prompt_logprobs is not None
-        found = event.completion.prompt_logprobs or [None]
+        found = event.completion.prompt_logprobs
         for place, one in enumerate(event.prompt_logprobs, event.prompt_start + 1):
             if place == len(found):  # a preempted prompt is computed again
                 here = self.detokenizer(event.request.prompt_token_ids[:place], event.request.params)
@@ -103,7 +102,7 @@ class Answers:
             return
         c.detokenizer = self.detokenizer(request.prompt_token_ids, request.params)
         assert c.detokenizer is not None
-        for index, token in enumerate(c.token_ids):
+        for index, token in enumerate(c.token_ids[: c.num_taken]):
             _show(c.detokenizer, token, None, request.params, index)
         c.torn = False
 

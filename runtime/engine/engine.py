@@ -20,6 +20,7 @@ import numpy as np
 from seamwise.runtime.kv.names import Namespace
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
@@ -34,7 +35,7 @@ from .admit import check_request
 from .answer import Answers
 from .loop import Loop
 from .outputs import RequestMetrics, RequestOutput
-from .request import Completion, Request
+from .request import Completion, Given, Request
 from .worker import Worker
 
 _PROMPT_ROWS = 256  # prompt tokens of a step whose log probabilities are wanted: logits of so many rows are kept
@@ -75,8 +76,9 @@ class Engine:
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
         self._loop = Loop(self.scheduler, worker, depth=2 if config.async_scheduling else 1)
         self._answers = Answers(tokenizer)
+        self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids)
         self._requests: dict[str, Request] = {}
-        self._ready: list[RequestOutput] = []
+        self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
         self._change = _Change()
         self._paused: str | None = None
         self._clears = False
@@ -88,6 +90,8 @@ class Engine:
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """Return how many tokens a request may produce. Raises ValueError for one that cannot be served."""
+        if params.structured_outputs is not None:
+            self.grammars.check(params.structured_outputs)
         return check_request(
             prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
             has_tokenizer=self.tokenizer is not None,
@@ -116,6 +120,11 @@ class Engine:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
         max_tokens = self.check(prompt_token_ids, params)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
+        if params.structured_outputs is not None:
+            if mask_providers or blocked:
+                raise ValueError("structured_outputs bring their own mask_providers, and block the request themselves")
+            mask_providers = self.grammars.start(request_id, params.structured_outputs, params.n)
+            blocked = REASON
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
             metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "",
@@ -147,6 +156,10 @@ class Engine:
                 self._answers.close(request, c)
                 c.reason = reason, message
             self.scheduler.remove([c.sequence for c in running])
+            if self._ready:  # what nobody was handed yet comes with this one
+                taken_back = [given for output, given in self._ready if output.request_id == request_id]
+                self._ready = [(output, given) for output, given in self._ready if output.request_id != request_id]
+                request.given = (*taken_back, request.given)[0]
             output, request.given = request.output()
             self._leave(request)
         return output
@@ -167,6 +180,9 @@ class Engine:
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
         self._recover()
+        if self.grammars.pending:
+            idle = not (self._loop.flights or self._ready or self.scheduler.running)
+            self.grammars.settle(self._grammar_ready, self._grammar_refused, wait_s=0.01 if idle else 0.0)
         if self._paused != "keep" and self._requests:
             while len(self._loop.flights) < self._loop.depth:
                 with self._change:
@@ -175,8 +191,20 @@ class Engine:
                     break
         if self._loop.flights:
             self._finish()
-        ready, self._ready = self._ready, []
-        return ready
+        return self._hand_over()
+
+    def _grammar_ready(self, request_id: str) -> None:
+        if request_id in self._requests:  # else it was aborted meanwhile
+            self.unblock(request_id)
+
+    def _grammar_refused(self, request_id: str, error: Exception) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        before = request.given
+        output = self.abort_request(request_id, "error", f"request {request_id}: {error}")
+        assert output is not None
+        self._ready.append((output, before))
 
     def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
         """Stop at a step's end, for weights to be changed.
@@ -256,6 +284,7 @@ class Engine:
         """Wait for what is under way and end the thread."""
         self._loop.worker.drain()
         self._loop.worker.close()
+        self.grammars.close()
 
     def _finish(self) -> None:
         """Wait for the earliest step, commit it, and make outputs of it."""
@@ -292,9 +321,13 @@ class Engine:
                     request.metrics.finished_time = now
                     request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
                 output, given = request.output()
-                request.given, self._ready = given, [*self._ready, output]  # both or none
+                request.given, self._ready = given, [*self._ready, (output, request.given)]  # both or none
             if request.given.finished:
                 self._leave(request)
+
+    def _hand_over(self) -> list[RequestOutput]:
+        ready, self._ready = self._ready, []
+        return [output for output, _ in ready]
 
     def _leave(self, request: Request) -> None:
         self._requests.pop(request.request_id, None)

@@ -6,6 +6,7 @@ that N ends has then a row in N+1 for nothing: its token is dropped, its slot an
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import wait
@@ -49,7 +50,9 @@ class Loop:
             return False
         slots = self.scheduler.slots
         for i in (self._entered[step.slots] != step.epochs).nonzero()[0].tolist():
-            _, completion = self.owners[step.sequences[i].arrival]
+            request, completion = self.owners[step.sequences[i].arrival]
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = time.perf_counter()
             self.sampling.enter(int(step.slots[i]), completion.options)
         self._entered[step.slots] = step.epochs
         batch = build_batch(step, slots, self.sampling)

@@ -40,6 +40,14 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
+    def now(self) -> RequestMetrics:
+        """Return what is known by now, a copy (copy.copy takes five times as long)."""
+        return RequestMetrics(
+            arrival_time=self.arrival_time, first_scheduled_time=self.first_scheduled_time,
+            first_token_time=self.first_token_time, finished_time=self.finished_time,
+            num_cached_tokens=self.num_cached_tokens, num_preemptions=self.num_preemptions,
+        )  # fmt: skip
+
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
 
 from seamwise.runtime.sampling.logprob import Logprob
@@ -19,7 +18,8 @@ from .outputs import CompletionOutput, RequestMetrics, RequestOutput
 class Completion:
     """One of a request's outputs: the tokens of its sequence that have become text.
 
-    torn   the detokenizer was interrupted: its text is made anew from token_ids
+    num_taken  how many tokens are in token_ids and text; one more may be there whose text was interrupted
+    torn       the detokenizer was interrupted: its text is made anew from token_ids
     """
 
     sequence: Sequence
@@ -28,17 +28,14 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     text: str = ""
     reason: Reason | None = None
+    num_taken: int = 0
     torn: bool = False
 
-    @property
-    def num_taken(self) -> int:
-        return len(self.token_ids)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Given:
     """What has been given out: tokens and characters of each completion, and whether the end was."""
 
@@ -65,7 +62,7 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return all(c.reason is not None for c in self.completions)
+        return None not in [c.reason for c in self.completions]
 
     def due(self) -> bool:
         """Return whether an output is to be given out now."""
@@ -88,17 +85,19 @@ class Request:
         made = RequestOutput(
             request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids,
             outputs=[self._completion(i, delta) for i in range(len(self.completions))], finished=self.finished,
-            metrics=copy(self.metrics), prompt_logprobs=shown,
+            metrics=self.metrics.now(), prompt_logprobs=shown,
         )  # fmt: skip
-        tokens, characters = zip(*((c.num_taken, len(c.text)) for c in self.completions), strict=True)
-        return made, Given(tokens=tokens, characters=characters, finished=self.finished)
+        tokens = tuple([c.num_taken for c in self.completions])
+        characters = tuple([len(c.text) for c in self.completions])
+        return made, Given(tokens=tokens, characters=characters, finished=made.finished)
 
     def _completion(self, index: int, delta: bool) -> CompletionOutput:
         c = self.completions[index]
         start, text = (self.given.tokens[index], self.given.characters[index]) if delta else (0, 0)
         made = CompletionOutput(
-            index=index, text=c.text[text:], token_ids=c.token_ids[start:], cumulative_logprob=c.cumulative_logprob,
-            logprobs=c.logprobs[start:] if self.params.wants_logprobs else None,
+            index=index, text=c.text[text:], token_ids=c.token_ids[start : c.num_taken],
+            cumulative_logprob=c.cumulative_logprob,
+            logprobs=c.logprobs[start : c.num_taken] if self.params.wants_logprobs else None,
         )  # fmt: skip
         if c.reason is not None:
             made.finish_reason, made.stop_reason = c.reason

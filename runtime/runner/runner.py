@@ -34,7 +34,8 @@ from seamwise.runtime.distributed.group import smallest
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
-from .update_weights import update_weights
+from .sleep import TAGS, SavedWeights, discard
+from .update_weights import WeightUpdates
 
 
 class ModelRunner:
@@ -55,10 +56,16 @@ class ModelRunner:
         self.options = options
         self.executable = executable
         self.startup_s = ledger.seconds
-        self.kv_spec = KVCacheSpec.of(config, options).local(executable.program)
+        self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
         self._recordings = self._new_recordings()
+        self.weights = WeightUpdates(executable, options, buffers)
+        self._num_blocks = 0
+        self._shapes = [torch.empty_like(w, device="meta") for w in executable.weights]
+        self._asleep: set[str] = set()
+        self._saved: SavedWeights | None = None
+        self._refusal: str | None = None  # why no step may run
 
     def _new_recordings(self) -> Recordings:
         ranks = self.options.tensor_parallel_size > 1
@@ -103,7 +110,7 @@ class ModelRunner:
     @property
     def num_blocks(self) -> int:
         """Blocks in the KV cache, the null block included; 0 before allocate_kv."""
-        return self.kv_caches[0][0].shape[0] if self.kv_caches else 0
+        return self._num_blocks
 
     def plan(self, budget: int | None = None, **limits: Any) -> MemoryPlan:
         """Return every byte that this runner takes, before its KV cache is allocated. limits: see plan_memory."""
@@ -126,6 +133,7 @@ class ModelRunner:
         """Allocate the KV cache. Raises ValueError for fewer than 2 blocks (block 0 is the null block)."""
         if num_blocks < 2:
             raise ValueError(f"allocate_kv: got num_blocks={num_blocks}, wanted at least 2 (block 0 holds padding)")
+        self._num_blocks = num_blocks
         self.kv_caches = self.kv_spec.allocate(num_blocks, self.options.device)
         self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
         self._recordings.clear()
@@ -136,6 +144,8 @@ class ModelRunner:
 
         A step that cudagraph_mode has recorded is replayed; its recording is made when its size is first seen.
         """
+        if self._refusal is not None:
+            raise RuntimeError(f"step: {self._refusal}")
         if not self.kv_caches:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
@@ -156,9 +166,95 @@ class ModelRunner:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write new values of parameters, (the checkpoint's name, tensor) each, in place; recordings stay valid.
 
-        What the KV cache holds was computed with the old ones. See update_weights.py for what is refused.
+        What the KV cache holds was computed with the old ones. What is joined with others (q with k and v) waits for
+        them, and no step runs until they are given. See WeightUpdates.write for what is refused.
         """
-        update_weights(self.executable, self.options, self.buffers, named_tensors(weights).items())
+        if "weights" in self._asleep:
+            raise RuntimeError("update_weights: the weights are asleep; call wake(['weights']) first")
+        try:
+            self.weights.write(named_tensors(weights).items())
+        finally:
+            self._refusal = self._why_not()
+
+    def start_weight_update(self) -> None:
+        """Begin an update in any number of update_weights calls: no step runs until finish_weight_update."""
+        self.weights.start()
+        self._refusal = self._why_not()
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End an update. Raises RuntimeError that lists what lacks; weight_version is then what it was."""
+        self.weights.finish(weight_version)
+        self._refusal = self._why_not()
+
+    @property
+    def weight_version(self) -> str:
+        """Which weights these are: what finish_weight_update was told, else how often they were updated."""
+        return self.weights.version
+
+    def weights_digest(self, weights: Iterable[tuple[str, Tensor]] | None = None) -> str:
+        """Return a digest of all weights, or of what they would be with these; see WeightUpdates.digest."""
+        return self.weights.digest(weights)
+
+    @property
+    def model(self) -> ModelWeights:
+        """The weights by vLLM's name of the call that writes them: `runner.model.load_weights([(name, tensor)])`."""
+        return ModelWeights(self)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of weights and KV cache back to the system; no step runs until both are awake again.
+
+        level  1: weights are kept elsewhere (a CPU's in a file, a GPU's in the machine's memory) and come back;
+               2: they are lost, and must be given to update_weights after they woke
+        """
+        if level not in (1, 2):
+            raise ValueError(f"sleep: level={level!r}; wanted 1 (weights come back) or 2 (weights are given anew)")
+        if "weights" not in self._asleep:
+            if level == 1:
+                self._saved = SavedWeights(self.executable.weights, self.options.pack_dir)
+            else:
+                self.weights.lost = {*self.program.recipes}
+                self.weights.waiting.clear()
+        on_cpu = torch.device(self.options.device).type == "cpu"
+        if on_cpu:
+            discard([*self.executable.weights, *self._caches_flat])
+        else:
+            self._recordings.clear()
+            self.executable.weights = [w.new_empty(0) for w in self.executable.weights]
+            self.kv_caches, self._caches_flat = [], []
+            torch.cuda.empty_cache()
+        self._asleep = {*TAGS}
+        self._refusal = self._why_not()
+
+    def wake(self, tags: Iterable[str] | None = None) -> None:
+        """Take memory again: of "weights", of "kv_cache", by default of both. The cache holds nothing then."""
+        asked = {*TAGS} if tags is None else {*tags}
+        if wrong := asked - {*TAGS}:
+            raise ValueError(f"wake: got tags {sorted(wrong)}, wanted of {', '.join(map(repr, TAGS))}")
+        woken = asked & self._asleep
+        on_cpu = torch.device(self.options.device).type == "cpu"
+        if "weights" in woken:
+            if not on_cpu:
+                self.executable.weights = [torch.empty_like(w, device=self.options.device) for w in self._shapes]
+            if self._saved is not None:
+                with torch.inference_mode():
+                    self._saved.restore(self.executable.weights)
+                self._saved = None
+            else:
+                self.weights.restore_computed()
+        if "kv_cache" in woken and not on_cpu and self._num_blocks:
+            self.allocate_kv(self._num_blocks)
+        self._asleep -= woken
+        self._refusal = self._why_not()
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """Which of "weights" and "kv_cache" have no memory now."""
+        return frozenset(self._asleep)
+
+    def _why_not(self) -> str | None:
+        if self._asleep:
+            return f"{' and '.join(t for t in TAGS if t in self._asleep)} asleep; call wake first"
+        return self.weights.problem()
 
     def recording(self, num_requests: int, tokens_each: int = 1) -> Recording:
         """Return the recorded step of so many requests and tokens of each. Raises KeyError before such a step ran."""
@@ -212,3 +308,16 @@ class ModelRunner:
         for name in STEP_ARGUMENTS:
             flat += self._caches_flat if name == "kv_caches" else [getattr(batch, name)]
         return flat
+
+
+class ModelWeights:
+    """What RL trainers know as vLLM's model: the one call that writes weights. Others are the runner's."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Write weights, all at once or one by one; return the names given. Raises ValueError for what does not fit."""
+        given = named_tensors(weights)
+        self._runner.update_weights(given.items())
+        return {*given}

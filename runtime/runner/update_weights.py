@@ -1,11 +1,13 @@
 """New values for the weights of a loaded program, in place: what a trainer sends between rollouts.
 
 Every weight that a step reads follows from parameters by its recipe; the recipes of those given are evaluated again and
-their results written where the old ones are, so that what was recorded and compiled stays.
+their results written where the old ones are, so that what was recorded and compiled stays. Weights that are made of
+several parameters (q, k and v; experts that are stacked) wait until all of these are given, in any number of calls.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -16,38 +18,154 @@ from seamwise.compile.program import Executable
 from seamwise.runtime.build.loading import readers_of
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.weights.checkpoint import Checkpoint, by_parameter
+from seamwise.runtime.weights.experts import missing_experts
 from seamwise.runtime.weights.files import StoredTensor
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MISFIT = "update_weights: these weights do not fit the model"
 
-@torch.inference_mode()
-def update_weights(
-    executable: Executable, options: RunnerConfig, buffers: Mapping[str, Tensor], weights: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write new values of parameters, by the checkpoint's names, into the weights derived from them.
 
-    Tensors may lie on any device, in any float dtype, and be views; a rank takes its part of whole ones. Weights that
-    are joined (q, k and v) change together. Raises ValueError that lists all names that are unknown, missing beside
-    those given, or of another shape or dtype; nothing has changed then.
+class WeightUpdates:
+    """The weights of one runner as they are now: which are whole, what waits, and the version that all are of.
+
+    lost      names of the step's weights that hold no valid values: dropped, or half written when an update failed
+    waiting   parameters given whose partners are not given yet: name -> a copy
+    session   whether an update was started that is not finished: no step runs meanwhile
+    version   of the weights: what finish was told, else the number of updates until now
     """
-    program = executable.program
-    given = {name: _stored(tensor) for name, tensor in weights}
-    found, problems = by_parameter(given, program.parameters, program.tied)
-    reads = {name: parameters_of(recipe) - buffers.keys() for name, recipe in program.recipes.items()}
-    touched = [name for name, read in reads.items() if read & found.keys()]
-    wanted = set().union(*(reads[name] for name in touched)) | (found.keys() & program.parameters.keys())
-    kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    source = Checkpoint.fitting(
-        "update_weights: these weights do not fit the model", found,
-        {n: s for n, s in program.parameters.items() if n in wanted}, kept, floats, problems,
-    )  # fmt: skip
 
-    readers = readers_of(source, buffers, options)
-    places = dict(zip(program.recipes, executable.weights, strict=True))
-    for name in touched:
-        places[name].copy_(evaluate(program.recipes[name], *readers))
+    def __init__(self, executable: Executable, options: RunnerConfig, buffers: Mapping[str, Tensor]) -> None:
+        self._options, self._buffers = options, buffers
+        self._program = executable.program
+        self._places = executable
+        recipes = executable.program.recipes
+        self._reads = {name: parameters_of(recipe) - buffers.keys() for name, recipe in recipes.items()}
+        self.lost: set[str] = set()
+        self.waiting: dict[str, StoredTensor] = {}
+        self.session = False
+        self.version = "0"
+        self._updates = 0
+
+    def start(self) -> None:
+        """Begin an update of any number of calls. Raises RuntimeError where one was begun."""
+        if self.session:
+            raise RuntimeError("start_weight_update: an update is open already; call finish_weight_update first")
+        self.session = True
+
+    def finish(self, version: str | None = None) -> None:
+        """End the update: all that was given is written. Raises RuntimeError, and stays open, while anything lacks."""
+        if not self.session:
+            raise RuntimeError("finish_weight_update: no update is open; call start_weight_update first")
+        if problem := self._incomplete():
+            raise RuntimeError(f"finish_weight_update: {problem}")
+        self.session = False
+        self.version = str(self._updates) if version is None else str(version)
+
+    def problem(self) -> str | None:
+        """Return why no step may run on these weights, naming what is to be given; None where they are whole."""
+        if problem := self._incomplete():
+            return problem
+        return "a weight update is open; call finish_weight_update when all is given" if self.session else None
+
+    def _incomplete(self) -> str | None:
+        lacking = set().union(*(self._reads[name] for name in self.lost)) - self.waiting.keys()
+        if lacking:
+            shown = "\n  ".join(f"missing {name}" for name in sorted(lacking)[:20])
+            more = f"\n  and {len(lacking) - 20} more" if len(lacking) > 20 else ""
+            return (
+                f"the weights are incomplete: {len(lacking)} have no valid value; give them to update_weights:\n"
+                f"  {shown}{more}"
+            )
+        if not self.waiting:
+            return None
+        parameters = self._program.parameters
+        wanted = {name for _, missing in missing_experts(self.waiting, parameters) for name in missing}
+        for read in self._reads.values():
+            wanted |= read - self.waiting.keys() if read & self.waiting.keys() else set()
+        return (
+            f"update_weights: {_some(self.waiting)} came without {_some(wanted)}, which the step reads joined with"
+            " them; send these too"
+        )
+
+    @torch.inference_mode()
+    def write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Write new values of parameters, by the checkpoint's names, into the weights derived from them.
+
+        Tensors may lie on any device, in any float dtype, and be views; a rank takes its part of whole ones. What is
+        joined with parameters not given yet is copied and waits. Raises ValueError that lists all names that are
+        unknown, or of another shape or dtype; nothing has changed then. After any other exception what was not written
+        counts as lost.
+        """
+        program = self._program
+        given = self.waiting | {name: _stored(tensor) for name, tensor in weights}
+        stacks = missing_experts(given, program.parameters)
+        parts = {name for names, missing in stacks if missing for name in names}
+        found, problems = by_parameter(
+            {n: t for n, t in given.items() if n not in parts}, program.parameters, program.tied
+        )
+        known = {n: s for n, s in program.parameters.items() if n in found}
+        kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
+        source = Checkpoint.fitting(_MISFIT, found, known, kept, _FLOATS, problems)
+        touched = [name for name, read in self._reads.items() if read & known.keys()]
+        ready = [name for name in touched if self._reads[name] <= known.keys()]
+        waits = set().union(*(self._reads[name] for name in {*touched} - {*ready})) & known.keys()
+        held = {name: found[name] for name in waits} | {name: given[name] for name in parts}
+        waiting = {name: t if t is self.waiting.get(name) else _copied(t) for name, t in held.items()}
+        readers = readers_of(source, dict(self._buffers), self._options)
+        places = dict(zip(program.recipes, self._places.weights, strict=True))
+        self.waiting = waiting
+        self.lost |= {*ready}  # until they are written
+        for name in ready:
+            places[name].copy_(evaluate(program.recipes[name], *readers))
+            self.lost.discard(name)
+        self._updates += 1
+        if not self.session:
+            self.version = str(self._updates)
+
+    @torch.inference_mode()
+    def restore_computed(self) -> None:
+        """Write again what follows from computed tables alone: no update ever gives it."""
+        readers = readers_of(Checkpoint({}, {}), dict(self._buffers), self._options)
+        places = dict(zip(self._program.recipes, self._places.weights, strict=True))
+        for name in [name for name in self.lost if not self._reads[name]]:
+            places[name].copy_(evaluate(self._program.recipes[name], *readers))
+            self.lost.discard(name)
+
+    @torch.inference_mode()
+    def digest(self, weights: Iterable[tuple[str, Tensor]] | None = None) -> str:
+        """Return 128 bits of the bytes of all the step's weights; or of what they would be with all these parameters.
+
+        A trainer's and a runner's are equal where every weight arrived, whatever the layout it is kept in here.
+        Raises ValueError where parameters are unknown, missing or do not fit; RuntimeError where the weights are lost.
+        """
+        program = self._program
+        if weights is None:
+            if self.lost:
+                raise RuntimeError(f"weights_digest: {self._incomplete()}")
+            made: Iterable[Tensor] = self._places.weights
+        else:
+            given = {name: _stored(tensor) for name, tensor in weights}
+            found, problems = by_parameter(given, program.parameters, program.tied)
+            kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
+            source = Checkpoint.fitting(_MISFIT, found, program.parameters, kept, _FLOATS, problems)
+            readers = readers_of(source, dict(self._buffers), self._options)
+            made = (evaluate(recipe, *readers) for recipe in program.recipes.values())
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in made:
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
 
 
 def _stored(tensor: Tensor) -> StoredTensor:
     kind = str(tensor.dtype).removeprefix("torch.")
     return StoredTensor(shape=tuple(tensor.shape), stored_dtype=kind, dtype=tensor.dtype, load=lambda: tensor.detach())
+
+
+def _copied(stored: StoredTensor) -> StoredTensor:
+    """Return the same in memory of our own: a trainer may write there again before the partners come."""
+    return _stored(stored.load().clone())

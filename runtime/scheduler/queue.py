@@ -7,7 +7,7 @@ import numpy as np
 from .sequence import Sequence
 from .view import COLUMNS, Rows, frozen
 
-_DTYPES = {name: np.dtype(np.float64 if name == "predicted" else np.int64) for name in COLUMNS}
+_WHOLE = {name: i for i, name in enumerate(COLUMNS[:-1])}  # all columns but predicted, which is real
 
 
 class Queue:
@@ -17,7 +17,8 @@ class Queue:
         self.sequences: list[Sequence] = []
         self.num_tokens = 0
         self.num_blocked = 0
-        self._columns = {name: np.zeros(64, dtype) for name, dtype in _DTYPES.items()}
+        self._whole = np.zeros((len(_WHOLE), 64), dtype=np.int64)
+        self._predicted = np.zeros(64)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -29,35 +30,35 @@ class Queue:
         assert self.num_blocked == sum(s.blocked is not None for s in self.sequences)
         for sequence in self.sequences:
             assert sequence.slot < 0 and not sequence.blocks, "a waiting sequence holds blocks"
-            assert self._columns["known"][sequence.place] == sequence.num_known
-            assert self._columns["arrival"][sequence.place] == sequence.arrival
+            assert self._whole[_WHOLE["known"], sequence.place] == sequence.num_known
+            assert self._whole[_WHOLE["arrival"], sequence.place] == sequence.arrival
 
     def add(self, s: Sequence) -> None:
         place = len(self.sequences)
-        if place == len(self._columns["arrival"]):
-            self._columns = {name: np.resize(column, 2 * place) for name, column in self._columns.items()}
+        if place == len(self._predicted):
+            self._whole = np.concatenate([self._whole, self._whole], axis=1)
+            self._predicted = np.resize(self._predicted, 2 * place)
         s.place = place
         self.sequences.append(s)
         self.num_tokens += len(s.prompt)
         self.num_blocked += s.blocked is not None
-        values = (s.arrival, s.arrived_clock, s.priority, s.tenant, len(s.prompt), s.num_known, 0, s.predicted)
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column[place] = value
+        self._whole[:, place] = (s.arrival, s.arrived_clock, s.priority, s.tenant, len(s.prompt), s.num_known, 0)
+        self._predicted[place] = s.predicted
 
     def remove(self, s: Sequence) -> None:
         place, last = s.place, self.sequences.pop()
         if last is not s:
             self.sequences[place] = last
             last.place = place
-            for column in self._columns.values():
-                column[place] = column[len(self.sequences)]
+            self._whole[:, place] = self._whole[:, len(self.sequences)]
+            self._predicted[place] = self._predicted[len(self.sequences)]
         s.place = -1
         self.num_tokens -= len(s.prompt)
         self.num_blocked -= s.blocked is not None
 
-    def set(self, s: Sequence, column: str, value: float) -> None:
-        """Write one value of a waiting sequence's row."""
-        self._columns[column][s.place] = value
+    def set(self, s: Sequence, column: str, value: int) -> None:
+        """Write one whole number of a waiting sequence's row."""
+        self._whole[_WHOLE[column], s.place] = value
 
     def block(self, s: Sequence, reason: str | None) -> None:
         """Say why a sequence cannot be scheduled, or that it can."""
@@ -68,7 +69,8 @@ class Queue:
     def rows(self) -> tuple[Rows, np.ndarray | None]:
         """Return the rows that may be scheduled, and their places where those are not all."""
         count = len(self.sequences)
-        rows = Rows(**{name: frozen(column[:count]) for name, column in self._columns.items()})
+        whole = {name: frozen(self._whole[i, :count]) for name, i in _WHOLE.items()}
+        rows = Rows(**whole, predicted=frozen(self._predicted[:count]))
         if not self.num_blocked:
             return rows, None
         places = np.array([s.place for s in self.sequences if s.blocked is None], dtype=np.int64)

@@ -6,20 +6,21 @@ import inspect
 import itertools
 import reprlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seamwise import caches
 from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
-from seamwise.runtime.build.runner_config import check_options
+from seamwise.runtime.build.runner_config import check_options, entry_of
 from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.engine.executor import InProcess, starts_ranks
+from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -38,7 +39,7 @@ _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
 }
 
 
-class LLM:
+class LLM(ModelControl):
     """Loads a model and generates for lists of prompts.
 
     model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by
@@ -57,13 +58,17 @@ class LLM:
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
     num_gpu_blocks_override  blocks of the KV cache, instead
+    enable_sleep_mode  False: sleep() is refused
+    worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
+    model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
                $XDG_CACHE_HOME/seamwise, else ~/.cache/seamwise
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
                kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
-    With tensor_parallel_size above 1 this is one of as many processes (`torchrun --nproc-per-node N`). Each makes the
-    same calls with the same arguments, and gets the same outputs.
+    distributed_executor_backend  with tensor_parallel_size above 1: "mp": this process decides and starts one for each
+                   rank (`seamwise[serve]`); "external_launcher": it is one of as many (`torchrun --nproc-per-node N`)
+                   that make the same calls and get the same outputs. Default: what started it
     """
 
     def __init__(
@@ -73,10 +78,17 @@ class LLM:
         gpu_memory_utilization: float | None = None, kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
-        logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False,
+        logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False, enable_sleep_mode: bool | None = None,
+        worker_extension_cls: str | type | None = None, model_impl: str = "auto",
+        distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
+        processes = starts_ranks(distributed_executor_backend, options.get("tensor_parallel_size", 1))
+        if trust_remote_code:
+            check_options(["trust_remote_code"])
+        if model_impl != "auto":
+            options["entry"] = entry_of(model_impl, options.get("entry"))
         check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
         if type(seed) is not int:
             raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
@@ -95,44 +107,42 @@ class LLM:
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
-        runner = ModelRunner.load(  # after the tokenizer: what reading that frees is used again
-            directory, dtype=dtype, device=device, max_model_len=None if max_model_len == "auto" else max_model_len,
-            seed=seed, **options,
-        )  # fmt: skip
-        if gpu_memory_utilization is not None and torch.device(runner.options.device).type == "cpu":
+        options |= {"dtype": dtype, "device": device, "seed": seed}
+        options["max_model_len"] = None if max_model_len == "auto" else max_model_len
+        runner: Any  # after the tokenizer: what reading that frees is used again
+        if processes:
+            from seamwise.runtime.engine.executor_processes import RankProcesses
+
+            ranks = options.pop("tensor_parallel_size")
+            runner = self.executor = RankProcesses(directory, ranks, options, extension=worker_extension_cls)
+        else:
+            runner = ModelRunner.load(directory, **options)
+            self.executor = InProcess(runner, str(model), worker_extension_cls)
+        on_cpu = torch.device(runner.options.device).type == "cpu"
+        if gpu_memory_utilization is not None and on_cpu:
             what = f"gpu_memory_utilization={gpu_memory_utilization} has no effect on a CPU"
             warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
         if num_gpu_blocks_override is not None:
             kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
         plan = runner.plan(
-            kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=gpu_memory_utilization or 0.9,
+            kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
             max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
             fit_model_len=max_model_len == "auto",
         )  # fmt: skip
         blocks, length = plan.num_blocks, plan.max_model_len
-        if runner.options.tensor_parallel_size > 1:
+        if runner.options.tensor_parallel_size > 1 and not processes:
             from seamwise.runtime.distributed.group import smallest
 
             blocks, length = (smallest(value, runner.options.device) for value in (blocks, length))
         if length < runner.options.max_model_len:
             runner.limit_model_len(length)
         runner.allocate_kv(blocks)
+        self.enable_sleep_mode = enable_sleep_mode
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
             logprobs_mode=logprobs_mode,
         )  # fmt: skip
         self._ids = itertools.count()
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write new values of parameters, by the checkpoint's names, in place; nothing is compiled again.
-
-        weights  (name, tensor) pairs, or a dict; numpy's arrays are taken too
-
-        The prefix cache is forgotten. Raises ValueError for weights that do not fit, all named, nothing being changed;
-        RuntimeError while requests run.
-        """
-        self.engine.reset_prefix_cache()
-        self.engine.runner.update_weights(weights)
 
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache holds. Raises RuntimeError while requests run."""

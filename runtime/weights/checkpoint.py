@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +22,24 @@ from .tied import differ
 # What old checkpoints store though the model computes it: Llama's, saved by transformers before 4.31.
 # What packed ones repeat: a layer's shape.
 _COMPUTED_SUFFIXES = (".rotary_emb.inv_freq", ".weight_shape")
-_OLDER_KV_SCALE = re.compile(r"\.([kv])_proj\.output_scale$")  # compressed-tensors' older names, as vLLM maps them
+_KV_SCALE = re.compile(r"(.*\.self_attn)\.([kv])_scale")
+# Every other published spelling of these: compressed-tensors' older one, ModelOpt's, AutoFP8's one for both.
+_KV_SCALES = (
+    (re.compile(r"(.*\.self_attn)\.(?:[kv]_proj|qkv_proj|attn)\.([kv])_scale"), ""),
+    (re.compile(r"(.*\.self_attn)\.([kv])_proj\.output_scale"), ""),
+    (re.compile(r"(.*\.self_attn)\.(?:attn\.)?kv_scale"), "kv"),
+)
+# How names of a multimodal model's text begin, and what a decoder has there; and Qwen-VL's images, beside "model.".
+_TEXT_PREFIXES = {
+    "language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model.",
+}  # fmt: skip
+_OTHER_MODELS = ("visual.",)
+_OTHER_SCALE = {"weight_scale_inv": "weight_scale", "weight_scale": "weight_scale_inv"}  # the same, multiplied with
 _FLOATS = {None, torch.float64, torch.float32, torch.float16, torch.bfloat16}  # None: of any of these
 
 
 Part = tuple[int, int, int]  # dimension, start, end
+Convert = Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]]
 
 
 class Source(Protocol):
@@ -38,6 +52,7 @@ def open_source(
     path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None, *,
     dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
     kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "", ranks: int = 1,
+    convert: Convert | None = None, read: Convert | None = None,
 ) -> Source:  # fmt: skip
     """Open what gives a model with these parameters its weights; reads headers only.
 
@@ -49,6 +64,8 @@ def open_source(
     kept_dtypes  those of tensors that are not read in `dtype`; None: any floating one, read as it is stored
     within       the model is a part of the checkpoint: the tensors whose names begin so, and go on as parameters' do
     ranks        each of as many reads its part
+    convert      what to make of the checkpoint's tensors where they do not fit as they are
+    read         what they are read as, before anything else
 
     Raises ValueError when the checkpoint does not fit the model, or the model does not fit the machine.
     """
@@ -63,7 +80,7 @@ def open_source(
         )
     if load_format == "dummy":
         return DummyCheckpoint(parameters, seed, kept)
-    return Checkpoint.open(path, parameters, tied, load_format, kept, within)
+    return Checkpoint.open(path, parameters, tied, load_format, kept, within, convert, read)
 
 
 def parameter_shapes(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -106,16 +123,16 @@ class Checkpoint:
     def open(
         cls, path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None,
         load_format: str = "auto", kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "",
+        convert: Convert | None = None, read: Convert | None = None,
     ) -> Checkpoint:  # fmt: skip
         """Open a checkpoint for a model with these parameters, as open_source describes."""
-        found, problems, chosen = find_tensors(path, load_format)
-        wanted = {
-            name: tensor
-            for stored, whole in found.items()
-            if stored.startswith(within)
-            for name, tensor in _as_wanted(stored.removeprefix(within), whole, parameters).items()
-        }
-        found, unfit = by_parameter(wanted, parameters, tied or {})
+        stored, problems, chosen = find_tensors(path, load_format)
+        stored = {n.removeprefix(within): tensor for n, tensor in stored.items() if n.startswith(within)}
+        stored = _text_of(stored, parameters)
+        stored = stored if read is None else dict(read(stored))
+        found, unfit = _fitted(stored, parameters, tied or {})
+        if convert is not None and (unfit or found.keys() != parameters.keys()):
+            found, unfit = _fitted(convert(stored), parameters, tied or {})
         label = f"{path}: the checkpoint does not fit the model that its configuration describes"
         return cls.fitting(label, found, parameters, kept_dtypes or {}, chosen.dtypes, problems + unfit)
 
@@ -139,6 +156,7 @@ class Checkpoint:
         left_out = tuple(n.removesuffix("eh_proj.weight") for n in found if n.endswith(".eh_proj.weight"))
         extra = [n for n in found if n not in parameters and not n.endswith(_COMPUTED_SUFFIXES)]
         extra = [n for n in extra if not (left_out and n.startswith(left_out))]
+        extra = [n for n in extra if not _KV_SCALE.fullmatch(n)]  # which a cache that is not quantized does without
         problems += [f"extra {name}" for name in extra]
         if problems:
             shown = "\n  ".join(problems[:20]) + ("\n  …" if len(problems) > 20 else "")
@@ -152,6 +170,28 @@ class Checkpoint:
         return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
 
 
+def _text_of(stored: dict[str, StoredTensor], parameters: Iterable[str]) -> dict[str, StoredTensor]:
+    """Return the tensors of a multimodal checkpoint's text, by the names of a decoder; any other one's as they are."""
+    if any(name.startswith(prefix) for name in parameters for prefix in (*_TEXT_PREFIXES, *_OTHER_MODELS)):
+        return stored
+    text = {
+        new + name.removeprefix(prefix): tensor
+        for name, tensor in stored.items()
+        for prefix, new in _TEXT_PREFIXES.items()
+        if name.startswith(prefix)
+    }
+    if text:
+        return text | {name: tensor for name, tensor in stored.items() if name.startswith("lm_head.")}
+    return {name: tensor for name, tensor in stored.items() if not name.startswith(_OTHER_MODELS)}
+
+
+def _fitted(
+    stored: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    wanted = {n: t for name, whole in stored.items() for n, t in _as_wanted(name, whole, parameters).items()}
+    return by_parameter(wanted, parameters, tied)
+
+
 def by_parameter(
     found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -161,6 +201,13 @@ def by_parameter(
         if (other := tensors.pop(alias, None)) is not None and differ(other, tensors.setdefault(name, other)):
             problems.append(f"{alias} differs from {name}, which is the same tensor in this model")
     return tensors, problems
+
+
+def holds_kv_scales(path: Path) -> bool:
+    """Return whether a checkpoint has scales of keys and values, in any published spelling; reads its header."""
+    found, _, _ = find_tensors(path, "auto")
+    patterns = (_KV_SCALE, *(pattern for pattern, _ in _KV_SCALES))
+    return any(pattern.fullmatch(name) for name in found for pattern in patterns)
 
 
 class DummyCheckpoint:
@@ -196,10 +243,22 @@ class DummyCheckpoint:
 
 def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Sequence[int]]) -> dict[str, StoredTensor]:
     """Return a tensor by the name that the model has for it, or what it may be read as where the model wants that."""
-    if (newer := _OLDER_KV_SCALE.sub(r".\1_scale", name)) in parameters:
-        return {newer: tensor}
+    for pattern, both in _KV_SCALES:
+        if name not in parameters and (match := pattern.fullmatch(name)):
+            return {f"{match[1]}.{kind}_scale": _single(tensor) for kind in both or match[2]}
+    if name not in parameters and (other := _OTHER_SCALE.get(name.rpartition(".")[2])) is not None:
+        name = f"{name.rpartition('.')[0]}.{other}" if f"{name.rpartition('.')[0]}.{other}" in parameters else name
     packed = {f"{name}{end}": part for end, part in tensor.packed.items()}
-    return packed if packed.keys() & parameters.keys() else {name: tensor}
+    if packed.keys() & parameters.keys():
+        return packed
+    return {name: _single(tensor) if tuple(parameters.get(name, ())) == (1,) else tensor}
+
+
+def _single(tensor: StoredTensor) -> StoredTensor:
+    """Return a scale of shape () as (1,)."""
+    if tensor.shape != ():
+        return tensor
+    return replace(tensor, shape=(1,), load=lambda: tensor.load().reshape(1), read_part=None)
 
 
 def _fits(stored: torch.dtype | None, kept: torch.dtype | None) -> bool:

@@ -9,7 +9,7 @@ Mixtral's names  model.layers.0.block_sparse_moe.experts.7.w1.weight, .w3.weight
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,29 @@ def stack_experts(
     return kept, problems
 
 
+def missing_experts(
+    names: Iterable[str], parameters: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield, of each stacked parameter that some of the names are parts of, these names and those that are missing."""
+    parts: dict[str, dict[tuple[int, int], str]] = {}
+    for name in names:
+        stacked, place = _stacked_name(name.replace(".block_sparse_moe.", ".mlp."))
+        if name not in parameters and stacked in parameters:
+            parts.setdefault(stacked, {})[place] = name
+    for stacked, held in parts.items():
+        yield (
+            [*held.values()],
+            [name for place, name in _wanted(stacked, parameters[stacked]).items() if place not in held],
+        )
+
+
+def _wanted(stacked: str, shape: Sequence[int]) -> dict[tuple[int, int], str]:
+    """Return the names of the experts' weights that make up a stacked one, by expert and part."""
+    owner, _, leaf = stacked.rpartition(".")
+    named = [(n, part, leaf.removeprefix(into)) for n, (into, part) in _PARTS.items() if leaf.startswith(into)]
+    return {(e, part): f"{owner}.{e}.{n}.weight{end}" for e in range(shape[0]) for n, part, end in named}
+
+
 def _stacked_name(name: str) -> tuple[str, tuple[int, int]]:
     """Return the stacked parameter that an expert's weight is part of, the expert, and which part it is."""
     match = _EXPERT.fullmatch(name)
@@ -58,14 +81,9 @@ def _misfits(
     stacked: str, pieces: Mapping[tuple[int, int], tuple[str, StoredTensor]], shape: Sequence[int]
 ) -> list[str]:
     """Return why an expert's weights do not make up the stacked ones."""
-    leaf = stacked.rpartition(".")[2]
-    count = 2 if leaf.startswith("gate_up_proj") else 1
-    wanted = {(expert, part) for expert in range(shape[0]) for part in range(count)}
-    named = [(n, leaf.removeprefix(place[0])) for n, place in _PARTS.items() if leaf.startswith(place[0])]
-    problems = [
-        f"missing expert {expert}'s {named[part][0]}.weight{named[part][1]}, of {stacked}"
-        for expert, part in sorted(wanted - {*pieces})
-    ]
+    wanted, shape = _wanted(stacked, shape), tuple(shape)
+    count = len(wanted) // shape[0]
+    problems = [f"missing {name}, of {stacked}" for place, name in sorted(wanted.items()) if place not in pieces]
     one = (shape[1] // count, *shape[2:])
     first = next(iter(pieces.values()))[1]
     for place, (name, tensor) in pieces.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from . import format_npz as checkpoint_npz
 from . import format_safetensors as checkpoint_safetensors
 from . import format_torch as checkpoint_torch
 from .files import StoredTensor
+
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +32,14 @@ class Format:
         """Return the index or the one file of this format. Raises ValueError where there are several without index."""
         if path.is_file():
             return path if path.match(self.pattern) else None
-        for known in (path / f"{self.file}.index.json", path / self.file):
-            if known.is_file():
-                return known
+        whole, index = path / self.file, path / f"{self.file}.index.json"
+        if index.is_file() and not (whole.is_file() and not _has_its_files(index)):
+            return index
+        if whole.is_file():
+            return whole
         others = sorted(path.glob(self.pattern))
+        if shards := _shards(others):
+            return shards[0]
         if len(others) > 1:
             names = ", ".join(p.name for p in others[:5])
             raise ValueError(
@@ -65,6 +72,11 @@ def check_load_format(load_format: str) -> None:
         raise ValueError(f"load_format={load_format!r}: wanted one of {', '.join(map(repr, LOAD_FORMATS))}")
 
 
+def has_tensors(path: Path) -> bool:
+    """Return whether a directory holds a checkpoint of any format."""
+    return any(one.find(path) for one in FORMATS.values())
+
+
 def find_tensors(path: Path, load_format: str) -> tuple[dict[str, StoredTensor], list[str], Format]:
     """Return the tensors of a directory or file by name, what an index promises but no file holds, and the format.
 
@@ -73,11 +85,47 @@ def find_tensors(path: Path, load_format: str) -> tuple[dict[str, StoredTensor],
     chosen = list(FORMATS.values()) if load_format == "auto" else [FORMATS[load_format]]
     for one in chosen:
         if (found := one.find(path)) is not None:
-            return (*(_indexed(found, one) if found.suffix == ".json" else (one.read(found), [])), one)
+            return (*_read(found, one), one)
     wanted = ", ".join(f"{one.file} (or {one.pattern})" for one in chosen)
     raise ValueError(
         f"{path}: has no checkpoint; wanted {wanted}, or an index of several, like {chosen[0].file}.index.json"
     )
+
+
+def _read(path: Path, format: Format) -> tuple[dict[str, StoredTensor], list[str]]:
+    if path.suffix == ".json":
+        return _indexed(path, format)
+    found: dict[str, StoredTensor] = {}
+    for shard in _shards(sorted(path.parent.glob(format.pattern))) if _SHARD.search(path.name) else [path]:
+        stored = format.read(shard)
+        if twice := sorted(found.keys() & stored.keys()):
+            raise ValueError(
+                f"{shard}: has {', '.join(twice[:5])}, which another shard has too, and no index says which"
+            )
+        found |= stored
+    return found, []
+
+
+def _shards(files: Sequence[Path]) -> list[Path]:
+    """Return files that are, by their names, all shards of one checkpoint without an index; else none."""
+    matches = [_SHARD.search(file.name) for file in files]
+    counts = {match and match[2] for match in matches}
+    if len(counts) != 1 or None in counts:
+        return []
+    numbers = [int(match[1]) for match in matches if match]
+    if numbers != [*range(1, len(files) + 1)] or len(files) != int(next(iter(counts)) or 0):
+        names = ", ".join(file.name for file in files[:5])
+        raise ValueError(f"{files[0].parent}: has {len(files)} shards ({names}), wanted all; download what is missing")
+    return [*files]
+
+
+def _has_its_files(index: Path) -> bool:
+    """Return whether the files that an index names are there: beside one whole file it may have been left behind."""
+    try:
+        names = {*json.loads(index.read_text())["weight_map"].values()}
+        return all((index.parent / name).is_file() for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def _indexed(index: Path, format: Format) -> tuple[dict[str, StoredTensor], list[str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .files import StoredTensor
-from .formats import FORMATS, find_tensors
+from .formats import find_tensors, has_tensors
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -25,7 +25,7 @@ def has_own_head(directory: Path) -> bool:
 
     Reads headers, and the two tensors where both are there, until a row differs. Raises ValueError for a damaged file.
     """
-    if not any(one.find(directory) for one in FORMATS.values()):
+    if not has_tensors(directory):
         return False
     found, _, _ = find_tensors(directory, "auto")
     head, embedding = _named(found, _HEADS), _named(found, _EMBEDDINGS)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +20,12 @@ LOOSE = PipelineConfig(disabled=("raise_swiglu",), allow_missed=("fuse_gate_up",
 
 
 @pytest.mark.slow
-def test_compiled_pieces_equal_eager_ones(tiny_llama_dir: Path, pack_dir: Path) -> None:
+def test_compiled_pieces_equal_eager_ones(
+    tiny_llama_dir: Path, pack_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Callable[[], Any]] = []
+    monkeypatch.setattr(atexit, "register", lambda f, *args, **kwargs: at_exit.append(partial(f, *args, **kwargs)))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     requests = [list(range(3, 22)), [5, 6], [9] * 7]
     runs = []
     for pipeline in (PipelineConfig(inductor="never"), LOOSE, LOOSE):  # the second time from the pack
@@ -35,3 +45,7 @@ def test_compiled_pieces_equal_eager_ones(tiny_llama_dir: Path, pack_dir: Path) 
     for _, logits in runs[1:]:
         for got, wanted in zip(logits, runs[0][1], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert list(tmp_path.glob("seamwise-*")), "where packages are made"
+    for call in at_exit:
+        call()
+    assert not list(tmp_path.glob("seamwise-*"))

@@ -97,3 +97,41 @@ def test_a_call_of_python_is_replayed_in_its_place() -> None:
     recorded.replay()
     hidden = silu_mul.run("cpp", x)
     assert torch.equal(out, linear_packed.run("cpp", hidden + hidden, fixed[2], 64))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_a_team_of_any_size_computes_the_same_bits(threads: int) -> None:
+    """Seven threads are more than most machines have: some are late, asleep, or see a kernel only when it ended."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch.manual_seed(0)
+        packed = pack_linear.run("cpp", torch.randn(640, 640).bfloat16() / 25)
+        x, recorded = torch.randn(9, 640).bfloat16(), tape.Tape(Pool(), full=False)
+        with tape.recording(recorded):
+            out = x
+            for _ in range(30):
+                out = linear_packed.run("cpp", out, packed, 640)
+        torch.set_num_threads(threads)
+        for seed in range(20):
+            torch.manual_seed(seed)
+            want = x.copy_(torch.randn(9, 640))
+            for _ in range(30):
+                want = linear_packed.run("cpp", want, packed, 640)
+            recorded.pool.poison()
+            recorded.replay()
+            assert torch.equal(out, want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_profile_is_a_replay_with_the_seconds_of_each_call() -> None:
+    fixed, x = weights(), torch.randn(3, 64).bfloat16()
+    recorded = tape.Tape(Pool(), full=False)
+    with tape.recording(recorded):
+        out, _ = block(x, x, *fixed)
+    want = out.clone()
+    recorded.pool.poison()
+    calls = recorded.profile()
+    assert torch.equal(out, want) and len(calls) == 16
+    assert all(0 < seconds < 10 for *_, seconds in calls) and {name for name, *_ in calls} >= {"seamwise_linear"}

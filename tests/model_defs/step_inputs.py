@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,13 @@ class Steps:
             "query_starts": int32(starts + [rows] * pad),
             "logit_rows": torch.arange(rows),
         }
+
+    def caches_of(self, model: Any) -> list[tuple[Tensor, Tensor]]:
+        """Return the caches that a transformers class wants, of each call of its attention, full of NaN."""
+        ids = torch.zeros(3, dtype=torch.int64)
+        with torch.no_grad():
+            called = model.attended(ids, ids, ids)
+        return [c for heads, width in called for c in self.caches(1, heads, width, torch.float32)]
 
     def caches(self, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Return caches full of NaN: what is read before it is written shows in the logits."""

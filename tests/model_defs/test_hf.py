@@ -13,7 +13,8 @@ from tiny_models import SIZES, assert_within_budget, load_tiny, save_tiny
 from torch import nn
 
 from seamwise.model_defs import build_model
-from seamwise.model_defs.hf import _attend, _parameters_on_meta
+from seamwise.model_defs.hf import _parameters_on_meta
+from seamwise.model_defs.hf_attention import Mask, Step, attend, attending, make_mask
 
 # Architectures that Seamwise does not define: each has something of its own around causal attention.
 DECODERS: dict[str, dict[str, Any]] = {
@@ -31,27 +32,32 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Olmo3ForCausalLM": {"sliding_window": 5, "num_hidden_layers": 4},
     "SmolLM3ForCausalLM": {"num_hidden_layers": 4},
     "Starcoder2ForCausalLM": {"sliding_window": 5},
+    # Not by the names of config.json: heads, and windows that only their masks have.
+    "GPTNeoXForCausalLM": {"rotary_pct": 0.5},
+    "OPTForCausalLM": {"ffn_dim": 48, "word_embed_proj_dim": 64},
+    "PhimoeForCausalLM": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "StableLmForCausalLM": {},  # does not say that it uses the attention interface
+    "GraniteMoeForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_chunked_mix_gives_transformers_logits(architecture: str, tmp_path: Path) -> None:
     theirs = save_tiny(tmp_path, architecture, **DECODERS[architecture])
-    model, config = load_tiny(tmp_path, "transformers")
+    model, _ = load_tiny(tmp_path, "transformers")
     requests = [list(range(3, 22)), [5], list(range(40, 47))]
     steps = Steps(requests, num_padding=1)
-    caches = steps.caches(config.num_layers, config.num_kv_heads, config.head_dim, torch.float32)
-    got = run_schedule(model, steps, [{0: 6, 2: 3}, {1: 1, 2: 1, 0: 1}, {0: 12, 2: 3}], caches)
+    got = run_schedule(model, steps, [{0: 6, 2: 3}, {1: 1, 2: 1, 0: 1}, {0: 12, 2: 3}], steps.caches_of(model))
     assert_within_budget(got, theirs, requests)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "chunks": ("Qwen3ForCausalLM", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has .*chunk"),
-    "a window in the mask alone": (
-        "PhimoeForCausalLM", {"sliding_window": 8}, "layer 0 has sliding_window=None, its configuration wants a",
+    "alibi": ("BloomForCausalLM", {}, "its forward takes no position_ids"),
+    "recurrent": ("MambaForCausalLM", {}, "its forward takes no position_ids"),
+    "attention of its own": (
+        "GPTJForCausalLM", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        "its attention comes neither through transformers' attention interface nor",
     ),
-    "alibi": ("BloomForCausalLM", {}, "does not use transformers' attention interface"),
-    "recurrent": ("MambaForCausalLM", {}, "does not use transformers' attention interface"),
     "encoder": ("BertForMaskedLM", {}, "has no such causal language model"),
     "encoder and decoder": ("T5ForConditionalGeneration", {}, "has no such causal language model"),
     "unheard of": ("NonesuchForCausalLM", {}, "architecture 'NonesuchForCausalLM': transformers .* has no such"),
@@ -75,7 +81,7 @@ def test_a_layer_whose_attention_went_elsewhere_is_reported(tmp_path: Path) -> N
     attention: Any = model.get_submodule("model.layers.1.self_attn")
     attention.forward = lambda hidden_states, **_: (hidden_states, None)
     steps = Steps([[1, 2, 3]])
-    with pytest.raises(ValueError, match=r"attention of layers \[0\] came .* each of its 2 layers once"):
+    with pytest.raises(ValueError, match=r"attention came 1 times .* wanted 2, once for each KV cache"):
         run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 16, torch.float32))
 
 
@@ -83,7 +89,7 @@ def test_a_cache_of_another_shape_is_reported(tmp_path: Path) -> None:
     save_tiny(tmp_path, "LlamaForCausalLM")
     model, _ = load_tiny(tmp_path, "transformers")
     steps = Steps([[1, 2, 3]])
-    with pytest.raises(ValueError, match="layer 0's key has 2 heads of width 16, the KV cache 4 of 16"):
+    with pytest.raises(ValueError, match="call 0's key has 2 heads of width 16, the KV cache 4 of 16"):
         run_schedule(model, steps, [{0: 3}], steps.caches(2, 4, 16, torch.float32))
 
 
@@ -92,7 +98,7 @@ def test_a_window_where_the_configuration_has_none_is_refused(tmp_path: Path) ->
     model, _ = load_tiny(tmp_path, "transformers")
     model.get_submodule("model.layers.1.self_attn").sliding_window = 4  # type: ignore[assignment]
     steps = Steps([[1, 2, 3]])
-    with pytest.raises(ValueError, match="layer 1 has sliding_window=4, its configuration wants none"):
+    with pytest.raises(ValueError, match="call 1 of attention has sliding_window=4, its mask none"):
         run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 16, torch.float32))
 
 
@@ -103,19 +109,71 @@ def test_a_window_where_the_configuration_has_none_is_refused(tmp_path: Path) ->
         ({"is_causal": False}, "is_causal=False"),
         ({"dropout": 0.1}, "dropout=0.1"),
         ({"new_feature": 3}, "new_feature=3"),
-        ({"seamwise_step": None}, "needs a step"),
     ],
 )
 def test_attention_options_that_change_the_result_are_refused(given: dict[str, Any], named: str) -> None:
     x = torch.ones(1, 2, 3, 8)
-    with pytest.raises(ValueError, match=named):
-        _attend(nn.Module(), x, x, x, None, **({"seamwise_step": object()} | given))
+    with pytest.raises(ValueError, match=named), attending(a_step()):
+        attend(nn.Module(), x, x, x, None, **given)
+
+
+def a_step(longest: int = 64) -> Step:
+    nothing = torch.zeros(1, dtype=torch.int64)
+    return Step(kv_caches=None, slot_mapping=nothing, spans=(nothing,) * 3, longest=longest)
+
+
+def test_attention_outside_of_a_step_is_refused() -> None:
+    x = torch.ones(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="needs a step"):
+        attend(nn.Module(), x, x, x, None)
 
 
 def test_a_mask_that_a_model_built_itself_is_refused() -> None:
     x = torch.ones(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="attention_mask=Tensor is not served"):
-        _attend(nn.Module(), x, x, x, torch.ones(3, 3), seamwise_step=object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attention_mask=Tensor is not served"), attending(a_step()):
+        attend(nn.Module(), x, x, x, torch.ones(3, 3))
+    with pytest.raises(ValueError, match="a mask of its own, or dropout"), attending(a_step()):
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, torch.ones(3, 3))
+
+
+def test_masks_are_read_by_what_they_are_put_together_of() -> None:
+    from transformers import masking_utils as masks
+
+    left, ids = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+    window = masks.sliding_window_causal_mask_function(5)
+    for function, wanted in (
+        (masks.causal_mask_function, Mask(0)),
+        (window, Mask(5)),
+        (masks.packed_sequence_compatibility_function(window, ids, ids), Mask(5)),
+        (masks.chunked_causal_mask_function(64, left), Mask(0)),  # no request is longer
+    ):
+        with attending(a_step()):
+            assert make_mask(mask_function=function) == wanted
+    for function, named in (
+        (
+            masks.chunked_causal_mask_function(63, left),
+            "chunks of 63 tokens is plain up to there; pass max_model_len=63",
+        ),
+        (masks.bidirectional_mask_function, "a mask by bidirectional_mask_function is not served"),
+        (masks.and_masks(window, masks.blockwise_overlay(ids)), "a mask by blockwise_overlay.* is not served"),
+        (masks.or_masks(window, masks.causal_mask_function), "a mask by or_masks.* is not served"),
+        (masks.sliding_window_overlay(3), "attention to later tokens is not served"),
+    ):
+        with pytest.raises(ValueError, match=named), attending(a_step()):
+            make_mask(mask_function=function)
+    with pytest.raises(ValueError, match="a mask of Tensor is not served"), attending(a_step()):
+        make_mask(mask_function=window, attention_mask=ids)
+
+
+def test_what_calls_dot_product_attention_elsewhere_gets_torchs() -> None:
+    import torch.nn.functional as F
+
+    x, found = torch.randn(1, 2, 3, 8), []
+    with attending(a_step()):
+        thread = threading.Thread(target=lambda: found.append(F.scaled_dot_product_attention(x, x, x)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], F.scaled_dot_product_attention(x, x, x))
 
 
 def test_buffers_are_real_and_parameters_are_not() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from seamwise.model_defs import build_model
 from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.weights.checkpoint import parameter_shapes
+from seamwise.runtime.weights.foreign import as_transformers_reads
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -49,7 +52,11 @@ def load_tiny(
     """Load a directory as the eager module of one entry."""
     config = ModelConfig.from_directory(directory)
     model = build_model(config.architecture, config.raw, entry=entry, **options)
-    load_weights(model, directory, dtype=dtype, device="cpu")
+    shapes, _ = parameter_shapes(model)
+    read = None
+    if entry == "transformers":
+        read = partial(as_transformers_reads, parameters=shapes, architecture=config.architecture, raw=config.raw)
+    load_weights(model, directory, dtype=dtype, device="cpu", convert=read)
     return model, config
 
 

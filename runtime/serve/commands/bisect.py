@@ -22,9 +22,10 @@ def run(options: argparse.Namespace) -> int:
     """`seamwise bisect`: name the first op at which two runs differ; the status is 1 when one does."""
     from seamwise.compile.check.bisect import as_text
     from seamwise.runtime.build.bisect import bisect as compare_runs
+    from seamwise.runtime.build.packs import model_of
     from seamwise.runtime.weights.hub import resolve_model
 
-    directory, runs = resolve_model(options.model), (options.a, options.b)
+    directory, runs = model_of(resolve_model(options.model)), (options.a, options.b)
     result = compare_runs(directory, *runs, case=options.case, tolerance=options.tolerance)
     print(as_text(result))
     return int(result.first is not None)

@@ -126,6 +126,20 @@ class Metrics:
                 if times.tokens > 1:
                     self.tpot.observe((now - times.first_s) / (times.tokens - 1))
 
+    def values(self) -> dict[str, float]:
+        """Return each counter's value by its name in the exposition."""
+        found: dict[str, float] = {}
+        for family in self.registry.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total") and family.type == "counter":
+                    found[sample.name] = found.get(sample.name, 0.0) + sample.value
+        return found
+
+    def total_of(self, histogram: str) -> tuple[int, float]:
+        """Return how many values a histogram of this object has, and their sum."""
+        samples = {s.name.rpartition("_")[2]: s.value for m in getattr(self, histogram).collect() for s in m.samples}
+        return int(samples["count"]), samples["sum"]
+
     def text(self) -> bytes:
         """Return the exposition."""
         return generate_latest(self.registry)

@@ -20,13 +20,15 @@ from .errors import ApiError
 from .metrics import Metrics, RequestTimes
 from .settings import ServeSettings
 
-Route = Callable[[str, Request], str | None]
+_UNSEEN = 16  # tokens between deltas that no client sees
+Route = Callable[[str, Request, Any], str | None]
 
 
 class Serving:
     """One server's state, kept by the application as app.state.serving.
 
-    route  may say which served model a request is for: (the name it asks for, the request) -> a name, None: as asked
+    route  may say which served model a request is for: (the name it asks for, the request, its body) -> a name, or
+           None: as asked
     """
 
     def __init__(self, models: dict[str, AsyncLLM], settings: ServeSettings, route: Route | None = None) -> None:
@@ -37,6 +39,7 @@ class Serving:
         }
         self.started_s = time.time()
         self.draining = False
+        self.held: str | None = None  # why requests are not taken yet, though the engine is ready
         self.num_in_work = 0
         self._names: dict[str, list[str]] = {}  # a request's id in answers -> its ids in the engine
         self._template = settings.own_template()
@@ -64,13 +67,15 @@ class Serving:
         """Say why no request is taken now: the server is about to end."""
         if self.draining and path not in ("/health", "/health/ready", "/metrics", "/load"):
             return ApiError(503, "the server is shutting down", retry_s=10)
+        if self.held and path not in ("/health", "/health/ready", "/metrics", "/load"):
+            return ApiError(503, self.held, retry_s=5)
         return None
 
-    def choose(self, asked: str | None, request: Request) -> tuple[str, AsyncLLM]:
+    def choose(self, asked: str | None, request: Request, body: Any) -> tuple[str, AsyncLLM]:
         """Return the model that a request is for. Raises ApiError 404 for one that is not served."""
         name = asked or self.default
         if self.route is not None:
-            name = self.route(name, request) or name
+            name = self.route(name, request, body) or name
         if name not in self.models:
             raise ApiError(404, f"model {name!r} is not served; there are: {', '.join(self.models)}", "model")
         return name, self.models[name]
@@ -141,7 +146,10 @@ class Work:
         self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams, *, priority: int,
         stream_interval: int,
     ) -> None:  # fmt: skip
-        """Queue the prompts, (text, ids) each. Raises ValueError, ApiError and EngineError; nothing is queued then."""
+        """Queue the prompts, (text, ids) each. Raises ValueError, ApiError and EngineError; nothing is queued then.
+
+        stream_interval  0: the client waits for the end, and deltas come as often as metrics want them
+        """
         for _, ids in prompts:
             self._state.check(params, ids, self._llm)
         self._state.admit(self._llm, len(prompts))
@@ -150,7 +158,7 @@ class Work:
             self._times.append(self._metrics.arrived(len(ids), params))
             try:
                 stream = self._llm.submit(
-                    name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval
+                    name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval or _UNSEEN
                 )
             except Exception:
                 self.close()

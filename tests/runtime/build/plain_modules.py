@@ -7,23 +7,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from seamwise.runtime.weights.checkpoint import kept_dtypes, open_source, parameter_shapes
+from seamwise.runtime.weights.checkpoint import Convert, kept_dtypes, open_source, parameter_shapes
 
 
 def load_weights(
     module: nn.Module, path: Path, *, dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
-    within: str = "",
+    within: str = "", convert: Convert | None = None,
 ) -> None:  # fmt: skip
     """Give every parameter of a module built on the meta device its value, and move its buffers to the device.
 
-    `within` is as in open_source. Peak memory is the model and one tensor. Raises ValueError as open_source does; the
-    module is then as it was.
+    `within` and `convert` are as in open_source. Peak memory is the model and one tensor. Raises ValueError as
+    open_source does; the module is then as it was.
     """
     shapes, tied = parameter_shapes(module)
     buffers = kept_dtypes(module)
     source = open_source(
         path, shapes, tied, dtype=dtype, device=device, load_format=load_format, seed=seed, kept_dtypes=buffers,
-        within=within,
+        within=within, convert=convert,
     )  # fmt: skip
     loaded = {}
     for name in shapes:

@@ -126,6 +126,20 @@ def test_the_longest_request_follows_from_rope(
         RunnerConfig.for_model(config, max_model_len=longest + 1)
 
 
+def test_numbers_that_json_has_not_are_read_as_transformers_writes_them(tmp_path: Path) -> None:
+    config = read(tmp_path, {"time_step_limit": [0.0, {"__float__": "Infinity"}]})
+    assert config.raw["time_step_limit"] == [0.0, float("inf")]
+
+
+def test_sizes_of_a_foreign_class_are_its_own_defaults(tmp_path: Path) -> None:
+    raw: dict[str, Any] = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "num_attention_heads": 16}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = ModelConfig.from_directory(tmp_path)
+    assert (config.num_heads, config.hidden_size, config.num_layers, config.max_position_embeddings) == (
+        16, 768, 12, 2048,
+    )  # fmt: skip
+
+
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere does not exist"):
         ModelConfig.from_directory(tmp_path / "nowhere")

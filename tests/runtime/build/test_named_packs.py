@@ -181,6 +181,16 @@ def test_a_missing_pack_is_named(model: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pack_is_explained_as_it_was_made(
+    packed: Path, no_compiling: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "--model", str(packed), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "quantize_linear" in {p["name"] for p in report["passes"]}
+    assert main(["explain", "--model", str(packed), "--validate"]) == 2
+    assert "is a pack, as it was made; --validate and --tp need the model's" in capsys.readouterr().err
+
+
 def test_compile_takes_no_folder_that_is_no_pack(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

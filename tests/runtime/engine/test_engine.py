@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from fake_runner import FakeRunner
+from fake_tokenizer import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
-from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.stop import ended_by_token
 from seamwise.runtime.scheduler.config import SchedulerConfig
 
 
@@ -69,7 +73,7 @@ def tokens_needed(arrival: Arrival) -> int:
     return len(arrival.prompt) + arrival.params.max_tokens - 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     requests=arrivals(),
     block_size=st.sampled_from([1, 2, 4]),
@@ -289,3 +293,145 @@ def test_a_failing_step_loses_no_token() -> None:
     clean = make_engine()
     clean.add_request("a", [3, 4, 5, 6, 3], GREEDY)
     assert got == run(clean)["a"].outputs[0].token_ids
+
+
+def test_aborting_ten_thousand_waiting_requests_takes_no_time_each() -> None:
+    engine = make_engine(num_blocks=8)
+    for i in range(10_000):
+        engine.add_request(str(i), [3, 4, 5], GREEDY)
+    began = time.process_time()  # of a processor, which others may share
+    for i in range(10_000):
+        engine.abort_request(str(i))
+    took_ms = 1000 * (time.process_time() - began)
+    assert took_ms < 250, f"{took_ms:.0f} ms"  # 70 with both cores taken by others; walking a queue takes seconds
+    assert not engine.has_unfinished_requests()
+    engine.scheduler.check()
+
+
+def test_what_fails_in_one_text_ends_that_request_alone() -> None:
+    runner = FakeRunner(num_blocks=64, block_size=4)
+    engine = Engine(runner, FakeTokenizer(broken=9), SchedulerConfig())  # type: ignore[arg-type]
+    engine.add_request("good", [3, 4], SamplingParams(temperature=0, ignore_eos=True, logit_bias={5: 1e3}))
+    engine.add_request("bad", [3, 4], SamplingParams(temperature=0, ignore_eos=True, logit_bias={9: 1e3}))
+    outputs = run(engine)
+    assert outputs["good"].outputs[0].finish_reason == "length" and len(outputs["good"].outputs[0].token_ids) == 16
+    failed = outputs["bad"].outputs[0]
+    assert failed.finish_reason == "error" and "request bad: KeyError: 'token 9 is not" in str(failed.stop_reason)
+
+
+def test_a_logits_processor_that_raises_ends_its_request_alone() -> None:
+    def broken(output: list[int], logits: Any) -> Any:
+        if len(output) == 2:
+            raise ZeroDivisionError("by its author")
+        return logits
+
+    engine = make_engine()
+    engine.add_request("good", [3, 4], GREEDY)
+    engine.add_request("bad", [3, 4], replace(GREEDY, logits_processors=[broken]))
+    outputs = run(engine)
+    assert len(outputs["good"].outputs[0].token_ids) == 16
+    failed = outputs["bad"].outputs[0]
+    assert (len(failed.token_ids), failed.finish_reason) == (2, "error")
+    assert "ZeroDivisionError: by its author" in str(failed.stop_reason)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_max_tokens_beyond_the_cache_ends_by_length_where_the_cache_does(asynchronous: bool) -> None:
+    runner = FakeRunner(num_blocks=5, block_size=4)
+    engine = Engine(runner, None, SchedulerConfig(async_scheduling=asynchronous))
+    for name in "ab":
+        engine.add_request(name, [3] * 7, replace(GREEDY, max_tokens=100))
+    for output in run(engine).values():  # 16 tokens fit, and one more is sampled
+        assert (len(output.outputs[0].token_ids), output.outputs[0].finish_reason) == (10, "length")
+
+
+def test_kinds_of_output_and_their_interval() -> None:
+    engine = make_engine()
+    for name, kind in zip("cdf", RequestOutputKind, strict=True):
+        engine.add_request(name, [3, 4], replace(GREEDY, max_tokens=8, output_kind=kind, stream_interval=3))
+    seen: dict[str, list[int]] = {"c": [], "d": [], "f": []}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            seen[output.request_id].append(len(output.outputs[0].token_ids))
+    assert seen == {"c": [1, 4, 7, 8], "d": [1, 3, 3, 1], "f": [8]}
+
+
+def test_prompt_logprobs_are_given_once_and_computed_whole() -> None:
+    engine = make_engine()
+    prompt = [3, 4, 5, 6, 3, 4, 5, 6, 5]
+    engine.add_request("first", prompt, GREEDY)
+    run(engine)
+    engine.add_request("a", prompt, replace(GREEDY, prompt_logprobs=2, max_tokens=2))
+    found = run(engine)["a"]
+    assert found.metrics.num_cached_tokens == 0 and found.prompt_logprobs is not None
+    assert found.prompt_logprobs[0] is None and len(found.prompt_logprobs) == len(prompt)
+    for place, entries in enumerate(found.prompt_logprobs[1:], start=1):
+        exact = torch.from_numpy(engine.runner.logits_after(prompt[:place])).log_softmax(-1)
+        assert entries is not None and {*exact.topk(2).indices.tolist(), prompt[place]} == {*entries}
+        assert entries[prompt[place]].logprob == pytest.approx(float(exact[prompt[place]]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"), [([5, 5, 5], 3), ([4, 5, 4, 5], None), ([5, 6, 5, 6, 5, 6], 6), ([3, 5, 5, 5, 5], 4)]
+)
+def test_a_repetition_ends_an_output(tokens: list[int], wanted: int | None) -> None:
+    detection = RepetitionDetectionParams(max_pattern_size=2, min_count=3)
+    params = replace(GREEDY, repetition_detection=detection)
+    ends = [ended_by_token(tokens[:i], t, params, (), 99) for i, t in enumerate(tokens)]
+    assert next((i + 1 for i, end in enumerate(ends) if end), None) == wanted
+    assert all(end in (None, ("repetition", None)) for end in ends)
+    assert ended_by_token(tokens[:-1], tokens[-1], replace(params, min_tokens=9), (), 99) is None
+
+
+def test_the_order_of_stops() -> None:
+    """EOS before stop tokens before length before repetition, whatever else holds at the same token."""
+    detection = RepetitionDetectionParams(max_pattern_size=1, min_count=2)
+    params = replace(GREEDY, stop_token_ids=[7], repetition_detection=detection)
+    ending = {"eos": (7,), "none": ()}
+    assert ended_by_token([7], 7, params, ending["eos"], 2) == ("stop", None)
+    assert ended_by_token([7], 7, params, ending["none"], 2) == ("stop", 7)
+    assert ended_by_token([6], 6, params, ending["eos"], 2) == ("length", None)
+    assert ended_by_token([6], 6, params, ending["eos"], 3) == ("repetition", None)
+    assert ended_by_token([5], 6, params, ending["eos"], 3) is None
+
+
+def test_pausing_in_each_way() -> None:
+    engine = make_engine()
+    engine.add_request("a", [3] * 9, GREEDY)
+    engine.step()
+    engine.pause("keep")
+    assert engine.is_paused and not engine.scheduler.running and not engine.scheduler.pool.names
+    engine.add_request("b", [3] * 9, GREEDY)
+    for _ in range(3):
+        engine.step()
+    assert engine.runner.num_steps <= 3 and engine.scheduler.reasons()["paused"] == 1
+    engine.resume()
+    assert {*run(engine)} == {"a", "b"}
+    engine.add_request("c", [3] * 9, GREEDY)
+    engine.step()
+    engine.pause("wait")
+    engine.add_request("d", [3] * 9, GREEDY)
+    assert not engine.is_paused
+    done = set()
+    while not engine.is_paused:
+        done |= {output.request_id for output in engine.step() if output.finished}
+    assert done == {"c"} and engine.has_unfinished_requests()
+    engine.resume()
+    engine.step()
+    aborted = engine.pause("abort")
+    assert [(o.request_id, o.outputs[0].finish_reason) for o in aborted] == [("d", "abort")]
+    with pytest.raises(ValueError, match="mode='stop', wanted 'abort', 'wait' or 'keep'"):
+        engine.pause("stop")
+
+
+def test_other_weights_and_other_salts_find_nothing() -> None:
+    engine = make_engine()
+    prompt = list(range(3, 20))
+
+    def cached(name: str, **options: Any) -> int:
+        engine.add_request(name, prompt, replace(GREEDY, max_tokens=1), **options)
+        return run(engine)[name].metrics.num_cached_tokens
+
+    assert [cached("a"), cached("b"), cached("c", cache_salt="x"), cached("d", cache_salt="x")] == [0, 16, 0, 16]
+    engine.weights_changed("step 1")
+    assert [cached("e"), cached("f")] == [0, 16]

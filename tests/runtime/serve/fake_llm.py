@@ -169,8 +169,14 @@ def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -
     home = Path(tempfile.mkdtemp(prefix="fake-llm-"))
     (home / "tokenizer.json").write_text("{}")
     (home / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "!"}))
-    engine = FakeEngine(max_num_seqs)
+    engine, asleep = FakeEngine(max_num_seqs), []
+
+    def sleep(level: int) -> None:
+        engine.reset_prefix_cache()
+        asleep.append(level)
+
     return SimpleNamespace(
+        sleep=sleep, wake_up=lambda tags=None: asleep.clear(), is_sleeping=lambda: bool(asleep),
         engine=engine, reset_prefix_cache=engine.reset_prefix_cache,
         tokenizer=SimpleNamespace(_light=light, directory=home),
         collective_rpc=lambda method, args=(), kwargs=None: [[method, args, kwargs]],

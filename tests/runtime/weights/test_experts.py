@@ -92,7 +92,7 @@ def test_a_part_is_the_wholes_part(name: str, data: st.DataObject, tmp_path_fact
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda f: f.pop("mlp.experts.1.up_proj.weight"), "missing expert 1's up_proj.weight, of mlp.experts.gate_up"),
+        (lambda f: f.pop("mlp.experts.1.up_proj.weight"), "missing mlp.experts.1.up_proj.weight, of mlp.experts.gate"),
         (lambda f: f.update({"mlp.experts.3.up_proj.weight": torch.ones(I, D)}), "extra mlp.experts.3.up_proj.weight"),
         (
             lambda f: f.update({"mlp.experts.0.down_proj.weight": torch.ones(I, D)}),

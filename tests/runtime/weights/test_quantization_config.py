@@ -25,16 +25,16 @@ from seamwise.runtime.weights.quantized import stored_weights
 
 BLOCKS, INT8 = LAYOUTS["fp8 blocks"].config(), LAYOUTS["W8A8 int8"].config()
 BAD: list[tuple[dict[str, Any], str]] = [
-    (BLOCKS | {"quant_method": "awq"}, "quant_method is 'awq', wanted 'fp8' or 'compressed-tensors' or 'mxfp4'"),
-    (BLOCKS | {"activation_scheme": "static"}, "activation_scheme is 'static', wanted 'dynamic'"),
+    (BLOCKS | {"quant_method": "hqq"}, "quant_method is 'hqq', wanted 'fp8' or 'compressed-tensors' or"),
+    (BLOCKS | {"activation_scheme": "static"}, "activation_scheme is 'static' with weights in blocks"),
     (BLOCKS | {"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0', wanted 'float'"),
-    (BLOCKS | {"weight_block_size": None}, "weight_block_size is None, wanted the rows and columns of a block"),
+    (BLOCKS | {"weight_block_size": 128}, "weight_block_size is 128, wanted the rows and columns of a block"),
     (BLOCKS | {"modules_to_convert": ["embed"]}, "modules_to_convert would be ignored; wanted only activation_scheme"),
     (BLOCKS | {"modules_to_not_convert": ["("]}, "'(' is not a pattern of modules"),
     (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: {'num_bits': 8} is not served; wanted"),
     (INT8 | {"sparsity_config": {"format": "sparse-24"}}, "sparsity_config is {'format': 'sparse-24'}"),
     (INT8 | {"config_groups": {}}, "config_groups is empty"),
-    (INT8 | {"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized', wanted 'int-quantized'"),
+    (INT8 | {"format": "marlin-24"}, "format is 'marlin-24', wanted 'int-quantized'"),
 ]  # fmt: skip
 BAD_GROUPS: list[tuple[dict[str, Any], str]] = [
     ({"targets": ["Conv2d"]}, "target 'Conv2d' names no linear layer of CausalLM"),

@@ -23,7 +23,7 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the conversation, n times; one answer, or events with stream=true."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = body.sampling(llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
@@ -54,7 +54,7 @@ class RenderRequest(ChatRequest):
 async def render(body: RenderRequest, request: Request) -> Response:
     """Return the text and ids that /v1/chat/completions would continue."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     tools = _tools(body, prompts)
     text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)

@@ -42,7 +42,7 @@ class CompletionRequest(Sampling):
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt, with n outputs each; one answer, or events with stream=true."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     asked = body.prompts()
     if not 1 <= len(asked) <= state.settings.max_prompts:

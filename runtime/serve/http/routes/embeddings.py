@@ -33,7 +33,7 @@ class EmbeddingRequest(Labels):
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """Return one vector for each input; 400 for a model that generates and does not pool."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     given: Any = body.input
     inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given

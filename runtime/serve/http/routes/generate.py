@@ -16,6 +16,7 @@ from seamwise.runtime.serve.http.schema import Body, TokenId
 from seamwise.runtime.serve.http.serving import Work, request_name, serving
 from seamwise.runtime.serve.http.sse import DONE, EventStream, encode_json, event, while_connected
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.process.streams import merged
 
 from .describe import GENERATES
 
@@ -37,7 +38,7 @@ class GenerateRequest(Body):
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Continue token ids; the answer holds the ids of n outputs, with their log probabilities when asked for."""
     state = serving(request)
-    _, llm = state.choose(body.model, request)
+    _, llm = state.choose(body.model, request, body)
     (await state.prompts(llm)).check(body.token_ids)
     given = {"detokenize": False, **llm.default_sampling, **body.sampling_params}
     if taken := given.keys() & {"output_kind", "stream_interval", "logits_processors", "repetition_detection"}:
@@ -65,12 +66,17 @@ async def _events(work: Work, name: str) -> AsyncIterator[bytes]:
 
 
 async def _whole(work: Work, name: str) -> Response:
-    choices: dict[int, dict[str, Any]] = {}
+    whole: dict[int, Delta] = {}
     prompt: Any = None
     async for _, delta in work.deltas():
         prompt = prompt or delta.prompt_logprobs
-        choices[delta.index] = _choice(delta)  # without an interval, an output comes whole
-    body: dict[str, Any] = {"request_id": name, "choices": [choices[i] for i in sorted(choices)], "usage": work.usage()}
+        before = whole.get(delta.index)
+        whole[delta.index] = delta if before is None else merged(before, delta)
+    body: dict[str, Any] = {
+        "request_id": name,
+        "choices": [_choice(whole[i]) for i in sorted(whole)],
+        "usage": work.usage(),
+    }
     if prompt is not None:
         body["prompt_logprobs"] = [None if row is None else _row(row) for row in prompt]
     return Response(encode_json(body), media_type="application/json")

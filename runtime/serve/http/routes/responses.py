@@ -80,7 +80,7 @@ class ResponsesRequest(Labels):
 async def respond(body: ResponsesRequest, request: Request) -> Response:
     """Answer the input; one answer, or OpenAI's named events with stream=true."""
     state = serving(request)
-    name, llm = state.choose(body.model, request)
+    name, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     asked = {"temperature": body.temperature, "top_p": body.top_p, "seed": body.seed}
     given = {key: value for key, value in asked.items() if value is not None}

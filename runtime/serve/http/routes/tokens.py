@@ -46,7 +46,7 @@ class DetokenizeRequest(Body):
 async def tokenize(body: TokenizeRequest | TokenizeChatRequest, request: Request) -> Response:
     """Return the ids of a prompt, or of a conversation by the chat template."""
     state = serving(request)
-    _, llm = state.choose(body.model, request)
+    _, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     if isinstance(body, TokenizeRequest):
         ids = await asyncio.to_thread(prompts.encode, body.prompt, add_special_tokens=body.add_special_tokens)
@@ -62,7 +62,7 @@ async def tokenize(body: TokenizeRequest | TokenizeChatRequest, request: Request
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Return the text of ids."""
     state = serving(request)
-    _, llm = state.choose(body.model, request)
+    _, llm = state.choose(body.model, request, body)
     prompts = await state.prompts(llm)
     text = await asyncio.to_thread(prompts.decode, body.tokens, skip_special_tokens=body.skip_special_tokens)
     return Response(encode_json({"prompt": text}), media_type="application/json")

@@ -1,0 +1,100 @@
+"""Write down what was planned from what, and plan it again: a recording replays to the same bytes.
+
+A recording is a text file of JSON lines: the limits and the policy's name, then for each step its view and its plan.
+Use: Engine(…, recorder=Recording(path, config)), and later `replay(path)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .config import SchedulerConfig
+from .plan import plan, shortlist
+from .policies import find_policy
+from .view import Candidate, Plan, Progress, Rows, View, frozen
+
+
+class Recording:
+    """A recorder of an engine: call it with each view and plan, close it at the end."""
+
+    def __init__(self, path: Path, config: SchedulerConfig) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._file.write(encode(asdict(config)) + "\n")
+
+    def __call__(self, view: View, plan: Plan) -> None:
+        self._file.write(f"{encode(view)}\t{encode(plan)}\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def replay(path: Path) -> int:
+    """Plan every step of a recording again; return how many there are.
+
+    Raises ValueError naming the first step whose plan, or order of candidates, is not the recorded one.
+    """
+    with path.open(encoding="utf-8") as lines:
+        config = SchedulerConfig(**json.loads(next(lines)))
+        policy = find_policy(config.scheduling_policy)
+        count = 0
+        for count, line in enumerate(lines, start=1):
+            written, _, expected = line.rstrip("\n").partition("\t")
+            view = decode_view(json.loads(written))
+            if (found := encode(plan(view, config, policy))) != expected:
+                raise ValueError(f"{path}: step {count} was planned as {expected}, and is now planned as {found}")
+            if view.candidates:
+                before = [c.arrival for c in view.candidates]
+                order = view.waiting.arrival[shortlist(view, policy, len(before))].tolist()
+                if order != before:
+                    raise ValueError(f"{path}: step {count} had candidates {before}, and now has {order}")
+    return count
+
+
+def encode(value: Any) -> str:
+    """Return a value's one JSON text."""
+    return json.dumps(_plain(value), separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
+
+def decode_view(raw: Mapping[str, Any]) -> View:
+    """Return the view that was written."""
+    candidates = tuple(
+        Candidate(**{**c, "names": tuple(bytes.fromhex(name) for name in c["names"])}) for c in raw["candidates"]
+    )
+    return View(**{
+        **raw, "counters": _column(raw["counters"], float), "running": _rows(raw["running"]),
+        "waiting": _rows(raw["waiting"]), "candidates": candidates,
+        "progress": Progress(**{n: _column(v, bool if n == "flying" else int) for n, v in raw["progress"].items()}),
+    })  # fmt: skip
+
+
+def _rows(raw: Mapping[str, Any]) -> Rows:
+    return Rows(**{name: _column(values, float if name == "predicted" else int) for name, values in raw.items()})
+
+
+def _column(values: list[Any], kind: type) -> np.ndarray:
+    return frozen(np.array(values, dtype={int: np.int64, float: np.float64, bool: np.bool_}[kind]))
