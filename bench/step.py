@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> int:
     runner.allocate_kv(max(sizes) * -(-(options.context + 1) // runner.block_size) + 1)
     ceilings = measure_ceilings("cpu")
     read_gb_per_s = read_rate("cpu", 512 << 20)["gb_per_s"]
-    peak = 1e3 * ceilings.matmul_tflop_per_s["bfloat16"]
+    peak = 1e3 * ceilings.best_tflop_per_s("bfloat16")
     rates = f"read {read_gb_per_s:.1f} GB/s, copy {ceilings.copy_gb_per_s:.1f} GB/s, bf16 {peak:.0f} GFLOP/s"
     print(f"ceilings, {label()}: {rates}")
     rows = [profile(runner, size, options.context) for size in sizes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import shutil
 import tempfile
 from collections import Counter
@@ -73,8 +74,11 @@ LOWER = (
 MIN_LOOSE_CALLS = 64
 
 
+_LOG = logging.getLogger(__name__)
+
+
 class BrokenPromise(RuntimeError):
-    """A pass matched fewer places than the model's structure promises."""
+    """A pass matched fewer places than the structure of a model of ours promises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,11 +201,15 @@ def _run(
         verify(captured.module, entry.name)
         if report.expected is not None and report.matched < report.expected and entry.name not in config.allow_missed:
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
-            raise BrokenPromise(
+            missed = (
                 f"{entry.name} matched {report.matched} of {report.expected} places the model's structure promises."
-                f" Misses:\n  {shown}\nMend the model or the pattern, or pass"
-                f" pipeline=PipelineConfig(allow_missed={(*config.allow_missed, entry.name)!r}), which"
-                " seamwise.compile.pipeline has."
+                f" Misses:\n  {shown}\n"
+            )
+            if not structure.foreign:
+                allowed = [*config.allow_missed, entry.name]
+                raise BrokenPromise(f"{missed}Mend the model or the pattern, or pass allow_missed={allowed}.")
+            _LOG.warning(
+                "%sThe model's class is transformers': its own ops run there, which is right and slower.", missed
             )
         if validator is not None:
             if entry.name == "shard":

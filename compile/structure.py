@@ -18,8 +18,8 @@ from seamwise.passes import KEPT, Structure
 _AFTER = {"post_attention_layernorm", "post_feedforward_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"}
 
 
-def structure_of(model: nn.Module) -> Structure:
-    """Return the counts of a decoder whose modules carry the names transformers' models use.
+def structure_of(model: nn.Module, *, foreign: bool = False) -> Structure:
+    """Return the counts of a decoder whose modules carry the names transformers' models use; foreign: of its classes.
 
     A block is a module with `self_attn` and `mlp`. Norms read the residual sum, but for those inside an attention
     (of queries and keys), those after attention and MLP, and the model's first, which reads the embedding.
@@ -60,6 +60,7 @@ def structure_of(model: nn.Module) -> Structure:
         qk_norms=qk_norms,
         layer_norms=layer_norms,
         sparse_mlps=sparse,
+        foreign=foreign,
         linears=sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] not in KEPT for n, m in model.named_modules()),
     )
 
@@ -73,10 +74,9 @@ def with_quantized_experts(structure: Structure, module: GraphModule) -> Structu
 
 
 def _of_heads(attention: nn.Module) -> bool:
-    """Return whether queries are normed head by head, not as whole rows (OLMo 2)."""
-    projection = getattr(attention, "q_proj", None)
-    width = dict(attention.named_parameters())["q_norm.weight"].shape[0]
-    return not isinstance(projection, nn.Linear) or width < projection.out_features
+    """Return whether queries are normed head by head, not as whole rows (OLMo 2): the same where there is one head."""
+    head_dim = getattr(attention, "head_dim", None) or getattr(getattr(attention, "c", None), "E", None)
+    return bool(dict(attention.named_parameters())["q_norm.weight"].shape[0] == head_dim)
 
 
 def _turns_halves(attention: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_flatten
 
@@ -56,22 +57,48 @@ def fake_values(argument: Any) -> Any:
 def inserting(graph: Graph, before: Node, like: Node) -> Iterator[Callable[[Node], Proxy]]:
     """Give a function that wraps a node as a Proxy; ops called on proxies are inserted before `before`.
 
-    The new nodes get their fake values on exit, and the module path of `like`. Raises WrongArguments, and leaves the
-    graph as it was, where a contract among them does not take its arguments.
+    A wrapped node that stands after `before` is moved ahead of it. The new nodes get their fake values on exit, and the
+    module path of `like`. Raises WrongArguments, and inserts nothing, where a contract among them does not take its
+    arguments.
     """
-    start = last = before.prev
+    first = before.prev
+    moved: set[Node] = set()
     tracer = GraphAppendingTracer(graph)
+
+    def wrap(node: Node) -> Proxy:
+        lift(node, before if first.next is before else first.next, moved)
+        return Proxy(node, tracer)
+
     with graph.inserting_before(before):
-        yield lambda node: Proxy(node, tracer)
+        yield wrap
+    last = first
     try:
         while (new := last.next) is not before:
-            new.meta.setdefault("nn_module_stack", like.meta.get("nn_module_stack"))
-            infer(new)
+            if new not in moved:
+                new.meta.setdefault("nn_module_stack", like.meta.get("nn_module_stack"))
+                infer(new)
             last = new
     except WrongArguments:
-        while (new := before.prev) is not start:
-            graph.erase_node(new)
+        made = before.prev
+        while made is not first:
+            made, node = made.prev, made
+            if node not in moved:
+                graph.erase_node(node)
         raise
+
+
+def lift(node: Node, first: Node, moved: set[Node] | None = None) -> None:
+    """Move a node that does not read `first`, and what it is computed from, ahead of it where they stand after.
+
+    moved  is given the nodes that were moved
+    """
+    assert node is not first, f"{first.name} would read what stands before itself"
+    if node > first:
+        for source in node.all_input_nodes:
+            lift(source, first, moved)
+        first.prepend(node)
+        if moved is not None:
+            moved.add(node)
 
 
 def infer(node: Node) -> None:
@@ -103,6 +130,11 @@ def _identity(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return *map(_identity, (*leaf.shape, *leaf.stride())), leaf.dtype, leaf.device
     return (leaf.node.expr,) if isinstance(leaf, torch.SymInt) else (type(leaf), leaf)
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Return whether two shapes are known to be equal, whatever the dynamic sizes are."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def replace(old: Node, new: Node) -> None:
@@ -140,19 +172,22 @@ def is_weight(node: Any) -> bool:
 
 
 def given(node: Node) -> Any:
-    """Return a call's arguments by the names its op's schema gives them; one that is left out is its default.
-
-    `vars(given(node)).values()` are all of them, in order.
-    """
+    """Return a call's arguments by the names its op's schema gives them; one that is left out is its default."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     known = {a.name: a.default_value for a in schema}
     return SimpleNamespace(**known | dict(zip(known, node.args, strict=False)) | node.kwargs)
 
 
+def arguments(node: Node) -> list[Any]:
+    """Return all of a call's arguments in order, what is left out as its default."""
+    return list(vars(given(node)).values())
+
+
 def sweep(module: GraphModule) -> None:
     """Remove dead nodes (never a placeholder, a write, an assertion or a random draw) and check the graph."""
     for node in reversed(list(module.graph.nodes)):
-        if node.op == "call_function" and not node.users and not node.is_impure():
+        collective = getattr(node.target, "namespace", "") == "_c10d_functional"  # which every rank drops alike
+        if node.op == "call_function" and not node.users and (collective or not node.is_impure()):
             module.graph.erase_node(node)
     module.graph.lint()
 

@@ -24,9 +24,13 @@ HOLE = 1000
 _COMMUTATIVE = (aten.add.Tensor, aten.mul.Tensor)
 
 
+class Excuse(str):
+    """A reason that lies in the checkpoint, not in the model's code or in a pass: no promise is broken by it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """Why a pattern did not match at one place: the first difference found."""
+    """Why a pattern did not match at one place: the first difference found, which may be an Excuse."""
 
     module: str
     node: str

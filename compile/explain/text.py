@@ -52,8 +52,9 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
         promised = "-" if r.expected is None else str(r.expected)
         word = "rounds on purpose" if r.certificate and r.certificate["lossy"] else "validated"
         sound = f"  {word}, error {r.certificate['max_error']:.0e}" if r.certificate else ""
+        fewer = "  fewer than promised" if r.expected is not None and r.matched < r.expected else ""
         larger = f"  in steps from {r.from_tokens} tokens on" if r.from_tokens > 1 else ""
-        lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}{sound}{larger}")
+        lines.append(f"{r.name:22} {r.matched:8} {promised:>9} {r.elapsed_ms:7.1f}{fewer}{sound}{larger}")
         lines += [f"    missed {miss}" for miss in r.misses]
     lines.append(f"\npieces: {len(program.calls)}, distinct: {program.num_distinct}")
     lines.append(f"seams: {program.num_seams}, with {program.num_seam_calls} calls")

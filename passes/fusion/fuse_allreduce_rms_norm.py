@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import add_rms_norm, allreduce_rms_norm, rms_norm
 from seamwise.passes.graph import aten, inserting, is_getitem, is_op, place, replace, value
 from seamwise.passes.matcher import Miss
-from seamwise.passes.rewrite import Pass, Report, lift
+from seamwise.passes.rewrite import Pass, Report
 
 _COLLECTIVES = torch.ops._c10d_functional
 
@@ -50,7 +50,6 @@ def _rewrite(module: GraphModule, total: Node, norm: Node) -> None:
     *summands, weight, eps = norm.args
     residual = next((s for s in summands if s is not total), None)
     before = norm if residual is not None else min(total.users)
-    lift(weight, before)  # type: ignore[arg-type]
     with inserting(module.graph, before, like=total) as proxy:
 
         def rows(node: object) -> object:

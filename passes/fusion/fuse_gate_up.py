@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from seamwise.kernels import gelu_mul, silu_mul
 from seamwise.passes.graph import aten, is_op, is_weight
-from seamwise.passes.matcher import HOLE, Match, Pattern
+from seamwise.passes.matcher import HOLE, Excuse, Match, Pattern
+from seamwise.passes.quantization.quantize_linear import why_apart
 from seamwise.passes.rewrite import Pass, pattern_pass
 
 _K, _N = HOLE + 9, HOLE + 13
@@ -37,6 +38,8 @@ def replace_biased(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor, up_bi
 
 
 def _weights(match: Match) -> str | None:
+    if (reason := why_apart(match.inputs[1:3])) is not None:
+        return Excuse(reason)
     computed = [n.name for n in match.inputs[1:] if not is_weight(n)]
     return (
         f"{', '.join(computed)} is computed in the step; only weights can be joined ahead of it" if computed else None

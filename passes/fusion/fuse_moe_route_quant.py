@@ -14,11 +14,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import grouped_scaled_linear, moe_route, moe_route_quant, quantize
-from seamwise.passes.graph import VIEWS, aten, inserting, is_op, place, replace
+from seamwise.passes.graph import VIEWS, arguments, aten, inserting, is_op, place, replace
 from seamwise.passes.matcher import Miss
-from seamwise.passes.rewrite import Pass, Report, lift
-
-from .fuse_quant import arguments
+from seamwise.passes.rewrite import Pass, Report
 
 
 def fuse(module: GraphModule, report: Report) -> None:
@@ -51,8 +49,6 @@ def _equal(module: GraphModule, node: Node) -> list[Node]:
 def _rewrite(module: GraphModule, route: Node, quantizes: list[Node]) -> None:
     (logits, *how), (x, dtype, group, scale) = arguments(route), arguments(quantizes[0])
     first = min(route, *quantizes)
-    for source in (logits, x, *how, scale):
-        lift(source, first) if isinstance(source, Node) else None
     with inserting(module.graph, first, like=route) as proxy:
         given = [proxy(a) if isinstance(a, Node) else a for a in (x, logits, dtype, group, *how, scale)]
         all_results = moe_route_quant(*given)

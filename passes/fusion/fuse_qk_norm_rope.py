@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 
 from seamwise.kernels import qk_norm_rope, rms_norm, rope
 from seamwise.passes.graph import VIEWS, aten, inserting, is_op, place, replace, value
-from seamwise.passes.matcher import Miss
+from seamwise.passes.matcher import Excuse, Miss
+from seamwise.passes.quantization.quantize_linear import storage_of
 from seamwise.passes.rewrite import Pass, Report
 
 
@@ -55,10 +56,20 @@ def _branch(node: Node) -> _Branch | str | None:
     assert isinstance(norm, Node)
     cut = _behind(norm.args[0], stop=aten.slice.Tensor)
     if not is_op(cut, aten.slice.Tensor) or cut.args[1] not in (-1, value(cut).dim() - 1):
-        return "its heads are not columns of a joint projection"
+        reason = "its heads are not columns of a joint projection"
+        return Excuse(reason) if _stored_apart(cut) else reason
     assert isinstance(cut, Node)
     joint, _, first, last = cut.args[:4]
     return _Branch(node, norm, joint, first, last)  # type: ignore[arg-type]
+
+
+def _stored_apart(made: Any) -> bool:
+    """Return whether this is the first of several projections whose weights are stored too differently to join."""
+    if not is_op(made, aten.linear.default):
+        return False
+    siblings = [u.args[1] for u in made.args[0].users if is_op(u, aten.linear.default)]
+    apart = len({*map(storage_of, siblings)}) > 1
+    return apart and made.args[1] is siblings[0]
 
 
 def _behind(node: Any, stop: object = None) -> Any:

@@ -2,17 +2,20 @@
 
 before: q = linear(x, wq); k = linear(x, wk); v = linear(x, wv)
 after:  y = linear(x, cat([wq, wk, wv], 0)); q, k, v = column slices of y (views)
+Weights that are stored in different forms (q ignored, k and v in float8) are joined form by form.
 One pass over x and one kernel launch instead of three; the weight cat is a derived tensor, computed at load.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from seamwise.passes.graph import aten, inserting, is_op, is_weight, place, replace, value
-from seamwise.passes.matcher import Miss
+from seamwise.passes.matcher import Excuse, Miss
+from seamwise.passes.quantization.quantize_linear import storage_of
 from seamwise.passes.rewrite import Pass, Report
 
 
@@ -26,12 +29,24 @@ def fuse_qkv(module: GraphModule, report: Report) -> None:
     for (_, parent), group in siblings.items():
         if len(group) < 2:
             continue
-        reason = _why_not(group)
-        if reason is None:
-            _join(module, group)
+        joined = [part for part in _stored_alike(group) if len(part) > 1]
+        if (reason := _why_not(group)) is not None:
+            report.misses.append(Miss(parent, group[0].name, reason))
+        elif joined:
+            for part in joined:
+                _join(module, part)
             report.matched += 1
         else:
-            report.misses.append(Miss(parent, group[0].name, reason))
+            why = Excuse("their weights are stored in different forms, each of which keeps its own kernel")
+            report.misses.append(Miss(parent, group[0].name, why))
+
+
+def _stored_alike(group: list[Node]) -> list[list[Node]]:
+    """Return the siblings in groups whose weights, joined, can still be read as they are stored."""
+    parts: defaultdict[Any, list[Node]] = defaultdict(list)
+    for node in group:
+        parts[storage_of(node.args[1])].append(node)
+    return list(parts.values())
 
 
 def _why_not(group: list[Node]) -> str | None:

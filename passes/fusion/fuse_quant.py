@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node, Proxy
 
 from seamwise.kernels import attention, quantize
 from seamwise.kernels.contract import Contract, contract_of
-from seamwise.passes.graph import aten, inserting, is_getitem, is_op, place, replace, value
+from seamwise.passes.graph import arguments, aten, inserting, is_getitem, is_op, place, replace, same_sizes, value
 from seamwise.passes.matcher import Miss
 from seamwise.passes.rewrite import Pass, Report, Structure
 
@@ -47,7 +47,7 @@ def quant_pass(
             source = _producer(node.args[0], producer, result)
             if source is None or not wanted(source):
                 continue
-            if (reason := _why_not(node, source)) is not None:
+            if (reason := _other_rows(node, source) or _why_not(node, source)) is not None:
                 report.misses.append(Miss(place(node), node.name, reason))
                 continue
             _replace(module, node, source, fused, others, more)
@@ -65,6 +65,14 @@ def _producer(made: Any, producer: Contract, result: int | None) -> Node | None:
             return None
         made = made.args[0]
     return made if is_op(made, producer.op) else None
+
+
+def _other_rows(node: Node, source: Node) -> str | None:
+    """Return how the rows quantized are not those that the producer makes, or None; a batch of one may be around."""
+    shape, rows = value(node.args[0]).shape, _rows(source)  # type: ignore[arg-type]
+    if same_sizes(shape, rows) or same_sizes(shape, (1, *rows)):
+        return None
+    return f"what is quantized has shape {tuple(shape)}, {source.name} makes rows {tuple(rows)}"
 
 
 def _why_not(node: Node, source: Node) -> str | None:
@@ -91,7 +99,7 @@ def _replace(
         given = [proxy(a) if isinstance(a, Node) else a for a in (*arguments(source), *arguments(node)[1:])]
         both = fused(*given, *more(source, proxy))
         results = [operator.getitem(both, i) for i in range(2)]
-        if _dim(node) > _rows_dim(source):  # a batch of one was added on the way
+        if value(node.args[0]).dim() > len(_rows(source)):  # type: ignore[arg-type]  # a batch of one was added on the way
             results = [aten.unsqueeze.default(r, 0) for r in results]
         kept = [(old, operator.getitem(both, new)) for old, new in others]
     for at, new in enumerate(results):
@@ -102,18 +110,8 @@ def _replace(
             replace(user, proxy_new.node)
 
 
-def _dim(node: Node) -> int:
-    return int(value(node.args[0]).dim())  # type: ignore[arg-type]
-
-
-def _rows_dim(source: Node) -> int:
-    """Return the dimensions of what the fused op quantizes: attention's heads are columns of its rows."""
+def _rows(source: Node) -> tuple[Any, ...]:
+    """Return the shape of what the fused op quantizes: attention's heads are columns of its rows."""
     made = value(source)
-    shape = made.shape if isinstance(made, Tensor) else made[0].shape
-    return len(shape) - (contract_of(source.target) is attention)
-
-
-def arguments(node: Node) -> list[Any]:
-    """Return a call's positional arguments, with the defaults of those that are left out."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    return [*node.args, *(a.default_value for a in schema[len(node.args) :])]
+    shape = tuple(made.shape if isinstance(made, Tensor) else made[0].shape)
+    return (*shape[:-2], shape[-2] * shape[-1]) if contract_of(source.target) is attention else shape

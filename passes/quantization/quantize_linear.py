@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -69,7 +69,26 @@ def _keeps_input(format: str, quantizes_input: bool) -> bool:
     return format == "int4" or (format == "int8" and not quantizes_input)
 
 
+def storage_of(weight: Any) -> Hashable:
+    """Return how a weight is stored, and its layer's input read: equal ones may be joined. None: as it is."""
+    if not is_op(weight, dequantize_weight.op):
+        return None
+    zero = None if weight.args[2] is None else value(weight.args[2]).is_floating_point()
+    return (*weight.args[3:6], zero, _quantizes_input(weight), _input_scale(weight) is None)
+
+
+def why_apart(parts: Sequence[Any]) -> str | None:
+    """Return why these weights, joined along their rows, could not be read as they are stored, or None."""
+    stored = [p for p in parts if is_op(p, dequantize_weight.op)]
+    return _why_not_joined(parts) if stored else None
+
+
 def _why_not(parts: list[Node]) -> str | None:
+    first: Any = parts[0].args
+    return _why_not_joined(parts) or why_unserved(first[3:6], first[2] is not None, _quantizes_input(parts[0]))
+
+
+def _why_not_joined(parts: Sequence[Node]) -> str | None:
     if plain := [p.name for p in parts if not is_op(p, dequantize_weight.op)]:
         return f"it joins quantized weights with {', '.join(plain)}, which is not quantized"
     forms = {tuple(p.args[3:6]) for p in parts}
@@ -80,8 +99,7 @@ def _why_not(parts: list[Node]) -> str | None:
     inputs = {(_quantizes_input(p), _input_scale(p) is None) for p in parts}
     if len(inputs) > 1:
         return "it joins weights whose inputs are quantized in different ways"
-    form: Any = next(iter(forms))
-    return why_unserved(form, parts[0].args[2] is not None, _quantizes_input(parts[0]))
+    return None
 
 
 def _quantizes_input(part: Node) -> bool:

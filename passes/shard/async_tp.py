@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
 from seamwise.passes.graph import aten, inserting, is_op, place, replace, value
 from seamwise.passes.matcher import Miss
-from seamwise.passes.rewrite import Pass, Report, Structure, lift
+from seamwise.passes.rewrite import Pass, Report, Structure
 
 
 def rewrite(module: GraphModule, report: Report) -> None:
@@ -33,8 +33,6 @@ def rewrite(module: GraphModule, report: Report) -> None:
 
 
 def _rewrite(module: GraphModule, node: Node, before: Node, after: Node) -> None:
-    for weight in filter(None, after.args[1:]):
-        lift(weight, node)  # type: ignore[arg-type]
     with inserting(module.graph, node, like=node) as proxy:
         given = (*before.args[:2], *node.args[1:5], *after.args[1:])
         x, down, *others = [proxy(a) if isinstance(a, Node) else a for a in given]

@@ -72,7 +72,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         model = build_model(config.architecture, config.raw, entry=options.entry, max_model_len=options.max_model_len)
         shapes, tied = parameter_shapes(model)
         buffers = {name: b for name, b in model.named_buffers() if name not in shapes}
-        structure = structure_of(model)
+        structure = structure_of(model, foreign=options.entry == "transformers")
         if options.return_hidden_states:
             return_hidden_states(model)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

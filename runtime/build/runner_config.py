@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ class RunnerConfig:
         max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
         tensor_parallel_size: int = 1, tensor_parallel_plan: Mapping[str, str] | None = None,
         enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
-        enable_async_tp: bool = False,
+        enable_async_tp: bool = False, allow_missed: Sequence[str] = (),
         **options: Any,
     ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
@@ -161,6 +161,7 @@ class RunnerConfig:
         enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
         sp_min_token_num  with it: in steps of at least as many tokens; smaller ones have a program without
         enable_async_tp  with it: rows travel in chunks while others are multiplied
+        allow_missed  names of passes that may match fewer places than the model's structure promises
         """
         from seamwise.model_defs import has_definition
 
@@ -212,6 +213,9 @@ class RunnerConfig:
         pipeline = options.get("pipeline", PipelineConfig())
         if quantization is not None:
             options["pipeline"] = pipeline = replace(pipeline, quantization=quantization)
+        if allow_missed:
+            names = (allow_missed,) if isinstance(allow_missed, str) else tuple(allow_missed)
+            options["pipeline"] = pipeline = replace(pipeline, allow_missed=(*pipeline.allow_missed, *names))
         if pipeline.quantization and config.raw.get("quantization_config"):
             raise ValueError(
                 f"quantization={pipeline.quantization!r}: the checkpoint is quantized already, by its config.json's"

@@ -19,7 +19,7 @@ from seamwise.kernels import rms_norm
 from seamwise.model_defs import blocks
 
 
-def load(model: Path, packs: Path, **options: object) -> ModelRunner:
+def load(model: Path, packs: Path | None, **options: object) -> ModelRunner:
     return ModelRunner.load(model, dtype="float32", device="cpu", pack_dir=packs, **options)
 
 
@@ -48,15 +48,29 @@ def test_a_broken_precondition_is_an_error_that_names_place_and_reason(
     assert "raise_rope matched 0 of 4" in text
     assert "model.layers.0.self_attn" in text and "the pattern has" in text and "allow_missed" in text
     for _ in range(2):  # the remedy, as it is said, names one pass more each time
-        (remedy,) = re.findall(r"pass pipeline=(PipelineConfig\(.*?\)\)), which seamwise.compile.pipeline has", text)
+        (remedy,) = re.findall(r"or pass allow_missed=(\[.*\])\.", text)
         try:
-            allowed = eval(remedy)
-            runner = ModelRunner.load(tiny_llama_dir, dtype="float32", device="cpu", pack_dir=None, pipeline=allowed)
+            runner = load(tiny_llama_dir, None, allow_missed=eval(remedy))
         except BrokenPromise as another:
             text = str(another)
-    assert allowed == PipelineConfig(allow_missed=("raise_rope", "fuse_rope_kv_write"))
+    assert eval(remedy) == ["raise_rope", "fuse_rope_kv_write"]
     report = next(r for r in runner.program.reports if r.name == "raise_rope")
     assert (report.matched, report.expected, len(report.misses)) == (0, 4, 4)
+
+
+def test_a_promise_on_a_class_of_transformers_is_a_report_and_of_ours_a_stop(
+    tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without = PipelineConfig(disabled=("raise_rope",))
+    runner = load(tiny_llama_dir, None, entry="transformers", pipeline=without)
+    report = next(r for r in runner.program.reports if r.name == "fuse_rope_kv_write")
+    assert (report.matched, report.expected, len(report.misses)) == (0, 2, 2)
+    assert "fuse_rope_kv_write matched 0 of 2" in caplog.text and "fewer than promised" in as_text(runner.program, {})
+    with pytest.raises(BrokenPromise, match=r"allow_missed=\['fuse_rope_kv_write'\]"):
+        load(tiny_llama_dir, None, pipeline=without)
+    load(tiny_llama_dir, None, pipeline=without, allow_missed=["fuse_rope_kv_write"])
+    with pytest.raises(ValueError, match="no pass is named 'fuse_rope'"):
+        load(tiny_llama_dir, None, allow_missed="fuse_rope")
 
 
 def test_a_disabled_pass_does_not_run_and_unknown_names_are_errors(tiny_llama_dir: Path, pack_dir: Path) -> None:

@@ -121,6 +121,14 @@ MISSES: list[tuple[Pass, Callable[..., Any], tuple[Tensor, ...], str]] = [
         passes.FUSE_ADD_RMS_NORM_QUANT,
         lambda x, w: quantized(y := add_rms_norm(x, x, w, 1e-5)[0], y * 2), (x, w), "an extra user mul",
     ),
+    (
+        passes.FUSE_RMS_NORM_QUANT, lambda x, w: [*quantize(rms_norm(x, w, 1e-5).reshape(T, K * D), torch.int8)],
+        (heads, w), "makes rows",
+    ),
+    (
+        passes.FUSE_SILU_MUL_QUANT, lambda x, w: [*quantize(silu_mul(x).reshape(T * 4, 2), torch.int8), w.sum()],
+        (x, w), "makes rows",
+    ),
     (passes.FUSE_SILU_MUL_QUANT, lambda x, w: quantized(y := silu_mul(x), y * w[:8]), (x, w), "an extra user mul"),
     (
         passes.FUSE_ATTENTION_QUANT,

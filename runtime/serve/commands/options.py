@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 Commands = argparse._SubParsersAction  # the type has no public name
-_LOADING = ("dtype", "device", "entry", "max_model_len", "load_format", "quantization", "kv_cache_dtype")
+_LOADING = (
+    "dtype",
+    "device",
+    "entry",
+    "max_model_len",
+    "load_format",
+    "quantization",
+    "kv_cache_dtype",
+    "allow_missed",
+)
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str,
@@ -46,6 +55,9 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
         help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load; gguf: keep integers packed",
     )
     parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: keys and values in float8")
+    parser.add_argument(
+        "--allow-missed", nargs="+", default=(), metavar="PASS", help="passes that may match less than promised"
+    )
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 
