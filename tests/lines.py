@@ -12,10 +12,10 @@ from pathlib import Path
 
 # What everything this project is meant to do should fit in; a folder over its budget is a sign of a wrong design.
 BUDGETS = {
-    "kernels": 7_500, "passes": 2_400, "compile": 2_000, "model_defs": 1_600, "runtime": 11_500, "bench": 2_800,
+    "kernels": 7_500, "passes": 2_500, "compile": 2_000, "model_defs": 1_600, "runtime": 11_500, "bench": 2_800,
     "seamwise": 100,
 }  # fmt: skip
-LIMIT = 28_000
+LIMIT = 28_500
 SOURCE = tuple(BUDGETS)
 SUFFIXES = (".py", ".cpp", ".h")
 _LAYOUT = (
