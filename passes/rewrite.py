@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node, Proxy
 
-from seamwise.kernels.contract import contract_of
-from seamwise.kernels.signature import WrongArguments, known_equal
+from seamwise.kernels.signature import WrongArguments
 
-from .graph import fake_values, inserting, is_op, is_weight, place, replace, sweep, value
+from .graph import inserting, is_op, is_weight, place, replace, sweep, value
 from .matcher import Excuse, Match, Miss, Pattern
 
 
@@ -204,35 +203,14 @@ def _unplaceable(match: Match) -> str | None:
 def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any]) -> str | None:
     """Put the replacement in the match's place; or return why it would not be the same, and leave the graph alone."""
     first = min(match.outputs)
-    before = first.prev
     try:
         with inserting(module.graph, first, like=match.outputs[0]) as proxy:
             results = replacement(*map(proxy, match.inputs), **match.scalars)
             results = results if isinstance(results, (list, tuple)) else [results]
     except WrongArguments as wrong:  # shapes that broadcast, which no contract's do
         return str(wrong)
-    if reason := _other_shapes(match.outputs, [new.node for new in results]) or _doubt(before, first):
-        sweep(module)  # what was inserted
-        return reason
     for old, new in zip(match.outputs, results, strict=True):
         assert isinstance(new, Proxy)
         replace(old, new.node)
         module.graph.erase_node(old) if not old.users else None
-    return None
-
-
-def _other_shapes(old: Sequence[Node], new: Sequence[Node]) -> str | None:
-    """Return which value is not known to have its replacement's shape, or None."""
-    for was, now in zip(old, new, strict=True):
-        if not known_equal(tuple(value(was).shape), tuple(value(now).shape)):
-            return f"its result is {tuple(value(was).shape)}, the replacement's {tuple(value(now).shape)}"
-    return None
-
-
-def _doubt(before: Node, first: Node) -> str | None:
-    """Return which sizes a contract inserted between two nodes takes for equal that are not known to be, or None."""
-    while (before := before.next) is not first:
-        record = contract_of(before.target)
-        if record is not None and (doubt := record.signature.check(*fake_values(before.args)).unsure):
-            return doubt
     return None

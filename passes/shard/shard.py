@@ -105,7 +105,8 @@ def _moe_align(s: Sharder, node: Node) -> Placement:
         cut = s.even(node, -1, experts)  # type: ignore[arg-type]
         start = cut.width * s.parallel.rank
         node.args = (s.before(node, aten.sub.Tensor, chosen, start), cut.width, *node.args[2:])
-        infer(node)
+        for changed in (node, *node.users):  # there are fewer starts
+            infer(changed)
     return None
 
 

@@ -28,7 +28,7 @@ PLACED = Placed(entry=Pass(name="count_additions", rewrite=rewrite), after="rais
 '''
 SCRIPT = """
 import json, sys
-from seamwise.compile.explain import as_json
+from seamwise.compile.explain.text import as_json
 from seamwise.runtime.serve.cli import main
 sys.exit(main(["explain", "--model", sys.argv[1], "--json", "--no-pack", "--validate"]))
 """

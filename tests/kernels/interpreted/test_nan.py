@@ -122,7 +122,7 @@ def test_nothing_outside_of_the_caches_is_written() -> None:
 
 def test_nothing_outside_of_tables_and_caches_is_read() -> None:
     memory = torch.full((3, 2, 1, 4, 16), torch.nan, device=DEVICE)
-    memory[1] = 1.0
+    memory[1, 0], memory[1, 1] = 1.0, 5.0
     table = torch.tensor([[0, 7, -3, 1]], dtype=torch.int32, device=DEVICE)[:, :3]  # the last is another's
     batch = table, torch.tensor([16], device=DEVICE).int(), torch.tensor([0, 2], device=DEVICE).int()
     q = torch.ones(2, 1, 16, device=DEVICE)
