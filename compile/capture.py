@@ -49,7 +49,8 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
     """Trace `model(**arguments)` once and return its graph.
 
     arguments  example step inputs; no dynamic size may be 0 or 1 in them
-    dims       argument name -> the name of each dynamic dimension, None where static; equal names are equal sizes.
+    dims       argument name -> the name of each dynamic dimension, None where static; equal names are equal sizes, and
+               "R+1" is one more than "R".
                For a list argument: one such entry for each leaf, nested alike.
 
     Raises ValueError when the model's code restricts a dynamic size (a guard): such a graph would be wrong for other
@@ -60,7 +61,12 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
     def spec(names: Any) -> Any:
         if isinstance(names, list):
             return [spec(n) for n in names]
-        return {i: symbols.setdefault(n, Dim(n, min=1, max=1 << 31)) for i, n in enumerate(names) if n is not None}
+        return {i: size(n) for i, n in enumerate(names) if n is not None}
+
+    def size(name: str) -> Any:
+        base, _, more = name.partition("+")
+        known = symbols.setdefault(base, Dim(base, min=1, max=1 << 31))
+        return known + int(more) if more else known
 
     shapes = {name: spec(dims[name]) for name in arguments}
     try:

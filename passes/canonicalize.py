@@ -13,7 +13,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .functionalize import functionalize
-from .graph import aten, given, infer, is_op, shares_memory, sweep, value, writes
+from .graph import aten, given, infer, is_op, shares_memory, sweep, value, written
 
 _NOTHING = (aten._assert_tensor_metadata.default,)
 _CONVERSIONS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
@@ -89,11 +89,17 @@ def _argument_of_copy(graph: Graph, node: Node) -> Node | None:
         source = node.args[0]
     else:
         return None
-    if source is None or not _looks_alike(node, source):
+    if source is None or not _looks_alike(node, source, strides=not is_op(node, aten.cat.default)):
         return None
-    readers = _readers(node)
-    told_apart = any(user.op == "output" or writes(user) for user in readers) or any(map(writes, _readers(source)))
+    told_apart = any(user.op == "output" for user in _readers(node)) or _is_written(node) or _is_written(source)
     return None if told_apart else source
+
+
+def _is_written(node: Node) -> bool:
+    """Return whether an op writes into a node's memory."""
+    readers = _readers(node)
+    memory = {node, *(user for user in readers if shares_memory(user))}
+    return any(not memory.isdisjoint(written(user)) for user in readers)
 
 
 def _readers(node: Node) -> set[Node]:
@@ -122,11 +128,16 @@ def _copies(node: Node) -> bool:
     return always or bool(getattr(given(node), "copy", False))
 
 
-def _looks_alike(node: Node, source: Any) -> bool:
-    """Return whether two nodes' values have the same shape, dtype, device, layout and strides."""
+def _looks_alike(node: Node, source: Any, *, strides: bool = True) -> bool:
+    """Return whether two nodes' values have the same shape, dtype, device, layout and strides.
+
+    strides  False: which only what is returned shows, for reshapes take any
+    """
     a, b = value(source), value(node)
     same = (a.dtype, a.device, a.layout, a.dim()) == (b.dtype, b.device, b.layout, b.dim())
-    return same and all(map(_equal, (*a.shape, *a.stride()), (*b.shape, *b.stride())))
+    if not same or not all(map(_equal, a.shape, b.shape)):
+        return False
+    return not strides or all(map(_equal, a.stride(), b.stride()))
 
 
 def _equal(a: Any, b: Any) -> bool:

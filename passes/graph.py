@@ -198,6 +198,16 @@ def writes(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def written(node: Node) -> list[Node]:
+    """Return the arguments that a node's op writes."""
+    if not writes(node):
+        return []
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    named = vars(given(node))
+    wanted = [named[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [leaf for leaf in tree_flatten(wanted)[0] if isinstance(leaf, Node)]
+
+
 def shares_memory(node: Node) -> bool:
     """Return whether a call's result may lie in an argument's memory, by its op's schema."""
     source: Any = node.args[0] if is_getitem(node) else node

@@ -175,10 +175,13 @@ class StepOutput:
 def capture_dims(layers: Iterable[Iterable[tuple[int, ...]]]) -> dict[str, Any]:
     """Return what may change of each argument of a forward, by letter; caches (N, …) may have any number N of blocks.
 
+    S is said to be R+1, so that it is known in the graph: what is not known to fit a kernel is not given to it.
+
     layers  of the KV cache: the shapes of its tensors in one block
     """
     caches = [[("N", *[None] * len(shape)) for shape in layer] for layer in layers]
-    return {n: caches if n == "kv_caches" else tuple(FIELDS[n].dims[0]) for n in STEP_ARGUMENTS}
+    letters = {n: tuple("R+1" if d == "S" else d for d in FIELDS[n].dims[0]) for n in STEP_ARGUMENTS if n in FIELDS}
+    return {n: caches if n == "kv_caches" else letters[n] for n in STEP_ARGUMENTS}
 
 
 def example_arguments(
