@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf,plot,serve,test,dev]"
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf,plot,serve,grammar,test,dev]"
 	@touch $@
 
 clean:

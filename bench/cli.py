@@ -9,14 +9,16 @@ BENCHES = {
     "throughput": "the fixed workloads end to end, alone or beside peers",
     "startup": "start-up by stage against the model's depth",
     "serve": "open-loop load on a server, ours or any with OpenAI's routes",
+    "company": "decode beside other busy processes",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
     "gpu": "every stage of the GPU proof, within the minutes given",
     "report": "the page bench/results/README.md from the files of bench gpu",
+    "models": "every decoder of transformers that Seamwise does not define, tiny, beside transformers' logits",
     "kernels": "microbenchmarks of every contract",
 }
 
-HOMES = {"gpu": "gpu.command"}  # benches that are folders
+HOMES = {"gpu": "gpu.command", "models": "hf_models"}  # benches that are folders, or have another name
 
 
 def main(arguments: list[str]) -> int:

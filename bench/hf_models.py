@@ -37,7 +37,14 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # What some classes want beside: sizes that hang together, lists with an entry for each layer.
-EXTRA: dict[str, dict[str, Any]] = {}
+_LATENT = {"num_key_value_heads": 4}  # keys and values of latents have a head for each query
+EXTRA: dict[str, dict[str, Any]] = {
+    name: _LATENT
+    for name in (
+        "AXK1ForCausalLM", "AXK2ForCausalLM", "DeepseekV32ForCausalLM", "Dots3NoteForCausalLM",
+        "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "MiniCPM3ForCausalLM",
+    )
+}  # fmt: skip
 REQUESTS = [[5, 77, 3, 18, 44, 9, 60, 61, 62, 10, 11, 71, 33], [7, 8, 90]]
 CHUNKS = ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 4, 1: 1}, {0: 1})
 

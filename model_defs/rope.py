@@ -84,7 +84,7 @@ def context_lengths(raw: Mapping[str, Any]) -> tuple[int, int]:
 def softmax_scale(read: Reader) -> float:
     """Return what YaRN multiplies the scores of DeepSeek's attention by: longer contexts want sharper ones."""
     rope = _parameters(read)
-    if rope.raw["rope_type"] in (None, "default") or not rope.raw.get("mscale_all_dim"):
+    if rope.raw["rope_type"] in (None, "default", "mrope") or not rope.raw.get("mscale_all_dim"):
         return 1.0
     return _mscale(rope.positive("factor"), rope.positive("mscale_all_dim")) ** 2
 
@@ -182,6 +182,7 @@ def _longrope(rope: Reader, theta: float, turns_F: Tensor) -> tuple[Tensor, floa
 _LONGROPE = ("longrope", "su")  # "su": its name in Phi-3's first configurations
 _KINDS: dict[str, Callable[[Reader, float, Tensor], tuple[Tensor, float]]] = {
     "default": _default,
+    "mrope": _default,  # of text alone, whose positions are equal in all its dimensions
     "linear": _linear,
     "dynamic": _dynamic,
     "llama3": _llama3,

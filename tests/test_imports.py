@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 _RUNTIME = {
     "torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub", "tqdm", "jinja2", "gguf",
+    "llguidance",
 }  # fmt: skip
 _SERVE = {  # of the extra [serve]
     "fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client", "zmq", "msgspec", "prompt_toolkit",

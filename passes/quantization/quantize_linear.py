@@ -4,14 +4,16 @@ before: y = linear(x, dequantize_weight(q, s), bias)         or a cat of such we
 after:  y = w4a16_linear(x, q, s, zero, group, bias)         int4 weights, and int8 ones whose inputs stay as they are
         xq, xs = quantize(x); y = scaled_linear(xq, xs, q, s, dtype, bias)      float8 and int8 weights
 A checkpoint may hold the scale that a layer's input is quantized with; joined layers take their largest one.
-A layer whose form no kernel serves keeps its dequantized weight, computed at load, and is a miss. Equal quantizations
-of one x are one node.
+Joined layers whose blocks do not meet are multiplied one by one. A layer whose form no kernel serves keeps its
+dequantized weight, computed at load, and is a miss. Equal quantizations of one x are one node.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,11 +80,7 @@ def _why_not(parts: list[Node]) -> str | None:
     inputs = {(_quantizes_input(p), _input_scale(p) is None) for p in parts}
     if len(inputs) > 1:
         return "it joins weights whose inputs are quantized in different ways"
-    heights = [value(p).shape[0] for p in parts]
     form: Any = next(iter(forms))
-    rows = form[1]
-    if rows > 1 and any(n % rows for n in heights[:-1]):
-        return f"it joins weights of {heights} rows, whose blocks of {rows} do not meet"
     return why_unserved(form, parts[0].args[2] is not None, _quantizes_input(parts[0]))
 
 
@@ -136,7 +134,14 @@ def _rewrite(module: GraphModule, node: Node, parts: list[Node], quantized: dict
             if rows == 0 and len(parts) > 1:  # one scale a tensor becomes one a channel
                 scales = [aten.expand.default(s, [value(p).shape[0], 1]) for s, p in zip(scales, parts, strict=True)]
             q, s = (rows_of(operator.getitem(proxy(quantized[key]), i)) for i in range(2))
-            y = scaled_linear(q, s, argument(0), joined(scales), value(node).dtype, given_bias)
+            dtype, ends = value(node).dtype, list(itertools.accumulate(value(p).shape[0] for p in parts))
+            if rows > 1 and any(end % rows for end in ends[:-1]):  # type: ignore[operator]  # blocks do not meet
+                cuts = pairwise((0, *ends))
+                biases = [None if given_bias is None else aten.slice.Tensor(given_bias, 0, *cut) for cut in cuts]
+                each = zip((proxy(p.args[0]) for p in parts), scales, biases, strict=True)  # type: ignore[arg-type]
+                y = aten.cat.default([scaled_linear(q, s, w, scale, dtype, b) for w, scale, b in each], -1)
+            else:
+                y = scaled_linear(q, s, argument(0), joined(scales), dtype, given_bias)
         y = aten.unsqueeze.default(y, 0) if batched else y
     replace(node, y.node)
     module.graph.erase_node(node)
@@ -172,9 +177,8 @@ def promised(stored: Mapping[str, StoredWeight]) -> int:
 def _agree(held: Sequence[StoredWeight]) -> bool:
     alike = {(h.scheme, h.zero and h.zero.dtype, h.quantizes_input, h.input_scale is None) for h in held}
     scheme, first = held[0].scheme, held[0]
-    meet = scheme.rows < 2 or all(h.stored.shape[0] % scheme.rows == 0 for h in held[:-1])
     form = (scheme.format, scheme.rows, scheme.columns)
-    return len(alike) == 1 and meet and why_unserved(form, first.zero is not None, first.quantizes_input) is None
+    return len(alike) == 1 and why_unserved(form, first.zero is not None, first.quantizes_input) is None
 
 
 QUANTIZE_LINEAR = Pass(

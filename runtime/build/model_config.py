@@ -19,6 +19,8 @@ from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 from seamwise.runtime.weights.tied import has_own_head
 
+from .text_part import text_part
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
@@ -71,6 +73,8 @@ class ModelConfig:
             raise ValueError(
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
+        raw = text_part(raw, str(path))
+        names = raw["architectures"]
         raw = completed(names[0], raw) if has_definition(names[0]) else _completed_by_transformers(names[0], raw)
         if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
             raw["tie_word_embeddings"] = False  # the file counts

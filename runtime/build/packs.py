@@ -15,6 +15,7 @@ from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Program
+from seamwise.kernels.cpu.cores import limit_threads
 from seamwise.kernels.cpu.tape import compile_ahead
 
 from .loading import compile_model
@@ -33,6 +34,7 @@ def load_program(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> 
     named is used or refused, and never written.
     """
     if torch.device(options.device).type == "cpu":
+        limit_threads()
         compile_ahead()
     folder = options.pack_dir
     with ledger.stage("look up pack"):

@@ -20,6 +20,7 @@ import numpy as np
 from seamwise.runtime.kv.names import Namespace
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
@@ -75,6 +76,7 @@ class Engine:
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
         self._loop = Loop(self.scheduler, worker, depth=2 if config.async_scheduling else 1)
         self._answers = Answers(tokenizer)
+        self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids)
         self._requests: dict[str, Request] = {}
         self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
         self._change = _Change()
@@ -93,6 +95,8 @@ class Engine:
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """Return how many tokens a request may produce. Raises ValueError for one that cannot be served."""
+        if params.structured_outputs is not None:
+            self.grammars.check(params.structured_outputs)
         return check_request(
             prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
             has_tokenizer=self.tokenizer is not None,
@@ -121,6 +125,11 @@ class Engine:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
         max_tokens = self.check(prompt_token_ids, params)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
+        if params.structured_outputs is not None:
+            if mask_providers or blocked:
+                raise ValueError("structured_outputs bring their own mask_providers, and block the request themselves")
+            mask_providers = self.grammars.start(request_id, params.structured_outputs, params.n)
+            blocked = REASON
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
             metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "",
@@ -176,6 +185,9 @@ class Engine:
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
         self._recover()
+        if self.grammars.pending:
+            idle = not (self._loop.flights or self._ready or self.scheduler.running)
+            self.grammars.settle(self._grammar_ready, self._grammar_refused, wait_s=0.01 if idle else 0.0)
         if self._paused != "keep" and self._requests:
             while len(self._loop.flights) < self._loop.depth:
                 with self._change:
@@ -185,6 +197,19 @@ class Engine:
         if self._loop.flights:
             self._finish()
         return self._hand_over()
+
+    def _grammar_ready(self, request_id: str) -> None:
+        if request_id in self._requests:  # else it was aborted meanwhile
+            self.unblock(request_id)
+
+    def _grammar_refused(self, request_id: str, error: Exception) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        before = request.given
+        output = self.abort_request(request_id, "error", f"request {request_id}: {error}")
+        assert output is not None
+        self._ready.append((output, before))
 
     def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
         """Stop at a step's end, for weights to be changed.
@@ -264,6 +289,7 @@ class Engine:
         """Wait for what is under way and end the thread."""
         self._loop.worker.drain()
         self._loop.worker.close()
+        self.grammars.close()
 
     def _finish(self) -> None:
         """Wait for the earliest step, commit it, and make outputs of it."""

@@ -60,6 +60,10 @@ class Worker:
         """Write new values of parameters; see ModelRunner.update_weights."""
         self.model_runner.update_weights(weights)
 
+    def weight_state(self) -> tuple[str, frozenset[str]]:
+        """Return the version of this rank's weights, and what is asleep."""
+        return self.model_runner.weight_version, self.model_runner.asleep
+
     def weights_digest(self) -> str:
         """Return a digest of this rank's weights."""
         return self.model_runner.weights_digest()
@@ -124,3 +128,25 @@ class InProcess:
 
     def shutdown(self) -> None:
         """There is nothing to end."""
+
+
+def starts_ranks(backend: str | None, ranks: int) -> bool:
+    """Return whether an engine starts a process for each rank, by vLLM's distributed_executor_backend.
+
+    Raises ValueError for another backend, or one that does not go with the number of ranks.
+    """
+    import torch.distributed as dist
+
+    if backend not in (None, "uni", "mp", "external_launcher"):
+        raise ValueError(
+            f"distributed_executor_backend={backend!r}: wanted 'mp' (a process for each rank), 'uni' (this one alone)"
+            " or 'external_launcher' (torchrun started as many as share the model)"
+        )
+    if ranks == 1:
+        if backend == "mp":
+            raise ValueError("distributed_executor_backend='mp' needs tensor_parallel_size above 1; leave it out")
+        return False
+    if backend == "uni":
+        raise ValueError(f"distributed_executor_backend='uni' is one process, tensor_parallel_size={ranks}; use 'mp'")
+    launched = dist.is_initialized() or dist.is_torchelastic_launched()
+    return backend == "mp" or (backend is None and not launched)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from .structured import StructuredOutputsParams
+
 if TYPE_CHECKING:
     from .params import SamplingParams
 
@@ -47,7 +49,7 @@ def _kinds(p: SamplingParams) -> None:
         ("stop", (str, Sequence)), ("stop_token_ids", (Sequence,)), ("logit_bias", (Mapping,)),
         ("allowed_token_ids", (Sequence,)), ("bad_words", (Sequence,)), ("logprob_token_ids", (Sequence,)),
         ("logits_processors", (Sequence,)), ("repetition_detection", (RepetitionDetectionParams,)),
-        ("extra_args", (Mapping,)),
+        ("extra_args", (Mapping,)), ("structured_outputs", (StructuredOutputsParams,)),
     )  # fmt: skip
     for name, wanted in kinds:
         got = getattr(p, name)

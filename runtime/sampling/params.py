@@ -14,6 +14,7 @@ from seamwise.runtime.build.arguments import named_arguments
 
 from .check_params import check_params, whole
 from .plain import make_plain
+from .structured import StructuredOutputsParams
 
 LogitsProcessor = Callable[..., Any]  # ([prompt_ids,] output_ids, logits (V,)) -> logits (V,)
 
@@ -87,6 +88,7 @@ class SamplingParams:
     logits_processors    functions of (output_ids, logits) or (prompt_ids, output_ids, logits), in order, that return
                          the logits (V,) to go on with; after penalties, before temperature
     repetition_detection ends an output that repeats itself
+    structured_outputs   what the output must look like; a mapping of its fields is taken too
     detokenize, skip_special_tokens  whether there is text, and whether special tokens are left out of it
     output_kind          what outputs hold; stream_interval: they come every so many tokens, the first and last always
     skip_reading_prefix_cache  compute the whole prompt; None: only with prompt_logprobs
@@ -115,6 +117,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     repetition_detection: RepetitionDetectionParams | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -125,6 +128,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         make_plain(self)
+        if isinstance(self.structured_outputs, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**self.structured_outputs))
         check_params(self)
 
     @property

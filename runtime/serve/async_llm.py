@@ -209,6 +209,8 @@ def params_sent(params: SamplingParams) -> dict[str, Any]:
         raise ValueError("logits_processors: functions are not sent to another process; use LLM")
     if repetition := params.repetition_detection:
         given["repetition_detection"] = asdict(repetition)
+    if structured := params.structured_outputs:
+        given["structured_outputs"] = {k: v for k, v in asdict(structured).items() if v is not None}
     given.pop("output_kind", None)  # what is sent is always new; AsyncLLM's outputs grow
     return given
 

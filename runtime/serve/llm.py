@@ -19,7 +19,7 @@ from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options, entry_of
 from seamwise.runtime.engine.engine import Engine
-from seamwise.runtime.engine.executor import InProcess
+from seamwise.runtime.engine.executor import InProcess, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
@@ -69,8 +69,9 @@ class LLM(ModelControl):
     **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
                kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
-    With tensor_parallel_size above 1 this is one of as many processes (`torchrun --nproc-per-node N`). Each makes the
-    same calls with the same arguments, and gets the same outputs.
+    distributed_executor_backend  with tensor_parallel_size above 1: "mp": this process decides and starts one for each
+                   rank (`seamwise[serve]`); "external_launcher": it is one of as many (`torchrun --nproc-per-node N`)
+                   that make the same calls and get the same outputs. Default: what started it
     """
 
     def __init__(
@@ -87,11 +88,7 @@ class LLM(ModelControl):
         cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
-        if distributed_executor_backend not in (None, "uni", "external_launcher"):
-            raise ValueError(
-                f"distributed_executor_backend={distributed_executor_backend!r}: wanted 'uni' (this process) or"
-                " 'external_launcher' (torchrun started as many as share the model)"
-            )
+        processes = starts_ranks(distributed_executor_backend, options.get("tensor_parallel_size", 1))
         if trust_remote_code:
             check_options(["trust_remote_code"])
         if model_impl != "auto":
@@ -115,10 +112,17 @@ class LLM(ModelControl):
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
-        runner = ModelRunner.load(  # after the tokenizer: what reading that frees is used again
-            directory, dtype=dtype, device=device, max_model_len=None if max_model_len == "auto" else max_model_len,
-            seed=seed, **options,
-        )  # fmt: skip
+        options |= {"dtype": dtype, "device": device, "seed": seed}
+        options["max_model_len"] = None if max_model_len == "auto" else max_model_len
+        runner: Any  # after the tokenizer: what reading that frees is used again
+        if processes:
+            from seamwise.runtime.engine.executor_processes import RankProcesses
+
+            ranks = options.pop("tensor_parallel_size")
+            runner = self.executor = RankProcesses(directory, ranks, options, extension=worker_extension_cls)
+        else:
+            runner = ModelRunner.load(directory, **options)
+            self.executor = InProcess(runner, str(model), worker_extension_cls)
         on_cpu = torch.device(runner.options.device).type == "cpu"
         if gpu_memory_utilization is not None and on_cpu:
             what = f"gpu_memory_utilization={gpu_memory_utilization} has no effect on a CPU"
@@ -131,14 +135,13 @@ class LLM(ModelControl):
             fit_model_len=max_model_len == "auto",
         )  # fmt: skip
         blocks, length = plan.num_blocks, plan.max_model_len
-        if runner.options.tensor_parallel_size > 1:
+        if runner.options.tensor_parallel_size > 1 and not processes:
             from seamwise.runtime.distributed.group import smallest
 
             blocks, length = (smallest(value, runner.options.device) for value in (blocks, length))
         if length < runner.options.max_model_len:
             runner.limit_model_len(length)
         runner.allocate_kv(blocks)
-        self.executor = InProcess(runner, str(model), worker_extension_cls)
         self.enable_sleep_mode = enable_sleep_mode
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,

@@ -20,8 +20,8 @@ from typing import Any
 
 from seamwise import caches
 
-_FORMAT = 1
-_SUFFIXES = (".json", ".txt", ".model", ".tiktoken")  # of files that a tokenizer may be read from
+_FORMAT = 2
+_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # of files that a tokenizer may be read from
 _LARGEST_BYTES = 64 << 20  # of such a file; the largest published, Gemma's tokenizer.json, has 33 MB
 _MOST_KEPT = 64
 _OWN_WAYS = ("__call__", "encode", "decode", "_encode_plus", "_decode")  # methods that classes may replace
@@ -29,11 +29,30 @@ _OWN_WAYS = ("__call__", "encode", "decode", "_encode_plus", "_decode")  # metho
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """light: transformers' backend, None where its class computes otherwise; full: transformers' own, once imported."""
+    """What is kept of a tokenizer.
+
+    light    transformers' backend, None where its class computes otherwise
+    eos_id   the id that ends a text, where it names one
+    chat_templates, special_tokens  by name; the template without one is "default"
+    full     transformers' own, once imported
+    """
 
     light: Any
     eos_id: int | None
+    chat_templates: dict[str, str]
+    special_tokens: dict[str, str]
     full: Any = None
+
+
+def templates_of(full: Any) -> dict[str, str]:
+    """Return the chat templates of transformers' tokenizer, by name."""
+    held = full.chat_template
+    return dict(held) if isinstance(held, dict) else {"default": held} if held else {}
+
+
+def special_tokens_of(full: Any) -> dict[str, str]:
+    """Return the special tokens of transformers' tokenizer, by the names that templates read them by."""
+    return {name: str(token) for name, token in full.special_tokens_map.items() if isinstance(token, str)}
 
 
 def prepare(directory: Path) -> Prepared:
@@ -51,7 +70,7 @@ def prepare(directory: Path) -> Prepared:
         _write(kept, made)
     except OSError as error:
         warnings.warn(f"{kept.parent}: the tokenizer cannot be kept there: {error}", stacklevel=2)
-    return Prepared(light=_light(made, directory), eos_id=made["eos_id"], full=full)
+    return _prepared(made, directory, full)
 
 
 def load_full(directory: Path) -> Any:
@@ -79,7 +98,7 @@ def _key(directory: Path) -> str:
     # Some classes go by the path, which holds the hub's name.
     for part in (_FORMAT, version("transformers"), version("tokenizers"), directory.absolute()):
         digest.update(f"{part}\0".encode())
-    for path in sorted(directory.iterdir()):
+    for path in sorted([*directory.iterdir(), *directory.glob("additional_chat_templates/*")]):
         if path.suffix in _SUFFIXES and path.is_file() and path.stat().st_size < _LARGEST_BYTES:
             content = path.read_bytes()
             digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
@@ -91,6 +110,7 @@ def _describe(full: Any, directory: Path) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast
 
     made = {"format": _FORMAT, "eos_id": full.eos_token_id, "light": False, "state": None, "split": False}
+    made |= {"chat_templates": templates_of(full), "special_tokens": special_tokens_of(full)}
     plain = isinstance(full, PreTrainedTokenizerFast) and all(
         getattr(type(full), name) is getattr(PreTrainedTokenizerFast, name) for name in _OWN_WAYS
     )
@@ -126,7 +146,14 @@ def _read(kept: Path, directory: Path) -> Prepared:
     if made["format"] != _FORMAT:
         raise ValueError(f"format {made['format']}, wanted {_FORMAT}")
     os.utime(kept)  # the least recently used go first
-    return Prepared(light=_light(made, directory), eos_id=made["eos_id"])
+    return _prepared(made, directory)
+
+
+def _prepared(made: dict[str, Any], directory: Path, full: Any = None) -> Prepared:
+    return Prepared(
+        light=_light(made, directory), eos_id=made["eos_id"], chat_templates=made["chat_templates"],
+        special_tokens=made["special_tokens"], full=full,
+    )  # fmt: skip
 
 
 def _write(kept: Path, made: dict[str, Any]) -> None:

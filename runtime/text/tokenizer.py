@@ -11,7 +11,7 @@ from seamwise.runtime.weights.gguf.config import find_gguf
 from seamwise.runtime.weights.gguf.file import read_gguf_header
 
 from .chat import render_chat
-from .prepared import load_full, prepare
+from .prepared import Prepared, load_full, prepare, special_tokens_of, templates_of
 
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -49,11 +49,12 @@ class Tokenizer:
         self.directory = directory
         self._full: Any = None
         self._gguf: dict[str, Any] | None = None
+        self._made: Prepared | None = None
         if not _has_files(directory) and (metadata := _gguf_metadata(directory)):
             self._gguf = metadata
             self._light, self.eos_id = _of_gguf(metadata, str(directory))
         else:
-            made = prepare(directory)
+            self._made = made = prepare(directory)
             self._light, self.eos_id, self._full = made.light, made.eos_id, made.full
 
     @property
@@ -69,6 +70,16 @@ class Tokenizer:
         if self._full is None:
             self._full = load_full(self.directory)
         return self._full
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates by name; the one without a name is "default"."""
+        return templates_of(self.full) if self._made is None else self._made.chat_templates
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by the names that chat templates read them by, like bos_token."""
+        return special_tokens_of(self.full) if self._made is None else self._made.special_tokens
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -87,6 +98,18 @@ class Tokenizer:
         if self._light is None:
             return str(self.full.decode(list(ids), skip_special_tokens=skip_special_tokens))
         return str(self._light.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def as_json(self) -> str:
+        """Return the backend's tokenizer.json, without padding and truncation, for libraries that read one."""
+        from tokenizers import Tokenizer as Backend
+
+        light = self._light if self._light is not None else getattr(self.full, "backend_tokenizer", None)
+        if light is None:
+            raise ValueError(f"{self.directory}: its tokenizer has no backend of the tokenizers library")
+        copy = Backend.from_str(light.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        return str(copy.to_str())
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a conversation; options are render_chat's.

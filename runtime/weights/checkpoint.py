@@ -29,6 +29,11 @@ _KV_SCALES = (
     (re.compile(r"(.*\.self_attn)\.([kv])_proj\.output_scale"), ""),
     (re.compile(r"(.*\.self_attn)\.(?:attn\.)?kv_scale"), "kv"),
 )
+# How names of a multimodal model's text begin, and what a decoder has there; and Qwen-VL's images, beside "model.".
+_TEXT_PREFIXES = {
+    "language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model.",
+}  # fmt: skip
+_OTHER_MODELS = ("visual.",)
 _OTHER_SCALE = {"weight_scale_inv": "weight_scale", "weight_scale": "weight_scale_inv"}  # the same, multiplied with
 _FLOATS = {None, torch.float64, torch.float32, torch.float16, torch.bfloat16}  # None: of any of these
 
@@ -123,6 +128,7 @@ class Checkpoint:
         """Open a checkpoint for a model with these parameters, as open_source describes."""
         stored, problems, chosen = find_tensors(path, load_format)
         stored = {n.removeprefix(within): tensor for n, tensor in stored.items() if n.startswith(within)}
+        stored = _text_of(stored, parameters)
         stored = stored if read is None else dict(read(stored))
         found, unfit = _fitted(stored, parameters, tied or {})
         if convert is not None and (unfit or found.keys() != parameters.keys()):
@@ -162,6 +168,21 @@ class Checkpoint:
         stored = self._tensors[name]
         read = stored.load() if part is None else stored.load_part(*part)
         return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
+
+
+def _text_of(stored: dict[str, StoredTensor], parameters: Iterable[str]) -> dict[str, StoredTensor]:
+    """Return the tensors of a multimodal checkpoint's text, by the names of a decoder; any other one's as they are."""
+    if any(name.startswith(prefix) for name in parameters for prefix in (*_TEXT_PREFIXES, *_OTHER_MODELS)):
+        return stored
+    text = {
+        new + name.removeprefix(prefix): tensor
+        for name, tensor in stored.items()
+        for prefix, new in _TEXT_PREFIXES.items()
+        if name.startswith(prefix)
+    }
+    if text:
+        return text | {name: tensor for name, tensor in stored.items() if name.startswith("lm_head.")}
+    return {name: tensor for name, tensor in stored.items() if not name.startswith(_OTHER_MODELS)}
 
 
 def _fitted(

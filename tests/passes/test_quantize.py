@@ -99,13 +99,40 @@ def test_an_extra_user_of_the_normed_rows_is_named(model_dir: Path) -> None:
 
 
 def test_joined_weights_must_be_stored_alike(model_dir: Path) -> None:
-    """Two forms in one joined weight, and blocks that do not meet, keep the dequantized weight and say why."""
+    """A form that no kernel reads keeps the dequantized weight and says why."""
     config, chosen = options(model_dir, "own", None, disabled=("pack_linear",))
     model = capture_model(config, chosen, Ledger())
     quantize_weights(replace(SCHEMES["fp8"], rows=48)).apply(model.captured.module, model.structure)
     report = Report(name="quantize_linear")
     QUANTIZE_LINEAR.rewrite(model.captured.module, report)
     assert report.matched == 0 and "blocks of (48, 0) have no kernel" in report.misses[0].reason
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_weights_whose_blocks_do_not_meet_are_read_one_by_one(bias: bool, tmp_path: Path) -> None:
+    """SmolLM2's 576 rows of queries are four and a half blocks of 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=192, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+        intermediate_size=192, attention_bias=bias, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    steps = Steps([[5, 7, 30, 18, 44, 9], [7, 8]], block_size=16)
+    batch, found = StepInput(**steps.next({0: 6, 1: 2})), []
+    for quantization in (None, "fp8_block"):
+        runner = ModelRunner.load(tmp_path, dtype="float32", device="cpu", pack_dir=None, quantization=quantization)
+        runner.allocate_kv(steps.num_blocks)
+        found.append(runner.step(batch).logits.clone())
+    reports = {r.name: r for r in runner.program.reports}
+    assert reports["quantize_linear"].matched == reports["quantize_linear"].expected == 8
+    apart = float((found[0] - found[1]).abs().max() / found[0].abs().max())
+    assert 1e-3 < apart < 0.1, apart
 
 
 def test_unknown_schemes_are_refused(model_dir: Path) -> None:

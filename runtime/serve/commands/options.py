@@ -117,17 +117,23 @@ def _documented(kind: type) -> dict[str, str]:
 
 
 def apply_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Make the values of --config FILE the defaults of a command's parser: flags come before them.
+    """Make the values of --config FILE, or of --recipe FILE, the defaults of a command's parser: flags come first.
 
     Raises ValueError for a file that cannot be read, a name that is no option, or a value of another type.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", type=Path)
-    path = finder.parse_known_args(list(arguments))[0].config
-    if path is None:
-        return
-    for name, value in read_toml(path).items():
-        set_default(parser, name, value, str(path))
+    finder.add_argument("--recipe", type=Path)
+    found = finder.parse_known_args(list(arguments))[0]
+    for path in filter(None, (found.config, found.recipe)):
+        read = read_toml(path)
+        if path is found.recipe:
+            expect = read.pop("expect", None)
+            if not isinstance(expect, dict) or "model" not in read:
+                raise ValueError(f"recipe {path}: wanted a model and a table [expect]; --write-recipe writes one")
+            parser.set_defaults(expect=expect)
+        for name, value in read.items():
+            set_default(parser, name, value, str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def set_default(parser: argparse.ArgumentParser, name: str, value: Any, source: str) -> None:
     """Give an option another default. Raises ValueError for one that does not exist, or a value of another type."""
-    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config")}
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config", "recipe")}
     key = name.replace("-", "_")
     if key not in actions:
         close = difflib.get_close_matches(key, actions, 1, cutoff=0.6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from seamwise.runtime.serve.http.settings import ServeSettings
@@ -27,6 +29,9 @@ def add(commands: Commands[Any]) -> None:
     dataclass_options(parser, ServeSettings, "server")
     parser.add_argument("--step-timeout-s", type=float, default=60.0, help="longest step; a longer one is a hang (60)")
     parser.add_argument("--start-timeout-s", type=float, default=3600.0, help="longest stage of start-up (3600)")
+    parser.add_argument("--recipe", type=Path, help="a recipe: serve what it says, or say what differs")
+    parser.set_defaults(expect=None)
+    parser.add_argument("--write-recipe", type=Path, help="write a recipe of this model and these options, and end")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 
@@ -42,15 +47,20 @@ def run(options: argparse.Namespace) -> int:
         from seamwise.runtime.serve.http.app import build_app
         from seamwise.runtime.serve.http.run import serve
         from seamwise.runtime.serve.http.serving import Serving
+        from seamwise.runtime.serve.recipe import check_recipe, write_recipe
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; pip install 'seamwise[serve]'") from error
     llm = AsyncLLM(
         options.model, step_timeout_s=options.step_timeout_s, start_timeout_s=options.start_timeout_s,
         **engine_loading(options),
     )  # fmt: skip
+    if options.write_recipe is not None:
+        write_recipe(options.write_recipe, llm, {"model": options.model, **engine_loading(options)})
+        return 0
     names = settings.served_model_name or (options.model,)
     state = Serving(dict.fromkeys(names, llm), settings)
-    return serve(build_app(state), state, settings, ready=lambda address: _say(address, names[0]))
+    check = None if options.expect is None else partial(check_recipe, expected=options.expect)
+    return serve(build_app(state), state, settings, ready=lambda address: _say(address, names[0]), check=check)
 
 
 def _say(address: str, model: str) -> None:

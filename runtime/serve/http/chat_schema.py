@@ -86,6 +86,8 @@ class ChatRequest(Sampling, Template):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool = True
+    separate_reasoning: Literal[True] | None = Field(None, description="Reasoning stands apart always.")
+    stream_reasoning: Literal[True] | None = Field(None, description="It is streamed as it comes.")
     modalities: list[Literal["text"]] | None = None
     echo: bool = Field(False, description="Start the answer with the last message's text.")
 

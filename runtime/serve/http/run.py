@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
@@ -77,12 +77,15 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    app: ASGIApp, state: Serving, settings: ServeSettings, ready: Callable[[str], None] = lambda address: None
-) -> int:
+    app: ASGIApp, state: Serving, settings: ServeSettings, ready: Callable[[str], None] = lambda address: None,
+    check: Callable[[AsyncLLM], Awaitable[None]] | None = None,
+) -> int:  # fmt: skip
     """Serve until a signal, and return the exit status. The first line on stderr says why, when that is not 0.
 
     ready  is called with the address once the models are loaded
+    check  is awaited for each before requests are taken; a ValueError of it ends the server
     """
+    state.held = None if check is None else "the model is being checked against its recipe"
     sock = listen(settings)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on", server_header=False,
@@ -91,11 +94,14 @@ def serve(
     server = Server(config, state)
     host, port = sock.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return asyncio.run(_serve(server, sock, list(state.models.values()), lambda: ready(address)))
+    return asyncio.run(_serve(server, sock, state, lambda: ready(address), check))
 
 
-async def _serve(server: Server, sock: socket.socket, models: list[AsyncLLM], ready: Callable[[], None]) -> int:
-    status = 0
+async def _serve(
+    server: Server, sock: socket.socket, state: Serving, ready: Callable[[], None],
+    check: Callable[[AsyncLLM], Awaitable[None]] | None,
+) -> int:  # fmt: skip
+    status, models = 0, list({id(llm): llm for llm in state.models.values()}.values())
 
     async def loaded() -> None:
         nonlocal status
@@ -103,6 +109,9 @@ async def _serve(server: Server, sock: socket.socket, models: list[AsyncLLM], re
             for llm in models:
                 await llm.ready()
                 await llm.prompts()
+                if check is not None:
+                    await check(llm)
+            state.held = None
         except Ended as ended:
             status = fail(ended)
             server.should_exit = True

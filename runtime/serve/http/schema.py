@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, SamplingParams
+from seamwise.runtime.sampling.structured import StructuredOutputsParams
 
 _LABELS = "A label of the client's; it changes nothing."
 _SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name != "stream_interval")
@@ -16,9 +17,23 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Body(BaseModel):
-    """A request. Types are not converted, and a field that does not exist is refused."""
+    """A request. Types are not converted, and a field that does not exist is refused.
+
+    One that asks for nothing (null, false, empty) is let be: routers send every field that they know.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value
+            for name, value in given.items()
+            if name in cls.model_fields or not (value is None or value is False or value in ("", [], {}))
+        }
 
 
 class StreamOptions(Body):
@@ -26,11 +41,43 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class ResponseFormat(BaseModel):
-    """How the answer must look. Only text is served."""
+class JsonSchema(BaseModel):
+    """OpenAI's: a schema with a name."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
-    type: str
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """How the answer must look: text, any JSON object, JSON of a schema, or text with parts of a schema."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchema | None = None
+
+    def structured(self) -> StructuredOutputsParams | None:
+        """Return what it asks for. Raises ValueError where a part is missing."""
+        if self.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise ValueError("response_format 'json_schema': wanted json_schema={'name': …, 'schema': {…}}")
+            return StructuredOutputsParams(json=self.json_schema.json_schema)
+        if self.type == "structural_tag":
+            return StructuredOutputsParams(structural_tag=dict(self.model_extra or {}))
+        return None
+
+
+class StructuredOutputs(Body):
+    """As StructuredOutputsParams."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    disable_any_whitespace: bool = False
 
 
 class Labels(Body):
@@ -78,6 +125,7 @@ class Sampling(Labels):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's name for more forms than OpenAI's.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stream_interval: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(None, description="Tokens between events.")
@@ -87,10 +135,6 @@ class Sampling(Labels):
 
     def sampling(self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return the SamplingParams. Raises ValueError naming what cannot be served."""
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ValueError(
-                f"response_format {self.response_format.type!r}: grammars are not served; wanted 'text' or nothing"
-            )
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: goes with stream=true only; leave it out")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -100,8 +144,20 @@ class Sampling(Labels):
         asked |= {"max_tokens": max_tokens, "logprobs": logprobs, "logit_bias": self._biases(), "stop": stop or None}
         if self.repetition_detection is not None:
             asked["repetition_detection"] = RepetitionDetectionParams(**self.repetition_detection.model_dump())
+        asked["structured_outputs"] = self._structured()
         given = {name: value for name, value in asked.items() if value is not None or name == "max_tokens"}
         return SamplingParams(**{**defaults, **given})
+
+    def _structured(self) -> StructuredOutputsParams | None:
+        """Return the form asked for, checked here, where a hostile grammar costs nobody else's time."""
+        form = None if self.response_format is None else self.response_format.structured()
+        if self.structured_outputs is not None:
+            if form is not None:
+                raise ValueError("response_format and structured_outputs: wanted one of them")
+            form = StructuredOutputsParams(**self.structured_outputs.model_dump(by_alias=True))
+        if form is not None:
+            form.check()
+        return form
 
     def _biases(self) -> dict[int, float] | None:
         if not self.logit_bias:

@@ -39,6 +39,7 @@ class Serving:
         }
         self.started_s = time.time()
         self.draining = False
+        self.held: str | None = None  # why requests are not taken yet, though the engine is ready
         self.num_in_work = 0
         self._names: dict[str, list[str]] = {}  # a request's id in answers -> its ids in the engine
         self._template = settings.own_template()
@@ -64,8 +65,9 @@ class Serving:
 
     def refuse(self, path: str) -> ApiError | None:
         """Say why no request is taken now: the server is about to end."""
-        if self.draining and path not in ("/health", "/health/ready", "/metrics", "/load"):
-            return ApiError(503, "the server is shutting down", retry_s=10)
+        reason = "the server is shutting down" if self.draining else self.held
+        if reason and path not in ("/health", "/health/ready", "/metrics", "/load"):
+            return ApiError(503, reason, retry_s=10)
         return None
 
     def choose(self, asked: str | None, request: Request, body: Any) -> tuple[str, AsyncLLM]:

@@ -36,6 +36,7 @@ class EngineLoop:
         self._receive, self._send = receive, send
         self._deltas = Deltas()
         self._stats = Stats()
+        self._closed: str | None = None  # why nothing can be generated now
         self._waiting_call: Call | None = None  # a pause that waits for running requests
 
     def run(self) -> None:
@@ -72,6 +73,9 @@ class EngineLoop:
             self._call(command)
 
     def _add(self, add: Add) -> None:
+        if self._closed is not None:
+            self._send(Refused(add.request_id, self._closed, full=True))
+            return
         try:
             params = _params(add)
             self.engine.add_request(
@@ -104,10 +108,23 @@ class EngineLoop:
         except Exception as error:  # the caller's own code too: collective_rpc runs what it is given
             self._send(Result(call.call_id, error=f"{type(error).__name__}: {error}"))
         else:
+            self._note(call)
             if call.method == "pause_generation" and not self.engine.is_paused:
                 self._waiting_call = call  # answered when the last running request is done
             else:
                 self._send(Result(call.call_id, value=value))
+
+    def _note(self, call: Call) -> None:
+        """Note what a call that succeeded means for requests: a model that sleeps or has half its weights has none."""
+        if call.method == "sleep":
+            self._stats.sleeping = int(call.args[0]) if call.args else 1
+            self._closed = "the model sleeps; POST /wake_up first"
+        elif call.method == "wake_up" and not self.llm.is_sleeping():
+            self._stats.sleeping, self._closed = 0, None
+        elif call.method == "start_weight_update":
+            self._closed = "the weights are being updated; POST /finish_weight_update ends that"
+        elif call.method == "finish_weight_update":
+            self._closed = None
 
     def pause_generation(self, mode: str = "abort", clear_cache: bool = True) -> None:
         """Stop taking requests up, until resume_generation; see Engine.pause."""

@@ -202,12 +202,12 @@ def test_schemes_without_kernel_are_refused(change: dict[str, Any], tmp_path: Pa
         load(tmp_path, torch.bfloat16)
 
 
-def test_scales_that_are_missing_or_have_no_scheme_are_named(tmp_path: Path) -> None:
+def test_scales_that_are_missing_are_named_with_a_scheme_and_without(tmp_path: Path) -> None:
     save_scaled(tmp_path, {name: scale for name, scale in SCALES.items() if name != "v.1"})
     with pytest.raises(ValueError, match=r"missing model\.layers\.1\.self_attn\.v_scale, shape \(1,\)"):
         load(tmp_path, torch.bfloat16)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"extra model\.layers\.0\.self_attn\.k_scale"):
+    with pytest.raises(ValueError, match=r"missing model\.layers\.1\.self_attn\.v_scale, shape \(1,\)"):
         load(tmp_path, torch.bfloat16, kv_cache_dtype="fp8")

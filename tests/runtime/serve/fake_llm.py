@@ -6,12 +6,9 @@ never end, K kills the process, S stops it; Z makes a step last a fifth of a sec
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import tempfile
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,12 +163,16 @@ def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -
     light = Tokenizer(models.WordLevel(vocabulary, unk_token="�"))
     light.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     light.decoder = decoders.Fuse()
-    home = Path(tempfile.mkdtemp(prefix="fake-llm-"))
-    (home / "tokenizer.json").write_text("{}")
-    (home / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "!"}))
-    engine = FakeEngine(max_num_seqs)
+    tokenizer = SimpleNamespace(_light=light, chat_templates={"default": TEMPLATE}, special_tokens={"eos_token": "!"})
+    engine, asleep = FakeEngine(max_num_seqs), []
+
+    def sleep(level: int) -> None:
+        engine.reset_prefix_cache()
+        asleep.append(level)
+
     return SimpleNamespace(
+        sleep=sleep, wake_up=lambda tags=None: asleep.clear(), is_sleeping=lambda: bool(asleep),
         engine=engine, reset_prefix_cache=engine.reset_prefix_cache,
-        tokenizer=SimpleNamespace(_light=light, directory=home),
+        tokenizer=tokenizer,
         collective_rpc=lambda method, args=(), kwargs=None: [[method, args, kwargs]],
     )  # fmt: skip

@@ -60,7 +60,7 @@ def test_aborting_by_id_and_all(fake: Running) -> None:
 
 def test_what_the_engine_lacks_is_501_and_what_is_switched_off_404(fake: Running) -> None:
     fake.wait_ready()
-    assert post(f"{fake.url}/sleep?level=1", {})[0] == 501
+    assert post(f"{fake.url}/start_weight_update", {})[0] == 501
     assert post(f"{fake.url}/sleep?level=3", {})[0] == 400
     status, answer = post(f"{fake.url}/collective_rpc", {"method": "x"})
     assert status == 404 and "enable_collective_rpc" in answer["error"]["message"]
@@ -86,3 +86,18 @@ def test_token_in_token_out_and_responses(fake: Running) -> None:
     assert choice["token_ids"] == [0, 1, 2, 0] and len(choice["logprobs"]["content"]) == 4
     status, answer = post(f"{fake.url}/v1/responses", {"input": "hi", "max_output_tokens": 3, "instructions": "be"})
     assert status == 200 and answer["output"][0]["content"][0]["text"] == "<sy" and answer["status"] == "incomplete"
+
+
+def test_a_model_that_sleeps_says_so(fake: Running) -> None:
+    fake.wait_ready()
+    restarts = fake.state.llm.engine.num_restarts
+    assert get(f"{fake.url}/is_sleeping") == (200, {"is_sleeping": False})
+    assert post(f"{fake.url}/sleep?level=2", {})[0] == 200
+    assert get(f"{fake.url}/is_sleeping") == (200, {"is_sleeping": True})
+    status, answer = post(fake.url + TEXT, {"prompt": "a"})
+    assert status == 503 and "the model sleeps; POST /wake_up first" in answer["error"]["message"]
+    time.sleep(0.3)
+    assert 'sleep_state="discard_all"} 1.0' in get(f"{fake.url}/metrics")[1]
+    assert post(f"{fake.url}/wake_up?tags=weights&tags=kv_cache", {})[0] == 200
+    assert post(fake.url + TEXT, {"prompt": "a", "max_tokens": 2})[0] == 200
+    assert fake.state.llm.engine.num_restarts == restarts

@@ -89,7 +89,8 @@ def test_keys_are_compared_in_constant_time() -> None:
         (TEXT, {"prompt": "a", "temperature": -1}, 400, "temperature"),
         (TEXT, {"prompt": "a", "stop": [""]}, 400, "empty string"),
         (TEXT, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "key 'x', wanted token ids"),
-        (TEXT, {"prompt": "a", "response_format": {"type": "json_object"}}, 400, "grammars are not served"),
+        (TEXT, {"prompt": "a", "response_format": {"type": "json_schema"}}, 400, "wanted json_schema="),
+        (TEXT, {"prompt": "a", "structured_outputs": {"regex": "(a"}}, 400, "structured_outputs: "),
         (TEXT, {"prompt": "a", "stream_options": {}}, 400, "stream=true"),
         (TEXT, {"prompt": "a", "model": "other"}, 404, "'other' is not served; there are: fake"),
         (CHAT, {"messages": USER, "chat_template": "x"}, 400, "templates from requests are refused"),
@@ -120,6 +121,19 @@ def test_what_is_refused(small: Running, path: str, body: Any, status: int, mess
     assert small.state.num_in_work == 0
 
 
+def test_a_body_in_chunks_is_counted_too(small: Running) -> None:
+    with socket.create_connection(_address(small)) as one:
+        head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer first\r\n"
+        one.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + b"7d1\r\n" + b"a" * 2001 + b"\r\n0\r\n\r\n")
+        assert b" 413 " in one.recv(4096)
+
+
+def test_a_field_that_asks_for_nothing_is_let_be(small: Running) -> None:
+    body = {"prompt": "ab", "max_tokens": 2, "no_stop_trim": False, "return_hidden_states": None, "regex": ""}
+    assert post(small.url + TEXT, body, Authorization="Bearer first")[0] == 200
+    assert post(small.url + TEXT, {**body, "regex": "a+"}, Authorization="Bearer first")[0] == 400
+
+
 def test_one_request_too_many_is_429_with_retry_after(small: Running) -> None:
     sockets = [_begin(small, {"prompt": "Z", "max_tokens": 40, "stream": True}) for _ in range(2)]
     while small.state.num_in_work < 2:
@@ -137,7 +151,7 @@ def test_one_request_too_many_is_429_with_retry_after(small: Running) -> None:
 def test_a_client_that_leaves_before_the_first_token_ends_its_request(small: Running) -> None:
     for body in ({"prompt": "Z" * 50, "max_tokens": 50}, {"prompt": "Z" * 50, "max_tokens": 50, "stream": True}):
         one = _begin(small, body)
-        while not small.state.num_in_work:
+        while not small.state.llm.engine.stats.num_running:
             time.sleep(0.005)
         one.close()
         _settled(small)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,22 @@ def test_a_completion_equals_offline(client: openai.OpenAI, offline: LLM) -> Non
     assert [c.text for c in got.choices] == [o.outputs[0].text for o in want]
     assert got.usage is not None and got.usage.completion_tokens == 16
     assert got.usage.prompt_tokens == sum(len(o.prompt_token_ids) for o in want)
+
+
+def test_an_answer_has_the_form_asked_for(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+    asked: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="demo", messages=MESSAGES, max_tokens=48, temperature=0, response_format=asked
+    )  # fmt: skip
+    assert set(json.loads(answer.choices[0].message.content or "")) >= {"city"}
+    stream = client.chat.completions.create(
+        model="demo", messages=MESSAGES, max_tokens=8, temperature=0, stream=True,
+        extra_body={"structured_outputs": {"choice": ["Paris", "London"]}},
+    )  # fmt: skip
+    assert "".join(c.choices[0].delta.content or "" for c in stream) in ("Paris", "London")
+    with pytest.raises(openai.BadRequestError, match="structured_outputs"):
+        client.completions.create(model="demo", prompt="a", extra_body={"structured_outputs": {"regex": "(a"}})
 
 
 def test_a_chat_equals_offline_whole_and_streamed(client: openai.OpenAI, offline: LLM) -> None:

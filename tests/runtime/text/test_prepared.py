@@ -46,6 +46,8 @@ def test_ids_and_texts_are_transformers(
                 assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
         assert first.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
     assert first.eos_id == second.eos_id == theirs.eos_token_id
+    assert first.special_tokens == second.special_tokens
+    assert second.special_tokens == {n: t for n, t in theirs.special_tokens_map.items() if isinstance(t, str)}
     assert first.full.encode("Hello <tool>") == second.full.encode("Hello <tool>") == first.encode("Hello <tool>")
 
 
@@ -66,7 +68,7 @@ def test_a_change_of_a_file_is_another_tokenizer(tmp_path: Path) -> None:
     assert len(Tokenizer(directory).encode("</s>")) > 1
 
 
-@pytest.mark.parametrize("damage", [b"{", b"[]", b"null", b'{"format": 99}', b'{"format": 1, "light": true}', b"\xff"])
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"null", b'{"format": 99}', b'{"format": 2, "light": true}', b"\xff"])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: bytes) -> None:
     directory = write(tmp_path, unigram(), {"tokenizer_config.json": {"eos_token": "</s>"}})
     before = {*caches.folder("tokenizers").glob("*.json")}
@@ -108,3 +110,18 @@ def test_a_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"{tmp_path}: has no tokenizer that transformers can load"):
         Tokenizer(tmp_path)
+
+
+def test_templates_are_kept_as_transformers_reads_them(tmp_path: Path) -> None:
+    config = {"tokenizer_config.json": {"chat_template": "in the configuration", "bos_token": "<s>"}}
+    directory = write(tmp_path, unigram(), config)
+    assert Tokenizer(directory).chat_templates == {"default": "in the configuration"}
+    (directory / "chat_template.jinja").write_text("in a file")
+    assert Tokenizer(directory).chat_templates == {"default": "in a file"}
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    for _ in range(2):
+        tokenizer = Tokenizer(directory)
+        assert tokenizer.chat_templates == {"default": "in a file", "tool_use": "with tools"}
+        assert tokenizer.special_tokens == {"bos_token": "<s>"}
+    assert tokenizer._full is None

@@ -225,3 +225,26 @@ def test_memory_peaks_at_the_model_and_one_tensor(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(FileSlice, "read", counted)
     load(tmp_path, dtype=torch.float32)
     assert peak == 1 and not alive
+
+
+def test_shards_without_an_index_are_all_read(tmp_path: Path) -> None:
+    tensors = draw()
+    first, *rest = tensors.items()
+    save_shards(tmp_path, dict([first]), dict(rest))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    found = dict(load(tmp_path).named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    save(tmp_path, dict([first, *rest]), name="model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match="which another shard has too, and no index says which"):
+        load(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has 1 shards .*, wanted all; download what is missing"):
+        load(tmp_path)
+
+
+def test_an_index_that_was_left_behind_beside_the_whole_file_is_not_read(tmp_path: Path) -> None:
+    tensors = draw()
+    save(tmp_path, tensors)
+    write_index(tmp_path, {name: "model-00001-of-00002.safetensors" for name in tensors})
+    found = dict(load(tmp_path).named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -32,7 +32,9 @@ class RemoteCall(Body):
     timeout: Annotated[float, Field(gt=0)] | None = None
 
 
-class StartUpdate(Body):
+class FinishUpdate(Body):
+    """weight_version: what the weights are called from now on."""
+
     weight_version: str | None = None
 
 
@@ -109,11 +111,9 @@ async def abort_requests(body: AbortRequests, request: Request) -> Response:
 
 
 @router.post("/start_weight_update", responses=CONTROLS, response_class=Response)
-async def start_weight_update(body: StartUpdate, request: Request) -> Response:
+async def start_weight_update(request: Request) -> Response:
     """Begin new weights: nothing is generated until they are whole."""
-    return _json(
-        {"result": await _llm(request).engine.call("start_weight_update", **body.model_dump(exclude_none=True))}
-    )
+    return _json({"result": await _llm(request).engine.call("start_weight_update")})
 
 
 @router.post("/update_weights", responses=CONTROLS, response_class=Response)
@@ -123,9 +123,9 @@ async def update_weights(body: UpdateWeights, request: Request) -> Response:
 
 
 @router.post("/finish_weight_update", responses=CONTROLS, response_class=Response)
-async def finish_weight_update(request: Request) -> Response:
-    """End the update; 400 naming what is missing when it is not whole."""
-    return _json({"result": await _llm(request).engine.call("finish_weight_update")})
+async def finish_weight_update(body: FinishUpdate, request: Request) -> Response:
+    """End the update; 409 naming what is missing when it is not whole."""
+    return _json({"result": await _llm(request).engine.call("finish_weight_update", body.weight_version)})
 
 
 @router.get("/get_world_size", responses=CONTROLS, response_class=Response)

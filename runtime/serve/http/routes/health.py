@@ -40,8 +40,8 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """200 when requests are taken; before that 503, with the stage that loading is in and its seconds until now."""
     state = serving(request)
-    if state.draining:
-        return _json({"status": "draining"}, 503)
+    if state.draining or state.held:
+        return _json({"status": "draining" if state.draining else "checking", "stage": state.held}, 503)
     for name, llm in state.models.items():
         if llm.engine.state != "ready":
             seconds = round(time.monotonic() - llm.engine.started_s, 3)

@@ -1,0 +1,223 @@
+"""One process a rank on this machine, and one scheduler, here: a step is sent to every rank, rank 0's logits are read.
+
+It stands for a runner, so that an engine drives it as one. A rank that dies or hangs is an error of every call from
+then on, the cause in its first line, and all ranks are ended: without one, the others would wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.runner.memory_plan import MemoryPlan
+
+from .executor_rank import RankStart, main
+from .executor_wire import to_frames
+
+_GRACE_S = 5.0  # after one rank's error the others, who may wait for it, answer within so long or count as lost
+_ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError}  # a caller's mistake stays one
+
+
+class RankProcesses:
+    """`ranks` processes that share a model, by the same protocol as one runner.
+
+    timeout_s  of a step or a call; loading may take start_timeout_s
+    """
+
+    def __init__(
+        self, model: Path, ranks: int, options: Mapping[str, Any], *, extension: str | type | None = None,
+        timeout_s: float = 300.0, start_timeout_s: float = 1800.0,
+    ) -> None:  # fmt: skip
+        try:
+            import zmq
+        except ImportError as error:
+            raise ValueError(
+                f"tensor_parallel_size={ranks} from one process needs pyzmq and msgspec: pip install 'seamwise[serve]',"
+                f" or start {ranks} processes with torchrun"
+            ) from error
+        self.timeout_s, self._lock, self._dead = timeout_s, threading.Lock(), ""
+        memory = Path("/dev/shm")
+        self._folder = Path(tempfile.mkdtemp(prefix="seamwise-", dir=memory if memory.is_dir() else None))
+        context, spawn = zmq.Context(), multiprocessing.get_context("spawn")
+        self._sockets: list[Any] = []
+        self._processes: list[Any] = []
+        self._starts: list[RankStart] = []
+        self._files: dict[str, Tensor] = {}
+        self._end = weakref.finalize(self, _end, self._processes, self._sockets, context, self._folder)
+        for rank in range(ranks):
+            start = RankStart(
+                rank=rank, ranks=ranks, folder=self._folder, timeout_s=timeout_s, model=model, options=options,
+                threads=max(1, torch.get_num_threads() // ranks), extension=extension,
+            )  # fmt: skip
+            socket = context.socket(zmq.PAIR)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(start.address)
+            process = spawn.Process(target=main, args=(start,), name=f"seamwise-rank{rank}", daemon=True)
+            process.start()
+            self._sockets.append(socket)
+            self._processes.append(process)
+            self._starts.append(start)
+        with self._lock:
+            ready = self._answers("start", start_timeout_s)
+        self.config, self.options, self.kv_spec, self.startup_s, self.program = ready[0]
+        self.num_blocks = 0
+
+    @property
+    def block_size(self) -> int:
+        size: int = self.options.block_size
+        return size
+
+    def step(self, batch: StepInput) -> StepOutput:
+        """Compute one step on every rank; the logits are valid until the next.
+
+        Raises ValueError for a step that no rank takes; RuntimeError when a rank failed, died or did not answer.
+        """
+        batch.check()
+        with self._lock:
+            first, *_ = self._ask("step", [b"step", *to_frames(batch)], self.timeout_s)
+        logits, hidden = first
+        return StepOutput(
+            logits=self._read(*logits), hidden_states=None if hidden is None else self._read(*hidden),
+            request_slots=batch.request_slots, request_generations=batch.request_generations,
+        )  # fmt: skip
+
+    def collective_rpc(
+        self, method: str | Callable[..., Any], timeout: float | None = None, args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Call a method of every rank's worker, or a function that can be imported; return the results by rank.
+
+        Raises ValueError where every rank says so, or what is given cannot be sent; RuntimeError as `step` does.
+        """
+        given = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)  # of weights, say
+        try:
+            message = pickle.dumps((method, given, dict(kwargs or {})))
+        except Exception as error:
+            raise ValueError(f"collective_rpc: {method!r} or its arguments cannot be sent to ranks: {error}") from error
+        with self._lock:
+            return self._ask(f"collective_rpc({method!r})", [b"call", message], timeout or self.timeout_s)
+
+    def plan(self, budget: int | None = None, **limits: Any) -> MemoryPlan:
+        """Return the plan of the rank that has room for the fewest blocks; see ModelRunner.plan."""
+        plans: list[MemoryPlan] = self.collective_rpc("plan", None, (budget,), limits)
+        return min(plans, key=lambda plan: plan.num_blocks)
+
+    def limit_model_len(self, max_model_len: int) -> None:
+        """Let requests be at most so long, on every rank."""
+        self.collective_rpc("limit_model_len", None, (max_model_len,))
+        self.options = replace(self.options, max_model_len=max_model_len)
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate every rank's part of the KV cache."""
+        self.collective_rpc("allocate_kv", None, (num_blocks,))
+        self.num_blocks = num_blocks
+
+    @property
+    def weight_version(self) -> str:
+        """Which weights rank 0 has; see ModelRunner.weight_version."""
+        version: str = self.collective_rpc("weight_state")[0][0]
+        return version
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """Which of "weights" and "kv_cache" have no memory now."""
+        tags: frozenset[str] = self.collective_rpc("weight_state")[0][1]
+        return tags
+
+    def shutdown(self) -> None:
+        """End every rank. A second call does nothing."""
+        self._dead = self._dead or "the ranks were shut down"
+        self._end()
+
+    def _ask(self, what: str, message: Sequence[bytes | memoryview], timeout_s: float) -> list[Any]:
+        if self._dead:
+            raise RuntimeError(self._dead)
+        for socket in self._sockets:
+            socket.send_multipart(message)
+        return self._answers(what, timeout_s)
+
+    def _answers(self, what: str, timeout_s: float) -> list[Any]:
+        """Return every rank's answer, or end them all and raise; an error that all ranks gave leaves them running."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(answers) < len(self._sockets):
+            for rank, socket in enumerate(self._sockets):
+                if rank not in answers and socket.poll(20):
+                    kind, payload = socket.recv_multipart()
+                    answers[rank] = kind == b"fine", pickle.loads(payload)
+                    if kind != b"fine":
+                        deadline = min(deadline, time.monotonic() + _GRACE_S)
+            waiting = [rank for rank in range(len(self._sockets)) if rank not in answers]
+            dead = [rank for rank in waiting if not self._processes[rank].is_alive()]
+            lost = [rank for rank in dead if not self._sockets[rank].poll(0)]
+            if lost:
+                self._fail(f"{what}: {', '.join(map(self._death, lost))}", answers)
+            if waiting and time.monotonic() > deadline:
+                names = ", ".join(f"rank {rank}" for rank in waiting)
+                self._fail(f"{what}: {names} did not answer within {timeout_s:g} s", answers, self._stacks(waiting))
+        failed = {rank: result for rank, (fine, result) in answers.items() if not fine}
+        if not failed:
+            return [answers[rank][1] for rank in range(len(answers))]
+        rank, (name, text, trace) = min(failed.items())
+        if len(failed) < len(answers) or what == "start":
+            self._fail(f"{what}: rank {rank} failed: {name}: {text}", {}, trace)
+        raise _ERRORS.get(name, RuntimeError)(text if name in _ERRORS else f"{text}\n{trace}")
+
+    def _fail(self, cause: str, answers: Mapping[int, tuple[bool, Any]], more: str = "") -> None:
+        """End all ranks, and raise with the cause first. An error that a rank gave is the cause of others' silence."""
+        for rank, (fine, result) in sorted(answers.items()):
+            if not fine:
+                name, text, trace = result
+                more += f"\nrank {rank} failed: {name}: {text}\n{trace}"
+        self._dead = f"{cause}\n{more}".rstrip()
+        self._end()
+        raise RuntimeError(self._dead)
+
+    def _death(self, rank: int) -> str:
+        self._processes[rank].join(1)
+        code = self._processes[rank].exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return f"rank {rank} (process {self._processes[rank].pid}) died: {how}"
+
+    def _stacks(self, ranks: Sequence[int]) -> str:
+        """Return what silent ranks are at, as they write it on a signal."""
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        return "".join(f"\nrank {rank} is at:\n{self._starts[rank].stacks.read_text()[:4000]}" for rank in ranks)
+
+    def _read(self, path: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        kind = getattr(torch, dtype)
+        size = kind.itemsize * torch.Size(shape).numel()
+        if path not in self._files:
+            self._files[path] = torch.from_file(path, shared=True, size=Path(path).stat().st_size, dtype=torch.uint8)
+        return self._files[path][:size].view(kind).view(shape)
+
+
+def _end(processes: list[Any], sockets: list[Any], context: Any, folder: Path) -> None:
+    """Kill what still runs: a rank may be stuck in a collective, where no message reaches it."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(5)
+    for socket in sockets:
+        socket.close()
+    context.term()
+    shutil.rmtree(folder, ignore_errors=True)

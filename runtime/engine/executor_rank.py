@@ -1,0 +1,136 @@
+"""One rank of a model in a process of its own: it answers steps and calls until its parent ends it."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seamwise.runtime.build.step import StepOutput
+from seamwise.runtime.runner.runner import ModelRunner
+
+from .executor import Worker, call_worker, make_worker
+from .executor_wire import from_frames
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStart:
+    """What a rank is started with: where it meets the others and its parent, and what it loads.
+
+    folder   of sockets, the meeting file, stacks and results, private to the parent
+    timeout_s  of a collective: a rank that waits longer for another fails
+    """
+
+    rank: int
+    ranks: int
+    folder: Path
+    timeout_s: float
+    threads: int
+    model: Path
+    options: Mapping[str, Any]
+    extension: str | type | None
+
+    @property
+    def address(self) -> str:
+        return f"ipc://{self.folder}/rank{self.rank}"
+
+    @property
+    def stacks(self) -> Path:
+        """Where the rank writes its threads' stacks on SIGUSR1."""
+        return self.folder / f"stacks{self.rank}"
+
+
+class Shelf:
+    """Results that the parent reads where the rank wrote them: one file in memory, valid until the next step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._memory: dict[str, tuple[str, Tensor]] = {}
+
+    def put(self, name: str, result: Tensor) -> tuple[str, str, tuple[int, ...]]:
+        """Copy a tensor; return its file, dtype and shape."""
+        path, held = self._memory.get(name, ("", None))
+        if held is None or held.numel() < result.nbytes:
+            self._count += 1
+            path = str(self._folder / f"{name}{self._count}")
+            held = torch.from_file(path, shared=True, size=max(2 * result.nbytes, 64), dtype=torch.uint8)
+            self._memory[name] = path, held
+        if result.numel():
+            held[: result.nbytes].view(result.dtype).view(result.shape).copy_(result)
+        return path, str(result.dtype).removeprefix("torch."), tuple(result.shape)
+
+
+def main(start: RankStart) -> None:
+    """Load, report, and serve; what goes wrong is an answer, with its traceback."""
+    import torch.distributed as dist
+    import zmq
+
+    if sys.platform.startswith("linux"):  # a parent that is killed takes its ranks along
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    faulthandler.register(signal.SIGUSR1, start.stacks.open("w"), all_threads=True)
+    torch.set_num_threads(start.threads)
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.connect(start.address)
+
+    def load() -> tuple[Worker, Any]:
+        device = str(start.options.get("device", "auto"))
+        kind = torch.device(device).type if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo", init_method=f"file://{start.folder}/meeting", rank=start.rank,
+            world_size=start.ranks, timeout=timedelta(seconds=start.timeout_s),
+        )  # fmt: skip
+        runner = ModelRunner.load(start.model, tensor_parallel_size=start.ranks, **start.options)
+        worker = make_worker(runner, str(start.model), start.extension, start.rank)
+        return worker, (runner.config, runner.options, runner.kv_spec, runner.startup_s, runner.program)
+
+    answered, loaded = _attempt(load)
+    socket.send_multipart(_answer(answered, loaded[1] if answered else loaded))
+    if not answered:
+        return
+    worker, shelf = loaded[0], Shelf(start.folder)
+    while True:
+        kind, *frames = socket.recv_multipart()
+        if kind == b"step":
+            answer = _attempt(lambda frames=frames: _step(worker, frames, shelf))
+        elif kind == b"call":
+            answer = _attempt(lambda frames=frames: call_worker(worker, *pickle.loads(frames[0])))
+        else:
+            return
+        socket.send_multipart(_answer(*answer))
+
+
+def _step(worker: Worker, frames: list[bytes], shelf: Shelf) -> Any:
+    output: StepOutput = worker.model_runner.step(from_frames(frames))
+    if worker.rank:
+        return None  # every rank has the same logits
+    hidden = output.hidden_states
+    return shelf.put("logits", output.logits), None if hidden is None else shelf.put("hidden", hidden)
+
+
+def _attempt(function: Any) -> tuple[bool, Any]:
+    try:
+        return True, function()
+    except Exception as error:
+        return False, (type(error).__name__, str(error), traceback.format_exc())
+
+
+def _answer(fine: bool, result: Any) -> list[bytes]:
+    try:
+        return [b"fine" if fine else b"error", pickle.dumps(result)]
+    except Exception as error:  # a result that cannot travel is the caller's mistake, and no rank ends for it
+        told = f"the result, a {type(result).__name__}, cannot be sent to another process: {error}"
+        return [b"error", pickle.dumps(("ValueError", told, ""))]

@@ -1,0 +1,147 @@
+"""Ranks in processes of their own under one scheduler: they give what one gives, and none dies or hangs unnoticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_tiny
+
+from seamwise import LLM, SamplingParams
+from seamwise.runtime.build.step import FIELDS, KVGroupInput, StepInput, ragged_step
+from seamwise.runtime.engine.executor import starts_ranks
+from seamwise.runtime.engine.executor_processes import RankProcesses
+from seamwise.runtime.engine.executor_wire import from_frames, to_frames
+
+PROMPTS = [{"prompt_token_ids": list(range(3, 40))}, {"prompt_token_ids": [7, 9, 11]}]
+PARAMS = [SamplingParams(temperature=t, max_tokens=9, ignore_eos=True, detokenize=False, seed=5) for t in (0.0, 1.0)]
+
+
+def a_step(count: int = 4, **more: Any) -> StepInput:
+    table = np.array([[1, 2]], dtype=np.int32)
+    return ragged_step(np.arange(3, 3 + count), table, np.array([0]), np.array([count]), 16, **more)
+
+
+def test_a_step_arrives_as_it_was_sent() -> None:
+    group = KVGroupInput(slot_mapping=torch.arange(4), block_table=torch.ones(1, 7, dtype=torch.int32))
+    sent = a_step(
+        adapter_slots=torch.tensor([3]).int(), request_generations=torch.tensor([1 << 40]), hidden_states=True,
+        further_groups=(group, group),
+    )  # fmt: skip
+    for step in (sent, a_step(1), a_step(0)):
+        got = from_frames([bytes(frame) for frame in to_frames(step)])
+        got.check()
+        for name in FIELDS:
+            a, b = getattr(got, name), getattr(step, name)
+            assert (a is None and b is None) or (torch.equal(a, b) and a.dtype == b.dtype)
+        assert got.hidden_states == step.hidden_states and len(got.further_groups) == len(step.further_groups)
+    assert torch.equal(from_frames(to_frames(sent)).further_groups[1].block_table, group.block_table)
+    frames = to_frames(sent)
+    with pytest.raises(ValueError, match="protocol version 1 came, this is version 2"):
+        from_frames([frames[0].replace(b"\x94\x02", b"\x94\x01", 1), *frames[1:]])
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "message"),
+    [("ray", 2, "wanted 'mp'"), ("mp", 1, "needs tensor_parallel_size above 1"), ("uni", 2, "use 'mp'")],
+)
+def test_backends_that_cannot_be_are_refused(backend: str, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        starts_ranks(backend, ranks)
+    assert starts_ranks(None, 2) and not starts_ranks(None, 1) and not starts_ranks("external_launcher", 2)
+
+
+def hangs_on_one(worker: Any) -> int:
+    if worker.rank == 1:
+        time.sleep(120)
+    return worker.rank
+
+
+def fails_on_one(worker: Any) -> int:
+    if worker.rank == 1:
+        raise KeyError("planted")
+    return worker.rank
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_what_one_gives_until_one_hangs(tmp_path: Path, pack_dir: Path) -> None:
+    for seed, name in enumerate("ab"):
+        save_tiny(tmp_path / name, "LlamaForCausalLM", seed=seed)
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "pack_dir": pack_dir}
+    llm = LLM(tmp_path / "a", tensor_parallel_size=2, **options)
+    try:
+        first = tokens(LLM(tmp_path / "a", **options))
+        assert tokens(llm) == first
+        assert llm.collective_rpc(_rank_and_size) == [(0, 2), (1, 2)]
+        weights = load_file(tmp_path / "b/model.safetensors")
+        llm.start_weight_update()
+        llm.update_weights((n, t) for n, t in weights.items())
+        llm.finish_weight_update("b")
+        second = tokens(LLM(tmp_path / "b", **options))
+        assert tokens(llm) == second != first and llm.weight_version == "b"
+        llm.sleep(1)
+        assert llm.is_sleeping()
+        with pytest.raises(RuntimeError, match=r"^step: weights and kv_cache asleep"):
+            tokens(llm)  # every rank said so: they go on
+        llm.wake_up()
+        assert tokens(llm) == second
+        with pytest.raises(ValueError, match="workers have no method 'nothing'"):
+            llm.collective_rpc("nothing")
+        with pytest.raises(ValueError, match="cannot be sent to ranks"):
+            llm.collective_rpc(lambda worker: 1)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"rank 1 did not answer within 2 s\n(.*\n)*.*hangs_on_one"):
+            llm.collective_rpc(hangs_on_one, timeout=2)
+        assert time.monotonic() - began < 20
+        with pytest.raises(RuntimeError, match=r"^collective_rpc\(.*: rank 1 did not answer within 2 s"):
+            tokens(llm)
+        assert not llm.engine.has_unfinished_requests()
+    finally:
+        llm.executor.shutdown()
+    llm.executor.shutdown()
+
+
+def _rank_and_size(worker: Any) -> tuple[int, int]:
+    return worker.rank, worker.model_runner.options.tensor_parallel_size
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named(tmp_path: Path, pack_dir: Path) -> None:
+    save_tiny(tmp_path / "a", "LlamaForCausalLM")
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "pack_dir": pack_dir}
+    ranks = RankProcesses(tmp_path / "a", 2, options, timeout_s=60)
+    try:
+        ranks.allocate_kv(9)
+        assert ranks.step(a_step(4)).logits.shape == (1, ranks.config.vocab_size)
+        with pytest.raises(ValueError, match="this model rotates by one position"):
+            ranks.step(_with_three_positions())
+        processes = ranks._processes
+        os.kill(processes[1].pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"^step: rank 1 \(process \d+\) died: SIGKILL"):
+            ranks.step(a_step(4))
+        assert time.monotonic() - began < 30
+        with pytest.raises(RuntimeError, match=r"^step: rank 1 .* died: SIGKILL"):
+            ranks.step(a_step(4))
+        assert not any(process.is_alive() for process in processes)
+    finally:
+        ranks.shutdown()
+    with pytest.raises(RuntimeError, match=r"^start: rank 0 failed: ValueError: .*max_model_len=10000"):
+        RankProcesses(tmp_path / "a", 2, options | {"max_model_len": 10000})
+
+
+def _with_three_positions() -> StepInput:
+    from dataclasses import replace
+
+    return replace(a_step(4), positions=torch.zeros(3, 4, dtype=torch.int64))

@@ -1,0 +1,188 @@
+"""`AsyncLLM` over the fake engine: outputs grow, leaving aborts, calls reach the engine, errors have their kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import fake_llm
+
+from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.serve.async_llm import AsyncLLM
+from seamwise.runtime.serve.process.deltas import Deltas
+from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.process.streams import EngineError, Stream, Unsupported, merged
+
+
+def with_llm(work: Callable[[AsyncLLM], Awaitable[Any]]) -> Any:
+    async def go() -> Any:
+        llm = fake_llm()
+        try:
+            return await work(llm)
+        finally:
+            await llm.shutdown()
+
+    return asyncio.run(go())
+
+
+def test_outputs_grow_and_end() -> None:
+    async def work(llm: AsyncLLM) -> None:
+        params = SamplingParams(max_tokens=5, n=2, logprobs=0)
+        seen = [len(o.outputs[1].token_ids) async for o in llm.generate("abc", params, "one")]
+        assert seen == sorted(seen) and seen[-1] == 5
+        async for output in llm.generate({"prompt_token_ids": [3, 4]}, params):
+            last = output
+        assert last.finished and [c.text for c in last.outputs] == ["deded"] * 2
+        assert last.outputs[0].logprobs is not None and len(last.outputs[0].logprobs) == 5
+        assert last.outputs[0].cumulative_logprob == -2.5
+        assert last.metrics.first_token_time is not None and last.metrics.finished_time is not None
+
+    with_llm(work)
+
+
+def test_leaving_the_loop_aborts_and_ids_are_refused_twice() -> None:
+    async def work(llm: AsyncLLM) -> None:
+        slow = SamplingParams(max_tokens=50)
+        first = llm.generate("Z", slow, "same")
+        await anext(first)
+        with pytest.raises(ValueError, match="request id 'same' is in use"):
+            await anext(llm.generate("Z", slow, "same"))
+        await first.aclose()
+        await llm.wait_for_requests_to_drain(5)
+        while llm.engine.stats.num_running:
+            await asyncio.sleep(0.02)
+        second = llm.generate("Z", slow, "same")
+        await anext(second)
+        await llm.abort("same")
+        reasons = [o.outputs[0].finish_reason async for o in second]
+        assert reasons[-1] == "abort"
+
+    with_llm(work)
+
+
+def test_calls_and_refusals() -> None:
+    async def work(llm: AsyncLLM) -> None:
+        await llm.ready()
+        assert await llm.collective_rpc("m", args=(1,), kwargs={"a": 2}) == [["m", [1], {"a": 2}]]
+        assert await llm.reset_prefix_cache() and not await llm.is_paused()
+        await llm.pause_generation(mode="keep")
+        assert await llm.is_paused()
+        await llm.resume_generation()
+        await llm.check_health()
+        assert llm.is_running and not llm.errored and llm.world_size == 1
+        for call in (llm.encode("abc"), llm.list_loras(), llm.start_profile(), llm.add_lora("x")):
+            with pytest.raises(Unsupported, match="this engine has no"):
+                await call
+        with pytest.raises(ValueError, match="no prompt of 13 tokens"):
+            await anext(llm.generate("a" * 13))
+        with pytest.raises(ValueError, match="outputs grow here"):
+            await anext(llm.generate("a", SamplingParams(output_kind=RequestOutputKind.DELTA)))
+        with pytest.raises(ValueError, match="functions are not sent"):
+            await anext(llm.generate("a", SamplingParams(logits_processors=[max])))
+        await llm.shutdown()
+        with pytest.raises(EngineError, match="shutting down"):
+            await llm.check_health()
+
+    with_llm(work)
+
+
+def test_options_that_are_no_plain_data_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pipeline=<object .*another process cannot be given it"):
+        AsyncLLM("x", pipeline=object())
+
+
+def test_a_stream_merges_what_is_not_taken() -> None:
+    def delta(text: str, finished: bool = False) -> Delta:
+        row = [[TokenLogprob(1, -0.1, 1, text)]]
+        return Delta("r", 0, text, [1], row, "stop" if finished else None, request_finished=finished)
+
+    async def go() -> None:
+        stream = Stream("r")
+        for text in "abc":
+            stream.put(delta(text))
+        (one,) = await stream.take()
+        assert one.text == "abc" and one.token_ids == [1, 1, 1] and one.logprobs is not None and len(one.logprobs) == 3
+        stream.put(delta("d"))
+        stream.fail(EngineError("gone"))
+        assert (await stream.take())[0].text == "d"
+        with pytest.raises(EngineError, match="gone"):
+            await stream.take()
+        whole = merged(delta("a"), delta("b", finished=True))
+        assert whole.request_finished and whole.finish_reason == "stop"
+
+    asyncio.run(go())
+
+
+def test_an_end_is_sent_once_though_the_engine_repeats_it() -> None:
+    def output(second: str | None) -> RequestOutput:
+        outputs = [
+            CompletionOutput(index=0, text="", token_ids=[], finish_reason="stop"),
+            CompletionOutput(index=1, text="a", token_ids=[1], finish_reason=second),
+        ]
+        metrics = RequestMetrics(arrival_time=0.0)
+        return RequestOutput(
+            request_id="r", prompt=None, prompt_token_ids=[1], outputs=outputs, finished=second is not None,
+            metrics=metrics,
+        )  # fmt: skip
+
+    deltas = Deltas()
+    deltas.follow("r")
+    assert [d.index for d in deltas.of(output(None))] == [0, 1]
+    (last,) = deltas.of(output("length"))
+    assert last.index == 1 and last.request_finished and deltas.unfinished == []
+
+
+def test_the_http_process_never_imports_torch() -> None:
+    code = (
+        "import sys, seamwise.runtime.serve.http.run, seamwise.runtime.serve.http.app, seamwise.runtime.serve.cli;"
+        "import seamwise.runtime.serve.commands.serve, seamwise.runtime.serve.batch_file;"
+        "print([m for m in ('torch', 'transformers', 'triton') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+DRAIN = """
+import asyncio, sys
+sys.path.insert(0, {here!r})
+from servers import fake_llm
+from seamwise.runtime.serve.http.app import build_app
+from seamwise.runtime.serve.http.run import serve
+from seamwise.runtime.serve.http.serving import Serving
+from seamwise.runtime.serve.http.settings import ServeSettings
+settings = ServeSettings(port=0, shutdown_timeout_s={timeout})
+state = Serving({{"fake": fake_llm()}}, settings)
+sys.exit(serve(build_app(state), state, settings, ready=lambda address: print(address, flush=True)))
+"""
+
+
+@pytest.mark.parametrize(("timeout_s", "finishes"), [(10.0, True), (0.5, False)])
+def test_sigterm_lets_requests_finish_within_the_deadline(timeout_s: float, finishes: bool) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from time import sleep
+
+    from servers import post
+
+    code = DRAIN.format(here=str(Path(__file__).parent), timeout=timeout_s)
+    process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(post, f"{address}/v1/completions", {"prompt": "Z", "max_tokens": 10})
+        sleep(0.5)
+        process.terminate()
+        sleep(0.2)
+        status, late = post(f"{address}/v1/completions", {"prompt": "a"})
+        assert status == 503 and "shutting down" in late["error"]["message"]
+        status, answer = running.result(15)
+    if finishes:
+        assert status == 200 and answer["choices"][0]["text"] == "Z" * 10
+    else:
+        assert status == 503 and "shutting down" in answer["error"]["message"]
+    assert process.wait(15) == 0
