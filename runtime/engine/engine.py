@@ -66,7 +66,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
-        self.eos_ids = _eos_ids(runner, tokenizer)
+        self.eos_ids = _eos_ids(runner.config.eos_ids, tokenizer, runner.config.vocab_size)
         self.seed = seed
         self.namespace = Namespace()
         pool = BlockPool(num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching)
@@ -87,6 +87,11 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         """Return whether step() has something to compute or to give out, now or after resume()."""
         return bool(self._requests or self._ready)
+
+    def ends_with(self, ids: int | Series[int] | None) -> None:
+        """Let these ids of the model, and the tokenizer's, end outputs of requests that are added from now on."""
+        named = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        self.eos_ids = _eos_ids(named, self.tokenizer, self.runner.config.vocab_size)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """Return how many tokens a request may produce. Raises ValueError for one that cannot be served."""
@@ -367,7 +372,7 @@ class Engine:
         return replace(self.namespace, cache_salt=request.cache_salt).root()
 
 
-def _eos_ids(runner: ModelRunner, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _eos_ids(ids: Series[int], tokenizer: Tokenizer | None, vocab: int) -> tuple[int, ...]:
     """Return the ids that end a sequence: the model's, and the one that its tokenizer names (fine-tunes rename it)."""
     named = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
-    return tuple(dict.fromkeys(i for i in (*runner.config.eos_ids, *named) if i < runner.config.vocab_size))
+    return tuple(dict.fromkeys(i for i in (*ids, *named) if i < vocab))

@@ -173,12 +173,11 @@ def _publish(scheduler: Scheduler, slot: int) -> None:
 
 
 def undo(scheduler: Scheduler) -> None:
-    """Let all that is under way start over: what failed steps wrote to the cache is not trusted."""
+    """Let all that is under way start over: what failed steps wrote is not trusted, and was promised at most.
+
+    A promised block's holders all compute in a step under way, so they let go of it, and it loses its name with that.
+    """
     steps, scheduler.flying = scheduler.flying, []
-    for step in steps:
-        for block, name in step.fills:
-            if block in scheduler.pool.promised and scheduler.pool.names[block] == name:
-                scheduler.pool.forget(block)
     for step in steps:
         for s, epoch in zip(step.sequences, step.epochs.tolist(), strict=True):
             if s.slot >= 0 and scheduler.slots.epoch[s.slot] == epoch:

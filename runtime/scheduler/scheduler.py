@@ -67,6 +67,9 @@ class Scheduler:
         held.update(block for blocks in self.pool.leases.values() for block in blocks)
         assert held == Counter(self.pool.holders), "the pool and the sequences disagree on who holds what"
         for s in self.running:
+            named = [b in self.pool.names and b not in self.pool.promised for b in s.blocks]
+            computed = int(self.slots.computed[s.slot]) // self.pool.block_size
+            assert not any(named[computed:]), "a block is published before it is computed"
             assert s.num_published <= s.num_promised <= len(s.blocks)
             flies = any(s is other for step in self.flying for other in step.sequences)
             assert flies or self.slots.scheduled[s.slot] == self.slots.computed[s.slot]

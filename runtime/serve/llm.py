@@ -23,6 +23,7 @@ from seamwise.runtime.engine.executor import InProcess, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.scheduler.config import SchedulerConfig
@@ -54,6 +55,8 @@ class LLM(ModelControl):
     scheduling_policy  "fcfs", "priority", "fair", "predictive", "response_ratio", "cache_aware" or an installed one
     async_scheduling  plan a step while the one before it runs; outputs are the same without
     long_prefill_token_threshold, scheduler_reserve_full_isl, watermark  see SchedulerConfig
+    generation_config  where the options of requests without any come from: "auto" (the model's generation_config.json),
+                   "vllm" (SamplingParams' own defaults, and config.json's end of sequence), or a directory
     logprobs_mode  what log probabilities are of: "raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
@@ -78,7 +81,8 @@ class LLM(ModelControl):
         gpu_memory_utilization: float | None = None, kv_cache_memory_bytes: int | None = None,
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
-        logprobs_mode: str = "raw_logprobs", skip_tokenizer_init: bool = False, enable_sleep_mode: bool | None = None,
+        logprobs_mode: str = "raw_logprobs", generation_config: str = "auto", skip_tokenizer_init: bool = False,
+        enable_sleep_mode: bool | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, **options: Any,
@@ -104,6 +108,7 @@ class LLM(ModelControl):
             caches.set_cache_dir(cache_dir)
         directory = resolve_model(model)
         home = model_of(directory) if tokenizer is None else resolve_model(tokenizer, weights=False)
+        self._default_params = default_params(read_generation_config(generation_config, model_of(directory)))
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
@@ -142,7 +147,13 @@ class LLM(ModelControl):
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
             logprobs_mode=logprobs_mode,
         )  # fmt: skip
+        if generation_config == "vllm":
+            self.engine.ends_with(runner.config.raw.get("eos_token_id"))
         self._ids = itertools.count()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the options of a request that brings none: the model's recommended ones, see generation_config."""
+        return self._default_params
 
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache holds. Raises RuntimeError while requests run."""
@@ -164,7 +175,7 @@ class LLM(ModelControl):
         Raises ValueError for a prompt that cannot be served, naming its index, before anything is computed.
         """
         many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        params = _for_each(sampling_params, len(many))
+        params = _for_each(sampling_params or self._default_params, len(many))
         requests = []
         for i, (prompt, p) in enumerate(zip(many, params, strict=True)):
             try:
@@ -269,9 +280,9 @@ def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:
         raise ValueError(f"{' and '.join(said)} each say how large the KV cache is; leave all but one out")
 
 
-def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+def _for_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise ValueError(f"got {len(params)} sampling_params for {count} prompts; wanted one, or one for each")
     return list(params)

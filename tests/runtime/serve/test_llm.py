@@ -168,3 +168,27 @@ def test_a_corrupt_file_an_unknown_architecture_and_a_missing_directory_are_clea
         make(copied)
     with pytest.raises(ValueError, match="is no directory"):
         make(copied / "nowhere")
+
+
+def test_batch_invariance_is_of_the_whole_engine(tiny_llama_dir: Path, pack_dir: Path) -> None:
+    """Tokens and log probabilities are the same in bits for any batch, chunks, cache, policy, preemption and async."""
+    prompts = [{"prompt_token_ids": [(7 * i + j * j) % 500 for j in range(4 + 9 * i)]} for i in range(5)]
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=9, logprobs=2, ignore_eos=True, detokenize=False)
+        for i, t in enumerate([0.0, 0.7, 1.3, 0.0, 0.9])
+    ]
+    settings: list[dict[str, Any]] = [
+        {"max_num_seqs": 1, "async_scheduling": False, "enable_prefix_caching": False},
+        {"max_num_batched_tokens": 7},
+        {"max_num_batched_tokens": 64, "scheduling_policy": "predictive", "long_prefill_token_threshold": 5},
+        {"num_gpu_blocks_override": 8, "max_model_len": 64, "scheduling_policy": "fair"},
+        {"num_gpu_blocks_override": 8, "max_model_len": 64, "scheduling_policy": "priority", "async_scheduling": False},
+    ]
+    found = []
+    for options in settings:
+        llm = LLM(tiny_llama_dir, device="cpu", pack_dir=pack_dir, block_size=16, **{"max_model_len": 128, **options})
+        for _ in range(2):  # the second time from the prefix cache
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            found.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
+        llm.engine.close()
+    assert all(other == found[0] for other in found[1:])
