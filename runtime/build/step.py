@@ -172,6 +172,18 @@ class StepOutput:
     request_generations: Tensor | None = None
 
 
+def check_plain(batch: StepInput) -> None:
+    """Raise ValueError for what a step may ask for and few models have: three positions, KV groups, adapters."""
+    if batch.positions.dim() > 1:
+        raise ValueError("StepInput.positions is (3, T), this model rotates by one position a token: wanted (T,)")
+    if batch.further_groups:
+        raise ValueError(
+            f"StepInput has {1 + len(batch.further_groups)} KV cache groups, this model has 1: leave further_groups out"
+        )
+    if batch.adapter_slots is not None and batch.adapter_slots.any():
+        raise ValueError(f"StepInput.adapter_slots is {batch.adapter_slots.tolist()}, no adapter is loaded: wanted 0")
+
+
 def capture_dims(layers: Iterable[Iterable[tuple[int, ...]]]) -> dict[str, Any]:
     """Return what may change of each argument of a forward, by letter; caches (N, …) may have any number N of blocks.
 

@@ -28,7 +28,7 @@ from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program, open_pack, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
-from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, step_of_padding
+from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import smallest
 
 from .memory_plan import MemoryPlan, plan_memory
@@ -271,17 +271,7 @@ class ModelRunner:
 
     def _check_served(self, batch: StepInput) -> None:
         """Raise ValueError for what a step may ask for and this model does not have."""
-        if batch.positions.dim() > 1:
-            raise ValueError("StepInput.positions is (3, T), this model rotates by one position a token: wanted (T,)")
-        if batch.further_groups:
-            raise ValueError(
-                f"StepInput has {1 + len(batch.further_groups)} KV cache groups, this model has 1: leave further_groups"
-                " out"
-            )
-        if batch.adapter_slots is not None and batch.adapter_slots.any():
-            raise ValueError(
-                f"StepInput.adapter_slots is {batch.adapter_slots.tolist()}, no adapter is loaded: wanted 0"
-            )
+        check_plain(batch)
         if batch.hidden_states and not self.options.return_hidden_states:
             raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")
 

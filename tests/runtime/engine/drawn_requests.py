@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fake_runner import FakeRunner
 from fake_tokenizer import FakeTokenizer
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import CompletionOutput
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.testing import FakeRunner
 
 STEM = (3, 4, 3, 5, 6, 3, 3, 4, 5, 5, 4, 6)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_runner import FakeRunner
 from fake_tokenizer import FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.stop import ended_by_token
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.testing import FakeRunner
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from fake_runner import FakeRunner
 from tiny_tokenizers import unigram, write
 
 from seamwise.runtime.engine.engine import Engine
@@ -11,6 +10,7 @@ from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.text.tokenizer import Tokenizer
+from seamwise.testing import FakeRunner
 
 
 @pytest.fixture(scope="module")

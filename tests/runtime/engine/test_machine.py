@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from drawn_requests import Drawn, alone, drawn_requests
-from fake_runner import FakeRunner
 from fake_tokenizer import FakeTokenizer
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,6 +26,7 @@ from seamwise.runtime.sampling.params import RequestOutputKind
 from seamwise.runtime.scheduler import commit, queue, scheduler, slots
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
 from seamwise.runtime.scheduler.policies import OURS
+from seamwise.testing import FakeRunner
 
 _INTERRUPTED = {m.__file__ for m in (answer, loop, engine_module, commit, queue, scheduler, slots)}
 _PATIENCE = 4000  # steps in which everything must have ended

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runner import FakeRunner
 from trace_of_requests import Asked, Served, lognormal_trace, serve
 
 from seamwise.runtime.engine.engine import Engine
@@ -22,6 +21,7 @@ from seamwise.runtime.scheduler.policies.conformance import check_policy
 from seamwise.runtime.scheduler.policies.fair import W_IN, W_OUT
 from seamwise.runtime.scheduler.policies.predictive import AGING
 from seamwise.runtime.scheduler.record import Recording, replay
+from seamwise.testing import FakeRunner
 
 BUDGET, SEATS = 24, 4
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fake_runner import FakeRunner
 
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.testing import FakeRunner
 
 
 @dataclass(frozen=True)

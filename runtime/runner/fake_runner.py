@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.build.step import StepInput, StepOutput, check_plain
 
 _UNWRITTEN = -1
 
@@ -34,7 +34,9 @@ class FakeRunner:
         self.num_computed = 0
 
     def step(self, batch: StepInput) -> StepOutput:
+        """Return the logits of the wanted rows. Asserts that the step is what an engine may give."""
         batch.check()
+        check_plain(batch)
         self.num_steps += 1
         tokens, starts = batch.token_ids.numpy(), batch.query_starts.numpy()
         slots, table, lengths = batch.slot_mapping.numpy(), batch.block_table.numpy(), batch.seq_lens.numpy()
@@ -60,7 +62,10 @@ class FakeRunner:
             assert (history != _UNWRITTEN).all(), "unwritten cache is read"
             logits.append(self.logits_after(history.tolist()))
         stacked = np.array(logits, dtype=np.float32).reshape(len(logits), self.config.vocab_size)
-        return StepOutput(logits=torch.from_numpy(stacked))
+        return StepOutput(
+            logits=torch.from_numpy(stacked), request_slots=batch.request_slots,
+            request_generations=batch.request_generations,
+        )  # fmt: skip
 
     def logits_after(self, history: list[int]) -> np.ndarray:
         """Return the next token's logits after a history: what the whole machinery must come down to."""
