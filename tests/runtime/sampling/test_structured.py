@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 import pytest
-from fake_runner import FakeRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
@@ -19,6 +18,7 @@ from seamwise.runtime.sampling.grammar import GrammarMask, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.structured import StructuredOutputsParams
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.testing import FakeRunner
 
 PIECES = ["a", "b", "c", "ab", "bc", "ca", "abc", "x", "0", "1", "10", "{", "}", '"', ":", ",", "yes", "no", "ye", "s"]
 EOS = len(PIECES)
