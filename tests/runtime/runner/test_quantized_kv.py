@@ -155,7 +155,8 @@ def test_every_rewrite_over_a_scaled_cache_is_valid(tmp_path: Path) -> None:
     assert all(c["max_error"] < 1e-9 for n, c in certificates.items() if n != "quantize_linear")
 
 
-def test_a_pack_keeps_the_cache_dtype_and_its_scales(tmp_path: Path, pack_dir: Path) -> None:
+def test_a_pack_keeps_the_cache_dtype_and_its_scales(tmp_path: Path) -> None:
+    pack_dir = tmp_path / "packs"  # others may have packed the same model
     save_tiny(tmp_path / "model", "LlamaForCausalLM")
     cold = load(tmp_path / "model", torch.bfloat16, pack_dir=pack_dir, kv_cache_dtype="fp8")
     warm = load(tmp_path / "model", torch.bfloat16, pack_dir=pack_dir, kv_cache_dtype="fp8", offline=True)
