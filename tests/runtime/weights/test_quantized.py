@@ -208,7 +208,8 @@ def test_a_plain_checkpoint_is_not_read_as_a_quantized_one(tmp_path: Path) -> No
         load(tmp_path, torch.bfloat16)
 
 
-def test_a_pack_starts_offline_and_its_key_knows_the_quantization(tmp_path: Path, pack_dir: Path) -> None:
+def test_a_pack_starts_offline_and_its_key_knows_the_quantization(tmp_path: Path) -> None:
+    pack_dir = tmp_path / "packs"  # others may have packed the same model
     save_quantized(tmp_path, LAYOUTS["W8A8 int8 static"], torch.bfloat16)
     cold = load(tmp_path, torch.bfloat16, pack_dir=pack_dir)
     warm = load(tmp_path, torch.bfloat16, pack_dir=pack_dir, offline=True)

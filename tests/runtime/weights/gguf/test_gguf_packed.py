@@ -123,7 +123,8 @@ def test_another_checkpoint_is_named(tmp_path: Path) -> None:
         load(tmp_path / "hf", torch.bfloat16, quantization="gguf")
 
 
-def test_a_pack_of_packed_weights_starts_offline(tmp_path: Path, pack_dir: Path) -> None:
+def test_a_pack_of_packed_weights_starts_offline(tmp_path: Path) -> None:
+    pack_dir = tmp_path / "packs"  # others may have packed the same model
     _, path = save(tmp_path)
     cold = load(path, torch.bfloat16, quantization="gguf", pack_dir=pack_dir)
     warm = load(path, torch.bfloat16, quantization="gguf", pack_dir=pack_dir, offline=True)
