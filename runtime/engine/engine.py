@@ -94,9 +94,15 @@ class Engine:
         self.eos_ids = _eos_ids(named, self.tokenizer, self.runner.config.vocab_size)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
-        """Return how many tokens a request may produce. Raises ValueError for one that cannot be served."""
+        """Return how many tokens a request may produce. Raises ValueError for one that cannot be served.
+
+        A grammar is validated here, for as long as it takes; add_request leaves that to the thread that compiles it.
+        """
         if params.structured_outputs is not None:
-            self.grammars.check(params.structured_outputs)
+            params.structured_outputs.check()
+        return self._room(prompt_token_ids, params)
+
+    def _room(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         return check_request(
             prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
             has_tokenizer=self.tokenizer is not None,
@@ -123,7 +129,7 @@ class Engine:
             raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
         if mask_providers and len(mask_providers) != params.n:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
-        max_tokens = self.check(prompt_token_ids, params)
+        max_tokens = self._room(prompt_token_ids, params)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
         if params.structured_outputs is not None:
             if mask_providers or blocked:

@@ -82,14 +82,13 @@ class Grammars:
             raise ValueError(f"structured_outputs: {matcher.get_error().splitlines()[0]}")
         return matcher
 
-    def check(self, params: StructuredOutputsParams) -> None:
-        """Raise ValueError for what cannot be served."""
+    def start(self, request_id: str, params: StructuredOutputsParams, num_outputs: int) -> list[LateMask]:
+        """Begin to compile; return a mask for each output, to be asked once the request is unblocked.
+
+        Raises ValueError for a model without a tokenizer. What is wrong with the grammar shows in `settle`.
+        """
         if self._tokenizer is None:
             raise ValueError("structured_outputs needs a tokenizer; this model directory has none")
-        params.check()
-
-    def start(self, request_id: str, params: StructuredOutputsParams, num_outputs: int) -> list[LateMask]:
-        """Begin to compile; return a mask for each output, to be asked once the request is unblocked."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "seamwise-grammar")
         future = self._pool.submit(self.compile, params)

@@ -85,12 +85,18 @@ class StructuredOutputsParams:
         return _tagged(_schema("structural_tag", self.structural_tag))
 
     def check(self) -> None:
-        """Raise ValueError for a grammar that is none, or that costs more than LIMITS. Takes 40 ms at most."""
+        """Raise ValueError for a grammar that is none, or that costs more than LIMITS.
+
+        Takes milliseconds, and tenths of a second for a megabyte of alternatives; other threads run meanwhile.
+        """
         library = guidance()
         limits = library.LLParserLimits(**LIMITS)
-        wrong, messages = library.LLMatcher.validate_grammar_with_warnings(self.as_grammar(), None, limits=limits)
-        if wrong:
-            raise ValueError(f"structured_outputs: {_first_line(messages[0])}")
+        refused, messages = library.LLMatcher.validate_grammar_with_warnings(self.as_grammar(), None, limits=limits)
+        if refused:
+            wrong = _first_line(messages[0])
+            if "coerce_one_of" in wrong:  # it names an option that a schema itself can set
+                wrong += '; put "x-guidance": {"coerce_one_of": true} into the schema'
+            raise ValueError(f"structured_outputs: {wrong}")
 
 
 def guidance() -> Any:

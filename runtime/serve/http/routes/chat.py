@@ -32,7 +32,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     request_id = request_name(request, body.request_id, "chatcmpl")
     work = Work(state, llm, request_id)
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
-    work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
+    await work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
     marks = reasoning_marks(prompts.templates.get("default", ""))
     thinking = marks is not None and text.rstrip().endswith(marks[0])
 
