@@ -123,7 +123,8 @@ def test_requests_follow_their_grammar_beside_others(form: dict[str, Any], patte
         ({"choice": []}, "choice=[]"), ({"choice": "yes"}, "choice='yes'"), ({"json": 3}, "json=3"),
         ({"json_object": False}, "json_object=False"), ({"structural_tag": {"structures": []}}, "structural_tag wants"),
         ({"json": "{"}, "json is no JSON"), ({"json": {"type": "strin"}}, "structured_outputs:"),
-        ({"json": {"oneOf": [{}, {"type": "object"}]}}, "put \"x-guidance\""), ({"regex": "(a"}, "structured_outputs:"), ({"grammar": "start: nothing"}, "structured_outputs:"),
+        ({"json": {"oneOf": [{}, {"type": "object"}]}}, 'put "x-guidance"'),
+        ({"regex": "(a"}, "structured_outputs:"), ({"grammar": "start: nothing"}, "structured_outputs:"),
     ],
 )  # fmt: skip
 def test_what_is_no_form_is_refused_when_asked(form: dict[str, Any], message: str) -> None:
