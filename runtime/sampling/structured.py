@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from seamwise.extras import pip_install
+
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 # What one grammar may cost, at llguidance's stated speeds: 20 ms to begin with, 15 ms a token, and 64 MB of states.
 LIMITS = {
@@ -111,7 +113,7 @@ def guidance() -> Any:
         import llguidance
     except ImportError:
         raise ValueError(
-            "structured_outputs needs the package llguidance; install it: pip install 'seamwise[grammar]'"
+            f"structured_outputs needs the package llguidance; install it: {pip_install('grammar')}"
         ) from None
     return llguidance
 
