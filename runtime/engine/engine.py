@@ -162,16 +162,17 @@ class Engine:
         if request is None:
             return None
         with self._change:
-            running = [c for c in request.completions if c.reason is None]
-            for c in running:
-                self._answers.close(request, c)
-                c.reason = reason, message
-            self.scheduler.remove([c.sequence for c in running])
+            for c in request.completions:
+                if c.reason is None:
+                    self._answers.close(request, c)
+                    c.reason = reason, message
+                    self.scheduler.remove((c.sequence,))
             if self._ready:  # what nobody was handed yet comes with this one
                 taken_back = [given for output, given in self._ready if output.request_id == request_id]
                 self._ready = [(output, given) for output, given in self._ready if output.request_id != request_id]
                 request.given = (*taken_back, request.given)[0]
-            output, request.given = request.output()
+            output = request.output()
+            request.given.finished = True
             self._leave(request)
         return output
 
@@ -331,7 +332,8 @@ class Engine:
                 if request.finished:
                     request.metrics.finished_time = now
                     request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
-                output, given = request.output()
+                output = request.output()
+                given = request.given_with(output)
                 request.given, self._ready = given, [*self._ready, (output, request.given)]  # both or none
             if request.given.finished:
                 self._leave(request)

@@ -303,7 +303,7 @@ def test_aborting_ten_thousand_waiting_requests_takes_no_time_each() -> None:
     for i in range(10_000):
         engine.abort_request(str(i))
     took_ms = 1000 * (time.process_time() - began)
-    assert took_ms < 250, f"{took_ms:.0f} ms"  # 70 with both cores taken by others; walking a queue takes seconds
+    assert took_ms < 150, f"{took_ms:.0f} ms"  # 48-54 with both cores taken by others; walking a queue takes seconds
     assert not engine.has_unfinished_requests()
     engine.scheduler.check()
 
