@@ -29,6 +29,8 @@ class Scheduler:
     flying    steps that were planned and are not committed, the earliest first
     clock     tokens scheduled until now; counters: what each tenant was charged
     refusal   why the next waiting sequence does not start, as of the last plan
+    stalled   the last plan changed nothing, and no step is under way that will: all that is here is blocked, or wants
+              blocks that leases hold
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Scheduler:
         self.num_steps = 0
         self.clock = 0
         self.refusal: str | None = None
+        self.stalled = False
         self.tenants: dict[str, int] = {}
         self.counters = np.zeros(8)
         self.waits_of = [0] * 8  # how many sequences of each tenant wait
@@ -172,6 +175,7 @@ class Scheduler:
             self.recorder(view, decided)
         self.refusal = decided.refusal
         step = commit(self, decided)
+        self.stalled = step is None and not self.flying and not decided.preemptions
         stuck = step is None and not self.flying and view.candidates and not self.running
         assert not stuck or self.pool.leases, f"nothing runs, and nothing can start for want of {self.refusal}"
         return step
