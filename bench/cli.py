@@ -9,6 +9,7 @@ BENCHES = {
     "throughput": "the fixed workloads end to end, alone or beside peers",
     "startup": "start-up by stage against the model's depth",
     "serve": "open-loop load on a server, ours or any with OpenAI's routes",
+    "streams": "many streams through a server for minutes, against the same batch offline",
     "company": "decode beside other busy processes",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
