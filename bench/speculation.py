@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         for name, llm in llms.items():
             llm.reset_prefix_cache()
             (output,) = llm.generate([2 * LIST + LIST[: len(LIST) // 2]], params, use_tqdm=False)
-            metrics = output.metrics
+            metrics: Any = output.metrics
             if turn:
                 seconds = metrics.finished_time - metrics.first_token_time
                 speeds[name].append((options.output_tokens - 1) / seconds)
