@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from seamwise.runtime.build.kv_groups import FULL
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -32,6 +33,7 @@ class NoModel:
 
     def __init__(self, num_blocks: int, max_model_len: int) -> None:
         self.num_blocks, self.block_size = num_blocks, 16
+        self.kv_groups = (FULL,)
         self.options = SimpleNamespace(max_model_len=max_model_len, device="cpu")
         self.config = SimpleNamespace(vocab_size=VOCAB, eos_ids=())
 

@@ -36,9 +36,9 @@ from seamwise import caches
 from seamwise.passes import Miss, Report
 
 from .plugins import digests
-from .program import Program, TokenRange
+from .program import CacheGroup, Program, TokenRange
 
-FORMAT = 4
+FORMAT = 5
 _SOURCES = ("kernels", "passes", "model_defs", "runtime.build", "runtime.weights", "runtime.distributed")
 _STAGING = ".seamwise-writing-"
 _MOST_PACKS = 64  # kept in the cache; the least recently used go first
@@ -227,6 +227,7 @@ def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Te
                 raise PackRefused(f"pack {target}: {name} does not have the digest its manifest states")
         described = manifest["program"]
         described["inputs"] = tuple(described["inputs"])
+        described["kv_groups"] = [CacheGroup(**{**g, "layers": tuple(g["layers"])}) for g in described["kv_groups"]]
         described["packages"] = {Path(n).stem: target / n for n in files if n.endswith(".pt2")}
         described["ranges"] = [TokenRange(**r) for r in described["ranges"]]
         described["reports"] = [

@@ -32,6 +32,15 @@ class TokenRange:
     collectives: list[dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """Layers, by index, whose attention sees the last `window` tokens; 0: all. latent: they cache latents (MLA)."""
+
+    window: int
+    latent: bool
+    layers: tuple[int, ...]
+
+
 @dataclass(slots=True, kw_only=True)
 class Program:
     """What compiling gives: text, numbers and Inductor's packages, so a pack can hold it.
@@ -45,6 +54,7 @@ class Program:
     piece_costs   distinct piece -> tokens, bytes and flops of steps of some sizes
     weight_bytes, kv_bytes  of this rank's weights, and of the cache for a token
     kv_layers  of each layer of the KV cache, the shapes of its tensors in one block, of all ranks
+    kv_groups  of layers that need the same of the past: those behind the first have inputs of their own, the last ones
     token_bytes, logit_bytes  most alive at once of a step's values, for each of its tokens and each row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
@@ -68,6 +78,7 @@ class Program:
     weight_bytes: int = 0
     kv_bytes: int = 0
     kv_layers: list[list[list[int]]] = field(default_factory=list)
+    kv_groups: list[CacheGroup] = field(default_factory=list)
     token_bytes: int = 0
     logit_bytes: int = 0
     local_inputs: dict[str, tuple[int, int, int]] = field(default_factory=dict)

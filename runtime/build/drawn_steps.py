@@ -40,4 +40,5 @@ def _flat(
     step = ragged_step(token_ids, table, known, new, spec.block_size)
     shapes = [(int(owned.sum()) + 1, *shape) for layer in spec.layers for shape in layer]
     caches = [torch.randn(shape, generator=generator).to(spec.dtype) for shape in shapes]
-    return [x for name in STEP_ARGUMENTS for x in (caches if name == "kv_caches" else [getattr(step, name)])]
+    plain = [x for name in STEP_ARGUMENTS for x in (caches if name == "kv_caches" else [getattr(step, name)])]
+    return plain + [step.slot_mapping, step.block_table] * (len(spec.groups) - 1)

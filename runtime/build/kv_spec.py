@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from seamwise.compile.program import Program
+from seamwise.compile.program import CacheGroup, Program
 from seamwise.kernels.cpu import huge_pages
 
+from .kv_groups import FULL, Groups, KVGroup
 from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
@@ -22,11 +23,13 @@ class KVCacheSpec:
 
     layers  of each layer, the shapes of its tensors in one block: (K, P, D) for keys and again for values, or (P, E)
             where one row holds a token's latent and rotary key (MLA)
+    groups  of layers, which each have blocks of their own; (): one that keeps all tokens
     """
 
     layers: tuple[tuple[tuple[int, ...], ...], ...]
     block_size: int
     dtype: torch.dtype
+    groups: tuple[CacheGroup, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig, options: RunnerConfig) -> KVCacheSpec:
@@ -46,7 +49,8 @@ class KVCacheSpec:
     def of_program(cls, program: Program, options: RunnerConfig) -> KVCacheSpec:
         """Return what a compiled model caches."""
         layers = tuple(tuple(tuple(shape) for shape in layer) for layer in program.kv_layers)
-        return cls(layers=layers, block_size=options.block_size, dtype=options.kv_cache_dtype)
+        groups = tuple(program.kv_groups)
+        return cls(layers=layers, block_size=options.block_size, dtype=options.kv_cache_dtype, groups=groups)
 
     def local(self, program: Program) -> KVCacheSpec:
         """Return what this rank caches: some of the heads, where ranks share a model."""
@@ -58,13 +62,33 @@ class KVCacheSpec:
 
         return replace(self, layers=tuple(tuple(cut(shape) for shape in layer) for layer in self.layers))
 
+    def needs(self, max_model_len: int) -> Groups:
+        """Return what each group reads of the past, of requests of so many tokens: a window that holds them is none."""
+
+        def need(group: CacheGroup) -> KVGroup:
+            if 0 < group.window < max_model_len:
+                return KVGroup(kind="sliding_window", size=group.window)
+            return KVGroup(kind="latent") if group.latent else FULL
+
+        return tuple(map(need, self.groups)) or (FULL,)
+
     @property
     def bytes_per_token(self) -> int:
-        return self.bytes_per_block // self.block_size
+        """What a token takes that all layers keep."""
+        return self._bytes(self.layers) // self.block_size
 
     @property
     def bytes_per_block(self) -> int:
-        return sum(math.prod(shape) for layer in self.layers for shape in layer) * self.dtype.itemsize
+        """What a block takes: of all layers, or of one group's."""
+        return self._bytes(self._stored)
+
+    @property
+    def _stored(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The layers that have memory of their own: those of the longest group, whose tensors the others share."""
+        return self.layers[: max(len(group.layers) for group in self.groups)] if self.groups else self.layers
+
+    def _bytes(self, layers: tuple[tuple[tuple[int, ...], ...], ...]) -> int:
+        return sum(math.prod(shape) for layer in layers for shape in layer) * self.dtype.itemsize
 
     def blocks_within(self, budget_bytes: int) -> int:
         """Return how many blocks fit in a budget. Raises ValueError when not even one besides the null block does."""
@@ -77,16 +101,19 @@ class KVCacheSpec:
         return blocks
 
     def allocate(self, num_blocks: int, device: str) -> list[list[Tensor]]:
-        """Allocate each layer's zeroed tensors: (num_blocks, *shape of its block).
+        """Allocate each layer's zeroed tensors: (num_blocks, *shape of its block). Groups share them, not their blocks.
 
         On a CPU a block's memory is one stretch for all layers, in huge pages: few pages hold what a step reads, and
         those that no request reaches are never backed.
         """
         if torch.device(device).type != "cpu":
-            return [
+            made = [
                 [torch.zeros(num_blocks, *shape, dtype=self.dtype, device=device) for shape in layer]
-                for layer in self.layers
+                for layer in self._stored
             ]
-        memory = huge_pages.empty((num_blocks, self.bytes_per_block // self.dtype.itemsize), self.dtype)
-        parts = iter(memory.split([math.prod(shape) for layer in self.layers for shape in layer], dim=1))
-        return [[next(parts).unflatten(1, shape) for shape in layer] for layer in self.layers]
+        else:
+            memory = huge_pages.empty((num_blocks, self.bytes_per_block // self.dtype.itemsize), self.dtype)
+            parts = iter(memory.split([math.prod(shape) for layer in self._stored for shape in layer], dim=1))
+            made = [[next(parts).unflatten(1, shape) for shape in layer] for layer in self._stored]
+        places = {layer: made[i] for group in self.groups for i, layer in enumerate(group.layers)}
+        return [places[layer] for layer in range(len(self.layers))] if self.groups else made

@@ -66,6 +66,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         from seamwise.compile.capture import capture
+        from seamwise.compile.kv_groups import group_caches
         from seamwise.compile.structure import structure_of
         from seamwise.model_defs import build_model
     with ledger.stage("build model"):
@@ -83,10 +84,11 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             spec = _kv_spec(model, config, options)
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = capture(model, arguments, capture_dims(spec.layers))
+        captured, groups = group_caches(captured, len(spec.layers))
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
-        plan=getattr(model, "tp_plan", None), kv_spec=spec,
+        plan=getattr(model, "tp_plan", None), kv_spec=replace(spec, groups=tuple(groups)),
     )  # fmt: skip
     if options.stored is not None:
         made = _stored_quantized(made, stored_weights(options.stored, model))
@@ -168,6 +170,7 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         n: None if d is None else str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()
     }
     program.kv_layers = [[[*shape] for shape in layer] for layer in model.kv_spec.layers]
+    program.kv_groups = list(model.kv_spec.groups)
     program.reports = [*model.reports, *program.reports]
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
     return program, {name: b for name, b in model.buffers.items() if name in needed}

@@ -6,7 +6,7 @@ forward, the examples it is traced on, the runner's static buffers, the checks, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -62,6 +62,10 @@ class KVGroupInput:
 
     slot_mapping: Tensor
     block_table: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> KVGroupInput:
+        """Return what a function makes of both."""
+        return KVGroupInput(slot_mapping=function(self.slot_mapping), block_table=function(self.block_table))
 
     def check(self, name: str, sizes: Mapping[str, int]) -> None:
         """Raise ValueError when a tensor does not fit the step's sizes; a group's block table has its own width."""
@@ -172,14 +176,19 @@ class StepOutput:
     request_generations: Tensor | None = None
 
 
-def check_plain(batch: StepInput) -> None:
-    """Raise ValueError for what a step may ask for and few models have: three positions, KV groups, adapters."""
+def check_plain(batch: StepInput, num_groups: int = 1) -> None:
+    """Raise ValueError for what a step may ask for and few models have: three positions, adapters; and for other KV
+    groups than the model has, each table as wide as the first."""
     if batch.positions.dim() > 1:
         raise ValueError("StepInput.positions is (3, T), this model rotates by one position a token: wanted (T,)")
-    if batch.further_groups:
+    if 1 + len(batch.further_groups) != num_groups:
         raise ValueError(
-            f"StepInput has {1 + len(batch.further_groups)} KV cache groups, this model has 1: leave further_groups out"
+            f"StepInput has {1 + len(batch.further_groups)} KV cache groups, this model has {num_groups}: wanted"
+            f" further_groups of {num_groups - 1}"
         )
+    if any(group.block_table.shape != batch.block_table.shape for group in batch.further_groups):
+        shapes = [tuple(group.block_table.shape) for group in batch.further_groups]
+        raise ValueError(f"StepInput.further_groups have block tables of {shapes}, wanted {batch.block_table.shape}")
     if batch.adapter_slots is not None and batch.adapter_slots.any():
         raise ValueError(f"StepInput.adapter_slots is {batch.adapter_slots.tolist()}, no adapter is loaded: wanted 0")
 
@@ -207,27 +216,32 @@ def example_arguments(
 
 def ragged_step(
     token_ids: np.ndarray, table: np.ndarray, firsts: np.ndarray, counts: np.ndarray, block_size: int,
-    logit_rows: np.ndarray | None = None, **more: Any,
+    logit_rows: np.ndarray | None = None, further_tables: Iterable[np.ndarray] = (), **more: Any,
 ) -> StepInput:  # fmt: skip
     """Return the step that computes counts[r] tokens of each request, after firsts[r] that are in its blocks table[r].
 
     token_ids are those of all requests concatenated. The logits wanted are of each request's last row by default.
-    more: further fields of StepInput.
+    further_tables are those of further groups of the KV cache; more: further fields of StepInput.
     """
     starts = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
     request = np.repeat(np.arange(len(counts)), counts)
     positions = np.arange(starts[-1], dtype=np.int64) + np.repeat(firsts - starts[:-1], counts)
-    slots = table[request, positions // block_size] * np.int64(block_size) + positions % block_size
+    index, offset = positions // block_size, positions % block_size
+    stored = [torch.from_numpy(t[request, index] * np.int64(block_size) + offset) for t in (table, *further_tables)]
     rows = starts[1:] - 1 if logit_rows is None else logit_rows
     return StepInput(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
-        slot_mapping=torch.from_numpy(slots),
+        slot_mapping=stored[0],
         block_table=torch.from_numpy(table),
         seq_lens=torch.from_numpy((firsts + counts).astype(np.int32)),
         query_starts=torch.from_numpy(starts),
         logit_rows=torch.from_numpy(rows.astype(np.int64)),
+        further_groups=tuple(
+            KVGroupInput(slot_mapping=slots, block_table=torch.from_numpy(of_group))
+            for slots, of_group in zip(stored[1:], further_tables, strict=True)
+        ),
         **more,
     )
 
@@ -238,8 +252,9 @@ def empty_step() -> StepInput:
     return ragged_step(none, np.empty((0, 1), dtype=np.int32), none, none, 1)
 
 
-def step_of_padding() -> StepInput:
+def step_of_padding(num_groups: int = 1) -> StepInput:
     """Return the step of one row of padding, which no request owns and which stores nothing."""
     sizes = {"T": 1, "R": 1, "S": 2, "B": 1, "L": 1}
     parts: dict[str, Any] = {name: FIELDS[name].padded(sizes, "cpu") for name in STEP_ARGUMENTS if name in FIELDS}
-    return StepInput(**parts)
+    group = KVGroupInput(slot_mapping=parts["slot_mapping"], block_table=parts["block_table"])
+    return StepInput(**parts, further_groups=(group,) * (num_groups - 1))

@@ -57,9 +57,10 @@ def build_batch(step: Step, slots: Slots, sampling: SamplingSlots) -> Batch:
     for p in prompts:
         begin = int(ends[p.sequence] - counts[p.sequence] - step.firsts[p.sequence])
         rows.append(np.arange(begin + p.start, begin + p.start + len(p.following)))
+    first, *further = (table[step.slots, :width] for table in slots.tables)
     inputs = ragged_step(
-        np.empty(ends[-1], dtype=np.int64), slots.table[step.slots, :width], step.firsts.astype(np.int32),
-        counts.astype(np.int32), size, np.concatenate(rows),
+        np.empty(ends[-1], dtype=np.int64), first, step.firsts.astype(np.int32),
+        counts.astype(np.int32), size, np.concatenate(rows), further,
     )  # fmt: skip
     sampled = sampling.rows(np.repeat(step.slots[yields], each), positions[sampled_rows] + 1, slots.tokens)
     return Batch(inputs=inputs, owner=owner, positions=positions, sampling=sampled, prompts=prompts)

@@ -75,7 +75,10 @@ class Engine:
         self.eos_ids = _eos_ids(runner.config.eos_ids, tokenizer, runner.config.vocab_size)
         self.seed = seed
         self.namespace = Namespace()
-        pool = BlockPool(num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching)
+        pool = BlockPool(
+            num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching,
+            groups=runner.kv_groups,
+        )  # fmt: skip
         self.scheduler = Scheduler(
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from seamwise.extras import pip_install
+from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.runner.memory_plan import MemoryPlan
 
@@ -83,6 +84,11 @@ class RankProcesses:
     def block_size(self) -> int:
         size: int = self.options.block_size
         return size
+
+    @property
+    def kv_groups(self) -> Groups:
+        """What each group of layers reads of a request's past."""
+        return self.kv_spec.needs(self.options.max_model_len)
 
     def step(self, batch: StepInput) -> StepOutput:
         """Compute one step on every rank; the logits are valid until the next.

@@ -17,6 +17,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from seamwise.runtime.build.kv_groups import FULL, Groups
+
+from .hits import longest_hit, name_in
 from .names import BlockName
 
 NULL_BLOCK = 0  # padding points here; it is never handed out
@@ -26,6 +29,7 @@ NULL_BLOCK = 0  # padding points here; it is never handed out
 class BlockPool:
     """All blocks of the cache; each but the null block is in exactly one of free, resting, fenced, holders.
 
+    groups    of layers, which all take their blocks from here
     holders   block -> how many sequences and leases hold it
     fenced    block -> the step after which it is free or resting, in the order of these steps
     names     block -> name of its contents, promised or published; by_name is the inverse
@@ -36,6 +40,7 @@ class BlockPool:
     num_blocks: int
     block_size: int
     caching: bool = True
+    groups: Groups = (FULL,)
     free: list[int] = field(init=False)
     resting: OrderedDict[int, None] = field(init=False, default_factory=OrderedDict)
     holders: dict[int, int] = field(init=False, default_factory=dict)
@@ -121,6 +126,20 @@ class BlockPool:
             if block is None:
                 break
             found.append(block)
+        return found
+
+    def hit_length(self, names: Sequence[BlockName]) -> int:
+        """Return how many blocks of the first group, promised ones included, an admission with these names adopts."""
+        return longest_hit(self.groups, self.block_size, names, self.by_name)
+
+    def adopted(self, names: Sequence[BlockName], hits: int) -> dict[tuple[int, int], int]:
+        """Return, by group and index, the blocks found of those that a request behind `hits` blocks holds."""
+        found = {}
+        for g, group in enumerate(self.groups):
+            for index in range(int(group.first_needed(hits * self.block_size)) // self.block_size, hits):
+                block = self.by_name.get(name_in(names[index], g))
+                if block is not None:
+                    found[g, index] = block
         return found
 
     def promise(self, block: int, name: BlockName) -> None:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from seamwise.runtime.build.step import StepInput, StepOutput, check_plain
+from seamwise.runtime.build.kv_groups import FULL, Groups
+from seamwise.runtime.build.step import KVGroupInput, StepInput, StepOutput, check_plain
 
 _UNWRITTEN = -1
 
@@ -22,8 +23,9 @@ class FakeRunner:
     def __init__(
         self, *, num_blocks: int, block_size: int, vocab_size: int = 24, max_model_len: int = 512,
         eos_ids: tuple[int, ...] = (2,), max_tokens: int | None = None, fail_at: frozenset[int] = frozenset(),
-        sharpness: float = 2.0,
+        sharpness: float = 2.0, kv_groups: Groups = (FULL,),
     ) -> None:  # fmt: skip
+        self.kv_groups = kv_groups
         self.num_blocks, self.block_size = num_blocks, block_size
         self.options = SimpleNamespace(max_model_len=max_model_len, device="cpu")
         self.config = SimpleNamespace(vocab_size=vocab_size, eos_ids=eos_ids)
@@ -36,19 +38,22 @@ class FakeRunner:
     def step(self, batch: StepInput) -> StepOutput:
         """Return the logits of the wanted rows. Asserts that the step is what an engine may give."""
         batch.check()
-        check_plain(batch)
+        check_plain(batch, len(self.kv_groups))
         self.num_steps += 1
-        tokens, starts = batch.token_ids.numpy(), batch.query_starts.numpy()
-        slots, table, lengths = batch.slot_mapping.numpy(), batch.block_table.numpy(), batch.seq_lens.numpy()
+        tokens, starts, lengths = batch.token_ids.numpy(), batch.query_starts.numpy(), batch.seq_lens.numpy()
+        first = KVGroupInput(slot_mapping=batch.slot_mapping, block_table=batch.block_table)
+        stored = [(g.slot_mapping.numpy(), g.block_table.numpy()) for g in (first, *batch.further_groups)]
+        slots = np.concatenate([slots for slots, _ in stored])
         assert len(tokens) == starts[-1] and (np.diff(starts) > 0).all()
         assert self.max_tokens is None or len(tokens) <= self.max_tokens, "the step is over the token budget"
         assert len(set(slots.tolist())) == len(slots), "two tokens of a step are written to one slot"
         assert (slots >= self.block_size).all(), "the null block is written"
         self.num_computed += len(tokens)
         half = len(tokens) // 2 if self.num_steps in self.fail_at else len(tokens)
-        self.cache.reshape(-1)[slots[:half]] = tokens[:half]
-        if half < len(tokens):
-            self.cache.reshape(-1)[slots[half:]] = 1  # what a failed step leaves behind is not what was asked for
+        for slots, _ in stored:
+            self.cache.reshape(-1)[slots[:half]] = tokens[:half]
+            if half < len(tokens):
+                self.cache.reshape(-1)[slots[half:]] = 1  # what a failed step leaves behind is not what was asked for
         if self.num_steps in self.fail_at:
             raise RuntimeError("the fake runner fails here, as told")
         positions = batch.positions.numpy()
@@ -58,9 +63,12 @@ class FakeRunner:
             query = row - int(starts[r])
             position = int(lengths[r]) - int(starts[r + 1] - starts[r]) + query
             assert positions[row] == position, "positions and lengths disagree"
-            history = self.cache[table[r]].reshape(-1)[: position + 1]
-            assert (history != _UNWRITTEN).all(), "unwritten cache is read"
-            logits.append(self.logits_after(history.tolist()))
+            seen: list[int] = []
+            for group, (_, table) in zip(self.kv_groups, stored, strict=True):
+                history = self.cache[table[r]].reshape(-1)[int(group.first_needed(position)) : position + 1]
+                assert (history != _UNWRITTEN).all(), "unwritten cache is read"
+                seen += history.tolist()
+            logits.append(self.logits_after(seen))
         stacked = np.array(logits, dtype=np.float32).reshape(len(logits), self.config.vocab_size)
         return StepOutput(
             logits=torch.from_numpy(stacked), request_slots=batch.request_slots,
@@ -68,7 +76,7 @@ class FakeRunner:
         )  # fmt: skip
 
     def logits_after(self, history: list[int]) -> np.ndarray:
-        """Return the next token's logits after a history: what the whole machinery must come down to."""
+        """Return the logits after what each group sees of a history: what the whole machinery must come down to."""
         state = 1469598103934665603
         for token in history:
             state = (state ^ (token + 1)) * 1099511628211 % (1 << 64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from seamwise.compile.program import Program
+from seamwise.runtime.build.kv_groups import blocks_of, most_tokens
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.weights import machine_memory
@@ -86,7 +87,9 @@ def plan_memory(
         "activation_bytes": program.token_bytes * max_num_batched_tokens + program.logit_bytes * rows,
     }  # fmt: skip
     needed = sum(fixed.values())
-    longest = options.max_blocks + 1  # the null block stands beside a request's
+    groups, chunk = spec.needs(options.max_model_len), max_num_batched_tokens
+    of_request = blocks_of(groups, spec.block_size, options.max_model_len, chunk)
+    longest = of_request + 1  # the null block stands beside a request's
     if kv_cache_memory_bytes is not None:
         blocks, budget = spec.blocks_within(kv_cache_memory_bytes), needed + kv_cache_memory_bytes
     else:
@@ -94,15 +97,15 @@ def plan_memory(
         left = budget - needed
         if chosen is None and torch.device(options.device).type == "cpu":
             left = min(left, machine_memory.total_bytes() // (_CPU_SHARE * options.tensor_parallel_size))
-        blocks = min(max_num_seqs * options.max_blocks + 1, left // spec.bytes_per_block)
+        blocks = min(max_num_seqs * of_request + 1, left // spec.bytes_per_block)
     length = options.max_model_len
     if fit_model_len and 2 <= blocks < longest:
-        length = (blocks - 1) * spec.block_size
+        length = most_tokens(groups, spec.block_size, blocks - 1, chunk, length)
     plan = MemoryPlan(
         **fixed, kv_bytes=max(blocks, 0) * spec.bytes_per_block, num_blocks=blocks, budget_bytes=budget,
         max_model_len=length,
     )  # fmt: skip
-    if blocks < min(longest, 2 if fit_model_len else longest):
+    if blocks < min(longest, 1 + len(groups) if fit_model_len else longest):
         raise ValueError(
             f"the KV cache would have {max(blocks, 0)} blocks of {spec.block_size} tokens, one request of"
             f" max_model_len={options.max_model_len} needs {longest}; lower max_model_len (or 'auto'),"

@@ -78,6 +78,7 @@ class CapturePlan:
     logit_bytes: int
     max_rows: int
     sizes: dict[str, int]
+    num_groups: int
     budget_bytes: int
 
     @classmethod
@@ -93,13 +94,13 @@ class CapturePlan:
             keys=keys, calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
             token_bytes=program.token_bytes, logit_bytes=program.logit_bytes, max_rows=rows,
             sizes=sizes_of(max((key.tokens for key in keys), default=0), rows, options.max_blocks),
-            budget_bytes=options.max_recorded_bytes,
+            num_groups=max(1, len(program.kv_groups)), budget_bytes=options.max_recorded_bytes,
         )  # fmt: skip
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the buffers for inputs, which all recordings share."""
-        return num_bytes(self.sizes) if self.keys else 0
+        return num_bytes(self.sizes, self.num_groups) if self.keys else 0
 
     def num_bytes(self, key: Key) -> int:
         """Return what a recording takes, with the buffers for inputs."""
@@ -145,7 +146,7 @@ class Recordings:
         self._static: StaticInputs | None = None
         if self.plan.keys:
             _LOG.info("%s", self.plan)
-            self._static = StaticInputs(self.plan.sizes, options.device)
+            self._static = StaticInputs(self.plan.sizes, options.device, self.plan.num_groups)
 
     def __getitem__(self, key: Key) -> Recording:
         recording = self._made[key]
@@ -192,7 +193,10 @@ class Recordings:
             case Piecewise(tokens):
                 rows = min(tokens, self._options.max_recorded_requests)
                 arguments = flat(self._static.fill_padded(batch, tokens, rows))
-                varying = [len(arguments) - 1 - STEP_ARGUMENTS[::-1].index(name) for name in OF_SEAMS]
+                further = 2 * len(batch.further_groups)  # each group's slots and block table, behind all others
+                plain = len(arguments) - further
+                varying = [plain - 1 - STEP_ARGUMENTS[::-1].index(name) for name in OF_SEAMS]
+                varying += range(plain + 1, plain + further, 2)
         recording = self._made.get(key)
         if recording is not None:
             results = recording.replay(*arguments)

@@ -22,6 +22,7 @@ from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.record.recorder import Recording
+from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
@@ -106,6 +107,11 @@ class ModelRunner:
     @property
     def block_size(self) -> int:
         return self.options.block_size
+
+    @property
+    def kv_groups(self) -> Groups:
+        """What each group of layers reads of a request's past; each has a block table in a step."""
+        return self.kv_spec.needs(self.options.max_model_len)
 
     @property
     def num_blocks(self) -> int:
@@ -271,14 +277,14 @@ class ModelRunner:
 
     def _check_served(self, batch: StepInput) -> None:
         """Raise ValueError for what a step may ask for and this model does not have."""
-        check_plain(batch)
+        check_plain(batch, max(1, len(self.kv_spec.groups)))
         if batch.hidden_states and not self.options.return_hidden_states:
             raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")
 
     def _empty(self) -> Any:
         """Run no tokens: alone, nothing; beside other ranks, a row of padding, for their collectives wait for ours."""
         if self.options.tensor_parallel_size > 1:
-            results = self.executable(*self._flat(self._on_device(step_of_padding())))
+            results = self.executable(*self._flat(self._on_device(step_of_padding(len(self.kv_groups)))))
             return tree_map(lambda result: result[:0], results)
         logits, hidden = (
             torch.empty(0, size, dtype=self.options.dtype, device=self.options.device)
@@ -290,14 +296,15 @@ class ModelRunner:
         if torch.device(self.options.device).type == "cpu":
             return batch
         moved = {n: getattr(batch, n).to(self.options.device) for n in STEP_ARGUMENTS if n != "kv_caches"}
-        return StepInput(**moved)
+        groups = tuple(group.map(lambda x: x.to(self.options.device)) for group in batch.further_groups)
+        return StepInput(**moved, further_groups=groups)
 
     def _flat(self, batch: StepInput) -> list[Tensor]:
         """Return the step's tensors flattened in the program's order."""
         flat: list[Tensor] = []
         for name in STEP_ARGUMENTS:
             flat += self._caches_flat if name == "kv_caches" else [getattr(batch, name)]
-        return flat
+        return flat + [x for group in batch.further_groups for x in (group.slot_mapping, group.block_table)]
 
 
 class ModelWeights:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seamwise.runtime.build.step import FIELDS, StepInput
+from seamwise.runtime.build.step import FIELDS, KVGroupInput, StepInput
 
 _BUFFERED = {name: declared for name, declared in FIELDS.items() if declared.in_forward}
 _OF_MODEL = {name: declared.dims[0] for name, declared in _BUFFERED.items() if declared.reader == "model"}
+_OF_GROUPS = {field.name for field in fields(KVGroupInput)}
 OF_SEAMS = tuple(name for name, declared in _BUFFERED.items() if declared.reader == "seams")
 
 
@@ -21,22 +23,28 @@ def sizes_of(max_tokens: int, max_requests: int, max_blocks: int) -> dict[str, i
     return {"T": max_tokens, "R": max_requests, "S": max_requests + 1, "B": max_blocks, "L": max_tokens}
 
 
-def num_bytes(sizes: dict[str, int]) -> int:
+def num_bytes(sizes: dict[str, int], num_groups: int = 1) -> int:
     """Return what buffers of these sizes take."""
-    return sum(math.prod(declared.shape(sizes)) * declared.dtype.itemsize for declared in _BUFFERED.values())
+    return sum(
+        math.prod(declared.shape(sizes)) * declared.dtype.itemsize * (num_groups if name in _OF_GROUPS else 1)
+        for name, declared in _BUFFERED.items()
+    )
 
 
 class StaticInputs:
     """Device buffers for the largest step; a step's tensors are views of their starts.
 
-    The block table keeps its full width: rows of every step then have one stride.
+    Block tables keep their full width: rows of every step then have one stride. Further groups of the KV cache have
+    buffers as the first has.
     """
 
-    def __init__(self, sizes: dict[str, int], device: str) -> None:
+    def __init__(self, sizes: dict[str, int], device: str, num_groups: int = 1) -> None:
         self._buffers = {
             name: torch.zeros(declared.shape(sizes), dtype=declared.dtype, device=device)
             for name, declared in _BUFFERED.items()
         }
+        own = KVGroupInput(slot_mapping=self._buffers["slot_mapping"], block_table=self._buffers["block_table"])
+        self._groups = [own.map(torch.zeros_like) for _ in range(num_groups - 1)]
 
     def views(self, tokens: int, requests: int) -> StepInput:
         """Return the starts of the buffers, as a step of so many tokens, all wanted, and requests."""
@@ -44,13 +52,20 @@ class StaticInputs:
         parts: dict[str, Any] = {
             name: buffer[: sizes[_BUFFERED[name].dims[0][0]]] for name, buffer in self._buffers.items()
         }
-        return StepInput(**parts)
+        groups = [
+            KVGroupInput(slot_mapping=g.slot_mapping[:tokens], block_table=g.block_table[:requests])
+            for g in self._groups
+        ]
+        return StepInput(**parts, further_groups=tuple(groups))
 
     def fill(self, views: StepInput, batch: StepInput) -> None:
         """Copy a step into the buffers, by views of its size."""
         for name in self._buffers:
             values, view = getattr(batch, name), getattr(views, name)
             (view[:, : values.shape[1]] if name == "block_table" else view).copy_(values, non_blocking=True)
+        for given, held in zip(batch.further_groups, views.further_groups, strict=True):
+            held.slot_mapping.copy_(given.slot_mapping, non_blocking=True)
+            held.block_table[:, : given.block_table.shape[1]].copy_(given.block_table, non_blocking=True)
 
     def fill_padded(self, batch: StepInput, tokens: int, rows: int) -> StepInput:
         """Copy a step into the buffers, padded to so many tokens and wanted rows, and return it as views of them.
@@ -63,10 +78,20 @@ class StaticInputs:
         for name, buffer in self._buffers.items():
             values: Tensor = getattr(batch, name)
             if name in _OF_MODEL:
-                view = buffer[: sizes[_OF_MODEL[name]]]
-                added = view.shape[0] - values.shape[0]
-                view.copy_(F.pad(values, (0, added), value=FIELDS[name].padding), non_blocking=True)
-                filled[name] = view
+                filled[name] = _padded(name, buffer[: sizes[_OF_MODEL[name]]], values)
             else:
                 filled[name] = values.to(buffer.device, non_blocking=True)
-        return StepInput(**filled)
+        groups = [
+            KVGroupInput(
+                slot_mapping=_padded("slot_mapping", held.slot_mapping[:tokens], given.slot_mapping),
+                block_table=given.block_table.to(held.block_table.device, non_blocking=True),
+            )
+            for given, held in zip(batch.further_groups, self._groups, strict=True)
+        ]
+        return StepInput(**filled, further_groups=tuple(groups))
+
+
+def _padded(name: str, view: Tensor, values: Tensor) -> Tensor:
+    """Fill a view with values and, behind them, the field's padding."""
+    view.copy_(F.pad(values, (0, view.shape[0] - values.shape[0]), value=FIELDS[name].padding), non_blocking=True)
+    return view

@@ -9,13 +9,16 @@ Any exception inside leaves the caller with `Scheduler.rebuild`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from seamwise.runtime.kv.hits import name_in
 from seamwise.runtime.kv.names import BlockName
+from seamwise.runtime.kv.pool import BlockPool
 
 from .sequence import Sequence
 from .view import Plan
@@ -59,8 +62,8 @@ def commit(scheduler: Scheduler, plan: Plan) -> Step | None:
     starting = [scheduler.waiting[a.arrival] for a in plan.admissions]
     adopted = []  # held before anything is taken: taking could evict it
     for s, admission in zip(starting, plan.admissions, strict=True):
-        adopted.append(pool.longest_prefix(s.names[: admission.hits]))
-        for block in adopted[-1]:
+        adopted.append(pool.adopted(s.names, admission.hits))
+        for block in adopted[-1].values():
             pool.hold(block)
     granted = np.array(plan.grants, dtype=np.int64).reshape(-1, 2)
     rows, counts = granted[:, 0], granted[:, 1]
@@ -68,7 +71,7 @@ def commit(scheduler: Scheduler, plan: Plan) -> Step | None:
     for i in (missing > 0).nonzero()[0].tolist():
         running = slots.sequences[rows[i]]
         assert running is not None
-        slots.extend(running, pool.take(int(missing[i])))
+        slots.extend(running, _take(pool, int(missing[i])))
     fills: list[tuple[int, BlockName]] = []
     for i in (counts > 1).nonzero()[0].tolist():
         _promise(scheduler, slots.sequences[rows[i]], int(slots.scheduled[rows[i]] + counts[i]), fills)
@@ -99,16 +102,21 @@ def commit(scheduler: Scheduler, plan: Plan) -> Step | None:
 
 
 def _start(
-    scheduler: Scheduler, s: Sequence, hits: int, count: int, blocks: list[int], fills: list[tuple[int, BlockName]]
-) -> None:
+    scheduler: Scheduler, s: Sequence, hits: int, count: int, found: dict[tuple[int, int], int],
+    fills: list[tuple[int, BlockName]],
+) -> None:  # fmt: skip
     """Move a sequence from the queue to a slot; what its step shares with earlier ones of it is promised by now."""
     pool = scheduler.pool
     scheduler.leave_queue(s)
-    for block in pool.longest_prefix(s.names[:hits])[len(blocks) :]:
-        pool.hold(block)
-        blocks.append(block)
-    assert len(blocks) == hits, "a block that was to be adopted is gone"
+    for place, block in pool.adopted(s.names, hits).items():
+        if place not in found:
+            pool.hold(block)
+            found[place] = block
     computed = hits * pool.block_size
+    blocks = [[found.get((g, index), 0) for index in range(hits)] for g in range(len(pool.groups))]
+    for group, adopted in zip(pool.groups, blocks, strict=True):
+        needed = int(group.first_needed(computed)) // pool.block_size
+        assert all(adopted[needed:]), "a block that was to be adopted is gone"
     scheduler.slots.enter(s, blocks, computed)
     s.num_promised = s.num_published = hits
     if s.num_cached is None:
@@ -118,7 +126,7 @@ def _start(
         scheduler.counters[s.tenant] += scheduler.policy.cost(np.array([len(s.prompt)]), np.zeros(1))[0]
     missing = -(-(computed + count) // pool.block_size) - hits
     if missing > 0:
-        scheduler.slots.extend(s, pool.take(missing))
+        scheduler.slots.extend(s, _take(pool, missing))
     _promise(scheduler, s, computed + count, fills)
 
 
@@ -132,10 +140,37 @@ def _promise(scheduler: Scheduler, s: Sequence | None, end: int, fills: list[tup
     full = min(end, s.num_known) // pool.block_size
     if pool.caching and s.publishes and full > s.num_promised:
         names = s.names_of_full_blocks(full * pool.block_size, pool.block_size)
-        for i in range(s.num_promised, full):
-            pool.promise(s.blocks[i], names[i])
-            fills.append((s.blocks[i], names[i]))
+        for block, name in _named(s, names, s.num_promised):
+            pool.promise(block, name)
+            fills.append((block, name))
         s.num_promised = full
+
+
+def _named(s: Sequence, names: list[BlockName], start: int) -> Iterator[tuple[int, BlockName]]:
+    """Yield the blocks of every group from an index on, and their names."""
+    for index in range(start, len(names)):
+        for g, blocks in enumerate(s.blocks):
+            yield blocks[index], name_in(names[index], g)
+
+
+def _take(pool: BlockPool, count: int) -> list[list[int]]:
+    """Take as many blocks for each group."""
+    taken = pool.take(count * len(pool.groups))
+    return [taken[g * count : (g + 1) * count] for g in range(len(pool.groups))]
+
+
+def _forget_early(scheduler: Scheduler, rows: np.ndarray, before: np.ndarray) -> None:
+    """Give back what nothing behind the committed tokens reads: neither steps under way, which begin there, nor later
+    ones."""
+    slots, pool = scheduler.slots, scheduler.pool
+    for g, group in enumerate(pool.groups):
+        if group.size:
+            firsts = group.first_needed(before) // pool.block_size
+            ends = group.first_needed(slots.computed[rows]) // pool.block_size
+            for i in (ends > firsts).nonzero()[0].tolist():
+                s = slots.sequences[rows[i]]
+                assert s is not None
+                pool.release(slots.drop(s, g, int(firsts[i]), int(ends[i])))
 
 
 def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence], given: np.ndarray | None = None) -> None:
@@ -153,6 +188,7 @@ def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence], given: n
             pool.publish(block, name)
     here = slots.epoch[step.slots] == step.epochs
     rows = step.slots[here]
+    before = slots.computed[rows]
     slots.computed[rows] += (step.counts - fell)[here]
     slots.scheduled[rows] -= fell[here]
     slots.known[rows] += stood[here]
@@ -160,6 +196,7 @@ def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence], given: n
     if pool.caching:
         for slot in rows[slots.computed[rows] // pool.block_size > slots.published[rows]].tolist():
             _publish(scheduler, slot)
+    _forget_early(scheduler, rows, before)
     for i in (~here & step.yields).nonzero()[0].tolist():
         s = step.sequences[i]
         if s.place >= 0:  # preempted meanwhile
@@ -184,8 +221,8 @@ def _publish(scheduler: Scheduler, slot: int) -> None:
         return
     full = int(slots.computed[slot]) // pool.block_size
     names = s.names_of_full_blocks(full * pool.block_size, pool.block_size)
-    for i in range(s.num_published, full):
-        pool.publish(s.blocks[i], names[i])
+    for block, name in _named(s, names, s.num_published):
+        pool.publish(block, name)
     s.num_published = full
     s.num_promised = max(s.num_promised, full)
     slots.published[slot] = full

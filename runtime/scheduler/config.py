@@ -33,6 +33,11 @@ class SchedulerConfig:
     scheduling_policy: str = "fcfs"
     async_scheduling: bool = True
 
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of one sequence that a step computes at most."""
+        return min(self.max_num_batched_tokens, self.long_prefill_token_threshold or self.max_num_batched_tokens)
+
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs"):
             if getattr(self, name) < 1:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from seamwise.runtime.build.kv_groups import most_held
+
 from .config import SchedulerConfig
 from .policies import Policy
 from .sequence import NO_LIMIT
@@ -72,7 +74,7 @@ def _serve(
         before = wanted[order].cumsum() - wanted[order]
         counts = np.zeros_like(wanted)
         counts[order] = np.clip(limits.max_num_batched_tokens - before, 0, wanted[order])
-        missing = np.maximum(-(-(run.scheduled + counts) // size) - run.held, 0)
+        missing = np.maximum(-(-(run.scheduled + counts) // size) - run.held, 0) * len(view.groups)
         missing[preempted] = 0
         needed = int(missing.sum())
         if needed <= available:
@@ -94,11 +96,14 @@ def _admit(
 ) -> tuple[tuple[Admission, ...], str | None]:
     """Return who starts, and why the next one does not."""
     run, size, running = view.progress, view.block_size, len(view.running)
+    chunk = limits.longest_chunk
     budget = limits.max_num_batched_tokens - int(counts.sum())
     seats = limits.max_num_seqs - running
     if limits.scheduler_reserve_full_isl:  # what those that run have still to take for the tokens they know
         held = np.maximum(run.held, -(-(run.scheduled + counts) // size))
-        available -= int(np.maximum(-(-(run.scheduled + run.pending) // size) - held, 0).sum())
+        total = run.scheduled + run.pending
+        lacking, ahead = np.maximum(-(-total // size) - held, 0), np.minimum(total - run.computed, 2 * chunk)
+        available -= sum(int(np.minimum(lacking, most_held(g, size, total, ahead)).sum()) for g in view.groups)
     spare = int(limits.watermark * view.num_blocks)
     started: list[Admission] = []
     promised: set[bytes] = set()
@@ -111,7 +116,11 @@ def _admit(
         pending = candidate.known - hits * size
         count = min(pending, candidate.max_chunk, limits.long_prefill_token_threshold or NO_LIMIT, budget)
         reach = candidate.known if limits.scheduler_reserve_full_isl else hits * size + count
-        needed = -(-reach // size) - hits + candidate.resting
+        new, ahead = -(-reach // size) - hits, min(reach - hits * size, 2 * chunk)
+        needed = sum(
+            min(int(most_held(g, size, reach, ahead)), new + resting)
+            for g, resting in zip(view.groups, candidate.resting, strict=True)
+        )
         if needed + (spare if running or started else 0) > available:
             return tuple(started), "blocks"
         started.append(Admission(arrival=candidate.arrival, hits=hits, count=count))

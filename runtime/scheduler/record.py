@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from seamwise.runtime.build.kv_groups import KVGroup
+
 from .config import SchedulerConfig
 from .plan import plan, shortlist
 from .policies import find_policy
@@ -83,12 +85,14 @@ def _plain(value: Any) -> Any:
 def decode_view(raw: Mapping[str, Any]) -> View:
     """Return the view that was written."""
     candidates = tuple(
-        Candidate(**{**c, "names": tuple(bytes.fromhex(name) for name in c["names"])}) for c in raw["candidates"]
+        Candidate(**{**c, "names": tuple(map(bytes.fromhex, c["names"])), "resting": tuple(c["resting"])})
+        for c in raw["candidates"]
     )
     return View(**{
         **raw, "counters": _column(raw["counters"], float), "running": _rows(raw["running"]),
         "waiting": _rows(raw["waiting"]), "candidates": candidates,
-        "progress": Progress(**{n: _column(v, bool if n == "flying" else int) for n, v in raw["progress"].items()}),
+        "groups": tuple(KVGroup(**group) for group in raw["groups"]),
+        "progress": Progress(**{name: _column(values, int) for name, values in raw["progress"].items()}),
     })  # fmt: skip
 
 
@@ -97,4 +101,4 @@ def _rows(raw: Mapping[str, Any]) -> Rows:
 
 
 def _column(values: list[Any], kind: type) -> np.ndarray:
-    return frozen(np.array(values, dtype={int: np.int64, float: np.float64, bool: np.bool_}[kind]))
+    return frozen(np.array(values, dtype={int: np.int64, float: np.float64}[kind]))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from seamwise.runtime.build.kv_groups import blocks_of, most_tokens
 from seamwise.runtime.kv.pool import BlockPool
 
 from .commit import Step, commit, release, requeue
@@ -25,7 +26,7 @@ Recorder = Callable[[View, Plan], None]
 class Scheduler:
     """Sequences in, steps out.
 
-    longest   the greatest number of tokens of a sequence, output included
+    longest   the most tokens that a sequence may have computed: as the caller says, and as the cache holds
     flying    steps that were planned and are not committed, the earliest first
     clock     tokens scheduled until now; counters: what each tenant was charged
     refusal   why the next waiting sequence does not start, as of the last plan
@@ -41,8 +42,12 @@ class Scheduler:
         self.pool = pool
         self.policy = policy or find_policy(config.scheduling_policy)
         self.recorder = recorder
+        self.longest = most_tokens(pool.groups, pool.block_size, pool.num_blocks - 1, config.longest_chunk, longest)
         self.queue = Queue()
-        self.slots = Slots(num_slots=2 * config.max_num_seqs, longest=longest, block_size=pool.block_size)
+        self.slots = Slots(
+            num_slots=2 * config.max_num_seqs, longest=longest, block_size=pool.block_size,
+            num_groups=len(pool.groups),
+        )  # fmt: skip
         self.waiting: dict[int, Sequence] = {}  # by arrival
         self.flying: list[Step] = []
         self.num_steps = 0
@@ -66,14 +71,17 @@ class Scheduler:
         self.slots.check()
         assert len(self.running) <= self.config.max_num_seqs
         assert {s.arrival: s for s in self.queue.sequences} == self.waiting
-        held = Counter(block for s in self.running for block in s.blocks)
+        held = Counter(block for s in self.running for block in s.held_blocks)
         held.update(block for blocks in self.pool.leases.values() for block in blocks)
         assert held == Counter(self.pool.holders), "the pool and the sequences disagree on who holds what"
         for s in self.running:
-            named = [b in self.pool.names and b not in self.pool.promised for b in s.blocks]
-            computed = int(self.slots.computed[s.slot]) // self.pool.block_size
-            assert not any(named[computed:]), "a block is published before it is computed"
-            assert s.num_published <= s.num_promised <= len(s.blocks)
+            computed, size = int(self.slots.computed[s.slot]), self.pool.block_size
+            for group, blocks in zip(self.pool.groups, s.blocks, strict=True):
+                late = [b for b in blocks[computed // size :] if b in self.pool.names and b not in self.pool.promised]
+                assert not late, "a block is published before it is computed"
+                first = int(group.first_needed(computed)) // size
+                assert not any(blocks[:first]) and all(blocks[first:]), "what is held is not what is needed"
+                assert s.num_published <= s.num_promised <= len(blocks)
             flies = any(s is other for step in self.flying for other in step.sequences)
             assert flies or self.slots.scheduled[s.slot] == self.slots.computed[s.slot]
         counts = Counter(s.tenant for s in self.queue.sequences)
@@ -95,7 +103,8 @@ class Scheduler:
 
     def admissible(self, request_id: str, num_prompt: int, count: int) -> None:
         """Raise ValueError when a prompt can never be computed, QueueFullError when `count` more must not wait now."""
-        needed, there = -(-num_prompt // self.pool.block_size), self.pool.num_blocks - 1
+        pool, there = self.pool, self.pool.num_blocks - 1
+        needed = blocks_of(pool.groups, pool.block_size, num_prompt, self.config.longest_chunk)
         if needed > there:
             raise ValueError(
                 f"request {request_id}: a prompt of {num_prompt} tokens needs {needed} KV cache blocks of"
@@ -120,7 +129,7 @@ class Scheduler:
         Its max_tokens may be more than fits now, as in vLLM: then others are preempted as it grows. What would not
         fit even alone in the cache is cut off: it ends there with finish_reason "length".
         """
-        s.max_tokens = min(s.max_tokens, (self.pool.num_blocks - 1) * self.pool.block_size - len(s.prompt) + 1)
+        s.max_tokens = min(s.max_tokens, self.longest - len(s.prompt) + 1)
         s.arrived_clock = self.clock
         if not self.waits_of[s.tenant]:  # nothing is saved up while idle: see policies/fair.py
             there = [tenant for tenant, count in enumerate(self.waits_of) if count]
@@ -191,7 +200,9 @@ class Scheduler:
         Their tokens are all that must survive an exception in the middle of a change. Leases keep their blocks.
         """
         old = self.pool
-        self.pool = BlockPool(num_blocks=old.num_blocks, block_size=old.block_size, caching=old.caching)
+        self.pool = BlockPool(
+            num_blocks=old.num_blocks, block_size=old.block_size, caching=old.caching, groups=old.groups
+        )
         leased = {block for blocks in old.leases.values() for block in blocks}
         self.pool.free = [block for block in self.pool.free if block not in leased]
         self.pool.leases = old.leases

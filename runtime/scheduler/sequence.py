@@ -27,7 +27,8 @@ class Sequence:
     reads_cache False: all of its tokens are computed
     blocked     why it cannot be scheduled now, None when it can
     slot, place where it runs, where it waits; -1 when it does not
-    blocks      cache blocks it holds, in order; the first num_named have been promised or published
+    blocks      cache blocks it holds, in order, of each group of layers; 0 where what they held is needed no more.
+                The first num_promised have been promised, the first num_published published
     num_cached  tokens found in the cache when it first started
     publishes   False: its keys and values are of weights that are no more, so nobody else may find them
     done        no step will be planned for it again
@@ -49,7 +50,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     slot: int = -1
     place: int = -1
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
     names: list[BlockName] = field(default_factory=list)
     num_promised: int = 0
     num_published: int = 0
@@ -63,6 +64,11 @@ class Sequence:
     def num_known(self) -> int:
         """Tokens of committed steps."""
         return len(self.prompt) + len(self.output)
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """The blocks of all groups, those of the first tokens first."""
+        return [block for at_index in zip(*self.blocks, strict=True) for block in at_index if block]
 
     @property
     def tokens(self) -> np.ndarray:
@@ -90,8 +96,8 @@ class Sequence:
         self.publishes = not self.blocks
 
     def let_go(self) -> list[int]:
-        """Start over: return the blocks that were held."""
-        held, self.blocks = self.blocks, []
+        """Start over: return the blocks that were held, the first tokens' first."""
+        held, self.blocks = self.held_blocks, []
         self.num_promised = self.num_published = 0
         self.publishes = True
         return held

@@ -19,7 +19,7 @@ class Slots:
     """(S,) arrays of counters and what policies read, known ≥ scheduled ≥ computed; tokens and block rows.
 
     tokens     (S, longest) int32: what steps read. A step writes the tokens it samples before the host knows them
-    table      (S, blocks) int32: the blocks that each holds
+    tables     (G, S, blocks) int32: the blocks that each holds, of each of G groups of layers
     known      tokens that a plan may count on: those of committed steps, and those that uncommitted ones will sample
     scheduled  tokens handed to steps; computed: of committed steps
     limit      tokens that are ever computed: the last one is sampled and never computed
@@ -30,11 +30,12 @@ class Slots:
     num_slots: int
     longest: int
     block_size: int
+    num_groups: int = 1
     sequences: list[Sequence | None] = field(init=False)
     free: list[int] = field(init=False)
     fenced: list[tuple[int, int]] = field(init=False, default_factory=list)  # (step, slot)
     tokens: np.ndarray = field(init=False)
-    table: np.ndarray = field(init=False)
+    tables: np.ndarray = field(init=False)
     counters: np.ndarray = field(init=False)
     facts: np.ndarray = field(init=False)
     predicted: np.ndarray = field(init=False)
@@ -43,7 +44,7 @@ class Slots:
     def __post_init__(self) -> None:
         count = self.num_slots
         self.tokens = np.empty((count, self.longest), dtype=np.int32)
-        self.table = np.zeros((count, -(-self.longest // self.block_size)), dtype=np.int32)
+        self.tables = np.zeros((self.num_groups, count, -(-self.longest // self.block_size)), dtype=np.int32)
         self.counters = np.zeros((9, count), dtype=np.int64)
         self.facts = np.zeros((6, count), dtype=np.int64)
         self.predicted = np.zeros(count)
@@ -105,7 +106,7 @@ class Slots:
         for slot in active.tolist():
             s = self.sequences[slot]
             assert s is not None and s.slot == slot and s.place < 0 and not s.done
-            assert s.blocks == self.table[slot, : self.held[slot]].tolist() and len(s.blocks) == self.held[slot]
+            assert s.blocks == self.tables[:, slot, : self.held[slot]].tolist()
             assert s.num_known <= self.known[slot] <= s.num_known + 2
             assert self.tokens[slot, : s.num_known].tolist() == s.tokens.tolist()
             assert s.num_published * self.block_size <= self.computed[slot], "a name is published early"
@@ -114,30 +115,37 @@ class Slots:
         """Return the slots in which a sequence runs."""
         return self.occupied.nonzero()[0]
 
-    def enter(self, s: Sequence, blocks: list[int], computed: int) -> None:
+    def enter(self, s: Sequence, blocks: list[list[int]], computed: int) -> None:
         """Give a slot to a sequence whose first `computed` tokens are in these blocks."""
         slot = s.slot = self.free.pop()
         known = s.num_known
         self.tokens[slot, : len(s.prompt)] = s.prompt
         self.tokens[slot, len(s.prompt) : known] = s.output
-        self.table[slot] = 0
-        s.blocks = []
+        self.tables[:, slot] = 0
+        s.blocks = [[] for _ in blocks]
         self.sequences[slot] = s
         self.epoch[slot] += 1
         limit = len(s.prompt) + s.max_tokens - 1
-        self.counters[:7, slot] = (known, computed, computed, limit, 0, s.max_chunk, len(blocks))
+        self.counters[:7, slot] = (known, computed, computed, limit, 0, s.max_chunk, len(blocks[0]))
         self.drafts[slot] = 0
         self.facts[:, slot] = (s.arrival, s.arrived_clock, s.priority, s.tenant, len(s.prompt), 0)
         self.predicted[slot] = s.predicted
         self.extend(s, blocks)
         self.occupied[slot] = True
 
-    def extend(self, s: Sequence, blocks: list[int]) -> None:
-        """Let a running sequence hold further blocks."""
-        start = len(s.blocks)
-        self.table[s.slot, start : start + len(blocks)] = blocks
-        s.blocks += blocks
-        self.held[s.slot] = len(s.blocks)
+    def extend(self, s: Sequence, blocks: list[list[int]]) -> None:
+        """Let a running sequence hold further blocks, as many of each group."""
+        for g, (mine, more) in enumerate(zip(s.blocks, blocks, strict=True)):
+            self.tables[g, s.slot, len(mine) : len(mine) + len(more)] = more
+            mine += more
+        self.held[s.slot] = len(s.blocks[0])
+
+    def drop(self, s: Sequence, group: int, first: int, end: int) -> list[int]:
+        """Return a running sequence's blocks first : end of a group: it has forgotten them."""
+        dropped = [block for block in s.blocks[group][first:end] if block]
+        s.blocks[group][first:end] = [0] * (end - first)
+        self.tables[group, s.slot, first:end] = 0
+        return dropped
 
     def leave(self, s: Sequence, fence: int | None) -> None:
         """Take a sequence's slot away; it is given out again after the step `fence`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.kv.names import BlockName
 
 
@@ -49,19 +50,23 @@ class Progress:
 
     slot       where it runs
     pending    known tokens that are not scheduled
-    scheduled  tokens handed to steps; held: blocks that it holds
+    scheduled  tokens handed to steps; computed: of committed ones; held: blocks that these have, in a table
     own        blocks that only it holds (0 where the cache is not tight: then nobody asks)
     max_chunk  tokens that one step may compute
-    flying     whether a step that has not been committed computes some of it
     """
 
     slot: np.ndarray
     pending: np.ndarray
     scheduled: np.ndarray
+    computed: np.ndarray
     held: np.ndarray
     own: np.ndarray
     max_chunk: np.ndarray
-    flying: np.ndarray
+
+    @property
+    def flying(self) -> np.ndarray:
+        """Whether a step that has not been committed computes some of each."""
+        return self.scheduled > self.computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +75,7 @@ class Candidate:
 
     names    of its full blocks before its last token, which is always computed
     hits     how many of them, from the first, the cache holds or an uncommitted step fills
-    resting  how many of those hits nobody holds: starting takes them from what is available
+    resting  of each group, how many of the blocks it adopts nobody holds: starting takes them from what is available
     """
 
     arrival: int
@@ -78,7 +83,7 @@ class Candidate:
     max_chunk: int
     names: tuple[BlockName, ...]
     hits: int
-    resting: int
+    resting: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +92,7 @@ class View:
 
     clock      tokens scheduled since the beginning: time, for policies
     counters   (tenants,) float64: what each has been charged
+    groups     what each group of layers reads of the past: each has a table of blocks
     available, coming  blocks that can be handed out now; blocks that uncommitted steps will set free
     waiting    sequences that may be scheduled, blocked ones left out; empty when none can start
     candidates the first of them in the policy's order, as many as may start
@@ -96,6 +102,7 @@ class View:
     clock: int
     counters: np.ndarray
     block_size: int
+    groups: Groups
     num_blocks: int
     available: int
     coming: int

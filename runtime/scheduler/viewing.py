@@ -26,12 +26,13 @@ def take_view(scheduler: Scheduler) -> View:
     max_chunk = slots.max_chunk[active]
     wanted = np.minimum(np.minimum(pending, max_chunk), limits.long_prefill_token_threshold or NO_LIMIT)
     own = np.zeros(len(active), dtype=np.int64)
-    if (np.maximum(-(-(scheduled + wanted) // pool.block_size) - held, 0)).sum() > pool.num_available:
+    missing = np.maximum(-(-(scheduled + wanted) // pool.block_size) - held, 0)
+    if missing.sum() * len(pool.groups) > pool.num_available:
         running = [slots.sequences[slot] for slot in active.tolist()]
-        own[:] = [sum(pool.holders[b] == 1 for b in s.blocks) for s in running if s is not None]
+        own[:] = [sum(pool.holders[b] == 1 for b in s.held_blocks) for s in running if s is not None]
     progress = Progress(
-        slot=frozen(active), pending=frozen(pending), scheduled=frozen(scheduled), held=frozen(held), own=frozen(own),
-        max_chunk=frozen(max_chunk), flying=frozen(scheduled > slots.computed[active]),
+        slot=frozen(active), pending=frozen(pending), scheduled=frozen(scheduled),
+        computed=frozen(slots.computed[active]), held=frozen(held), own=frozen(own), max_chunk=frozen(max_chunk),
     )  # fmt: skip
     budget = limits.max_num_batched_tokens - int(wanted.sum())
     seats = limits.max_num_seqs - len(active)
@@ -44,8 +45,9 @@ def take_view(scheduler: Scheduler) -> View:
         waiting, places = _NOBODY, None
     view = View(
         step=scheduler.num_steps, clock=scheduler.clock, counters=frozen(scheduler.counters),
-        block_size=pool.block_size, num_blocks=pool.num_blocks, available=pool.num_available, coming=len(pool.fenced),
-        running=slots.rows(active), progress=progress, waiting=waiting, candidates=(),
+        block_size=pool.block_size, groups=pool.groups, num_blocks=pool.num_blocks,
+        available=pool.num_available, coming=len(pool.fenced), running=slots.rows(active), progress=progress,
+        waiting=waiting, candidates=(),
     )  # fmt: skip
     if may_start <= 0:
         return view
@@ -68,17 +70,19 @@ def _candidates(scheduler: Scheduler, sequences: list[Sequence], budget: int) ->
         if budget <= 0:
             break
         names = s.names_of_full_blocks(s.num_known - 1, pool.block_size) if pool.caching and s.reads_cache else []
-        blocks = pool.longest_prefix(names)
-        resting = {b for b in blocks if b in pool.resting} - counted
-        counted |= resting
-        hits = len(blocks)
+        adopts = hits = pool.hit_length(names)
+        resting = [0] * len(pool.groups)
+        for (group, _), block in pool.adopted(names, hits).items():
+            if block in pool.resting and block not in counted:
+                resting[group] += 1
+                counted.add(block)
         while hits < len(names) and names[hits] in promised:
             hits += 1
         promised.update(names)
         budget -= min(s.num_known - hits * pool.block_size, s.max_chunk)
         candidate = Candidate(
-            arrival=s.arrival, known=s.num_known, max_chunk=s.max_chunk, names=tuple(names), hits=len(blocks),
-            resting=len(resting),
+            arrival=s.arrival, known=s.num_known, max_chunk=s.max_chunk, names=tuple(names), hits=adopts,
+            resting=tuple(resting),
         )  # fmt: skip
         found.append(candidate)
     return tuple(found)
@@ -90,9 +94,10 @@ def _refresh_cached(scheduler: Scheduler) -> None:
     count = len(queue)
     for turn in range(min(_REFRESHED, count)):
         s = queue.sequences[(scheduler.num_steps * _REFRESHED + turn) % count]
-        blocks = pool.longest_prefix(s.names_of_full_blocks(s.num_known - 1, pool.block_size)) if s.reads_cache else []
-        queue.set(s, "cached", len(blocks) * pool.block_size)
-        for block in reversed(blocks):
+        names = s.names_of_full_blocks(s.num_known - 1, pool.block_size) if s.reads_cache else []
+        hits = pool.hit_length(names)
+        queue.set(s, "cached", hits * pool.block_size)
+        for block in reversed(pool.adopted(names, hits).values()):
             if block in pool.resting:
                 pool.resting.move_to_end(block)
 

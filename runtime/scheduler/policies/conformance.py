@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from seamwise.runtime.build.kv_groups import FULL
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.plan import plan, shortlist
 from seamwise.runtime.scheduler.view import Candidate, Progress, Rows, View, frozen
@@ -65,19 +66,19 @@ def draw_view(generator: np.random.Generator) -> View:
     held = -(-scheduled // size)
     progress = Progress(
         slot=frozen(generator.permutation(9)[:running]), pending=frozen(run.known - scheduled),
-        scheduled=frozen(scheduled), held=frozen(held), own=frozen(held), max_chunk=frozen(np.full(running, 1 << 30)),
-        flying=frozen(generator.integers(0, 2, running).astype(bool)),
+        scheduled=frozen(scheduled), computed=frozen(scheduled - generator.integers(0, 2, running)),
+        held=frozen(held), own=frozen(held), max_chunk=frozen(np.full(running, 1 << 30)),
     )  # fmt: skip
     candidates = tuple(
         Candidate(
-            arrival=int(wait.arrival[i]), known=int(wait.known[i]), max_chunk=1 << 30, names=(), hits=0, resting=0
+            arrival=int(wait.arrival[i]), known=int(wait.known[i]), max_chunk=1 << 30, names=(), hits=0, resting=(0,)
         )
         for i in range(waiting)
     )
     return View(
         step=1, clock=int(generator.integers(1000, 2000)), counters=frozen(generator.random(3) * 100), block_size=size,
-        num_blocks=64, available=int(generator.integers(0, 20)), coming=int(generator.integers(0, 4)), running=run,
-        progress=progress, waiting=wait, candidates=candidates,
+        groups=(FULL,), num_blocks=64, available=int(generator.integers(0, 20)), coming=int(generator.integers(0, 4)),
+        running=run, progress=progress, waiting=wait, candidates=candidates,
     )  # fmt: skip
 
 

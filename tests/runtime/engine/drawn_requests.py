@@ -9,6 +9,7 @@ from typing import Any
 from fake_tokenizer import FakeTokenizer
 from hypothesis import strategies as st
 
+from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import CompletionOutput
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
@@ -59,10 +60,12 @@ def drawn_requests(draw: Any, aborts: bool = True) -> Drawn:
     return Drawn(prompt, params, draw(st.sampled_from([None, None, "salt"])))
 
 
-def alone(drawn: Drawn, runner: FakeRunner) -> list[CompletionOutput]:
-    """Return what a request gets with an engine to itself, all of its prompt in one step, without sharing."""
-    capacity = (runner.num_blocks - 1) * runner.block_size
-    return _alone(drawn.prompt, _Key(drawn.params), capacity, runner.block_size)
+def alone(drawn: Drawn, runner: FakeRunner, capacity: int) -> list[CompletionOutput]:
+    """Return what a request gets with an engine to itself, all of its prompt in one step, without sharing.
+
+    capacity  tokens of the longest request that the runner's cache holds
+    """
+    return _alone(drawn.prompt, _Key(drawn.params), capacity, runner.block_size, runner.kv_groups)
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,11 @@ class _Key:
 
 
 @lru_cache(4096)
-def _alone(prompt: tuple[int, ...], key: _Key, capacity: int, block_size: int) -> list[CompletionOutput]:
-    large = FakeRunner(num_blocks=-(-capacity // block_size) * key.params.n + 1, block_size=block_size)
+def _alone(
+    prompt: tuple[int, ...], key: _Key, capacity: int, block_size: int, groups: Groups
+) -> list[CompletionOutput]:
+    blocks = -(-min(capacity, len(prompt) + 12) // block_size) * len(groups)
+    large = FakeRunner(num_blocks=blocks * key.params.n + 1, block_size=block_size, kv_groups=groups)
     config = SchedulerConfig(async_scheduling=False)
     engine = Engine(large, FakeTokenizer(), config, enable_prefix_caching=False)  # type: ignore[arg-type]
     most = capacity - len(prompt) + 1

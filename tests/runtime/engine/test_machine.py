@@ -20,6 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
 from seamwise.runtime.engine import answer, drafting, loop
 from seamwise.runtime.engine import engine as engine_module
 from seamwise.runtime.engine.drafting import Drafting
@@ -34,6 +35,11 @@ from seamwise.runtime.speculation.watch import Watch
 from seamwise.testing import FakeRunner
 
 _INTERRUPTED = {m.__file__ for m in (answer, drafting, loop, engine_module, commit, queue, scheduler, slots)}
+GROUPS: list[Groups] = [
+    (FULL,), (FULL,), (KVGroup(kind="sliding_window", size=5),), (FULL, KVGroup(kind="sliding_window", size=3)),
+    (KVGroup(kind="sliding_window", size=1), FULL, KVGroup(kind="chunked_local", size=6)),
+    (KVGroup(kind="chunked_local", size=4), KVGroup(kind="sliding_window", size=7)),
+]  # fmt: skip
 _PATIENCE = 4000  # steps in which everything must have ended
 
 
@@ -95,14 +101,17 @@ class EngineMachine(RuleBasedStateMachine):
         seats=st.integers(1, 5), caching=st.booleans(), asynchronous=st.booleans(), policy=st.sampled_from([*OURS]),
         threshold=st.sampled_from([0, 0, 3]), watermark=st.sampled_from([0.0, 0.2]), reserve=st.booleans(),
         fail_at=st.frozensets(st.integers(1, 40), max_size=4), queued=st.sampled_from([None, None, 3]),
-        guesses=st.sampled_from([None, None, 0, 1, 4]),
+        groups=st.sampled_from(GROUPS), guesses=st.sampled_from([None, None, 0, 1, 4]),
     )  # fmt: skip
     def begin(
         self, block_size: int, blocks: int, budget: int, seats: int, caching: bool, asynchronous: bool, policy: str,
         threshold: int, watermark: float, reserve: bool, fail_at: frozenset[int], queued: int | None,
-        guesses: int | None,
+        guesses: int | None, groups: Groups,
     ) -> None:  # fmt: skip
-        self.runner = FakeRunner(num_blocks=blocks + 1, block_size=block_size, max_tokens=budget, fail_at=fail_at)
+        self.runner = FakeRunner(
+            num_blocks=blocks * len(groups) + 1, block_size=block_size, max_tokens=budget, fail_at=fail_at,
+            kv_groups=groups,
+        )  # fmt: skip
         config = SchedulerConfig(
             max_num_batched_tokens=budget, max_num_seqs=seats, async_scheduling=asynchronous, scheduling_policy=policy,
             long_prefill_token_threshold=threshold, watermark=watermark, scheduler_reserve_full_isl=reserve,
@@ -227,7 +236,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def compare(self, name: str) -> None:
         drawn, output = self.wanted[name], self.got[name]
-        wanted = alone(drawn, self.runner)
+        wanted = alone(drawn, self.runner, self.engine.scheduler.longest)
         for w, g, tokens, text in zip(wanted, output.outputs, self.tokens[name], self.texts[name], strict=True):
             if g.finish_reason == "abort":
                 assert tokens == w.token_ids[: len(tokens)] and w.text.startswith(text[: len(w.text)])
