@@ -125,7 +125,10 @@ def run(directory: Path) -> list[torch.Tensor]:
     """Return the logits of the requests, in chunks mixed with each other, from a loaded runner."""
     from seamwise import ModelRunner
 
-    runner = ModelRunner.load(directory, device="cpu", dtype="float32", entry="transformers", pack_dir=None)
+    runner = ModelRunner.load(
+        directory, device="cpu", dtype="float32", entry="transformers", pack_dir=None,
+        disable_hybrid_kv_cache_manager=True,
+    )  # fmt: skip
     runner.allocate_kv(8)
     return _stepped(lambda step: runner.step(step).logits.clone(), runner.block_size)
 

@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
     sizes = [int(n) for n in options.batch.split(",")]
     runner = ModelRunner.load(
         resolve_model(options.model), dtype=options.dtype, device="cpu", load_format=options.load_format,
-        max_model_len=options.context + 1, max_recorded_requests=max(sizes),
+        max_model_len=options.context + 1, max_recorded_requests=max(sizes), disable_hybrid_kv_cache_manager=True,
     )  # fmt: skip
     runner.allocate_kv(max(sizes) * -(-(options.context + 1) // runner.block_size) + 1)
     ceilings = measure_ceilings("cpu")

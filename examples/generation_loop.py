@@ -44,6 +44,6 @@ def generate(runner: ModelRunner, prompts: list[list[int]], max_tokens: int) -> 
 if __name__ == "__main__":
     directory, *texts = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = ModelRunner.load(directory, device="cpu")
+    model = ModelRunner.load(directory, device="cpu", disable_hybrid_kv_cache_manager=True)
     for text, ids in zip(texts, generate(model, tokenizer(texts).input_ids, max_tokens=32), strict=True):
         print(text + tokenizer.decode(ids, skip_special_tokens=True))

@@ -23,6 +23,7 @@ class RunnerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, directory: str, max_rows: int, **options: Any) -> None:
         super().__init__(AutoConfig.from_pretrained(directory))
+        options["disable_hybrid_kv_cache_manager"] = True  # one block table serves all layers here
         self.runner = ModelRunner.load(directory, device="cpu", **options)
         per_row = self.runner.options.max_blocks
         self.runner.allocate_kv(1 + max_rows * per_row)

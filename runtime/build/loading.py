@@ -84,11 +84,13 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             spec = _kv_spec(model, config, options)
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = capture(model, arguments, capture_dims(spec.layers))
-        captured, groups = group_caches(captured, len(spec.layers))
+        if not options.disable_hybrid_kv_cache_manager:
+            captured, groups = group_caches(captured, len(spec.layers))
+            spec = replace(spec, groups=tuple(groups))
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
-        plan=getattr(model, "tp_plan", None), kv_spec=replace(spec, groups=tuple(groups)),
+        plan=getattr(model, "tp_plan", None), kv_spec=spec,
     )  # fmt: skip
     if options.stored is not None:
         made = _stored_quantized(made, stored_weights(options.stored, model))

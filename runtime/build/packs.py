@@ -84,6 +84,7 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
             "entry": options.entry,
             "block_size": options.block_size,
             "hidden_states": options.return_hidden_states,
+            "one_kv_group": options.disable_hybrid_kv_cache_manager,
             "table_length": table_length(config.raw, options.max_model_len),
             "pipeline": asdict(options.pipeline),
         },
@@ -109,6 +110,7 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     recorded |= {"dtype": str(settings.dtype).removeprefix("torch."), "device": settings.device}
     recorded |= {"entry": settings.entry, "block_size": settings.block_size, "pipeline": asdict(settings.pipeline)}
     recorded["return_hidden_states"] = settings.return_hidden_states
+    recorded["disable_hybrid_kv_cache_manager"] = settings.disable_hybrid_kv_cache_manager
     load_with = {"checkpoint": str(model.resolve()), "options": recorded}
     with ledger.stage("write pack"):
         parts = pack_parts(config, settings)

@@ -52,6 +52,8 @@ class RunnerConfig:
     max_model_len  longest request in tokens, prompt and output together; default: the model's, and of LongRoPE and
                    "dynamic" RoPE their original length, at which short prompts are computed as trained (as in vLLM)
     block_size     tokens in a KV cache block
+    disable_hybrid_kv_cache_manager  one group of KV blocks for all layers, whatever their windows: steps have one block
+                   table, for schedulers that keep one; every token takes memory in every layer
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
     stored         how the checkpoint holds quantized weights, where the graph reads them so
@@ -76,6 +78,7 @@ class RunnerConfig:
     entry: str
     max_model_len: int
     block_size: int = 16
+    disable_hybrid_kv_cache_manager: bool = False
     load_format: str = "auto"
     seed: int = 0
     stored: Quantization | None = None

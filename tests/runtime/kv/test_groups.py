@@ -149,3 +149,8 @@ def test_a_step_with_other_groups_than_the_model_has_is_refused(tmp_path: Path, 
     one = np.ones(1, dtype=np.int64)
     with pytest.raises(ValueError, match="StepInput has 1 KV cache groups, this model has 2"):
         runner.step(ragged_step(one * 5, one[None].astype(np.int32), one * 0, one, runner.block_size))
+    options = {"dtype": "float32", "device": "cpu", "pack_dir": pack_dir, "max_model_len": 64}
+    single = ModelRunner.load(tmp_path, disable_hybrid_kv_cache_manager=True, **options)
+    single.allocate_kv(64)
+    single.step(ragged_step(one * 5, one[None].astype(np.int32), one * 0, one, runner.block_size))
+    assert single.kv_groups == (FULL,) and single.kv_spec.bytes_per_block == 2 * runner.kv_spec.bytes_per_block

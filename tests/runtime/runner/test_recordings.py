@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seamwise import ModelRunner
 from seamwise.compile.ledger import Ledger
-from seamwise.runtime.build.step import StepInput, ragged_step
+from seamwise.runtime.build.step import KVGroupInput, StepInput, ragged_step
 from seamwise.runtime.runner.recordings import Full, Piecewise
 
 MODES = ("none", "full_decode_only", "piecewise", "full_and_piecewise")
@@ -37,10 +37,21 @@ def another(runner: ModelRunner, **options: Any) -> ModelRunner:
 def run(runner: ModelRunner, schedule: Any = SCHEDULE, seed: int = 0) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Return each step's logits, and the caches at the end; what no step writes is NaN, the null block too."""
     steps = Steps(draw_tokens(seed, *LENGTHS), block_size=runner.block_size, seed=seed)
-    runner.allocate_kv(steps.num_blocks)
+    groups, each = len(runner.kv_groups), steps.num_blocks  # each group has as many blocks for itself
+    runner.allocate_kv(groups * each)
     for cache_ in (c for layer in runner.kv_caches for c in layer):
         cache_.fill_(torch.nan)
-    logits = [runner.step(StepInput(**steps.next(counts))).logits.clone() for counts in schedule]
+    logits = []
+    for counts in schedule:
+        plain = StepInput(**steps.next(counts))
+        first = KVGroupInput(slot_mapping=plain.slot_mapping, block_table=plain.block_table)
+        further = [
+            KVGroupInput(
+                slot_mapping=first.slot_mapping + g * each * runner.block_size, block_table=first.block_table + g * each
+            )
+            for g in range(1, groups)
+        ]
+        logits.append(runner.step(replace(plain, further_groups=tuple(further))).logits.clone())
     return logits, runner.kv_caches
 
 
