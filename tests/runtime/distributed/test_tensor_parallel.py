@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from families import draw_tokens
+from moe_families import GROUPS, MLA
 from quantized_checkpoints import LAYOUTS, save_quantized
 from step_inputs import Steps
 from tiny_models import assert_within_budget, save_tiny
@@ -29,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", {"head_dim": 32, "query_pre_attn_scalar": 6, "sliding_window": 4}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mla": ("DeepseekV3ForCausalLM", {**MLA, **GROUPS}),
     "granite": ("GraniteForCausalLM", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
 }
 DEEPSEEK = {
@@ -151,6 +153,10 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
                 assert found["shard"] and found["shard"]["max_error"] < 1e-9
             if name == "llama":
                 check_layout(runner, ranks)
+            if name == "mla":  # latents whole, of 32 + 8 columns; heads of queries and of what expands latents cut
+                assert runner.kv_spec.layers[0] == ((16, 40),) and runner.kv_spec.bytes_per_token == 2 * 40 * 4
+                cut = [w.shape for w in runner.executable.weights if w.dim() == 3 and w.shape[1:] == (28, 32)]
+                assert cut == [(4 // ranks, 28, 32)] * 2
         if ranks == 2:
             check_logits(root / "mixtral", "mixtral", "own", ranks, enable_expert_parallel=True)
             check_sequence(root, ranks)
