@@ -63,9 +63,9 @@ def test_deepseek_v3_on_64_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_memory_by_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A sixth of the layers, 8 ranks. The experts are shared out either way; requests that each rank has of its own
+    """Five layers, 8 ranks. The experts are shared out either way; requests that each rank has of its own
     are cached once, where ranks that share requests cache the same latents eight times: 8 times the tokens for the same
-    memory, less what whole attention costs. transformers' class caches heads, of which a rank of 8 has 16.
+    memory, less what whole attention costs.
     """
     few = saved(tmp_path, num_hidden_layers=5)
     own, shared = explained(few, capsys, "--ep", "8"), explained(few, capsys, "--tp", "8", "--ep")
@@ -78,9 +78,6 @@ def test_memory_by_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     tokens = [8 * (free - own["weight_bytes"]) / own["kv_bytes_per_token"]]
     tokens.append((free - shared["weight_bytes"]) / shared["kv_bytes_per_token"])
     assert 7 < tokens[0] / tokens[1] < 8
-    # Latents against heads, as vLLM 0.7.1 told it for 8 GPUs: 54,560 tokens before, 512,000 after, 9.4 times. A head
-    # has 192 columns of a key and 128 of a value, or as many as a key's where one size serves both.
-    assert 16 * (192 + 128) / 576 < 512_000 / 54_560 < 16 * (192 + 192) / 576
 
 
 def test_what_ranks_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
