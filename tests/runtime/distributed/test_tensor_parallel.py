@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 DEEPSEEK = {
     "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
     "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 128,
-    "kv_lora_rank": 128, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 16,
+    "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 64,
     "intermediate_size": 512,
 }  # fmt: skip
 SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1})  # the last one is replayed
