@@ -36,6 +36,7 @@ ROOMS = (
 ENVIRONMENT = {"environ", "getenv", "putenv"}
 # The one file that may read it: standard library alone, importable by every folder.
 CACHES = ROOT / "seamwise" / "caches.py"
+EVERYWHERE = {"caches", "extras"}  # of seamwise/, standard library alone: every folder may import them
 
 
 def violations(path: Path, folder: str) -> list[str]:
@@ -57,7 +58,7 @@ def violations(path: Path, folder: str) -> list[str]:
         for name in names:
             top, _, rest = name.partition(".")
             if top == "seamwise":
-                if (inner := rest.split(".")[0]) not in ours | {folder, CACHES.stem}:
+                if (inner := rest.split(".")[0]) not in ours | {folder} | EVERYWHERE:
                     found.append(f"{path.name}:{node.lineno} imports seamwise.{inner}")
             elif top not in packages and top not in sys.stdlib_module_names:
                 found.append(f"{path.name}:{node.lineno} imports {top}")

@@ -163,7 +163,12 @@ def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -
     light = Tokenizer(models.WordLevel(vocabulary, unk_token="�"))
     light.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     light.decoder = decoders.Fuse()
-    tokenizer = SimpleNamespace(_light=light, chat_templates={"default": TEMPLATE}, special_tokens={"eos_token": "!"})
+    tokenizer = SimpleNamespace(
+        as_json=light.to_str,
+        split_special_tokens=False,
+        chat_templates={"default": TEMPLATE},
+        special_tokens={"eos_token": "!"},
+    )
     engine, asleep = FakeEngine(max_num_seqs), []
 
     def sleep(level: int) -> None:
