@@ -9,8 +9,10 @@ this rests on, CannotRepeat says what it has instead, and the caller traces all 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -96,22 +98,26 @@ def _repeated(model: nn.Module, traced: Captured, path: str, templates: Sequence
     start = next(i for i, node in enumerate(body) if layer_of[node] is not None)
     end = max(i for i, node in enumerate(body) if layer_of[node] is not None) + 1
     for node in body[:start]:
-        known[node] = graph.node_copy(node, known.__getitem__)
+        known[node] = graph.node_copy(node, partial(_read, known))
     for layer, template in enumerate(templates):
-        own = copies[layer]
         if layer:
-            own[carried[template - 1]] = copies[layer - 1][carried[templates[layer - 1]]]
+            copies[layer][carried[template - 1]] = copies[layer - 1][carried[templates[layer - 1]]]
+        layer_known: MutableMapping[Node, Node] = ChainMap(copies[layer], known)
         for node in (n for n in body[start:end] if layer_of[n] == template):
-            own[node] = graph.node_copy(node, lambda read: own[read] if read in own else known[read])
-            own[node].meta["nn_module_stack"] = _moved(node, f"{path}.{template}", f"{path}.{layer}")
+            layer_known[node] = graph.node_copy(node, partial(_read, layer_known))
+            layer_known[node].meta["nn_module_stack"] = _moved(node, f"{path}.{template}", f"{path}.{layer}")
     known[carried[count - 1]] = copies[-1][carried[templates[-1]]]
     for node in body[end:]:
-        known[node] = graph.node_copy(node, known.__getitem__)
+        known[node] = graph.node_copy(node, partial(_read, known))
     (output,) = traced.graph.find_nodes(op="output")
-    graph.node_copy(output, known.__getitem__)
+    graph.node_copy(output, partial(_read, known))
     module = GraphModule(nn.Module(), graph)
     unify_tied(model, module, weights)
     return Captured(module=module, weights=weights, inputs=tuple(inputs))
+
+
+def _read(copies: Mapping[Node, Node], node: Node) -> Node:
+    return copies[node]
 
 
 def _layer(node: Node, path: str) -> int | None:
@@ -129,7 +135,7 @@ def _carried(layer_of: Mapping[Node, int | None], count: int) -> list[Node]:
     inner = labels[labels.index(0) : len(labels) - labels[::-1].index(count - 1)]
     if order != sorted(order) or None in inner or set(order) != set(range(count)):
         raise CannotRepeat("the nodes of its layers do not follow each other layer by layer")
-    carried = []
+    carried: list[Node] = []
     for layer in range(count):
         behind = layer + 1 if layer + 1 < count else None
         nodes = [n for n, of in layer_of.items() if of == layer]
