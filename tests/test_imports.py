@@ -29,7 +29,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
 }
 # The rooms of runtime/, one way: what stands later may be imported by what stands earlier, never the other way round.
 ROOMS = (
-    {"serve"}, {"engine"}, {"scheduler", "sampling", "kv"}, {"runner"}, {"build"}, {"text"}, {"weights"},
+    {"serve"}, {"engine"}, {"scheduler", "sampling", "kv", "speculation"}, {"runner"}, {"build"}, {"text"}, {"weights"},
     {"distributed"},
 )  # fmt: skip
 # Two places hand over to code outside the table by name, at run time: the command line to bench.

@@ -37,6 +37,7 @@ from seamwise.runtime.text.tokenizer import Tokenizer
 
 from .admit import check_request
 from .answer import Answers
+from .drafting import Drafting
 from .loop import Loop
 from .outputs import RequestMetrics, RequestOutput
 from .request import Completion, Given, Request
@@ -61,12 +62,13 @@ class Engine:
     """Runs requests to completion over one runner. A bad request raises where it is added and disturbs no other.
 
     namespace  what prefix blocks' names begin with
+    drafting   guesses of the next tokens, and how many of them stood
     """
 
     def __init__(
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
         enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
-        policy: Policy | None = None, recorder: Recorder | None = None,
+        policy: Policy | None = None, recorder: Recorder | None = None, drafting: Drafting | None = None,
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
@@ -78,7 +80,9 @@ class Engine:
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
-        self._loop = Loop(self.scheduler, worker, depth=2 if config.async_scheduling else 1)
+        self.drafting = drafting or Drafting()
+        depth = 2 if config.async_scheduling else 1
+        self._loop = Loop(self.scheduler, worker, depth=depth, drafting=self.drafting)
         self._answers = Answers(tokenizer)
         self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids, ready=self.wake)
         self._requests: dict[str, Request] = {}
@@ -205,7 +209,7 @@ class Engine:
         self._recover()
         self.grammars.settle(self._grammar_ready, self._grammar_refused)
         if self._paused != "keep" and self._requests:
-            while len(self._loop.flights) < self._loop.depth:
+            while self._loop.may_launch:
                 with self._change:
                     launched = self._loop.launch()
                 if not launched:

@@ -33,6 +33,23 @@ class GrammarMask:
 
         Raises ValueError when the grammar has got too complex for its limits, or the ids do not follow it.
         """
+        self._go_to(output_ids)
+        words = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.int32)
+        if self.matcher.is_error():
+            raise ValueError(f"structured_outputs: {self.matcher.get_error().splitlines()[0]}")
+        return words[: self.num_words]
+
+    def forced(self, output_ids: list[int]) -> list[int]:
+        """Return the tokens that must come next, as far as they are certain; what is wrong shows in allowed_words."""
+        self._go_to(output_ids)
+        return list(self.matcher.compute_ff_tokens())
+
+    def follows(self, output_ids: list[int], guess: list[int]) -> int:
+        """Return how many tokens of a guess, from the first, may come next."""
+        self._go_to(output_ids)
+        return int(self.matcher.validate_tokens(guess))
+
+    def _go_to(self, output_ids: list[int]) -> None:
         same = 0
         while same < min(len(self.taken), len(output_ids)) and self.taken[same] == output_ids[same]:
             same += 1
@@ -41,10 +58,6 @@ class GrammarMask:
         if new := output_ids[same:]:
             self.matcher.consume_tokens(new)
         self.taken = list(output_ids)
-        words = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.int32)
-        if self.matcher.is_error():
-            raise ValueError(f"structured_outputs: {self.matcher.get_error().splitlines()[0]}")
-        return words[: self.num_words]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +146,17 @@ class LateMask:
 
     def allowed_words(self, output_ids: list[int]) -> np.ndarray | None:
         """As GrammarMask's."""
+        return self._made().allowed_words(output_ids)
+
+    def forced(self, output_ids: list[int]) -> list[int]:
+        """As GrammarMask's."""
+        return self._made().forced(output_ids)
+
+    def follows(self, output_ids: list[int], guess: list[int]) -> int:
+        """As GrammarMask's."""
+        return self._made().follows(output_ids, guess)
+
+    def _made(self) -> GrammarMask:
         if self.mask is None:
             self.mask = GrammarMask(self.compiled.result().deep_copy(), self.num_words)
-        return self.mask.allowed_words(output_ids)
+        return self.mask

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.sampling.grammar import GrammarMask, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
@@ -189,3 +190,32 @@ def test_the_demo_model_answers_in_json(demo_model: Any) -> None:
     assert found.keys() == {"city", "population"} and isinstance(found["population"], int)
     assert outputs[1].text in forms[1]["choice"] and re.fullmatch(forms[2]["regex"], outputs[2].text)
     assert all(o.finish_reason == "stop" for o in outputs)
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_forced_tokens_come_several_a_step(guesses: bool) -> None:
+    form: dict[str, Any] = {"regex": "[ab]xxxxxxxx[01]"}
+    found = []
+    for asynchronous in (False, True):
+        runner = FakeRunner(num_blocks=32, block_size=4, vocab_size=VOCAB, eos_ids=(EOS,))
+        drafting = Drafting(drafter=Wrong(), most=2) if guesses else None
+        engine = Engine(runner, Vocabulary(), SchedulerConfig(async_scheduling=asynchronous), drafting=drafting)  # type: ignore[arg-type]
+        params = SamplingParams(structured_outputs=form, detokenize=False, max_tokens=20, seed=1)  # type: ignore[arg-type]
+        plain = SamplingParams(detokenize=False, max_tokens=20, seed=1, ignore_eos=True)
+        for name, asked in (("a", params), ("b", plain)):
+            engine.add_request(name, [3, 4], asked)
+        done = {}
+        while engine.has_unfinished_requests():
+            done |= {o.request_id: o.outputs[0].token_ids for o in engine.step() if o.finished}
+        engine.close()
+        assert re.fullmatch(form["regex"], "".join(PIECES[i] for i in done["a"] if i != EOS))
+        assert engine.drafting.stats.num_forced_tokens >= 7
+        found.append(done)
+    assert found[0] == found[1]
+
+
+class Wrong:
+    """A drafter that guesses what no grammar here allows at first, and what nobody wants."""
+
+    def propose(self, known: Any) -> list[list[int]]:
+        return [[VOCAB - 1, 0] for _ in known]

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.speculation.stats import DraftStats
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?<>|_-{}[]\"'\n"
 TEMPLATE = (
@@ -35,6 +36,7 @@ class FakeEngine:
             config=SimpleNamespace(vocab_size=len(LETTERS) + 1, eos_ids=()), num_blocks=101, startup_s={"fake": 0.0},
         )  # fmt: skip
         self.requests: dict[str, Held] = {}
+        self.drafting = SimpleNamespace(stats=DraftStats())
         self.pool = SimpleNamespace(num_available=100, num_blocks=101)
         self.max_num_seqs = max_num_seqs
         self.paused: str | None = None
