@@ -39,6 +39,7 @@ if __name__ != "kernels":
     from .linear.scaled_linear import scaled_linear as scaled_linear
     from .linear.w4a16_linear import w4a16_linear as w4a16_linear
     from .moe.grouped_linear import grouped_linear as grouped_linear
+    from .moe.grouped_linear_packed import grouped_linear_packed as grouped_linear_packed
     from .moe.grouped_mxfp4_linear import grouped_mxfp4_linear as grouped_mxfp4_linear
     from .moe.grouped_scaled_linear import grouped_scaled_linear as grouped_scaled_linear
     from .moe.moe_align import moe_align as moe_align
