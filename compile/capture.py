@@ -6,7 +6,7 @@ Source: torch.export, https://docs.pytorch.org/docs/stable/export.html (non-stri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,13 @@ class Captured:
     @property
     def graph(self) -> torch.fx.Graph:
         return self.module.graph
+
+    def with_input(self, name: str, val: Tensor, **meta: Any) -> Captured:
+        """Return the same with one more input, the first, of a fake value, that nothing reads yet."""
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.placeholder(name)
+        node.meta.update(val=val, **meta)
+        return replace(self, inputs=(node.name, *self.inputs))
 
     def copy(self) -> Captured:
         """Return the same on a graph of its own."""
@@ -87,7 +94,7 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
         else:
             assert entry.target is not None
             weights[name] = entry.target
-            placeholders[name].meta["weight"] = True
+            placeholders[name].meta.update(weight=True, parameter=entry.target)
     _unify_tied(model, module, weights)
     return Captured(module=module, weights=weights, inputs=tuple(inputs))
 

@@ -17,7 +17,9 @@ from seamwise.passes.graph import is_weight, sweep
 
 from .capture import Captured
 
-Recipe = dict[str, Any]  # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…]}
+# {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…]}; or {"adapter": role, …}:
+# memory for adapters, which no checkpoint holds, empty until the runner writes one (passes/add_adapters.py)
+Recipe = dict[str, Any]
 
 
 def hoist(captured: Captured) -> dict[str, Recipe]:
@@ -47,6 +49,8 @@ def parameters_of(recipe: Recipe) -> set[str]:
     """Return the names of all parameters a recipe reads."""
     if "weight" in recipe:
         return {recipe["weight"]}
+    if "adapter" in recipe:
+        return set()
     return {name for argument in _flat(recipe["args"]) for name in parameters_of(argument)}
 
 
@@ -59,6 +63,8 @@ def evaluate(
     """
     if "weight" in recipe:
         return parameter(recipe["weight"])
+    if "adapter" in recipe:
+        return torch.zeros(recipe["shape"], dtype=getattr(torch, recipe["dtype"]))
     if part is not None and recipe["op"] == "aten.slice.Tensor" and "weight" in recipe["args"][0]:
         source, dim, start, end = recipe["args"]
         return part(source["weight"], dim, start, end)
