@@ -172,7 +172,7 @@ def test_adapters_come_back_after_sleep(model: Path, tmp_path: Path, pack_dir: P
             {"enable_lora": True, "quantization": "int8"},
             "quantization='int8': it quantizes the rows that adapters read",
         ),
-        ({"enable_lora": True, "tensor_parallel_size": 2}, "adapters are not shared out over ranks"),
+        ({"enable_lora": True, "tensor_parallel_size": 2}, "on 2 ranks: adapters are not shared out over them"),
     ],
 )
 def test_options_are_in_effect_or_refused(model: Path, options: dict[str, Any], message: str) -> None:
