@@ -23,6 +23,7 @@ if __name__ != "kernels":
     from .comm.allreduce_rms_norm_quant import allreduce_rms_norm_quant as allreduce_rms_norm_quant
     from .comm.ep_dispatch import ep_combine as ep_combine
     from .comm.ep_dispatch import ep_dispatch as ep_dispatch
+    from .comm.ep_dispatch import ep_dispatch_quant as ep_dispatch_quant
     from .comm.norm_between_linears import norm_between_linears as norm_between_linears
     from .comm.reduce_scatter_rms_norm import reduce_scatter_rms_norm as reduce_scatter_rms_norm
     from .linear.gather_packed_rows import gather_packed_rows as gather_packed_rows

@@ -198,7 +198,7 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
         seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
-        ranks=options.tensor_parallel_size, convert=converting(path, options, shapes),
+        ranks=options.num_ranks, convert=converting(path, options, shapes),
         read=reading(options, shapes),
     )  # fmt: skip
     readers = readers_of(source, buffers, options)
