@@ -18,7 +18,7 @@ BENCHES = {
     "kernels": "microbenchmarks of every contract",
 }
 
-HOMES = {"gpu": "gpu.command", "models": "hf_models"}  # benches that are folders, or have another name
+HOMES = {"gpu": "gpu.command", "models": "models.survey"}  # benches that are folders, or have another name
 
 
 def main(arguments: list[str]) -> int:

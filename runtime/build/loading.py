@@ -83,6 +83,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             spec = _kv_spec(model, config, options)
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = capture(model, arguments, capture_dims(spec.layers))
+        buffers |= captured.constants
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
