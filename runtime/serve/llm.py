@@ -18,6 +18,7 @@ from seamwise import caches
 from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options, entry_of
+from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.executor import InProcess, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
@@ -28,6 +29,8 @@ from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
+from seamwise.runtime.speculation.config import SpeculativeConfig
+from seamwise.runtime.speculation.drafter import find_drafter
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
@@ -62,6 +65,9 @@ class LLM(ModelControl):
                    what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
     num_gpu_blocks_override  blocks of the KV cache, instead
     enable_sleep_mode  False: sleep() is refused
+    speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
+                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}: outputs are the same, and come faster where
+                   guesses stand; see runtime/speculation/config.py
     worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
@@ -82,7 +88,7 @@ class LLM(ModelControl):
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
         logprobs_mode: str = "raw_logprobs", generation_config: str = "auto", skip_tokenizer_init: bool = False,
-        enable_sleep_mode: bool | None = None,
+        enable_sleep_mode: bool | None = None, speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, **options: Any,
@@ -102,6 +108,9 @@ class LLM(ModelControl):
             long_prefill_token_threshold=long_prefill_token_threshold,
             scheduler_reserve_full_isl=scheduler_reserve_full_isl,
         )  # fmt: skip
+        speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
+        if speculation is not None:
+            options["num_speculative_tokens"] = speculation.num_speculative_tokens
         find_policy(scheduling_policy)
         check_mode(logprobs_mode)
         if cache_dir is not None:
@@ -143,9 +152,13 @@ class LLM(ModelControl):
             runner.limit_model_len(length)
         runner.allocate_kv(blocks)
         self.enable_sleep_mode = enable_sleep_mode
+        drafting = None
+        if speculation is not None:
+            drafter = find_drafter(speculation, runner)
+            drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
-            logprobs_mode=logprobs_mode,
+            logprobs_mode=logprobs_mode, drafting=drafting,
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))

@@ -141,7 +141,7 @@ class Work:
         self._streams: list[Stream] = []
         self._times: list[RequestTimes] = []
 
-    def submit(
+    async def submit(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams, *, priority: int,
         stream_interval: int,
     ) -> None:  # fmt: skip
@@ -149,6 +149,8 @@ class Work:
 
         stream_interval  0: the client waits for the end, and deltas come as often as metrics want them
         """
+        if params.structured_outputs is not None:  # here, so that a hostile grammar costs neither engine nor event loop
+            await asyncio.to_thread(params.structured_outputs.check)
         for _, ids in prompts:
             self._state.check(params, ids, self._llm)
         self._state.admit(self._llm, len(prompts))

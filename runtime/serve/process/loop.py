@@ -156,6 +156,10 @@ class EngineLoop:
         stats.num_waiting = len(scheduler.waiting)
         stats.kv_cache_usage = 1 - pool.num_available / max(1, pool.num_blocks - 1)
         stats.paused = self.engine.is_paused
+        drafts = self.engine.drafting.stats
+        stats.num_drafts, stats.num_draft_tokens = drafts.num_drafts, drafts.num_draft_tokens
+        stats.num_accepted_tokens = drafts.num_accepted_tokens
+        stats.num_accepted_tokens_per_pos = drafts.num_accepted_tokens_per_pos
 
 
 def _params(add: Add) -> SamplingParams:

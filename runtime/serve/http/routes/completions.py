@@ -54,7 +54,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     request_id = request_name(request, body.request_id, "cmpl")
     work = Work(state, llm, request_id)
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
-    work.submit(encoded, params, priority=body.priority, stream_interval=interval)
+    await work.submit(encoded, params, priority=body.priority, stream_interval=interval)
     answer = _Answer(body, request_id, name, [text or "" for text, _ in encoded])
     if body.stream:
         return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)

@@ -50,7 +50,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     name = request_name(request, body.request_id, "generate-tokens")
     work = Work(state, llm, name)
     interval = state.settings.stream_interval if body.stream else 0
-    work.submit([(None, body.token_ids)], params, priority=body.priority, stream_interval=interval)
+    await work.submit([(None, body.token_ids)], params, priority=body.priority, stream_interval=interval)
     if body.stream:
         return await EventStream.of(_events(work, name), request, state.settings.write_timeout_s, work.close)
     return await while_connected(request, _whole(work, name), work.close)
