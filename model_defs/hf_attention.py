@@ -101,9 +101,13 @@ class Attending(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _dot_product(*args, **kwargs)
-        if func in PRODUCTS and is_square(*args[:2], self._step.tokens):
+        if func in PRODUCTS and is_square(args[0], args[1], self._step.tokens):
             return _scores(args[0], args[1], self._step)
-        if func in SUMMED_PRODUCTS and self._step.value_of(args[0]) == 0 and is_square(*args[1:3], self._step.tokens):
+        if (
+            func in SUMMED_PRODUCTS
+            and self._step.value_of(args[0]) == 0
+            and is_square(args[1], args[2], self._step.tokens)
+        ):
             return _scores(args[1], args[2], self._step) * kwargs.get("alpha", 1)
         if func in _ORDERED and self._step.own and not is_contiguous_or_false(args[0]):
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])  # else it asks how many tokens

@@ -72,7 +72,7 @@ def _by_slope(make: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 # Functions of transformers' modules that make ALiBi, and how each makes the first two keys' part of it.
-_MAKERS = {"build_mpt_alibi_tensor": _by_length, "_get_alibi_slopes": _by_slope}
+_MAKERS: dict[str, Callable[..., Tensor]] = {"build_mpt_alibi_tensor": _by_length, "_get_alibi_slopes": _by_slope}
 
 
 def alibi_makers(module: ModuleType) -> dict[str, tuple[ModuleType, Callable[..., Tensor]]]:

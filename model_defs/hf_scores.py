@@ -134,7 +134,7 @@ class Scores:
             raise ValueError("attention to later tokens is not served; wanted scores with a causal mask")
         return replace(self, weights=True, dtype=dtype or self.dtype)
 
-    def dropout(self, p: float = 0.5, training: bool = True, inplace: bool = False) -> Scores:
+    def dropout(self, p: Any = 0.5, training: bool = True, inplace: bool = False) -> Scores:
         return self._refuse("dropout") if training and p else self
 
     def matmul(self, values: Tensor) -> Tensor:

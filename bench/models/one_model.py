@@ -32,8 +32,8 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # What some classes want beside: sizes that hang together, lists with an entry for each layer.
-_LATENT = {"num_key_value_heads": 4}  # keys and values of latents have a head for each query
-_DECODER = {"is_decoder": True}  # else these look ahead
+_LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # keys and values of latents have a head for each query
+_DECODER: dict[str, Any] = {"is_decoder": True}  # else these look ahead
 EXTRA: dict[str, dict[str, Any]] = {
     "CohereCompassForCausalLM": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -52,22 +52,17 @@ EXTRA: dict[str, dict[str, Any]] = {
     "BigBirdForCausalLM": _DECODER | {"attention_type": "original_full"},
     "LongcatFlashForCausalLM": {"qk_head_dim": 24, "head_dim": 8} | _LATENT,
     "YoutuForCausalLM": _LATENT | {"head_dim": 8},
-} | {
-    name: extra
-    for extra, names in (
-        (_LATENT, (
-            "AXK1ForCausalLM", "AXK2ForCausalLM", "DeepseekV32ForCausalLM", "Dots3NoteForCausalLM",
-            "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "MiniCPM3ForCausalLM",
-        )),
-        (_DECODER, (
-            "BertLMHeadModel", "BertGenerationDecoder", "CamembertForCausalLM", "Data2VecTextForCausalLM",
-            "ElectraForCausalLM", "ErnieForCausalLM", "MegatronBertForCausalLM", "RemBertForCausalLM",
-            "RoCBertForCausalLM", "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM", "RoFormerForCausalLM",
-            "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM",
-        )),
-    )
-    for name in names
 }  # fmt: skip
+EXTRA |= dict.fromkeys((
+    "AXK1ForCausalLM", "AXK2ForCausalLM", "DeepseekV32ForCausalLM", "Dots3NoteForCausalLM",
+    "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "MiniCPM3ForCausalLM",
+), _LATENT)  # fmt: skip
+EXTRA |= dict.fromkeys((
+    "BertLMHeadModel", "BertGenerationDecoder", "CamembertForCausalLM", "Data2VecTextForCausalLM",
+    "ElectraForCausalLM", "ErnieForCausalLM", "MegatronBertForCausalLM", "RemBertForCausalLM",
+    "RoCBertForCausalLM", "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM", "RoFormerForCausalLM",
+    "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM",
+), _DECODER)  # fmt: skip
 REQUESTS = [[5, 77, 3, 18, 44, 9, 60, 61, 62, 10, 11, 71, 33], [7, 8, 90]]
 CHUNKS = ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 4, 1: 1}, {0: 1})
 
