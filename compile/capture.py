@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+_READS_VALUES = "computes with values of tensors on the host, which a recorded step cannot"
 DimNames = Mapping[str, tuple[str | None, ...] | list[Any]]
 
 
@@ -78,6 +80,10 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
         raise ValueError(
             f"capture: {type(model).__name__} restricts a size that must stay dynamic ({', '.join(symbols)}): {error}"
         ) from error
+    except GuardOnDataDependentSymNode as error:
+        raise ValueError(f"capture: {type(model).__name__} {_READS_VALUES}: {error}") from error
+    if any(n.users for n in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default)):
+        raise ValueError(f"capture: {type(model).__name__} {_READS_VALUES} (item, tolist)")
     weights: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     inputs: list[str] = []
@@ -93,11 +99,11 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
             if entry.kind is InputKind.CONSTANT_TENSOR:
                 constants[entry.target] = exported.constants[entry.target]
             placeholders[name].meta["weight"] = True
-    _unify_tied(model, module, weights)
+    unify_tied(model, module, weights)
     return Captured(module=module, weights=weights, inputs=tuple(inputs), constants=constants)
 
 
-def _unify_tied(model: nn.Module, module: torch.fx.GraphModule, weights: dict[str, str]) -> None:
+def unify_tied(model: nn.Module, module: torch.fx.GraphModule, weights: dict[str, str]) -> None:
     """Let every use of one tensor (tied embeddings) read one placeholder, the first."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     first: dict[int, torch.fx.Node] = {}

@@ -50,7 +50,10 @@ class HuggingFaceDecoder(nn.Module):
         # The children are registered here under the checkpoint's names; the model itself only lends its forward.
         for name, child in model.named_children():
             self.add_module(name, child)
-        assert {n for n, _ in model.named_parameters()} == {n for n, _ in self.named_parameters()}
+        if own_ones := {n for n, _ in model.named_parameters()} - {n for n, _ in self.named_parameters()}:
+            raise ValueError(
+                f"{architecture}: parameters beside its modules ({', '.join(sorted(own_ones))}) are not served"
+            )
         self.architecture = architecture
         self.longest = getattr(config, "max_model_len", 1)
         self.tp_plan = {**model.tp_plan}

@@ -31,7 +31,7 @@ KINDS = (
     ("state-space, convolution or linear attention, compressed keys", r"its layers of|it keeps a state"),
     ("attention to later tokens", r"bidirectional|later tokens|is_causal=False"),
     ("attention with a bias or a mask of the model's own", r"position_bias|its mask|a mask"),
-    ("code that asks for values or sizes of tensors", r"restricts a size|RecordingRefused"),
+    ("code that asks for values or sizes of tensors", r"restricts a size|values of tensors"),
 )
 _NO_MODEL = "no tiny model: transformers' own class refuses or fails"
 _BEGIN, _END = "<!-- made by seamwise bench models -->", "<!-- end of what seamwise bench models made -->"

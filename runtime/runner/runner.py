@@ -31,6 +31,7 @@ from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import smallest
 
+from .data_ranks import agree
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
@@ -150,6 +151,9 @@ class ModelRunner:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
         self._check_served(batch)
+        rows = batch.logit_rows.shape[0]
+        if self.options.data_parallel_size > 1:
+            batch = agree(batch, self.options)
         match self._recordings.kind_of(batch):
             case Empty():
                 results = self._empty()
@@ -158,6 +162,8 @@ class ModelRunner:
             case Full() | Piecewise() as key:
                 results = self._recordings.run(key, self.executable, batch, self._flat)
         logits, hidden = results if self.options.return_hidden_states else (results, None)
+        if self.options.data_parallel_size > 1:
+            logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
         return StepOutput(
             logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
             request_generations=batch.request_generations,
