@@ -10,29 +10,18 @@ from typing import Any
 
 # Class of a whole model -> the decoder that its text is, by text_config's model_type where that may be several.
 _DECODERS: dict[str, str | Mapping[str, str]] = {
-    "AyaVisionForConditionalGeneration": {"cohere2": "Cohere2ForCausalLM"},
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
-    "Gemma3nForConditionalGeneration": "Gemma3nForCausalLM",
     "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
     "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "GotOcr2ForConditionalGeneration": "Qwen2ForCausalLM",
-    "Idefics3ForConditionalGeneration": "LlamaForCausalLM",
-    "InternVLForConditionalGeneration": {
-        "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-        "qwen3_moe": "Qwen3MoeForCausalLM",
-    },
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "LlavaForConditionalGeneration": {
         "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     },
-    "LlavaNextForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
-    "LlavaOnevisionForConditionalGeneration": {"qwen2": "Qwen2ForCausalLM"},
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
     "Qwen2VLForConditionalGeneration": "Qwen2ForCausalLM",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
     "Qwen3VLForConditionalGeneration": "Qwen3ForCausalLM",
-    "Qwen3VLMoeForConditionalGeneration": "Qwen3MoeForCausalLM",
-    "SmolVLMForConditionalGeneration": "LlamaForCausalLM",
 }  # fmt: skip
 _OWN_DEFAULTS = ("gemma3_text", "llama", "mistral", "qwen2")  # of a text_config: those of the decoder's class
 _OF_THE_WHOLE = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "eos_token_id", "bos_token_id")
