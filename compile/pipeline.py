@@ -184,7 +184,7 @@ def compile_graph(
             LoweredStep(first=first, graph=graph, steps=steps, recipes=recipes, reports=reports, providers=chosen)
         )
     with ledger.stage("generate"):
-        program = generate(made)
+        program = generate(made, in_turns=config.parallel is not None and config.parallel.two_batches)
     with ledger.stage("compile"):
         _compile(program, [item for step in made for item in step.steps], config)
     return program

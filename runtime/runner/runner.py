@@ -31,7 +31,7 @@ from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import smallest
 
-from .data_ranks import agree
+from .data_ranks import agree, halves
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
@@ -98,6 +98,8 @@ class ModelRunner:
                 weights = load_step_weights(Path(path), settings, program, buffers)
             with ledger.stage("bind"):
                 executable = Executable(program, weights)
+                if settings.enable_dbo and not executable.takes_turns:
+                    raise ValueError("enable_dbo: nothing is begun in this program; do not disable begin_exchanges")
         return cls(config, settings, executable, ledger, buffers)
 
     @property
@@ -151,9 +153,11 @@ class ModelRunner:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
         self._check_served(batch)
-        rows = batch.logit_rows.shape[0]
+        rows, given = batch.logit_rows.shape[0], batch
         if self.options.data_parallel_size > 1:
-            batch = agree(batch, self.options)
+            batch, *second = agree(batch, self.options)
+            if second:
+                return self._in_turns(batch, *second, given=given)
         match self._recordings.kind_of(batch):
             case Empty():
                 results = self._empty()
@@ -167,6 +171,22 @@ class ModelRunner:
         return StepOutput(
             logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
             request_generations=batch.request_generations,
+        )  # fmt: skip
+
+    def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
+        """Run a step as two that take turns, op by op."""
+        self._recordings.stats.steps["in_turns"] += 1
+        results = self.executable.in_turns(*(self._flat(self._on_device(part)) for part in parts))
+        found = halves(given, self.options)
+        wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
+        logits, hidden = (
+            None if each[0] is None else torch.cat([r[:n] for r, n in zip(each, wanted, strict=True)])
+            for each in zip(*(r if isinstance(r, tuple) else (r, None) for r in results), strict=True)
+        )
+        assert logits is not None
+        return StepOutput(
+            logits=logits, hidden_states=hidden if given.hidden_states else None, request_slots=given.request_slots,
+            request_generations=given.request_generations,
         )  # fmt: skip
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
