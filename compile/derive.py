@@ -17,7 +17,9 @@ from seamwise.passes.graph import is_weight, sweep
 
 from .capture import Captured
 
-Recipe = dict[str, Any]  # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…]}
+Recipe = dict[
+    str, Any
+]  # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…], "options": {…}}
 
 
 def hoist(captured: Captured) -> dict[str, Recipe]:
@@ -63,7 +65,8 @@ def evaluate(
         source, dim, start, end = recipe["args"]
         return part(source["weight"], dim, start, end)
     args = [_evaluate(a, parameter, part) for a in recipe["args"]]
-    result = resolve_op(recipe["op"])(*args)
+    options = {name: _evaluate(a, parameter, part) for name, a in recipe.get("options", {}).items()}
+    result = resolve_op(recipe["op"])(*args, **options)
     assert isinstance(result, Tensor)
     return result
 
@@ -90,9 +93,10 @@ def _recipe(node: Node, weights: dict[str, str]) -> Recipe:
     if node.op == "placeholder":
         hoisted: Recipe | None = node.meta.get("recipe")
         return hoisted or {"weight": weights[node.name]}
-    if node.kwargs:
-        raise ValueError(f"derive: {node.format_node()} has keyword arguments; a recipe takes positional ones only")
-    return {"op": str(node.target), "args": [_argument(a, weights) for a in node.args]}
+    made: Recipe = {"op": str(node.target), "args": [_argument(a, weights) for a in node.args]}
+    options = {name: _argument(a, weights) for name, a in node.kwargs.items()}
+    assert not any(map(_flat, options.values())), f"{node.format_node()}: tensors are positional arguments"
+    return made | ({"options": options} if options else {})
 
 
 def _argument(argument: Any, weights: dict[str, str]) -> Any:
