@@ -84,6 +84,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             spec = _kv_spec(model, config, options)
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = _captured(model, arguments, spec)
+        buffers |= captured.constants
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
@@ -141,8 +142,15 @@ def _kv_spec(model: nn.Module, config: ModelConfig, options: RunnerConfig) -> KV
     if attended is None:
         return KVCacheSpec.of(config, options)
     ids, rows = (torch.zeros(n, dtype=torch.int64, device=options.device) for n in (7, 2))
-    with torch.no_grad():
-        return KVCacheSpec.of_calls(attended(ids, ids, rows), options)
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        with torch.no_grad():
+            return KVCacheSpec.of_calls(attended(ids, ids, rows), options)
+    except GuardOnDataDependentSymNode as error:
+        raise ValueError(
+            f"{config.architecture} computes with values of tensors on the host, which a recorded step cannot: {error}"
+        ) from error
 
 
 def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> CapturedModel:

@@ -355,8 +355,9 @@ class Engine:
                 self._leave(request)
 
     def _hand_over(self) -> list[RequestOutput]:
-        ready, self._ready = self._ready, []
-        return [output for output, _ in ready]
+        outputs = [output for output, _ in self._ready]
+        self._ready = []  # nothing comes between this and the caller
+        return outputs
 
     def _leave(self, request: Request) -> None:
         self._requests.pop(request.request_id, None)

@@ -113,7 +113,9 @@ class Loop:
         self.absorb()
         self.flights.clear()
         self.owners = {c.sequence.arrival: (request, c) for request, c in owners}
-        unfinished = [c.sequence for _, c in self.owners.values() if not c.sequence.done and c.reason is None]
+        for _, c in self.owners.values():  # ended by its text, and perhaps not yet taken out of what is rebuilt
+            c.sequence.done = c.sequence.done or c.reason is not None
+        unfinished = [c.sequence for _, c in self.owners.values() if not c.sequence.done]
         self.scheduler.rebuild(unfinished)
 
     def _judge(self, result: Result) -> tuple[list[Event], np.ndarray]:

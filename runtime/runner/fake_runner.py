@@ -17,7 +17,10 @@ _UNWRITTEN = -1
 
 
 class FakeRunner:
-    """Deterministic logits of a request's history alone; `fail_at` are the steps that raise, half done."""
+    """Deterministic logits of a request's history alone; `fail_at` are the steps that raise, half done.
+
+    weights  counts the weights that there have been: reading what was written under other ones fails
+    """
 
     def __init__(
         self, *, num_blocks: int, block_size: int, vocab_size: int = 24, max_model_len: int = 512,
@@ -30,6 +33,8 @@ class FakeRunner:
         self.startup_s = {"fake": 0.0}
         self.cache = np.full((num_blocks, block_size), _UNWRITTEN, dtype=np.int64)
         self.max_tokens, self.fail_at, self.sharpness = max_tokens, fail_at, sharpness
+        self.weights = 0
+        self.written_by = np.zeros_like(self.cache)
         self.num_steps = 0
         self.num_computed = 0
 
@@ -45,6 +50,7 @@ class FakeRunner:
         assert len(set(slots.tolist())) == len(slots), "two tokens of a step are written to one slot"
         assert (slots >= self.block_size).all(), "the null block is written"
         self.num_computed += len(tokens)
+        self.written_by.reshape(-1)[slots] = self.weights
         half = len(tokens) // 2 if self.num_steps in self.fail_at else len(tokens)
         self.cache.reshape(-1)[slots[:half]] = tokens[:half]
         if half < len(tokens):
@@ -60,6 +66,8 @@ class FakeRunner:
             assert positions[row] == position, "positions and lengths disagree"
             history = self.cache[table[r]].reshape(-1)[: position + 1]
             assert (history != _UNWRITTEN).all(), "unwritten cache is read"
+            written_by = self.written_by[table[r]].reshape(-1)[: position + 1]
+            assert (written_by == self.weights).all(), "what other weights computed is read"
             logits.append(self.logits_after(history.tolist()))
         stacked = np.array(logits, dtype=np.float32).reshape(len(logits), self.config.vocab_size)
         return StepOutput(
