@@ -9,7 +9,10 @@ BENCHES = {
     "throughput": "the fixed workloads end to end, alone or beside peers",
     "startup": "start-up by stage against the model's depth",
     "serve": "open-loop load on a server, ours or any with OpenAI's routes",
+    "streams": "many streams through a server for minutes, against the same batch offline",
     "company": "decode beside other busy processes",
+    "json-schema": "what of JSON Schema a grammar holds to, by the JSON Schema Test Suite",
+    "speculation": "one stream with guessed tokens and without",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
     "gpu": "every stage of the GPU proof, within the minutes given",
@@ -18,7 +21,11 @@ BENCHES = {
     "kernels": "microbenchmarks of every contract",
 }
 
-HOMES = {"gpu": "gpu.command", "models": "hf_models"}  # benches that are folders, or have another name
+HOMES = {
+    "gpu": "gpu.command",
+    "models": "hf_models",
+    "json-schema": "json_schema",
+}  # benches that are folders, or have another name
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from seamwise.extras import pip_install
+
 from .timing import Ceilings
 
 
@@ -17,7 +19,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise RuntimeError("plots need matplotlib: pip install 'seamwise[plot]'") from error
+        raise RuntimeError(f"plots need matplotlib: {pip_install('plot')}") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

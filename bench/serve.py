@@ -19,7 +19,7 @@ import numpy as np
 
 from .machine import machine
 
-_WORDS = "time way year work day thing man world life part house course case system place end group hand water".split()  # noqa: SIM905
+WORDS = "time way year work day thing man world life part house course case system place end group hand water".split()  # noqa: SIM905
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class Load:
         """Return (arrival in seconds, prompt) for each request; the same for every server."""
         draw = np.random.default_rng(self.seed)
         arrivals = np.cumsum(draw.exponential(1 / self.rate, self.num_requests))
-        prompts = [" ".join(draw.choice(_WORDS, self.prompt_words)) for _ in range(self.num_requests)]
+        prompts = [" ".join(draw.choice(WORDS, self.prompt_words)) for _ in range(self.num_requests)]
         return list(zip(arrivals.tolist(), prompts, strict=True))
 
 

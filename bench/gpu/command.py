@@ -8,6 +8,7 @@ lost, or when a row hangs; such a row has then failed. `--resume` goes on where 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -77,17 +78,27 @@ def supervise(command: list[str], path: Path, until: float) -> int:
     """
     _settle(path, "skipped", reason="an earlier run was cut here")
     while True:
-        with subprocess.Popen(command, start_new_session=True) as worker:  # with what it started, one group to end
+        worker = subprocess.Popen(command, start_new_session=True)  # with what it starts, one group to end
+        try:
             while worker.poll() is None:
                 time.sleep(0.2)
                 if time.time() > until + _GRACE_S or any(time.time() > row["limit"] for row in _started(path)):
-                    os.killpg(worker.pid, signal.SIGKILL)
+                    break
+        finally:  # of a worker that ended, too: tests that it had started may run on
+            _end_group(worker)
         if time.time() > until + _GRACE_S:
             _settle(path, "skipped", reason="the time was over")
             return 0
         error = f"the process was lost, with status {worker.returncode}, or killed because it hung"
         if not _settle(path, "failed", error=error) and worker.returncode != _LOST:
             return worker.returncode  # done; or no row is to blame, and another attempt would end the same way
+
+
+def _end_group(worker: subprocess.Popen[bytes]) -> None:
+    """Kill a worker and all that it started, and wait for it."""
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
 
 
 def _settle(path: Path, status: str, **why: str) -> int:

@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -54,8 +53,7 @@ def rows(context: Context) -> Iterator[Row]:
             yield from context.take(_key(file), estimate_s, partial(finish, file), limit_s=_TESTS_S + 30)
     finally:
         for process in running.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # xdist's workers with it
+            process.kill()  # xdist's workers end with it
             process.communicate()
     small = Lazy(partial(SmallModel, context.device), 20)
     for dtype in ("float32", "bfloat16"):
@@ -75,8 +73,7 @@ def _no_tests() -> Row:
 
 
 def start_tests(file: Path, device: str) -> subprocess.Popen[str]:
-    """Start one file's tests, in a group of processes of their own. On a CPU, where they need another process with
-    Triton's interpreter, collect them.
+    """Start one file's tests. On a CPU, where they need another process with Triton's interpreter, collect them.
 
     On a device the examples run, not the drawn cases: each drawn one is a specialisation to compile, 2,477 of them.
     """
@@ -84,9 +81,7 @@ def start_tests(file: Path, device: str) -> subprocess.Popen[str]:
     command += ["-m", "gpu", "--tb=line", "-k", "not drawn"] if device == "cuda" else ["--collect-only"]
     if device == "cuda" and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, (os.cpu_count() or 2) // len(list(file.parent.glob("test_*.py")))))]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
 def outcome(process: subprocess.Popen[str], limit_s: float) -> Row:

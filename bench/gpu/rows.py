@@ -92,14 +92,9 @@ class Context:
     extras: bool = False
 
     def take(
-        self,
-        key: str,
-        estimate_s: float,
-        measure: Callable[[], Row],
-        *,
-        extra: bool = False,
+        self, key: str, estimate_s: float, measure: Callable[[], Row], *, extra: bool = False,
         limit_s: float | None = None,
-    ) -> Iterator[Row]:
+    ) -> Iterator[Row]:  # fmt: skip
         """Yield the row of a measurement, unless it is there already; it starts only if its estimate fits.
 
         A row that takes longer than `limit_s` hangs; by default, than four times its estimate and half a minute.

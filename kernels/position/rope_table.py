@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from seamwise.kernels.contract import contract
+from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
 
 
@@ -56,3 +58,49 @@ def make(draw: Draw, T: int, F: int) -> tuple[Any, ...]:
     positions_T = draw.integers(0, 8192, T)
     speeds_F = 10000.0 ** (-torch.arange(F, dtype=torch.float32, device=draw.device) / F)
     return positions_T, speeds_F, 1.0, draw.dtype
+
+
+@triton.jit
+def _rope_table_kernel(
+    positions_ptr, speeds_ptr, cos_ptr, sin_ptr, scaling, T, F, height_from, width_from, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = column < F
+    axis = (column >= height_from).to(tl.int64) + (column >= width_from).to(tl.int64)  # 0 where there is one row
+    position = tl.load(positions_ptr + axis * T + token, mask=inside, other=0)
+    angle = position.to(tl.float32) * tl.load(speeds_ptr + column, mask=inside, other=0.0)
+    scale = tl.cast(scaling, tl.float32)
+    cos = (tl.cos(angle) * scale).to(cos_ptr.dtype.element_ty)
+    sin = (tl.sin(angle) * scale).to(sin_ptr.dtype.element_ty)
+    at = token * 2 * F + column
+    tl.store(cos_ptr + at, cos, mask=inside)
+    tl.store(cos_ptr + at + F, cos, mask=inside)
+    tl.store(sin_ptr + at, sin, mask=inside)
+    tl.store(sin_ptr + at + F, sin, mask=inside)
+
+
+rope_table.builds(
+    Build(_rope_table_kernel, {"BLOCK": block, "num_warps": 1}, {"scaling": "fp32"}) for block in (32, 64)
+)
+
+
+def _refuses(positions_T: Tensor, sections: list[int] | None) -> str | None:
+    if sections is None:
+        return None if positions_T.dim() == 1 else f"positions are {tuple(positions_T.shape)}, wanted (T,)"
+    return None if len(sections) == 3 else f"{len(sections)} sections, wanted 3"
+
+
+@rope_table.provider("triton", devices=("cuda",), refuses=_refuses, triton=True)
+def rope_table_triton(
+    positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    T, F = positions_T.shape[-1], speeds_F.shape[0]
+    cos, sin = (torch.empty(T, 2 * F, dtype=dtype, device=positions_T.device) for _ in range(2))
+    height_from, width_from = (F, F) if sections is None else (sections[0], sections[0] + sections[1])
+    if T:
+        _rope_table_kernel[(T,)](
+            positions_T, speeds_F, cos, sin, scaling, T, F, height_from, width_from,
+            BLOCK=triton.next_power_of_2(F), num_warps=1,
+        )  # fmt: skip
+    return cos, sin

@@ -41,6 +41,7 @@ class Adapters:
 
     known    by lora_int_id
     waiting  ids of the requests that wait for a slot, in order
+    ready    called in the reading thread when an adapter is read or refused
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Adapters:
         self.waiting: list[str] = []
         self._slots: dict[int, Known | None] = dict.fromkeys(range(1, max_loras + 1))
         self._clock = 0
+        self.ready: Callable[[], None] = lambda: None
 
     def add(self, asked: LoRARequest) -> Known:
         """Return an adapter, beginning to read it where it is not known. Raises ValueError for a number in use."""
@@ -67,6 +69,7 @@ class Adapters:
             )
         if found is None or asked.load_inplace:
             found = Known(asked=asked, read=self._pool.submit(self._load, Path(asked.lora_path)))
+            found.read.add_done_callback(lambda _: self.ready())
             self.known[asked.lora_int_id] = found
         return found
 
@@ -91,7 +94,9 @@ class Adapters:
         if found is None:
             return False
         if count := sum(r.adapter is found for r in requests):
-            raise RuntimeError(f"adapter {found.asked.lora_name!r} is used by {count} unfinished requests; let them end")
+            raise RuntimeError(
+                f"adapter {found.asked.lora_name!r} is used by {count} unfinished requests; let them end"
+            )
         if found.slot:
             self._runner.set_adapter(found.slot, None)
             self._slots[found.slot], found.slot = None, 0
@@ -100,12 +105,11 @@ class Adapters:
 
     def settle(
         self, requests: Mapping[str, Request], ready: Callable[[Request], None], fail: Callable[[str, Exception], None],
-        drain: Callable[[], None], wait_s: float,
+        drain: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Give slots to requests that wait, and end those whose adapter is refused. Doing so twice changes nothing more.
+        """Give slots to requests that wait, and end those whose adapter is refused. Twice is as once.
 
-        drain   waits until no step is running: one may still read the slot that is given away
-        wait_s  how long to wait for the first adapter that is being read, seconds
+        drain  waits until no step is running: one may still read the slot that is given away
         """
         left: list[str] = []
         for place, name in enumerate(self.waiting):
@@ -113,11 +117,11 @@ class Adapters:
             if request is None or request.adapter is None or REASON not in request.waits:
                 continue  # it was aborted
             found = request.adapter
-            try:
-                adapter = found.read.result(timeout=0 if left else wait_s)
-            except TimeoutError:
+            if not found.read.done():
                 left.append(name)
                 continue
+            try:
+                adapter = found.read.result()
             except Exception as error:
                 if self.known.get(found.asked.lora_int_id) is found:
                     del self.known[found.asked.lora_int_id]  # asked for again, it is read again

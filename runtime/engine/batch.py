@@ -53,8 +53,10 @@ def build_batch(step: Step, slots: Slots, sampling: SamplingSlots, adapters: np.
     owner = np.repeat(step.slots, counts)
     positions = np.arange(ends[-1]) + np.repeat(step.firsts - (ends - counts), counts)
     width = -(-int((step.firsts + counts).max()) // size)
-    yielding = step.slots[yields]
-    rows = [ends[yields] - 1]
+    each = 1 + step.drafts[yields]  # rows of a sequence: after its last known token, and after each guess
+    last = np.repeat(each.cumsum() - 1, each)
+    sampled_rows = np.repeat(ends[yields] - 1, each) - (last - np.arange(len(last)))
+    rows = [sampled_rows]
     prompts = _prompt_rows(step, sampling)
     for p in prompts:
         begin = int(ends[p.sequence] - counts[p.sequence] - step.firsts[p.sequence])
@@ -64,7 +66,7 @@ def build_batch(step: Step, slots: Slots, sampling: SamplingSlots, adapters: np.
         counts.astype(np.int32), size, np.concatenate(rows),
         adapter_slots=None if adapters is None else torch.from_numpy(adapters[step.slots]),
     )  # fmt: skip
-    sampled = sampling.rows(yielding, (step.firsts + counts)[yields], slots.tokens)
+    sampled = sampling.rows(np.repeat(step.slots[yields], each), positions[sampled_rows] + 1, slots.tokens)
     return Batch(inputs=inputs, owner=owner, positions=positions, sampling=sampled, prompts=prompts)
 
 

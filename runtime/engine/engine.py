@@ -2,6 +2,9 @@
 
     step:  plan and launch N+1, while N runs ─► wait for N ─► commit N ─► text and outputs of N
 
+A request may wait for what is not the engine's: its grammar, its adapter, resume(). step() then waits with it, so that
+`while engine.has_unfinished_requests(): engine.step()` is no busy loop, and wake() ends that from any thread.
+
 State changes only inside `with self._change`. An exception in there, a Ctrl-C too, leaves the change marked as torn;
 the next call then lets all that runs start over from its known tokens, none of which is lost.
 """
@@ -13,6 +16,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
+from threading import Event as Flag
 from types import TracebackType
 
 import numpy as np
@@ -35,6 +39,7 @@ from .adapters import REASON as ADAPTER
 from .adapters import Adapters
 from .admit import check_request
 from .answer import Answers
+from .drafting import Drafting
 from .loop import Loop
 from .lora_request import LoRARequest
 from .outputs import RequestMetrics, RequestOutput
@@ -60,12 +65,14 @@ class Engine:
     """Runs requests to completion over one runner. A bad request raises where it is added and disturbs no other.
 
     namespace  what prefix blocks' names begin with
+    drafting   guesses of the next tokens, and how many of them stood
     """
 
     def __init__(
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
         enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
-        policy: Policy | None = None, recorder: Recorder | None = None, adapters: Adapters | None = None,
+        policy: Policy | None = None, recorder: Recorder | None = None, drafting: Drafting | None = None,
+        adapters: Adapters | None = None,
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
@@ -77,22 +84,30 @@ class Engine:
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
-        self.adapters = adapters
+        self.drafting, self.adapters = drafting or Drafting(), adapters
+        depth = 2 if config.async_scheduling else 1
         self._loop = Loop(
-            self.scheduler, worker, depth=2 if config.async_scheduling else 1, adapters=adapters is not None
-        )
+            self.scheduler, worker, depth=depth, drafting=self.drafting, adapters=adapters is not None
+        )  # fmt: skip
         self._answers = Answers(tokenizer)
-        self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids)
+        self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids, ready=self.wake)
         self._requests: dict[str, Request] = {}
         self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
         self._change = _Change()
+        self._woken = Flag()
+        if adapters is not None:
+            adapters.ready = self.wake
         self._paused: str | None = None
         self._clears = False
         self._arrivals = 0
 
     def has_unfinished_requests(self) -> bool:
-        """Return whether step() has something to compute or to give out, now or after resume()."""
+        """Return whether a request has not ended, or its outputs have not been given out: call step() until then."""
         return bool(self._requests or self._ready)
+
+    def wake(self) -> None:
+        """Let a step() that waits look again at what it waits for. The only method that any thread may call."""
+        self._woken.set()
 
     def ends_with(self, ids: int | Series[int] | None) -> None:
         """Let these ids of the model, and the tokenizer's, end outputs of requests that are added from now on."""
@@ -100,9 +115,15 @@ class Engine:
         self.eos_ids = _eos_ids(named, self.tokenizer, self.runner.config.vocab_size)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
-        """Return how many tokens a request may produce. Raises ValueError for one that cannot be served."""
+        """Return how many tokens a request may produce. Raises ValueError for one that cannot be served.
+
+        A grammar is validated here, for as long as it takes; add_request leaves that to the thread that compiles it.
+        """
         if params.structured_outputs is not None:
-            self.grammars.check(params.structured_outputs)
+            params.structured_outputs.check()
+        return self._room(prompt_token_ids, params)
+
+    def _room(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         return check_request(
             prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
             has_tokenizer=self.tokenizer is not None,
@@ -130,7 +151,7 @@ class Engine:
             raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
         if mask_providers and len(mask_providers) != params.n:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
-        max_tokens = self.check(prompt_token_ids, params)
+        max_tokens = self._room(prompt_token_ids, params)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
         adapter = None if lora_request is None else self._with_adapters().add(lora_request)
         waits = [] if adapter is None else [ADAPTER]
@@ -168,16 +189,17 @@ class Engine:
         if request is None:
             return None
         with self._change:
-            running = [c for c in request.completions if c.reason is None]
-            for c in running:
-                self._answers.close(request, c)
-                c.reason = reason, message
-            self.scheduler.remove([c.sequence for c in running])
+            for c in request.completions:
+                if c.reason is None:
+                    self._answers.close(request, c)
+                    c.reason = reason, message
+                    self.scheduler.remove((c.sequence,))
             if self._ready:  # what nobody was handed yet comes with this one
                 taken_back = [given for output, given in self._ready if output.request_id == request_id]
                 self._ready = [(output, given) for output, given in self._ready if output.request_id != request_id]
                 request.given = (*taken_back, request.given)[0]
-            output, request.given = request.output()
+            output = request.output()
+            request.given.finished = True
             self._leave(request)
         return output
 
@@ -198,25 +220,28 @@ class Engine:
             if c.reason is None:
                 self.scheduler.block(c.sequence, self._blocked(request))
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, wait_s: float = 0.01) -> list[RequestOutput]:
         """Compute one step; return the outputs that are due.
 
+        wait_s  where no request can go on by itself (blocked for a reason of its own, or paused), wait for wake() or
+                the end of a compilation, at most so long, and compute nothing
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
         self._recover()
-        idle = not (self._loop.flights or self._ready or self.scheduler.running)
-        if self.grammars.pending:
-            self.grammars.settle(self._grammar_ready, self._refused, wait_s=0.01 if idle else 0.0)
+        self.grammars.settle(self._grammar_ready, self._refused)
         if self.adapters is not None and self.adapters.waiting:
-            self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain, 0.01 if idle else 0.0)
+            self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
         if self._paused != "keep" and self._requests:
-            while len(self._loop.flights) < self._loop.depth:
+            while self._loop.may_launch:
                 with self._change:
                     launched = self._loop.launch()
                 if not launched:
                     break
         if self._loop.flights:
             self._finish()
+        elif self._requests and not self._ready and (self._paused == "keep" or self.scheduler.stalled):
+            self._woken.wait(wait_s)
+            self._woken.clear()
         return self._hand_over()
 
     def _grammar_ready(self, request_id: str) -> None:
@@ -378,7 +403,8 @@ class Engine:
                 if request.finished:
                     request.metrics.finished_time = now
                     request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
-                output, given = request.output()
+                output = request.output()
+                given = request.given_with(output)
                 request.given, self._ready = given, [*self._ready, (output, request.given)]  # both or none
             if request.given.finished:
                 self._leave(request)

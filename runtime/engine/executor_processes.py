@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seamwise.extras import pip_install
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.runner.memory_plan import MemoryPlan
 
@@ -48,7 +49,7 @@ class RankProcesses:
             import zmq
         except ImportError as error:
             raise ValueError(
-                f"tensor_parallel_size={ranks} from one process needs pyzmq and msgspec: pip install 'seamwise[serve]',"
+                f"tensor_parallel_size={ranks} from one process needs pyzmq and msgspec: {pip_install('serve')},"
                 f" or start {ranks} processes with torchrun"
             ) from error
         self.timeout_s, self._lock, self._dead = timeout_s, threading.Lock(), ""

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 
 import numpy as np
 
 from seamwise.runtime.sampling.rows import SamplingSlots
+from seamwise.runtime.sampling.sampler import Sampled
 from seamwise.runtime.sampling.stop import Reason, ended_by_token
-from seamwise.runtime.scheduler.commit import complete, undo
+from seamwise.runtime.scheduler.commit import Step, complete, undo
 from seamwise.runtime.scheduler.scheduler import Scheduler
 from seamwise.runtime.scheduler.sequence import Sequence
 
 from .answer import Event
 from .batch import build_batch
+from .drafting import Drafting
 from .request import Completion, Request
 from .worker import Flight, Result, Worker
 
@@ -28,25 +30,38 @@ from .worker import Flight, Result, Worker
 class Loop:
     """The state between plan and text.
 
+    drafting guesses that steps verify; while there may be any, each step is waited for
     adapters (S,) int32: which of the runner's adapters the sequence in each slot has; None: it has none for any
     owners   of sequences in the engine, by their arrival
     events   what committed steps gave, not yet made into text
     """
 
-    def __init__(self, scheduler: Scheduler, worker: Worker, *, depth: int, adapters: bool = False) -> None:
+    def __init__(
+        self, scheduler: Scheduler, worker: Worker, *, depth: int, drafting: Drafting, adapters: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self.worker = worker
-        self.depth = depth
+        self._depth = depth
         self.owners: dict[int, tuple[Request, Completion]] = {}
         self.events: deque[Event] = deque()
         self.flights: list[Flight] = []
+        self.drafting = drafting
         self.sampling = SamplingSlots(num_slots=scheduler.slots.num_slots)
         self.adapters = np.zeros(scheduler.slots.num_slots, dtype=np.int32) if adapters else None
         self._entered = np.full(scheduler.slots.num_slots, -1, dtype=np.int64)
         self._committed: list[Event] = []
 
+    @property
+    def may_launch(self) -> bool:
+        """Whether a further step may be planned beside those under way."""
+        if not self.flights:
+            return True
+        return len(self.flights) < self._depth and not self.drafting.wanted(self.scheduler, self.owners)
+
     def launch(self) -> bool:
         """Plan a step and let it run; False when nothing can be computed now."""
+        if not self.flights:
+            self.drafting.propose(self.scheduler, self.owners)
         step = self.scheduler.schedule()
         if step is None:
             return False
@@ -75,10 +90,11 @@ class Loop:
     def commit(self, result: Result) -> None:
         """Account for the earliest step and put what it gave into `events`."""
         step = self.flights[0].step
-        self._committed = self._judge(result)  # the step has happened from here on: absorb() can be done again
+        self._committed, given = self._judge(result)  # the step has happened from here on: absorb() can be done again
         ended = [e.completion.sequence for e in self._committed if e.reason is not None]
         self.absorb()
-        complete(self.scheduler, step, ended)
+        complete(self.scheduler, step, ended, given)
+        self.drafting.note(step, result.ended - result.began, given)
         self.flights.pop(0)
 
     def undo(self) -> None:
@@ -106,29 +122,42 @@ class Loop:
         unfinished = [c.sequence for _, c in self.owners.values() if not c.sequence.done and c.reason is None]
         self.scheduler.rebuild(unfinished)
 
-    def _judge(self, result: Result) -> list[Event]:
-        """Return what a step gave whom, and whom it ends; nothing is changed."""
-        step, sampled, events = self.flights[0].step, result.sampled, []
+    def _judge(self, result: Result) -> tuple[list[Event], np.ndarray]:
+        """Return what a step gave whom, and whom it ends, and (R,) how many tokens each got; nothing is changed."""
+        step, events = self.flights[0].step, []
+        given = np.zeros(len(step.sequences), dtype=np.int64)
         for i, start, found in result.prompts:
             if not step.sequences[i].done:
                 request, c = self.owners[step.sequences[i].arrival]
                 events.append(Event(request=request, completion=c, prompt_start=start, prompt_logprobs=found))
-        tokens = sampled.tokens.tolist()
-        for row, i in enumerate(step.yields.nonzero()[0].tolist()):
-            s: Sequence = step.sequences[i]
-            if s.done:
-                continue
-            request, c = self.owners[s.arrival]
+        row = 0
+        for i in step.yields.nonzero()[0].tolist():
+            if not step.sequences[i].done:
+                of_sequence = list(self._tokens_of(step, i, row, result.sampled))
+                events += of_sequence
+                given[i] = sum(event.token is not None for event in of_sequence)
+            row += 1 + int(step.drafts[i])
+        return events, given
+
+    def _tokens_of(self, step: Step, i: int, row: int, sampled: Sampled) -> Iterator[Event]:
+        """Yield what a sequence got: the token of its first row, and of each further one whose guess has stood."""
+        s: Sequence = step.sequences[i]
+        request, c = self.owners[s.arrival]
+        output, guesses = list(s.output) if step.drafts[i] else s.output, step.proposed.get(i, [])
+        for guess in [*guesses, None]:
             if row in sampled.failed:
-                events.append(Event(request=request, completion=c, reason=failure(request, sampled.failed[row])))
-                continue
-            reason = ended_by_token(s.output, tokens[row], request.params, c.options.stop_ids, s.max_tokens)
-            event = Event(
-                request=request, completion=c, index=len(s.output), token=tokens[row],
-                logprobs=sampled.logprobs.get(row), reason=reason,
+                yield Event(request=request, completion=c, reason=failure(request, sampled.failed[row]))
+                return
+            token = int(sampled.tokens[row])
+            reason = ended_by_token(output, token, request.params, c.options.stop_ids, s.max_tokens)
+            yield Event(
+                request=request, completion=c, index=len(output), token=token, logprobs=sampled.logprobs.get(row),
+                reason=reason,
             )  # fmt: skip
-            events.append(event)
-        return events
+            if reason is not None or token != guess:
+                return
+            output.append(token)
+            row += 1
 
 
 def failure(request: Request, error: Exception) -> Reason:

@@ -33,6 +33,23 @@ class GrammarMask:
 
         Raises ValueError when the grammar has got too complex for its limits, or the ids do not follow it.
         """
+        self._go_to(output_ids)
+        words = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.int32)
+        if self.matcher.is_error():
+            raise ValueError(f"structured_outputs: {self.matcher.get_error().splitlines()[0]}")
+        return words[: self.num_words]
+
+    def forced(self, output_ids: list[int]) -> list[int]:
+        """Return the tokens that must come next, as far as they are certain; what is wrong shows in allowed_words."""
+        self._go_to(output_ids)
+        return list(self.matcher.compute_ff_tokens())
+
+    def follows(self, output_ids: list[int], guess: list[int]) -> int:
+        """Return how many tokens of a guess, from the first, may come next."""
+        self._go_to(output_ids)
+        return int(self.matcher.validate_tokens(guess))
+
+    def _go_to(self, output_ids: list[int]) -> None:
         same = 0
         while same < min(len(self.taken), len(output_ids)) and self.taken[same] == output_ids[same]:
             same += 1
@@ -41,10 +58,6 @@ class GrammarMask:
         if new := output_ids[same:]:
             self.matcher.consume_tokens(new)
         self.taken = list(output_ids)
-        words = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.int32)
-        if self.matcher.is_error():
-            raise ValueError(f"structured_outputs: {self.matcher.get_error().splitlines()[0]}")
-        return words[: self.num_words]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +73,15 @@ class Grammars:
 
     tokenizer   of the model; None: no grammar can be served
     eos_ids     ids that may end an output when its grammar is satisfied
+    ready       called in that thread when one is compiled or refused
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Sequence[int], *,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, list(eos_ids)
+        self._ready = ready
         self._pool: ThreadPoolExecutor | None = None
         self.pending: list[Compiling] = []
 
@@ -82,31 +100,24 @@ class Grammars:
             raise ValueError(f"structured_outputs: {matcher.get_error().splitlines()[0]}")
         return matcher
 
-    def check(self, params: StructuredOutputsParams) -> None:
-        """Raise ValueError for what cannot be served."""
+    def start(self, request_id: str, params: StructuredOutputsParams, num_outputs: int) -> list[LateMask]:
+        """Begin to compile; return a mask for each output, to be asked once the request is unblocked.
+
+        Raises ValueError for a model without a tokenizer. What is wrong with the grammar shows in `settle`.
+        """
         if self._tokenizer is None:
             raise ValueError("structured_outputs needs a tokenizer; this model directory has none")
-        params.check()
-
-    def start(self, request_id: str, params: StructuredOutputsParams, num_outputs: int) -> list[LateMask]:
-        """Begin to compile; return a mask for each output, to be asked once the request is unblocked."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "seamwise-grammar")
         future = self._pool.submit(self.compile, params)
         self.pending.append(Compiling(request_id=request_id, future=future))
+        future.add_done_callback(lambda _: self._ready())
         words = -(-self._vocab_size // 32)
         return [LateMask(future, words) for _ in range(num_outputs)]
 
-    def settle(self, unblock: Callable[[str], None], fail: Callable[[str, Exception], None], wait_s: float) -> None:
-        """Unblock the requests whose grammar is ready, and end those whose grammar is refused.
-
-        wait_s  how long to wait for the first one, seconds
-        """
+    def settle(self, unblock: Callable[[str], None], fail: Callable[[str, Exception], None]) -> None:
+        """Unblock the requests whose grammar is ready, and end those whose grammar is refused."""
         if not self.pending:
-            return
-        try:
-            self.pending[0].future.exception(timeout=wait_s)
-        except TimeoutError:
             return
         done = [c for c in self.pending if c.future.done()]
         self.pending = [c for c in self.pending if c not in done]
@@ -135,6 +146,17 @@ class LateMask:
 
     def allowed_words(self, output_ids: list[int]) -> np.ndarray | None:
         """As GrammarMask's."""
+        return self._made().allowed_words(output_ids)
+
+    def forced(self, output_ids: list[int]) -> list[int]:
+        """As GrammarMask's."""
+        return self._made().forced(output_ids)
+
+    def follows(self, output_ids: list[int], guess: list[int]) -> int:
+        """As GrammarMask's."""
+        return self._made().follows(output_ids, guess)
+
+    def _made(self) -> GrammarMask:
         if self.mask is None:
             self.mask = GrammarMask(self.compiled.result().deep_copy(), self.num_words)
-        return self.mask.allowed_words(output_ids)
+        return self.mask

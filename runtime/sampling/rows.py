@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,17 @@ class MaskProvider(Protocol):
 
     def allowed_words(self, output_ids: list[int]) -> np.ndarray | None:
         """Return (⌈V/32⌉,) int32 words, bit t % 32 of word t // 32 set where token t may follow; None: all may."""
+
+
+@runtime_checkable
+class GuessableMask(MaskProvider, Protocol):
+    """A mask that can be asked between steps about tokens to come."""
+
+    def forced(self, output_ids: list[int]) -> list[int]:
+        """Return the tokens that must come next, as far as they are certain."""
+
+    def follows(self, output_ids: list[int], guess: list[int]) -> int:
+        """Return how many tokens of a guess, from the first, may come next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from seamwise.extras import pip_install
+
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 # What one grammar may cost, at llguidance's stated speeds: 20 ms to begin with, 15 ms a token, and 64 MB of states.
 LIMITS = {
@@ -31,6 +33,8 @@ class StructuredOutputsParams:
     structural_tag  text in which a trigger begins a part of a given schema:
                  {"structures": [{"begin", "schema", "end"}], "triggers": […]}, as an object or as its text
     disable_any_whitespace  JSON without optional white space
+    reasoning    (opening, closing) marks of free text that may come before the form; with an empty opening the
+                 prompt has opened it already, and the text comes in any case
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -40,6 +44,7 @@ class StructuredOutputsParams:
     json_object: bool | None = None
     structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False
+    reasoning: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in _KINDS if getattr(self, name) is not None]
@@ -67,6 +72,9 @@ class StructuredOutputsParams:
 
     def as_grammar(self) -> str:
         """Return llguidance's grammar. Raises ValueError naming what is wrong, or that llguidance is not installed."""
+        return self._form() if self.reasoning is None else _after(self.reasoning, self._form())
+
+    def _form(self) -> str:
         matcher = guidance().LLMatcher
         spaced = {"whitespace_flexible": not self.disable_any_whitespace}
         if self.json is not None:
@@ -85,12 +93,18 @@ class StructuredOutputsParams:
         return _tagged(_schema("structural_tag", self.structural_tag))
 
     def check(self) -> None:
-        """Raise ValueError for a grammar that is none, or that costs more than LIMITS. Takes 40 ms at most."""
+        """Raise ValueError for a grammar that is none, or that costs more than LIMITS.
+
+        Takes milliseconds, and tenths of a second for a megabyte of alternatives; other threads run meanwhile.
+        """
         library = guidance()
         limits = library.LLParserLimits(**LIMITS)
-        wrong, messages = library.LLMatcher.validate_grammar_with_warnings(self.as_grammar(), None, limits=limits)
-        if wrong:
-            raise ValueError(f"structured_outputs: {_first_line(messages[0])}")
+        refused, messages = library.LLMatcher.validate_grammar_with_warnings(self.as_grammar(), None, limits=limits)
+        if refused:
+            wrong = _first_line(messages[0])
+            if "coerce_one_of" in wrong:  # it names an option that a schema itself can set
+                wrong += '; put "x-guidance": {"coerce_one_of": true} into the schema'
+            raise ValueError(f"structured_outputs: {wrong}")
 
 
 def guidance() -> Any:
@@ -99,7 +113,7 @@ def guidance() -> Any:
         import llguidance
     except ImportError:
         raise ValueError(
-            "structured_outputs needs the package llguidance; install it: pip install 'seamwise[grammar]'"
+            f"structured_outputs needs the package llguidance; install it: {pip_install('grammar')}"
         ) from None
     return llguidance
 
@@ -127,12 +141,21 @@ def _tagged(text: str) -> str:
             if trigger is None:
                 raise ValueError(f"no trigger of {triggers} begins {begin!r}")
             tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
-        return str(StructTag.to_grammar(tags))
+        return str(StructTag.to_grammar(tags, assume_special=False))  # text: a special token would not be shown
     except (KeyError, TypeError, AttributeError, AssertionError, ValueError) as error:
         raise ValueError(
             "structured_outputs: structural_tag wants"
             f' {{"structures": [{{"begin", "schema", "end"}}], "triggers": […]}}: {error!r}'
         ) from None
+
+
+def _after(reasoning: tuple[str, str], form: str) -> str:
+    """Return the grammar of free text between the marks, then the form."""
+    opening, closing = (json.dumps(mark) for mark in reasoning)
+    thought = "thought" if not reasoning[0] else f"({opening} thought)?"
+    start = f"start: {thought} SPACE @form\nthought[suffix={closing}]: /(?s:.*)/\nSPACE: /\\s*/"
+    first, *rest = json.loads(form)["grammars"] if form.startswith("{") else [{"lark_grammar": form}]
+    return json.dumps({"grammars": [{"lark_grammar": start}, {**first, "name": "form"}, *rest]})
 
 
 def _first_line(message: str) -> str:

@@ -30,7 +30,9 @@ class Step:
 
     slots, epochs  (R,) where each runs, and which owner of the slot it is
     firsts, counts (R,) int64
-    yields         (R,) bool: the last of these tokens is the last known one, so a token is sampled after it
+    yields         (R,) bool: the last known token is among these, so a token is sampled after it
+    drafts         (R,) how many of these are guesses behind the last known one: a token is sampled after each; proposed
+                   has them by index
     fills          blocks that the step fills with known tokens, and the names promised for them
     """
 
@@ -41,6 +43,8 @@ class Step:
     firsts: np.ndarray
     counts: np.ndarray
     yields: np.ndarray
+    drafts: np.ndarray
+    proposed: dict[int, list[int]]
     fills: list[tuple[int, BlockName]] = field(default_factory=list)
 
 
@@ -75,14 +79,20 @@ def commit(scheduler: Scheduler, plan: Plan) -> Step | None:
     rows = np.concatenate([rows, np.array([s.slot for s in starting], dtype=np.int64)])
     counts = np.concatenate([counts, np.array([a.count for a in plan.admissions], dtype=np.int64)])
     firsts = slots.scheduled[rows]
-    yields = firsts + counts == slots.known[rows]
+    ends, known = firsts + counts, slots.known[rows]
+    yields, drafts = ends >= known, np.maximum(ends - known, 0)
+    proposed = {
+        i: slots.tokens[rows[i], known[i] : ends[i]].tolist() for i in drafts.nonzero()[0].tolist()
+    }  # fmt: skip
+    slots.drafts[rows] = drafts
     slots.scheduled[rows] += counts
     slots.known[rows] += yields
     scheduler.num_steps += 1
     scheduler.clock += int(counts.sum())
     step = Step(
         number=scheduler.num_steps, sequences=[slots.sequences[slot] for slot in rows.tolist()],
-        slots=rows, epochs=slots.epoch[rows], firsts=firsts, counts=counts, yields=yields, fills=fills,
+        slots=rows, epochs=slots.epoch[rows], firsts=firsts, counts=counts, yields=yields,
+        drafts=drafts, proposed=proposed, fills=fills,
     )  # fmt: skip
     scheduler.flying.append(step)
     return step
@@ -128,8 +138,14 @@ def _promise(scheduler: Scheduler, s: Sequence | None, end: int, fills: list[tup
         s.num_promised = full
 
 
-def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence]) -> None:
-    """Account for the earliest step under way: its sampled tokens are in the sequences' outputs by now."""
+def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence], given: np.ndarray | None = None) -> None:
+    """Account for the earliest step under way: its sampled tokens are in the sequences' outputs by now.
+
+    given  (R,) tokens that each sequence got: where it has guesses, those that stood and one more. Default: one each
+    """
+    given = step.yields.astype(np.int64) if given is None else given
+    stood = np.minimum(np.maximum(given - 1, 0), step.drafts)
+    fell = step.drafts - stood  # their keys and values are overwritten by the next step
     slots, pool = scheduler.slots, scheduler.pool
     assert scheduler.flying[0] is step
     for block, name in step.fills:
@@ -137,7 +153,10 @@ def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence]) -> None:
             pool.publish(block, name)
     here = slots.epoch[step.slots] == step.epochs
     rows = step.slots[here]
-    slots.computed[rows] += step.counts[here]
+    slots.computed[rows] += (step.counts - fell)[here]
+    slots.scheduled[rows] -= fell[here]
+    slots.known[rows] += stood[here]
+    slots.drafts[rows] = 0
     if pool.caching:
         for slot in rows[slots.computed[rows] // pool.block_size > slots.published[rows]].tolist():
             _publish(scheduler, slot)
@@ -147,7 +166,7 @@ def complete(scheduler: Scheduler, step: Step, ended: Series[Sequence]) -> None:
             scheduler.queue.set(s, "known", s.num_known)
     yielding = np.array([s.tenant for s, y in zip(step.sequences, step.yields.tolist(), strict=True) if y])
     if len(yielding):
-        cost = scheduler.policy.cost(np.zeros(len(yielding)), np.ones(len(yielding)))
+        cost = scheduler.policy.cost(np.zeros(len(yielding)), np.maximum(given[step.yields], 1).astype(float))
         np.add.at(scheduler.counters, yielding, cost)
     for s in ended:
         scheduler.ended(s)

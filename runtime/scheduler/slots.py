@@ -24,6 +24,7 @@ class Slots:
     scheduled  tokens handed to steps; computed: of committed steps
     limit      tokens that are ever computed: the last one is sampled and never computed
     epoch      counts the owners that a slot has had
+    drafts     guesses behind the known tokens: before a step is planned, and while it runs those that it computes
     """
 
     num_slots: int
@@ -43,7 +44,7 @@ class Slots:
         count = self.num_slots
         self.tokens = np.empty((count, self.longest), dtype=np.int32)
         self.table = np.zeros((count, -(-self.longest // self.block_size)), dtype=np.int32)
-        self.counters = np.zeros((8, count), dtype=np.int64)
+        self.counters = np.zeros((9, count), dtype=np.int64)
         self.facts = np.zeros((6, count), dtype=np.int64)
         self.predicted = np.zeros(count)
         self.clear()
@@ -87,12 +88,18 @@ class Slots:
     def epoch(self) -> np.ndarray:
         return self.counters[7]
 
+    @property
+    def drafts(self) -> np.ndarray:
+        return self.counters[8]
+
     def check(self) -> None:
         """Assert what holds between steps."""
         active = self.active()
         held = [*active.tolist(), *self.free, *(slot for _, slot in self.fenced)]
         assert sorted(held) == list(range(self.num_slots)), "a slot is lost or in two states"
-        assert (self.known[active] >= self.scheduled[active]).all(), "more is scheduled than known"
+        assert (self.known[active] + self.drafts[active] >= self.scheduled[active]).all(), (
+            "more is scheduled than known"
+        )
         assert (self.scheduled[active] >= self.computed[active]).all(), "more is computed than scheduled"
         assert (self.scheduled[active] <= self.held[active] * self.block_size).all(), "a token has no block"
         for slot in active.tolist():
@@ -119,6 +126,7 @@ class Slots:
         self.epoch[slot] += 1
         limit = len(s.prompt) + s.max_tokens - 1
         self.counters[:7, slot] = (known, computed, computed, limit, 0, s.max_chunk, len(blocks))
+        self.drafts[slot] = 0
         self.facts[:, slot] = (s.arrival, s.arrived_clock, s.priority, s.tenant, len(s.prompt), 0)
         self.predicted[slot] = s.predicted
         self.extend(s, blocks)

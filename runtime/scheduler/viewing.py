@@ -22,7 +22,7 @@ def take_view(scheduler: Scheduler) -> View:
     slots, pool, limits = scheduler.slots, scheduler.pool, scheduler.config
     active = slots.active()
     scheduled, held = slots.scheduled[active], slots.held[active]
-    pending = np.minimum(slots.known[active], slots.limit[active]) - scheduled
+    pending = np.minimum(slots.known[active] + slots.drafts[active], slots.limit[active]) - scheduled
     max_chunk = slots.max_chunk[active]
     wanted = np.minimum(np.minimum(pending, max_chunk), limits.long_prefill_token_threshold or NO_LIMIT)
     own = np.zeros(len(active), dtype=np.int64)

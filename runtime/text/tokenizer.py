@@ -99,13 +99,24 @@ class Tokenizer:
             return str(self.full.decode(list(ids), skip_special_tokens=skip_special_tokens))
         return str(self._light.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    @property
+    def split_special_tokens(self) -> bool:
+        """Whether special tokens that stand in a text are encoded as any other text (transformers' option)."""
+        return bool(getattr(self._light, "encode_special_tokens", False))
+
     def as_json(self) -> str:
-        """Return the backend's tokenizer.json, without padding and truncation, for libraries that read one."""
+        """Return the backend's tokenizer.json, without padding and truncation, for libraries that read one.
+
+        Raises ValueError for a tokenizer that only transformers' Python code knows.
+        """
         from tokenizers import Tokenizer as Backend
 
         light = self._light if self._light is not None else getattr(self.full, "backend_tokenizer", None)
         if light is None:
-            raise ValueError(f"{self.directory}: its tokenizer has no backend of the tokenizers library")
+            raise ValueError(
+                f"{self.directory}: its tokenizer has no tokenizer.json, which servers and grammars need; convert it"
+                " with transformers' convert_slow_tokenizer, or pass another directory as tokenizer"
+            )
         copy = Backend.from_str(light.to_str())
         copy.no_padding()
         copy.no_truncation()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from seamwise.bench import report, timing
+from seamwise.bench import machine, report, timing
 from seamwise.bench.gpu import command as gpu
 from seamwise.bench.gpu import correctness as gpu_correctness
 from seamwise.bench.gpu import kernels as gpu_kernels
@@ -181,12 +182,14 @@ def test_a_file_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 WORKER = """
-import json, os, sys, time
+import json, os, subprocess, sys, time
 path, until, mode = sys.argv[1], time.time() + 60, sys.argv[2]
 done = [json.loads(line)["key"] for line in open(path).read().splitlines()[1:]]
 def write(**row):
     with open(path, "a") as file: file.write(json.dumps(row) + "\\n")
 if "lost" not in done:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as the kernels' tests
+    open(path + ".child", "w").write(str(child.pid))
     write(key="lost", status="started", limit=time.time() + (0.5 if mode == "hang" else 60))
     time.sleep(600) if mode in ("hang", "late") else os.kill(os.getpid(), 11)
 write(key="next", status="started", limit=until)
@@ -202,8 +205,10 @@ def test_a_row_that_loses_the_worker_fails_and_the_run_goes_on(
     context(path).results.append({"key": "old", "status": "started", "limit": 0.0})
     script.write_text(WORKER)
     monkeypatch.setattr(gpu, "_GRACE_S", 0.3)
-    until = time.time() + (0.5 if mode == "late" else 60)
+    until = time.time() + (2.5 if mode == "late" else 60)  # late: after the worker has begun
     assert gpu.supervise([sys.executable, str(script), str(path), mode], path, until) == 0
+    child = Path(f"/proc/{Path(f'{path}.child').read_text()}/stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z", "what the lost worker started is left running"
     rows = read_rows(path)[1]
     assert rows["old"]["status"] == "skipped"
     if mode == "late":
@@ -287,3 +292,24 @@ def test_wrong_logits_fail_the_check(check: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_correctness, "run", wrong)
     with pytest.raises(RuntimeError, match=r"off by|differ in step"):
         small.compare("float32") if check == "compare" else small.modes("piecewise", padded=False)
+
+
+def test_a_machine_without_git_has_no_known_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = subprocess.run
+
+    def without_git(command: list[str], **options: Any) -> Any:
+        if command[0] == "git":
+            raise FileNotFoundError("git")
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", without_git)
+    assert machine.machine("cpu")["commit"] == "unknown"
+
+
+def test_memory_that_cannot_be_freed_asks_for_another_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: str) -> None:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(gpu, "free_memory", fails)
+    assert gpu.measure(context(tmp_path / "run.json"), []) == 0
+    assert gpu.measure(context(tmp_path / "run.json"), ["environment"]) == gpu._LOST

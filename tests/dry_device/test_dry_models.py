@@ -10,13 +10,9 @@ from dry_device import pretend
 
 from seamwise.bench.gpu.models import model_directory
 from seamwise.compile.ledger import Ledger
-from seamwise.kernels.contract import CONTRACTS
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program
 from seamwise.runtime.build.runner_config import RunnerConfig
-
-# Ops of a step that have no kernel on a GPU: a few launches of torch's each, stated here so that the list only shrinks.
-PLAIN = {"rope_table"}
 
 
 @pytest.mark.slow
@@ -35,7 +31,5 @@ def test_every_op_of_a_step_has_a_kernel(model: str, scheme: str | None, monkeyp
         config = ModelConfig.from_directory(Path(directory))
         program, _ = load_program(config, RunnerConfig.for_model(config, **options), Ledger())
     plain = {key.split(":")[0] for key in program.providers if key.endswith(":torch")}
-    triton = {name for name, record in CONTRACTS.items() if any(p.triton for p in record.providers)}
-    assert plain <= PLAIN, f"by their meaning on CUDA: {sorted(plain - PLAIN)}"
-    assert not plain & triton
+    assert not plain, f"by their meaning on CUDA: {sorted(plain)}"
     assert program.packages == {}, "nothing of these models needs Inductor"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seamwise import caches
+from seamwise.extras import pip_install
 from seamwise.runtime.serve.speakers import LocalSpeaker, Message, RemoteSpeaker, Speaker
 
 from .options import Commands, add_command, engine_loading, engine_options, model_options
@@ -67,7 +68,7 @@ def _lines() -> Iterator[str]:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'seamwise[serve]'") from error
+        raise ValueError(f"{error.name} is not installed: {pip_install('serve')}") from error
     home = caches.cache_dir()
     caches.make_private(home)
     session: PromptSession[str] = PromptSession(history=FileHistory(str(home / "chat_history")))

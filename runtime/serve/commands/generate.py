@@ -7,8 +7,11 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from seamwise.extras import pip_install
 
 from .options import Commands, add_command, loading, model_options
 
@@ -70,7 +73,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"  {stage:32} {seconds:6.2f} s")
     if options.next:
         print(f"\nnow try:  {Path(sys.argv[0])} chat --model {options.model}")
-        print(f"     or:  {Path(sys.argv[0])} serve --model {options.model}   (pip install 'seamwise[serve]' first)")
+        missing = [name for name in ("fastapi", "uvicorn", "zmq", "msgspec") if find_spec(name) is None]
+        first = f"   (after {pip_install('serve')})" if missing else ""
+        print(f"     or:  {Path(sys.argv[0])} serve --model {options.model}{first}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -13,6 +14,19 @@ from pathlib import Path
 from typing import Any
 
 Commands = argparse._SubParsersAction  # the type has no public name
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Return the object that an option's text is. Raises ArgumentTypeError for anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r}, wanted a JSON object like {{"method": "ngram"}}')
+    return found
+
+
 _LOADING = (
     "dtype",
     "device",
@@ -25,7 +39,8 @@ _LOADING = (
 )
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
-    "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str,
+    "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
+    "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int,
 }  # fmt: skip
 
 
@@ -72,12 +87,13 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     for name, kind in _ENGINE.items():
         group.add_argument(flag(name), type=kind)
     group.add_argument("--enforce-eager", action="store_true", default=None)
+    group.add_argument("--enable-lora", action="store_true", default=None)
     group.add_argument("--no-prefix-caching", action="store_true", default=None)
 
 
 def engine_loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return what engine_options and model_options asked for, as LLM's options."""
-    given = {name: getattr(options, name) for name in (*_ENGINE, "enforce_eager", "cache_dir")}
+    given = {name: getattr(options, name) for name in (*_ENGINE, "enforce_eager", "enable_lora", "cache_dir")}
     if options.no_prefix_caching:
         given["enable_prefix_caching"] = False
     return loading(options) | {name: value for name, value in given.items() if value is not None}

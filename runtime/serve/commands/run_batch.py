@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from seamwise.extras import pip_install
+
 from .options import Commands, add_command, engine_loading, engine_options, model_options
 
 
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         from seamwise.runtime.serve.async_llm import AsyncLLM
         from seamwise.runtime.serve.batch_file import BatchFile, run_batch
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'seamwise[serve]'") from error
+        raise ValueError(f"{error.name} is not installed: {pip_install('serve')}") from error
     if options.concurrency < 1:
         raise ValueError(f"concurrency={options.concurrency}: wanted at least 1")
     batch = BatchFile.open(options.input_file, options.output_file)

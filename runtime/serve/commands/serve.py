@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from seamwise.extras import pip_install
 from seamwise.runtime.serve.http.settings import ServeSettings
 
 from .options import (
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         from seamwise.runtime.serve.http.serving import Serving
         from seamwise.runtime.serve.recipe import check_recipe, write_recipe
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'seamwise[serve]'") from error
+        raise ValueError(f"{error.name} is not installed: {pip_install('serve')}") from error
     llm = AsyncLLM(
         options.model, step_timeout_s=options.step_timeout_s, start_timeout_s=options.start_timeout_s,
         **engine_loading(options),

@@ -54,7 +54,7 @@ class FunctionDefinition(Body):
     name: Annotated[str, Field(min_length=1, max_length=128)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = Field(None, description="Arguments are not constrained.")
+    strict: bool | None = Field(None, description="Hold the arguments of each call to `parameters`.")
 
 
 class Tool(Body):

@@ -54,7 +54,16 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(**label)
         self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.").labels(**label)
         self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.").labels(**label)
-        self.preemptions = counter("num_preemptions", "Requests that gave their blocks back.").labels(**label)
+        self.counted = {  # fields of Stats
+            "num_preemptions": counter("num_preemptions", "Requests that gave their blocks back."),
+            "num_drafts": counter("spec_decode_num_drafts", "Guesses of a sequence's next tokens."),
+            "num_draft_tokens": counter("spec_decode_num_draft_tokens", "Tokens guessed."),
+            "num_accepted_tokens": counter("spec_decode_num_accepted_tokens", "Guessed tokens that stood."),
+        }
+        self.counted = {name: made.labels(**label) for name, made in self.counted.items()}
+        self.accepted_at = counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Guessed tokens that stood, by their place.", "position"
+        )
         self.success = counter("request_success", "Requests that ended, by the reason.", "finished_reason")
         self.rejections = counter("admission_rejections", "Requests refused at the door, by the reason.", "reason")
         self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
@@ -77,9 +86,15 @@ class Metrics:
 
     def progress(self, stats: Stats, deltas: list[Delta]) -> None:
         """Take the engine's word after a step."""
-        fell = stats.num_preemptions < self._last.num_preemptions  # another process: its counters start anew
-        self.preemptions.inc(stats.num_preemptions - (0 if fell else self._last.num_preemptions))
-        self._last = Stats(num_preemptions=stats.num_preemptions)
+        for name, counter in self.counted.items():
+            now, before = getattr(stats, name), getattr(self._last, name)
+            counter.inc(now - before if now >= before else now)  # less: another process, its counters start anew
+        places = stats.num_accepted_tokens_per_pos
+        before_at = self._last.num_accepted_tokens_per_pos
+        for place, count in enumerate(places):
+            before = before_at[place] if place < len(before_at) and before_at[place] <= count else 0
+            self.accepted_at.labels(**self._label, position=str(place)).inc(count - before)
+        self._last = Stats(**{name: getattr(stats, name) for name in self.counted}, num_accepted_tokens_per_pos=places)
         if deltas:
             self.iteration.observe(sum(len(delta.token_ids) for delta in deltas))
 

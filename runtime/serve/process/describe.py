@@ -10,15 +10,7 @@ if TYPE_CHECKING:
 
 def tokenizer_json(tokenizer: Tokenizer | None) -> str | None:
     """Return the tokenizers library's JSON of a tokenizer. Raises ValueError for one which that library cannot read."""
-    if tokenizer is None:
-        return None
-    light = tokenizer._light or getattr(tokenizer.full, "backend_tokenizer", None)
-    if light is None:
-        raise ValueError(
-            f"{tokenizer.directory}: its tokenizer has no tokenizer.json, which serving needs; convert it with"
-            " transformers' convert_slow_tokenizer, or pass another directory as tokenizer"
-        )
-    return str(light.to_str())
+    return None if tokenizer is None else tokenizer.as_json()
 
 
 def chat_templates(tokenizer: Tokenizer | None) -> dict[str, str]:

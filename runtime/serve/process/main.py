@@ -95,7 +95,7 @@ def _ready(llm: Any, model: str) -> Ready:
         dtype=str(getattr(runner.options, "dtype", "")).removeprefix("torch."), device=str(runner.options.device),
         tokenizer=tokenizer_json(tokenizer), chat_templates=chat_templates(tokenizer),
         special_tokens=special_tokens(tokenizer),
-        split_special_tokens=bool(getattr(tokenizer and tokenizer._light, "encode_special_tokens", False)),
+        split_special_tokens=tokenizer is not None and tokenizer.split_special_tokens,
         startup_s=dict(runner.startup_s), explain=explanation(runner),
         world_size=int(getattr(runner.options, "tensor_parallel_size", 1)),
     )  # fmt: skip

@@ -24,6 +24,7 @@ class Add(Struct, tag=True, array_like=True):
     prompt: str | None = None
     priority: int = 0
     stream_interval: int = 1
+    lora: tuple[str, int, str] | None = None  # name, number, directory
 
 
 class Abort(Struct, tag=True, array_like=True):
@@ -75,6 +76,8 @@ class Stats(Struct, array_like=True):
     """The engine's state after a step, or idle. Counters never go down within one engine process.
 
     sleeping  0: awake; 1: weights are kept elsewhere; 2: they are gone
+    num_drafts, num_draft_tokens, num_accepted_tokens  guesses of speculation: how often, their tokens, what stood;
+              the last by position too
     """
 
     num_running: int = 0
@@ -84,6 +87,10 @@ class Stats(Struct, array_like=True):
     num_preemptions: int = 0
     paused: bool = False
     sleeping: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
 
 
 class Progress(Struct, tag=True, array_like=True):

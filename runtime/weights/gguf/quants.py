@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seamwise.extras import pip_install
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
@@ -34,7 +36,7 @@ class Kind:
         try:
             import gguf
         except ImportError as error:
-            raise RuntimeError(f"{self.name} weights need the gguf package: pip install 'seamwise[gguf]'") from error
+            raise RuntimeError(f"{self.name} weights need the gguf package: {pip_install('gguf')}") from error
         with np.errstate(all="ignore"):  # scales may be infinite in a file of no sense
             blocks = raw.view(-1, self.num_bytes).numpy()
             return torch.from_numpy(gguf.dequantize(blocks, gguf.GGMLQuantizationType[self.name])).view(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from seamwise.kernels import (
     rms_norm_quant,
     rope,
     rope_kv_write,
+    rope_table,
     silu_mul,
     silu_mul_mxfp4,
     silu_mul_quant,
@@ -110,3 +113,16 @@ def test_adapters_of_a_tile_in_any_order() -> None:
 def test_whole_rows_too_wide_for_registers_are_refused() -> None:
     with pytest.raises(ValueError, match="16385 columns under one scale do not fit in registers"):
         silu_mul_quant.run("triton", draw(1, 2 * 16385), torch.int8)
+
+
+@pytest.mark.parametrize("sections", [None, [4, 6, 6], [0, 16, 0]])
+def test_rope_table_takes_its_row_for_each_column(sections: list[int] | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(200_000, (5,) if sections is None else (3, 5), generator=generator)
+    speeds = 10000.0 ** (-torch.arange(16) / 16)
+    for dtype, near in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        got, want = (
+            f(positions.to(DEVICE), speeds.to(DEVICE), 1.25, dtype, sections)
+            for f in (partial(rope_table.run, "triton"), rope_table.meaning)
+        )
+        torch.testing.assert_close(got, want, atol=near, rtol=0)

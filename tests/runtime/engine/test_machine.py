@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from collections.abc import Sequence as Series
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -18,17 +20,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from seamwise.runtime.engine import answer, loop
+from seamwise.runtime.engine import answer, drafting, loop
 from seamwise.runtime.engine import engine as engine_module
+from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.sampling.params import RequestOutputKind
 from seamwise.runtime.scheduler import commit, queue, scheduler, slots
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
 from seamwise.runtime.scheduler.policies import OURS
+from seamwise.runtime.speculation.drafter import Known
+from seamwise.runtime.speculation.watch import Watch
 from seamwise.testing import FakeRunner
 
-_INTERRUPTED = {m.__file__ for m in (answer, loop, engine_module, commit, queue, scheduler, slots)}
+_INTERRUPTED = {m.__file__ for m in (answer, drafting, loop, engine_module, commit, queue, scheduler, slots)}
 _PATIENCE = 4000  # steps in which everything must have ended
 
 
@@ -58,6 +63,30 @@ def interrupt_at(count: int, call: Callable[[], Any]) -> Any:
         sys.settrace(before)
 
 
+class Always(Watch):
+    """Speculation is never switched off by how long steps take here."""
+
+    def wants(self, sequences: int) -> bool:
+        return True
+
+
+class Guesses:
+    """A drafter whose first `right` tokens are the most likely ones, and whose next ones are not."""
+
+    def __init__(self, runner: FakeRunner, right: int) -> None:
+        self.runner, self.right = runner, right
+
+    def propose(self, known: Series[Known]) -> list[list[int]]:
+        found = []
+        for one in known:
+            tokens, guess = one.tokens.tolist(), []
+            for place in range(one.most):
+                order = self.runner.logits_after([*tokens, *guess]).argsort()
+                guess.append(int(order[-1 if place < self.right else 0]))
+            found.append(guess)
+        return found
+
+
 class EngineMachine(RuleBasedStateMachine):
     """The engine beside what each of its requests would get from an engine of its own."""
 
@@ -66,10 +95,12 @@ class EngineMachine(RuleBasedStateMachine):
         seats=st.integers(1, 5), caching=st.booleans(), asynchronous=st.booleans(), policy=st.sampled_from([*OURS]),
         threshold=st.sampled_from([0, 0, 3]), watermark=st.sampled_from([0.0, 0.2]), reserve=st.booleans(),
         fail_at=st.frozensets(st.integers(1, 40), max_size=4), queued=st.sampled_from([None, None, 3]),
+        guesses=st.sampled_from([None, None, 0, 1, 4]),
     )  # fmt: skip
     def begin(
         self, block_size: int, blocks: int, budget: int, seats: int, caching: bool, asynchronous: bool, policy: str,
         threshold: int, watermark: float, reserve: bool, fail_at: frozenset[int], queued: int | None,
+        guesses: int | None,
     ) -> None:  # fmt: skip
         self.runner = FakeRunner(num_blocks=blocks + 1, block_size=block_size, max_tokens=budget, fail_at=fail_at)
         config = SchedulerConfig(
@@ -78,7 +109,10 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_queued_reqs=queued,
         )  # fmt: skip
         self.tokenizer = FakeTokenizer()
-        self.engine = Engine(self.runner, self.tokenizer, config, enable_prefix_caching=caching)  # type: ignore[arg-type]
+        guessing = None if guesses is None else Drafting(drafter=Guesses(self.runner, guesses), most=4, watch=Always())
+        self.engine = Engine(
+            self.runner, self.tokenizer, config, enable_prefix_caching=caching, drafting=guessing  # type: ignore[arg-type]
+        )  # fmt: skip
         self.wanted: dict[str, Drawn] = {}
         self.got: dict[str, RequestOutput] = {}
         self.tokens: dict[str, list[list[int]]] = {}
@@ -112,7 +146,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 900))
     def interrupted_step(self, count: int) -> None:
         try:
-            outputs = interrupt_at(count, self.engine.step)
+            outputs = interrupt_at(count, partial(self.engine.step, wait_s=0))
         except Interrupted:
             return
         except RuntimeError as error:
@@ -163,7 +197,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def one_step(self) -> None:
         try:
-            outputs = self.engine.step()
+            outputs = self.engine.step(wait_s=0)
         except RuntimeError as error:
             assert "as told" in str(error)
             return

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.sampling.grammar import GrammarMask, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
@@ -123,16 +124,16 @@ def test_requests_follow_their_grammar_beside_others(form: dict[str, Any], patte
         ({"choice": []}, "choice=[]"), ({"choice": "yes"}, "choice='yes'"), ({"json": 3}, "json=3"),
         ({"json_object": False}, "json_object=False"), ({"structural_tag": {"structures": []}}, "structural_tag wants"),
         ({"json": "{"}, "json is no JSON"), ({"json": {"type": "strin"}}, "structured_outputs:"),
+        ({"json": {"oneOf": [{}, {"type": "object"}]}}, 'put "x-guidance"'),
         ({"regex": "(a"}, "structured_outputs:"), ({"grammar": "start: nothing"}, "structured_outputs:"),
     ],
 )  # fmt: skip
 def test_what_is_no_form_is_refused_when_asked(form: dict[str, Any], message: str) -> None:
     runner = FakeRunner(num_blocks=8, block_size=4, vocab_size=VOCAB)
     engine = Engine(runner, Vocabulary(), SchedulerConfig())  # type: ignore[arg-type]
-    began = time.perf_counter()
     with pytest.raises(ValueError, match=re.escape(message)):
-        engine.add_request("a", [3], SamplingParams(structured_outputs=form, detokenize=False))  # type: ignore[arg-type]
-    assert time.perf_counter() - began < 5 and not engine.has_unfinished_requests()
+        engine.check([3], SamplingParams(structured_outputs=form, detokenize=False))  # type: ignore[arg-type]
+    engine.close()
 
 
 def test_an_aborted_request_does_not_come_back_when_its_grammar_is_ready() -> None:
@@ -169,7 +170,7 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_without_a_tokenizer_has_no_grammars() -> None:
     with pytest.raises(ValueError, match="needs a tokenizer"):
-        Grammars(None, VOCAB, [EOS]).check(StructuredOutputsParams(regex="a"))
+        Grammars(None, VOCAB, [EOS]).start("a", StructuredOutputsParams(regex="a"), 1)
 
 
 @pytest.mark.slow
@@ -189,3 +190,32 @@ def test_the_demo_model_answers_in_json(demo_model: Any) -> None:
     assert found.keys() == {"city", "population"} and isinstance(found["population"], int)
     assert outputs[1].text in forms[1]["choice"] and re.fullmatch(forms[2]["regex"], outputs[2].text)
     assert all(o.finish_reason == "stop" for o in outputs)
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_forced_tokens_come_several_a_step(guesses: bool) -> None:
+    form: dict[str, Any] = {"regex": "[ab]xxxxxxxx[01]"}
+    found = []
+    for asynchronous in (False, True):
+        runner = FakeRunner(num_blocks=32, block_size=4, vocab_size=VOCAB, eos_ids=(EOS,))
+        drafting = Drafting(drafter=Wrong(), most=2) if guesses else None
+        engine = Engine(runner, Vocabulary(), SchedulerConfig(async_scheduling=asynchronous), drafting=drafting)  # type: ignore[arg-type]
+        params = SamplingParams(structured_outputs=form, detokenize=False, max_tokens=20, seed=1)  # type: ignore[arg-type]
+        plain = SamplingParams(detokenize=False, max_tokens=20, seed=1, ignore_eos=True)
+        for name, asked in (("a", params), ("b", plain)):
+            engine.add_request(name, [3, 4], asked)
+        done = {}
+        while engine.has_unfinished_requests():
+            done |= {o.request_id: o.outputs[0].token_ids for o in engine.step() if o.finished}
+        engine.close()
+        assert re.fullmatch(form["regex"], "".join(PIECES[i] for i in done["a"] if i != EOS))
+        assert engine.drafting.stats.num_forced_tokens >= 7
+        found.append(done)
+    assert found[0] == found[1]
+
+
+class Wrong:
+    """A drafter that guesses what no grammar here allows at first, and what nobody wants."""
+
+    def propose(self, known: Any) -> list[list[int]]:
+        return [[VOCAB - 1, 0] for _ in known]

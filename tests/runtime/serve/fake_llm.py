@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.speculation.stats import DraftStats
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?<>|_-{}[]\"'\n"
 TEMPLATE = (
@@ -35,6 +36,7 @@ class FakeEngine:
             config=SimpleNamespace(vocab_size=len(LETTERS) + 1, eos_ids=()), num_blocks=101, startup_s={"fake": 0.0},
         )  # fmt: skip
         self.requests: dict[str, Held] = {}
+        self.drafting = SimpleNamespace(stats=DraftStats())
         self.pool = SimpleNamespace(num_available=100, num_blocks=101)
         self.max_num_seqs = max_num_seqs
         self.paused: str | None = None
@@ -163,7 +165,12 @@ def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -
     light = Tokenizer(models.WordLevel(vocabulary, unk_token="�"))
     light.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     light.decoder = decoders.Fuse()
-    tokenizer = SimpleNamespace(_light=light, chat_templates={"default": TEMPLATE}, special_tokens={"eos_token": "!"})
+    tokenizer = SimpleNamespace(
+        as_json=light.to_str,
+        split_special_tokens=False,
+        chat_templates={"default": TEMPLATE},
+        special_tokens={"eos_token": "!"},
+    )
     engine, asleep = FakeEngine(max_num_seqs), []
 
     def sleep(level: int) -> None:

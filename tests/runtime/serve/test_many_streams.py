@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import os
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from servers import get, post
+from servers import Running, get, post
+
+from seamwise.bench.streams import run_streams, stream
 
 NUM_STREAMS, NUM_TOKENS = 64, 24
 
 
-async def stream(url: str, ids: list[int], started: asyncio.Event) -> list[int]:
-    """Return the ids that a stream of /inference/v1/generate gives."""
-    parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
-    params = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
-    body = json.dumps({"token_ids": ids, "sampling_params": params, "stream": True}).encode()
-    head = "POST /inference/v1/generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    await started.wait()
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    found: list[int] = []
-    async for line in reader:
-        if line.startswith(b"data: {"):
-            found += json.loads(line[6:])["choices"][0]["token_ids"]
-    writer.close()
-    return found
+def test_what_is_lost_or_other_is_counted(fake: Running) -> None:
+    fake.wait_ready()
+    prompts = [[1, 2, 3], [4, 5]]
+    right = [[1, 2, 3, 1], [4, 5, 4, 5]]  # the fake engine's answers
+    other = [[1, 2, 3, 1], [4, 5, 4, 4]]
+    for wanted, wrong in ((right, False), (other, True)):
+        seen, _ = asyncio.run(run_streams(fake.url, prompts, wanted, 4, 0.3, os.getpid()))
+        assert bool(seen.wrong) == wrong and seen.answers >= 4 and seen.tokens == 4 * seen.answers
+        assert not wrong or "prompt 1: [4, 5, 4, 5] instead of [4, 5, 4, 4]" in seen.wrong[0]
+        assert seen.memory_mib[0] > 10
 
 
 @pytest.mark.slow
@@ -36,11 +32,7 @@ def test_64_streams_give_the_ids_that_each_alone_gives(server: str, demo_model: 
     prompts = [post(f"{server}/tokenize", {"prompt": text})[1]["tokens"] for text in texts]
 
     async def everything() -> list[list[int]]:
-        started = asyncio.Event()
-        tasks = [asyncio.create_task(stream(server, ids, started)) for ids in prompts]
-        await asyncio.sleep(0.1)
-        started.set()
-        return list(await asyncio.gather(*tasks))
+        return [ids for ids, _ in await asyncio.gather(*(stream(server, ids, NUM_TOKENS) for ids in prompts))]
 
     together = asyncio.run(everything())
     assert all(len(ids) == NUM_TOKENS for ids in together)

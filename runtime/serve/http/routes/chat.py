@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.chat_parts import ChatParts, reasoning_marks, tool_format
 from seamwise.runtime.serve.http.chat_answer import ChatAnswer
 from seamwise.runtime.serve.http.chat_schema import ChatRequest, Template
 from seamwise.runtime.serve.http.serving import Serving, Work, request_name, serving
 from seamwise.runtime.serve.http.sse import EventStream, encode_json, while_connected
 from seamwise.runtime.serve.prompts import Prompts
+from seamwise.runtime.serve.tool_choice import tool_form
 
 from .describe import ASKS, GENERATES
 
@@ -29,12 +32,13 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     params = body.sampling(llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
     tools = _tools(body, prompts)
     text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
-    request_id = request_name(request, body.request_id, "chatcmpl")
-    work = Work(state, llm, request_id)
-    interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
-    work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
     marks = reasoning_marks(prompts.templates.get("default", ""))
     thinking = marks is not None and text.rstrip().endswith(marks[0])
+    params = _formed(body, params, tools, ("", marks[1]) if marks and thinking else marks)
+    request_id = request_name(request, body.request_id, "chatcmpl")
+    work = Work(state, llm, request_id, name)
+    interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
+    await work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
 
     def parts() -> ChatParts:
         return ChatParts(tools=tools, reasoning=marks, thinking=thinking)
@@ -70,13 +74,25 @@ def _tools(body: ChatRequest, prompts: Prompts) -> str | None:
         return None
     if body.tool_choice == "none":
         return None
-    if body.tool_choice not in (None, "auto"):
-        raise ValueError(f"tool_choice={body.tool_choice!r}: grammars are not served; wanted 'auto' or 'none'")
     source = prompts.templates.get("tool_use", prompts.templates.get("default", ""))
     form = tool_format(source)
     if form is None:
         raise ValueError("tools: this model's chat template takes none; leave them out")
     return form
+
+
+def _formed(
+    body: ChatRequest, params: SamplingParams, tools: str | None, reasoning: tuple[str, str] | None
+) -> SamplingParams:
+    """Return the params with the form that tool_choice asks for; a form asked for begins after the reasoning."""
+    form = params.structured_outputs
+    if tools is not None and body.tools:
+        functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools]
+        called = tool_form(functions, body.tool_choice, tools, parallel=body.parallel_tool_calls is not False)
+        if called is not None and form is not None:
+            raise ValueError("tool_choice and response_format both say what the answer looks like; wanted one of them")
+        form = called or form
+    return params if form is None else replace(params, structured_outputs=replace(form, reasoning=reasoning))
 
 
 def rendered(body: Template, prompts: Prompts, state: Serving, *, with_tools: bool) -> tuple[str, list[int]]:

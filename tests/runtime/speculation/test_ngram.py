@@ -1,0 +1,67 @@
+"""Guesses by prompt lookup against a search that tries everything; the watch against times that are given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seamwise.runtime.speculation.config import SpeculativeConfig
+from seamwise.runtime.speculation.drafter import Known, find_drafter
+from seamwise.runtime.speculation.ngram import NGram
+from seamwise.runtime.speculation.watch import PERIOD, SAMPLES, Watch
+
+
+@given(
+    tokens=st.lists(st.integers(0, 2), min_size=1, max_size=24), shortest=st.integers(1, 3), more=st.integers(0, 3),
+    most=st.integers(1, 5),
+)  # fmt: skip
+def test_the_longest_match_and_of_equal_ones_the_latest(tokens: list[int], shortest: int, more: int, most: int) -> None:
+    longest, wanted = shortest + more, []
+    for length in range(longest, shortest - 1, -1):
+        ends = [e for e in range(length, len(tokens)) if tokens[e - length : e] == tokens[len(tokens) - length :]]
+        if ends and len(tokens) > length:
+            followed = [e for e in ends if len(tokens) - e >= most]
+            wanted = tokens[(followed or [ends[0]])[-1] :][:most]
+            break
+    known = Known(owner=(0, 0), tokens=np.array(tokens, dtype=np.int32), most=most)
+    assert NGram(shortest, longest).propose([known, known]) == [wanted, wanted]
+
+
+def steps(watch: Watch, count: int, without_s: float, with_s: float, tokens: int, sequences: int = 4) -> list[bool]:
+    """Run steps that take these times; return which of them guessed."""
+    guessed = []
+    for _ in range(count):
+        guessed.append(watch.wants(sequences))
+        watch.note(sequences, with_s if guessed[-1] else without_s, tokens if guessed[-1] else None)
+    return guessed
+
+
+def test_the_watch_guesses_while_that_is_faster_and_samples_what_it_does_not_do() -> None:
+    watch = Watch()
+    assert sum(steps(watch, PERIOD, 1.0, 1.5, 4 * 2)) == PERIOD - SAMPLES  # two tokens a sequence for half more time
+    assert sum(steps(watch, 5 * PERIOD, 1.0, 1.5, 4)) <= 5 * SAMPLES + 5  # one token: it is off soon, but for samples
+    cost = 1 + 0.5 * SAMPLES / PERIOD
+    assert cost < 1.03, "a useless drafter whose steps take half more time costs under 3 %"
+    assert sum(steps(watch, 3 * PERIOD, 1.0, 1.5, 4 * 2)) > PERIOD  # it pays again, which the samples see
+    assert steps(watch, SAMPLES + 1, 1.0, 1.5, 40, sequences=40)[-1], "another size of step has a verdict of its own"
+    slow = Watch()
+    assert sum(steps(slow, SAMPLES + 1, 1.0, 1.5, 8)) == 1
+    slow.note(4, 90.0, 8)  # a recording is made
+    assert sum(steps(slow, PERIOD - SAMPLES - 2, 1.0, 1.5, 8)) == PERIOD - SAMPLES - 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"methods": "ngram"}, "'methods' is no option of it; wanted method"),
+        ({"method": "crystal ball"}, "'crystal ball' is not known; wanted one of ngram"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens=0, wanted a whole number above 0"),
+        ({"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "prompt_lookup_min=4 is above prompt_lookup_max=3"),
+        ("ngram", "speculative_config='ngram', wanted a mapping"),
+    ],
+)
+def test_what_is_no_configuration_is_refused(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_drafter(SpeculativeConfig.of(given), None)  # type: ignore[arg-type]
