@@ -95,11 +95,11 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
             assert entry.target is not None
             weights[name] = entry.target
             placeholders[name].meta.update(weight=True, parameter=entry.target)
-    _unify_tied(model, module, weights)
+    unify_tied(model, module, weights)
     return Captured(module=module, weights=weights, inputs=tuple(inputs))
 
 
-def _unify_tied(model: nn.Module, module: torch.fx.GraphModule, weights: dict[str, str]) -> None:
+def unify_tied(model: nn.Module, module: torch.fx.GraphModule, weights: dict[str, str]) -> None:
     """Let every use of one tensor (tied embeddings) read one placeholder, the first."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     first: dict[int, torch.fx.Node] = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from seamwise import passes
 from seamwise.compile.check.validate import Validator
 from seamwise.compile.check.verify import verify
-from seamwise.compile.explain.collectives import communicates, count_all_reduces
+from seamwise.compile.explain.collectives import communicates, count_all_reduces, count_exchanges
 from seamwise.compile.explain.piece_costs import piece_costs
 from seamwise.passes import Pass, Report, Structure
 
@@ -57,6 +57,7 @@ FUSE = (
 FUSE_QUANT = (
     passes.QUANTIZE_LINEAR,  # after the joins, which see plain linears; before the fusions of the quantize it inserts
     passes.QUANTIZE_EXPERTS,
+    passes.QUANTIZE_DISPATCH,  # after quantize_experts, whose quantize it moves; before routing takes it over
     passes.FUSE_MOE_ROUTE_QUANT,  # before the fusions with norms, which would say that the router reads the rows too
     passes.FUSE_MOE_SILU_MUL_QUANT,  # before fuse_silu_mul_quant, which takes what is left
     passes.FUSE_RMS_NORM_QUANT,
@@ -64,6 +65,7 @@ FUSE_QUANT = (
     passes.FUSE_ALLREDUCE_RMS_NORM_QUANT,
     passes.FUSE_SILU_MUL_QUANT,
     passes.FUSE_ATTENTION_QUANT,
+    passes.BEGIN_EXCHANGES,  # last: what it puts between the halves is then as few kernels as it will be
 )
 LOWER = (
     passes.PACK_LINEAR,  # after every pass that joins weights: it packs what they made
@@ -154,7 +156,8 @@ def rewrite(
             with ledger.stage("shard"):
                 entry = passes.shard(config.parallel, styles_of(captured, config.parallel))
                 reports += _run([entry], captured, structure, config, validator, from_tokens)
-                structure = replace(structure, all_reduces=count_all_reduces(captured.module))
+                sums, sent = count_all_reduces(captured.module), count_exchanges(captured.module)
+                structure = replace(structure, all_reduces=sums, exchanges=sent)
     return reports
 
 

@@ -18,6 +18,8 @@ OWN_PLAN = {
     "model.embed_tokens": "embedding_rowwise",
     "*.self_attn.[qkv]_proj": "colwise",
     "*.self_attn.qkv_proj": "packed_colwise",
+    "*.self_attn.q_b_proj": "colwise",
+    "*.self_attn.kv_b_proj": "colwise",  # heads; the latents that it expands are whole, and cached once a rank
     "*.self_attn.o_proj": "rowwise",
     "*.gate_proj": "colwise",
     "*.up_proj": "colwise",
@@ -40,13 +42,18 @@ def styles_of(captured: Captured, parallel: Parallel) -> dict[str, str]:
             continue
         path = name.removesuffix("_packed").removesuffix(".weight")
         style = next((style for pattern, style in plan.items() if fnmatchcase(path, pattern)), None)
-        if style is not None and parallel.experts and ".experts." in path:
+        of_experts = ".experts." in path
+        if parallel.data:
+            style = EXPERTS if of_experts and path.endswith("_proj") else None  # whatever the plan; scales follow
+        elif style is not None and parallel.experts and of_experts:
             style = EXPERTS
         if style is None or style in WHOLE:
             continue
         if style not in STYLES:
             raise ValueError(f"tensor_parallel_plan: {name} has style {style!r}; wanted one of {', '.join(STYLES)}")
         styles[placeholder] = style
+    if not styles and parallel.data:
+        raise ValueError("enable_expert_parallel: the model has no experts; ranks without need nothing of each other")
     if not styles:
         raise ValueError(f"tensor_parallel_plan: none of {', '.join(plan)} is a weight of this model")
     return styles

@@ -23,6 +23,7 @@ if __name__ != "kernels":
     from .comm.allreduce_rms_norm_quant import allreduce_rms_norm_quant as allreduce_rms_norm_quant
     from .comm.ep_dispatch import ep_combine as ep_combine
     from .comm.ep_dispatch import ep_dispatch as ep_dispatch
+    from .comm.ep_dispatch import ep_dispatch_quant as ep_dispatch_quant
     from .comm.norm_between_linears import norm_between_linears as norm_between_linears
     from .comm.reduce_scatter_rms_norm import reduce_scatter_rms_norm as reduce_scatter_rms_norm
     from .linear.gather_packed_rows import gather_packed_rows as gather_packed_rows
@@ -38,6 +39,7 @@ if __name__ != "kernels":
     from .linear.scaled_linear import scaled_linear as scaled_linear
     from .linear.w4a16_linear import w4a16_linear as w4a16_linear
     from .moe.grouped_linear import grouped_linear as grouped_linear
+    from .moe.grouped_linear_packed import grouped_linear_packed as grouped_linear_packed
     from .moe.grouped_mxfp4_linear import grouped_mxfp4_linear as grouped_mxfp4_linear
     from .moe.grouped_scaled_linear import grouped_scaled_linear as grouped_scaled_linear
     from .moe.moe_align import moe_align as moe_align

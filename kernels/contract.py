@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import tuned, versions
+from . import lazy_triton, tuned
 from .by_name import by_name
 from .draw import Draw
 from .signature import Signature
@@ -60,7 +60,7 @@ class Provider:
 
     def why_not(self, device: str, args: Sequence[Any], loose: str | None) -> str | None:
         """Return why this provider cannot serve `args` on `device`, or None; `loose`: why kernels do not read them."""
-        interpreted = self.triton and versions.triton_interprets()
+        interpreted = self.triton and lazy_triton.interprets()
         if self.devices is not None and device not in self.devices and not interpreted:
             return f"it runs on {'/'.join(self.devices)}, the arguments are on {device}"
         return (loose if not self.strided else None) or self.refuses(*args)

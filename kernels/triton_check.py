@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .contract import Build, Contract
+from .lazy_triton import jitted
 
 # Bytes of shared memory a block may have (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -58,7 +59,7 @@ def _compile(name: str, build: Build, dtype: str, capability: int) -> Usage:
     suffixes, widths = ("_ptr", "stride", "_token", "_head", "_block"), ("D", "K", "N")
     aligned = [i for i, n in enumerate(signature) if n not in constants and (n.endswith(suffixes) or n in widths)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(fn=jitted(build.kernel), signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     return Usage(

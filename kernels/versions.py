@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
-
-
-def triton_interprets() -> bool:
-    """Return whether Triton kernels run in the interpreter (TRITON_INTERPRET=1 before import), on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def storage_users(tensor: Tensor) -> int:

@@ -7,7 +7,8 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2307.09288.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -167,6 +168,37 @@ class Decoder(nn.Module):
         for layer, table, cache in zip(self.layers, self.table_of_layer, kv_caches, strict=True):
             x_TD = layer(x_TD, tables[table], cache, where)
         return self.norm(x_TD)
+
+    def kinds(self) -> list[Hashable]:
+        """Return each layer's kind: equal ones compute the same, of other weights."""
+        return [(table, _kind(layer)) for layer, table in zip(self.layers, self.table_of_layer, strict=True)]
+
+    @contextmanager
+    def only(self, chosen: Sequence[int]) -> Iterator[None]:
+        """Be the decoder of these layers alone for a while."""
+        layers, tables = self.layers, self.table_of_layer
+        self.layers, self.table_of_layer = nn.ModuleList(layers[i] for i in chosen), [tables[i] for i in chosen]
+        try:
+            yield
+        finally:
+            self.layers, self.table_of_layer = layers, tables
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _kind(module: nn.Module) -> Hashable:
+    """Describe a module without its weights' values; what cannot be compared, and hooks, make it one of its own."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    hooks = any(value for name, value in vars(module).items() if name.endswith("_hooks"))
+    given = {**module._parameters, **module._buffers}
+    return (
+        type(module),
+        id(module) if hooks else None,
+        tuple((name, type(value), value if isinstance(value, Hashable) else id(value)) for name, value in own.items()),
+        tuple((name, None if t is None else (t.shape, t.dtype)) for name, t in given.items()),
+        tuple((name, None if child is None else _kind(child)) for name, child in module._modules.items()),
+    )
 
 
 class CausalLM(nn.Module):

@@ -4,6 +4,8 @@ before: y = linear(x, w, bias)
 after:  y = linear_packed(x, pack_linear(w), N, bias)      pack_linear(w) is a derived tensor: computed at load
 before: y = w4a16_linear(x, q, scale, zero, group, bias)
 after:  y = linear_int(x, pack_int_panels(q), scale', -zero · scale', group, N, bias)   (an offset stays as it is)
+before: y = grouped_linear(x, w, order, starts, K, bias)
+after:  y = grouped_linear_packed(x, pack_linear(flatten(w)), N, order, starts, K, bias)
 before: x = gather_rows(w, ids); y = linear(x', w)
 after:  p = pack_linear(w); x = gather_packed_rows(p, ids, V, D); y = linear_packed(x', p, V) (one weight, held once)
 Fires where the packed op has a kernel for the layer's device and dtype; elsewhere the weight is read as it is.
@@ -18,6 +20,8 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import (
     gather_packed_rows,
     gather_rows,
+    grouped_linear,
+    grouped_linear_packed,
     linear_int,
     linear_packed,
     pack_group_values,
@@ -38,6 +42,8 @@ def pack(module: GraphModule, report: Report) -> None:
     for node in list(module.graph.nodes):
         if is_op(node, w4a16_linear.op):
             _pack_int(module, node, report)
+        if is_op(node, grouped_linear.op):
+            _pack_experts(module, node, report)
         if is_op(node, gather_rows.op) and _is_tied(node):
             table = node.args[0]  # read before the node goes
             shared[table] = _gather_packed(module, node)
@@ -107,6 +113,30 @@ def _pack_int(module: GraphModule, node: Node, report: Report) -> None:
     with inserting(module.graph, node, like=node) as proxy:
         proxied: Any = [proxy(a) if isinstance(a, Node) else a for a in given]
         y = linear_int(*_int_arguments(shape, is_point, *proxied))
+    replace(node, y.node)
+    module.graph.erase_node(node)
+    report.matched += 1
+
+
+def _pack_experts(module: GraphModule, node: Node, report: Report) -> None:
+    given: Any = (*node.args, None)[:6]
+    x, weight, *rest = given
+
+    def arguments(of: Any) -> Any:
+        packed = pack_linear(aten.flatten.using_ints(of(weight), 0, 1))
+        return of(x), packed, value(weight).shape[1], *[of(a) if isinstance(a, Node) else a for a in rest]
+
+    reason = "its weights are computed in the step"
+    if is_weight(weight):
+        try:
+            reason = _unserved(grouped_linear_packed, arguments(value)) or ""
+        except ValueError as error:  # what the op does not take, as experts of no whole panels
+            reason = str(error)
+    if reason:
+        report.misses.append(Miss(place(node), node.name, reason))
+        return
+    with inserting(module.graph, node, like=node) as proxy:
+        y = grouped_linear_packed(*arguments(proxy))
     replace(node, y.node)
     module.graph.erase_node(node)
     report.matched += 1

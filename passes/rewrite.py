@@ -40,6 +40,7 @@ class Structure:
     quantized_experts  sparse MLPs whose experts read quantized rows and weights
     quantized_caches       whether keys and values are cached in float8
     all_reduces     sums over the ranks that share the model, which attention and MLPs end in
+    exchanges       layers whose rows are sent to other ranks' experts
     foreign         whether the modules are another library's: what follows from their names is then a guess
     """
 
@@ -60,6 +61,7 @@ class Structure:
     routes: int = 0
     quantized_experts: int = 0
     all_reduces: int = 0
+    exchanges: int = 0
     foreign: bool = False
 
 
@@ -69,6 +71,7 @@ class Parallel:
 
     size, rank, group  of the process group, which is known by its name
     experts  whole experts on each rank, rather than a part of every expert
+    data     each rank has tokens of its own, and all of the model but the experts; every step has as many on each
     sequence  fewest tokens of the steps in which each rank has a share of the rows between attention and MLPs; 0: none
     overlap  these shares travel while GEMMs run; needs sequence
     plan     pattern of a module's or parameter's path -> style, one of STYLES; None: the model's own
@@ -78,6 +81,7 @@ class Parallel:
     rank: int
     group: str
     experts: bool = False
+    data: bool = False
     sequence: int = 0
     overlap: bool = False
     plan: Mapping[str, str] | None = None
@@ -85,6 +89,8 @@ class Parallel:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank={self.rank} of size={self.size}: wanted 0 to {self.size - 1}")
+        if self.data and (not self.experts or self.sequence):
+            raise ValueError("ranks with tokens of their own share out experts and nothing else: wanted experts, no SP")
         if self.overlap and not self.sequence:
             raise ValueError("enable_async_tp needs enable_sequence_parallel, whose shares of rows it overlaps")
 

@@ -36,6 +36,7 @@ ROOMS = (
 ENVIRONMENT = {"environ", "getenv", "putenv"}
 # The one file that may read it: standard library alone, importable by every folder.
 CACHES = ROOT / "seamwise" / "caches.py"
+TRITON = {"lazy_triton.py", "triton_check.py"}  # the files that import it: a CPU needs none of it
 EVERYWHERE = {"caches", "extras"}  # of seamwise/, standard library alone: every folder may import them
 
 
@@ -57,6 +58,8 @@ def violations(path: Path, folder: str) -> list[str]:
             found.append(f"{path.name}:{node.lineno} reads the environment")
         for name in names:
             top, _, rest = name.partition(".")
+            if top == "triton" and path.name not in TRITON:
+                found.append(f"{path.name}:{node.lineno} imports triton; wanted seamwise.kernels.lazy_triton's names")
             if top == "seamwise":
                 if (inner := rest.split(".")[0]) not in ours | {folder} | EVERYWHERE:
                     found.append(f"{path.name}:{node.lineno} imports seamwise.{inner}")

@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from seamwise.compile.lower import begun
 from seamwise.kernels import (
     allreduce_rms_norm,
     allreduce_rms_norm_quant,
+    ep_combine,
+    ep_dispatch,
+    ep_dispatch_quant,
     norm_between_linears,
     reduce_scatter_rms_norm,
 )
-from seamwise.passes.graph import is_op, place, value
+from seamwise.kernels.comm.collectives import group_size
+from seamwise.kernels.contract import contract_of
+from seamwise.passes.graph import VIEWS, is_getitem, is_op, place, value
 
 _OPS = torch.ops._c10d_functional
 _FUSED = (allreduce_rms_norm.op, allreduce_rms_norm_quant.op, reduce_scatter_rms_norm.op, norm_between_linears.op)
-_PLAIN = (_OPS.all_reduce.default, _OPS.all_gather_into_tensor.default)
+_PLAIN = (_OPS.all_reduce.default, _OPS.all_gather_into_tensor.default, _OPS.reduce_scatter_tensor.default)
 
 
 def count_all_reduces(module: GraphModule) -> int:
@@ -29,17 +35,56 @@ def count_all_reduces(module: GraphModule) -> int:
     return sum("embed" not in place(n) for n in sums)
 
 
+def count_exchanges(module: GraphModule) -> int:
+    """Return how many layers send their rows to other ranks' experts."""
+    return len(module.graph.find_nodes(op="call_function", target=ep_dispatch.op))
+
+
 def communicates(module: GraphModule) -> bool:
     """Return whether a piece waits for other ranks."""
     return bool(collectives_of(module))
 
 
 def collectives_of(module: GraphModule) -> list[dict[str, Any]]:
-    """Return op, calls a step, and bytes that a rank gives for each row: of a token, or of a row of logits."""
+    """Return op, calls a step, bytes that a rank gives for each row at most: of a token, or of a row of logits; and
+    where it is begun before it is waited for, the ops that are computed meanwhile."""
     found = Counter(
-        (str(n.target).rpartition(".")[0], _row_bytes(n)) for n in module.graph.nodes if is_op(n, *_FUSED, *_PLAIN)
+        (*each, " ".join(_meanwhile(n)))
+        for n in module.graph.nodes
+        for each in ([(str(n.target).rpartition(".")[0], _row_bytes(n))] if is_op(n, *_FUSED, *_PLAIN) else _sent(n))
     )
-    return [{"op": op, "calls": calls, "row_bytes": size} for (op, size), calls in found.items()]
+    return [
+        {"op": op, "calls": calls, "row_bytes": size} | ({"meanwhile": ops.split()} if ops else {})
+        for (op, size, ops), calls in found.items()
+    ]
+
+
+def _sent(node: Node) -> list[tuple[str, int]]:
+    """Return what an exchange with experts sends of each token: its choices, its row to each of them or to all."""
+    record = begun(node.target) or contract_of(node.target)
+    if record not in (ep_dispatch, ep_dispatch_quant, ep_combine):
+        return []
+    given: list[Any] = [*node.args]
+    way = given.pop() if begun(node.target) else node.meta.get("provider")
+    *tensors, choices, _, group = given
+    ranks, wanted = group_size(group), int(value(choices).shape[1])
+    rows = tensors[:1] if record is ep_combine else tensors
+    row_bytes = sum(int(value(t).shape[1]) * value(t).dtype.itemsize for t in rows)
+    if record is ep_combine:
+        return [(f"seamwise.{record.name}:{way}", row_bytes * wanted * (1 if way == "all_to_all" else ranks))]
+    others = min(wanted, ranks - 1) if way == "all_to_all" else 1
+    return [(f"seamwise.{record.name}:{way}", row_bytes * others), (f"seamwise.{record.name}:choices", 4 * wanted)]
+
+
+def _meanwhile(node: Node) -> list[str]:
+    """Return the names of the ops between what is begun and where it is waited for."""
+    end = next((u for u in node.users if begun(node.target) or is_op(u, _OPS.wait_tensor.default)), None)
+    found, at = [], node.next
+    while end is not None and at is not end and at.op == "call_function":
+        if at.target not in VIEWS and not is_getitem(at):
+            found.append(str(at.target).split(".")[1])
+        at = at.next
+    return found
 
 
 def weight_bytes(module: GraphModule) -> int:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils.flop_counter import flop_registry
 
 from seamwise.kernels.contract import contract_of
 from seamwise.passes.graph import VIEWS, aten, is_op, value
@@ -44,6 +43,10 @@ def _cost_of(module: GraphModule, tokens: int) -> dict[str, int]:
 def _flops(node: Node, args: Any, out: Any) -> int:
     if is_op(node, aten.linear.default):
         return int(2 * out.numel() * args[0].shape[-1])
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return 0
+    from torch.utils.flop_counter import flop_registry  # imports Triton
+
     known = flop_registry.get(getattr(node.target, "overloadpacket", None))
     return int(known(*args, out_val=out)) if known else 0
 

@@ -60,7 +60,7 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     lines.append(f"seams: {program.num_seams}, with {program.num_seam_calls} calls")
     for first, last, each in _ranges(program):
         lines.append(f"steps of {first} to {last or 'any number of'} tokens: {len(each.calls)} pieces")
-        lines += [f"    {c['op']:36} {c['calls']:4} calls, {c['row_bytes']} B a row" for c in each.collectives]
+        lines += [f"    {_collective(c)}" for c in each.collectives]
     for name, count in Counter(program.calls).items():
         how = "compiled by Inductor" if name in program.packages else "kernels called by generated code"
         lines.append(f"    {name} runs {count} times a step, {program.loose_ops[name]} loose ops, {how}")
@@ -81,6 +81,11 @@ def _ranges(program: Program) -> list[tuple[int, int | None, TokenRange]]:
     """Return each range's first and last number of tokens; the last range has no last."""
     lasts = [each.first - 1 for each in program.ranges[1:]]
     return [(each.first, last, each) for each, last in zip(program.ranges, [*lasts, None], strict=True)]
+
+
+def _collective(sent: Mapping[str, Any]) -> str:
+    meanwhile = f", meanwhile {' '.join(sent['meanwhile'])}" if "meanwhile" in sent else ""
+    return f"{sent['op']:36} {sent['calls']:4} calls, {sent['row_bytes']} B a row{meanwhile}"
 
 
 def _cost(cost: Mapping[str, int]) -> str:

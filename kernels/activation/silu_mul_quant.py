@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import contract, rows_of
 from seamwise.kernels.cpu.tape import call
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.quant.quantize import (
     SCHEME,
     empty_quantized,

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.quant.quantize import largest_magnitude
 
 from .attention import SPLIT_UNIT, attention

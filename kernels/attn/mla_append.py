@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 
 from .kv_append import kept_slots
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build
+from seamwise.kernels.lazy_triton import tl, triton
 
 from .attention_triton import find_request
 from .merge_states import merge_states

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.norm.add_rms_norm import add_rms_norm
 from seamwise.kernels.norm.rms_norm import config, inverse_rms, norm_weight, rms_norm, weighted
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.norm.add_rms_norm_quant import add_rms_norm_quant
 from seamwise.kernels.norm.rms_norm import inverse_rms, weighted
 from seamwise.kernels.norm.rms_norm_quant import rms_norm_quant

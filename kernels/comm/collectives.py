@@ -52,15 +52,6 @@ def all_gather_rows(x_TD: Tensor, group_name: str) -> Tensor:
     return _OPS.wait_tensor(_OPS.all_gather_into_tensor(x_TD.contiguous(), group_size(group_name), group_name))
 
 
-def all_to_all_rows(x_RCD: Tensor, group_name: str) -> Tensor:
-    """Give x[r] to rank r, and return what each rank gave to this one: (ranks, C, …)."""
-    if not group_name:
-        return x_RCD.clone()
-    shares = [x_RCD.shape[1]] * x_RCD.shape[0]
-    rows = x_RCD.contiguous().flatten(0, 1)
-    return _OPS.wait_tensor(_OPS.all_to_all_single(rows, shares, shares, group_name)).view(x_RCD.shape)
-
-
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
     """One group's buffer on this rank, and the addresses of all ranks' buffers, int64 on the device, in rank order."""

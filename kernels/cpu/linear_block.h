@@ -18,6 +18,7 @@ struct Linear {
     const float *scale = nullptr, *offset = nullptr;  // of integers: (panels, groups, 32), offset may be null
     float* x_sums = nullptr;                          // (M, groups), where there are offsets
     int64_t groups = 0;
+    const int32_t* places = nullptr;  // of rows in y; null: a row's own number
 
     const char* panel(int64_t p) const { return packed + p * panel_bytes; }
 };
@@ -129,7 +130,8 @@ void block(const Linear& c, Rows x, int64_t m, int64_t panel, const char* w, con
             }
     }
     const auto put = [&](int r, int v, Vec value) __attribute__((always_inline)) {
-        Element* y = (Element*)(c.y + (m + r) * c.y_stride) + first_column + v * kLanes;
+        const int64_t row = c.places ? c.places[m + r] : m + r;
+        Element* y = (Element*)(c.y + row * c.y_stride) + first_column + v * kLanes;
         if (const int left = columns - v * kLanes; left > 0) Words::put(y, value, left < kLanes ? left : kLanes);
     };
 #pragma GCC unroll 8

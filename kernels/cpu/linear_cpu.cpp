@@ -8,6 +8,9 @@
 //
 // One panel at a time, because it is one stream: a core's prefetchers then read weights as fast as a plain loop does.
 // Measured on Zen 4, one row, weights in DRAM: 62 GB/s; two panels side by side 57, with software prefetch 52.
+#include <algorithm>
+#include <vector>
+
 #include "linear_block.h"
 
 namespace {
@@ -26,19 +29,31 @@ void sweep(const Linear& c, Rows x, int64_t m0, int64_t m1, int64_t panel, const
     }
 }
 
-// Returns rows [m0, m1) of x as blocks read them: floats in memory of this thread where pairs are not multiplied.
+// Returns `count` rows of x, of which row_at(i) is the i-th, as blocks read them, in memory of this thread: floats where
+// pairs are not multiplied.
+template <class Words, class RowAt>
+Rows gathered(const Linear& c, int64_t count, RowAt row_at) {
+    constexpr bool kWiden = !kPairs && Words::kPerWord == 2;
+    static thread_local Scratch scratch;
+    const int64_t width = c.words * (kWiden ? 2 : 1) + 16;  // rows a power of two apart would share sets of the cache
+    float* to = scratch.reserve(count * width);
+    for (int64_t i = 0; i < count; ++i) {
+        float* row = to + i * width;
+        if constexpr (kWiden) {
+            widen((const BFloat16*)row_at(i), row, int(c.K));
+            if (c.K < 2 * c.words) row[c.K] = 0;
+        } else {
+            std::memcpy(row, row_at(i), c.K * sizeof(typename Words::Element));
+        }
+    }
+    return {(const char*)to, int64_t(width * sizeof(float))};
+}
+
+// Returns rows [m0, m1) of x as blocks read them.
 template <class Words>
 Rows rows_for(const Linear& c, int64_t m0, int64_t m1) {
     if constexpr (kPairs || Words::kPerWord == 1) return {c.x + m0 * c.x_stride, c.x_stride};
-    static thread_local Scratch scratch;
-    const int64_t width = 2 * c.words + 16;  // rows that are a power of two apart would share a few sets of the cache
-    float* to = scratch.reserve((m1 - m0) * width);
-    for (int64_t m = m0; m < m1; ++m) {
-        float* row = to + (m - m0) * width;
-        widen((const BFloat16*)(c.x + m * c.x_stride), row, int(c.K));
-        if (c.K < 2 * c.words) row[c.K] = 0;
-    }
-    return {(const char*)to, int64_t(width * sizeof(float))};
+    return gathered<Words>(c, m1 - m0, [&](int64_t i) { return c.x + (m0 + i) * c.x_stride; });
 }
 
 // Returns a panel in memory of this thread: as bfloat16 words where those are multiplied, else as floats.
@@ -60,6 +75,13 @@ const char* unpack(const Linear& c, int64_t panel) {
     return (const char*)(to - c.words * kPanel * kTerms);
 }
 
+// Returns how many rows of x, in whole blocks, stay in the L2 cache.
+template <class Words>
+int64_t resident_rows(const Linear& c) {
+    const int64_t x_bytes = c.words * (kPairs || Words::kPerWord == 1 ? 4 : 8);
+    return std::max<int64_t>(kChunkBytes / x_bytes / kBlockRows, 1) * kBlockRows;
+}
+
 template <class Words>
 int64_t run(const Linear& c, int64_t num_threads) {
     const int64_t panels = (c.N + kPanel - 1) / kPanel, blocks = (c.M + kBlockRows - 1) / kBlockRows;
@@ -67,9 +89,7 @@ int64_t run(const Linear& c, int64_t num_threads) {
     // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
     // Where there are fewer panels than threads, rows are shared out too.
     const int64_t shares = panels < num_threads ? panels : num_threads;
-    const int64_t x_bytes = c.words * (kPairs || Words::kPerWord == 1 ? 4 : 8);
-    const int64_t resident = kChunkBytes / x_bytes / kBlockRows * kBlockRows;
-    const int64_t height = resident < kBlockRows ? kBlockRows : resident;
+    const int64_t height = resident_rows<Words>(c);
     int64_t chunks = (c.M + height - 1) / height;
     if (chunks * shares < num_threads) chunks = num_threads / shares < blocks ? num_threads / shares : blocks;
     parallel_for(num_threads, chunks * shares, [&](int64_t task) {
@@ -86,6 +106,36 @@ int64_t run(const Linear& c, int64_t num_threads) {
             }
             sweep<Words>(c, x, m0, m1, p, c.panel(p), p + 1 < last);
         }
+    });
+    return 0;
+}
+
+// A task is some rows of one expert by a share of its panels; each expert is a linear layer of its own.
+template <class Words>
+int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* starts, int64_t experts, int64_t top_k,
+                    int64_t num_threads) {
+    struct Task {
+        int64_t expert, first, count;
+    };
+    static thread_local std::vector<Task> tasks;
+    tasks.clear();
+    const int64_t panels = all.N / kPanel, height = resident_rows<Words>(all);
+    for (int64_t e = 0; e < experts; ++e)
+        for (int64_t m = starts[e]; m < starts[e + 1]; m += height)
+            tasks.push_back({e, m, std::min<int64_t>(height, starts[e + 1] - m)});
+    const Task* task_at = tasks.data();  // another thread has another `tasks`
+    if (int64_t(tasks.size()) * panels * all.panel_bytes < kSerialBytes) num_threads = 1;
+    const int64_t shares = std::min(panels, num_threads);
+    parallel_for(num_threads, tasks.size() * shares, [&](int64_t i) {
+        const Task task = task_at[i / shares];
+        const int64_t share = i % shares, last = panels * (share + 1) / shares;
+        Linear c = all;
+        c.packed += task.expert * panels * c.panel_bytes;
+        if (c.bias) c.bias = (const typename Words::Element*)c.bias + task.expert * c.N;
+        c.places = order + task.first;
+        const Rows x = gathered<Words>(c, task.count, [&](int64_t m) { return c.x + c.places[m] / top_k * c.x_stride; });
+        for (int64_t p = panels * share / shares; p < last; ++p)
+            sweep<Words>(c, x, 0, task.count, p, c.panel(p), p + 1 < last);
     });
     return 0;
 }
@@ -140,6 +190,18 @@ extern "C" int64_t seamwise_linear(int64_t dtype, const char* x, const char* pac
     const int64_t terms = dtype == 0 ? 64 : INT64_MAX;  // bfloat16: one sum, its error is far below the operands'
     const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, words * 4 * kPanel, terms};
     return dtype == 0 ? run<Singles>(c, num_threads) : run<Pairs>(c, num_threads);
+}
+
+// y[s] = x[s / top_k] w[e]ᵀ + bias[e] for the slots s in order[starts[e] … starts[e + 1]) of each expert e, whose panels
+// follow those of the one before; N is a multiple of 32. Slots from starts[experts] on are zeros.
+extern "C" int64_t seamwise_grouped_linear(int64_t dtype, const char* x, const char* packed, const void* bias, char* y,
+                                           const int32_t* order, const int32_t* starts, int64_t experts, int64_t slots,
+                                           int64_t top_k, int64_t N, int64_t K, int64_t x_stride, int64_t num_threads) {
+    const int64_t words = dtype == 0 ? K : (K + 1) / 2, terms = dtype == 0 ? 64 : INT64_MAX, y_stride = N * (dtype == 0 ? 4 : 2);
+    for (int64_t s = starts[experts]; s < slots; ++s) std::memset(y + order[s] * y_stride, 0, y_stride);
+    const Linear c{x, packed, bias, y, slots, N, K, words, x_stride, y_stride, words * 4 * kPanel, terms};
+    return dtype == 0 ? run_grouped<Singles>(c, order, starts, experts, top_k, num_threads)
+                      : run_grouped<Pairs>(c, order, starts, experts, top_k, num_threads);
 }
 
 // y = x wᵀ + bias for bfloat16 x and w = int · scale + offset, groups of `group` inputs sharing both; bits: 4 or 8.

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from seamwise.kernels.lazy_triton import tl, triton
 
 
 def config(T: int, N: int, itemsize: int) -> dict[str, int]:

@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.quant.quantize import LIMITS, TRITON_TYPES, quantize_rows
 from seamwise.kernels.quant.quantize_weight import expand_blocks, quantize_weight, weight_scale
 

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.quant.dequantize_weight import dequantize_weight
 from seamwise.kernels.quant.quantize_weight import quantize_weight, weight_scale
 from seamwise.kernels.signature import cdiv

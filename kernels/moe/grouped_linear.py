@@ -14,12 +14,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.linear.gemm_tiles import config, configs, store_tile
 from seamwise.kernels.linear.scaled_linear import load_tile
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.linear.gemm_tiles import refuses_wide, store_tile
 from seamwise.kernels.linear.mxfp4_linear import mxfp4_linear, mxfp4_tile
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.linear.gemm_tiles import store_tile
 from seamwise.kernels.linear.scaled_linear import (
     BLOCK,
@@ -163,7 +162,7 @@ def _builds() -> Iterator[Build]:
                 yield Build(_grouped_scaled_kernel, chosen, types)
 
 
-grouped_scaled_linear.builds(_builds())
+grouped_scaled_linear.builds(lambda dtype: _builds())
 
 
 @grouped_scaled_linear.provider(

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.norm.rms_norm import inverse_rms, norm_weight, rms_norm, weighted
 
 from .rope import config, limits_angles, rope, rotation

@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.activation.silu_mul import gated
 from seamwise.kernels.contract import Build, contract, rows_of
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 
 
 @contract(args={"x_TD": "*T 32*G"}, flops=lambda x_TD: 3 * x_TD.numel())

@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.cpu.tokenwise_cpu import argmax_rows
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 
 from .sampling_noise import DRAW, draw_key, draw_keys, gumbel, gumbel_noise
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 
 from .sampling_triton import from_order, log1p, to_order
 

@@ -10,9 +10,9 @@ https://github.com/aappleby/smhasher/blob/master/src/MurmurHash3.cpp.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from seamwise.kernels.lazy_triton import tl, triton
 
 from .sampling_triton import log1p
 

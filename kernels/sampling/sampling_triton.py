@@ -5,8 +5,7 @@ Source: Herf 2001, http://stereopsis.com/radix.html; Goldberg 1991, https://doi.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from seamwise.kernels.lazy_triton import tl, triton
 
 
 @triton.jit

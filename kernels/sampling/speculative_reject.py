@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 
 from .sampling_noise import ACCEPT, DRAW, RECOVER, draw_key, draw_keys, gumbel, gumbel_noise, uniform, uniform_noise
 

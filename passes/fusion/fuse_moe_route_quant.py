@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from seamwise.kernels import grouped_scaled_linear, moe_route, moe_route_quant, quantize
+from seamwise.kernels import ep_dispatch_quant, grouped_scaled_linear, moe_route, moe_route_quant, quantize
 from seamwise.passes.graph import VIEWS, arguments, aten, inserting, is_op, place, replace
 from seamwise.passes.matcher import Miss
 from seamwise.passes.rewrite import Pass, Report
@@ -22,7 +22,7 @@ from seamwise.passes.rewrite import Pass, Report
 def fuse(module: GraphModule, report: Report) -> None:
     """Rewrite every routing to experts that read quantized rows; one whose router reads other rows is a miss."""
     experts = module.graph.find_nodes(op="call_function", target=grouped_scaled_linear.op)
-    of_experts = [layer.args[0].args[0] for layer in experts]
+    of_experts = [_before_sending(layer.args[0].args[0]) for layer in experts]
     for route in list(module.graph.find_nodes(op="call_function", target=moe_route.op)) if experts else []:
         rows = _rows(route.args[0].args[0]) if is_op(route.args[0], aten.linear.default) else None
         node = next((q for q in of_experts if is_op(q, quantize.op) and _rows(q.args[0]) is rows), None)
@@ -32,6 +32,11 @@ def fuse(module: GraphModule, report: Report) -> None:
             continue
         _rewrite(module, route, [node, *(q for q in _equal(module, node) if q is not node)])
         report.matched += 1
+
+
+def _before_sending(made: Any) -> Any:
+    """Return what quantized the rows that experts read: here, where they were sent."""
+    return made.args[0].args[0] if is_op(made, ep_dispatch_quant.op) else made
 
 
 def _rows(x: Any) -> Any:

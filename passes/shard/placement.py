@@ -4,6 +4,7 @@ None     whole, the same on every rank
 Cut      each rank has a part along one dimension
 PARTIAL  every rank has a summand of it
 OWNED    every row is whole on one rank and zero on the others (rows of experts)
+ROUTED   rows of all ranks' tokens, of which each rank has those of its own experts
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.fx import Node
 from seamwise.kernels import gelu_mul, layer_norm, moe_sum, rms_norm, rope, silu_mul
 from seamwise.passes.graph import VIEWS, aten, is_op, place, value
 
-PARTIAL, OWNED = "partial", "owned"
+PARTIAL, OWNED, ROUTED = "partial", "owned", "routed"
 GATED = (silu_mul.op, gelu_mul.op)
 
 

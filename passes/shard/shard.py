@@ -11,16 +11,27 @@ Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053; Xu et al. 2021 (G
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from seamwise.kernels import attention, gather_rows, grouped_linear, kv_append, moe_align, moe_sum
+from seamwise.kernels import (
+    attention,
+    ep_combine,
+    ep_dispatch,
+    gather_rows,
+    grouped_linear,
+    kv_append,
+    mla_prefill,
+    moe_align,
+    moe_sum,
+)
 from seamwise.passes.graph import aten, infer, is_op, value
 from seamwise.passes.rewrite import Parallel, Pass, Report
 
-from .placement import OWNED, PARTIAL, Cut, Placement, Unplaceable, sections_of
+from .placement import OWNED, PARTIAL, ROUTED, Cut, Placement, Unplaceable, sections_of
 from .sharder import COLUMNS, EXPERTS, GATHERED, ROWS, VOCABULARY, Sharder
 
 
@@ -77,10 +88,10 @@ def _grouped_linear(s: Sharder, node: Node) -> Placement:
     assert isinstance(x, Node) and isinstance(weight, Node)
     bias, style = rest[0] if rest else None, s.style(weight)
     if style == EXPERTS:
+        result: Placement = ROUTED if s.parallel.data else OWNED
         cut = s.even(node, -3, s.shapes[weight][0])
         biases = [s.part(node, bias, Cut(-2, cut.sections))] if bias else []
         node.args = (x, s.part(node, weight, cut), order, starts, top_k, *biases)
-        result: Placement = OWNED
     elif style in ROWS:
         node.args = (*s.rows_of(node, x, weight), order, starts, top_k, *([s.own_bias(node, bias)] if bias else []))
         result = PARTIAL
@@ -98,9 +109,11 @@ def _grouped_linear(s: Sharder, node: Node) -> Placement:
 
 
 def _moe_align(s: Sharder, node: Node) -> Placement:
-    """Number the experts from the rank's first: those of other ranks are then no experts."""
+    """Number the experts from the rank's first: those of other ranks are then no experts. Or send rows to them."""
     readers = [user for item in node.users for user in item.users if is_op(user, grouped_linear.op)]
     if any(s.style(r.args[1]) == EXPERTS for r in readers):
+        if s.parallel.data:
+            return _send_rows(s, node, min(readers))
         chosen, experts = node.args[:2]
         cut = s.even(node, -1, experts)  # type: ignore[arg-type]
         start = cut.width * s.parallel.rank
@@ -110,14 +123,44 @@ def _moe_align(s: Sharder, node: Node) -> Placement:
     return None
 
 
+def _send_rows(s: Sharder, node: Node, first: Node) -> Placement:
+    """Send the rows that the first of the experts' layers reads; what came in and its experts are then aligned."""
+    chosen, experts = node.args[:2]
+    cut = s.even(node, -1, experts)  # type: ignore[arg-type]
+    sent = s.before(node, ep_dispatch.op, first.args[0], chosen, experts, s.parallel.group)
+    rows, local = (s.before(node, operator.getitem, sent, i) for i in range(2))
+    node.args = (local, cut.width, *node.args[2:])
+    first.args = (rows, *first.args[1:])
+    for changed in (node, *node.users):
+        infer(changed)
+    s.placements[rows], s.shapes[rows] = ROUTED, tuple(value(rows).shape)
+    s.sent[node] = sent
+    return None
+
+
 def _moe_sum(s: Sharder, node: Node) -> Placement:
     y, _, *shared = node.args
+    if s.placed(y) == ROUTED:  # each choice's row comes back by itself: summed here, in the order of one rank alone
+        layer = next(a for a in _behind(y) if is_op(a, grouped_linear.op))
+        sent = s.sent[layer.args[2].args[0]]  # type: ignore[union-attr, index]
+        local = next(u for u in sent.users if u.args[1] == 1)
+        back = s.before(node, ep_combine.op, y, local, *sent.args[1:])
+        node.args = (back, *node.args[1:])
+        infer(node)
+        return None
     if s.placed(y) not in (PARTIAL, OWNED):
         return None
     if any(other is not None and s.placed(other) != PARTIAL for other in shared):
         raise Unplaceable(node, "what shared experts give is whole on every rank, and would be added by each")
     infer(node)
     return PARTIAL
+
+
+def _behind(node: Any) -> Iterator[Node]:
+    """Yield a node, and what it is computed from through first arguments."""
+    while isinstance(node, Node):
+        yield node
+        node = node.args[0] if node.args else None
 
 
 def _gather_rows(s: Sharder, node: Node) -> Placement:
@@ -179,6 +222,26 @@ def _attention(s: Sharder, node: Node) -> Placement:
     return cut
 
 
+def _mla_prefill(s: Sharder, node: Node) -> Placement:
+    """Let a rank attend with the heads that it has to latents that are whole: it expands them to these heads alone."""
+    q_nope, q_rope, _, kv_b, *_ = node.args
+    cut = s.placed(q_nope)
+    if cut != s.placed(q_rope):
+        raise Unplaceable(node, f"queries are placed {cut}, their rotated part {s.placed(q_rope)}; wanted alike")
+    if cut is None:
+        return None
+    heads, expanded, latent = s.shapes[kv_b]  # type: ignore[index]
+    size = s.parallel.size
+    if cut != Cut(-2, ((heads, size),)) or not is_op(kv_b, aten.reshape.default):
+        raise Unplaceable(node, f"queries are placed {cut}; wanted {heads} heads, a part of kv_b's on each rank")
+    s.style(kv_b.args[0])  # type: ignore[union-attr]
+    rows = s.part(node, kv_b.args[0], Cut(-2, ((heads * expanded, size),)))  # type: ignore[union-attr]
+    own = s.before(node, aten.reshape.default, rows, [heads // size, expanded, latent])
+    node.args = (*node.args[:3], own, *node.args[4:])
+    infer(node)
+    return cut
+
+
 _RULES: dict[Any, Callable[[Sharder, Node], Placement]] = {
     aten.linear.default: _linear,
     grouped_linear.op: _grouped_linear,
@@ -187,4 +250,5 @@ _RULES: dict[Any, Callable[[Sharder, Node], Placement]] = {
     gather_rows.op: _gather_rows,
     kv_append.op: _kv_append,
     attention.op: _attention,
+    mla_prefill.op: _mla_prefill,
 }

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from seamwise.passes.graph import aten, infer, is_op, is_weight, value
 from seamwise.passes.rewrite import Parallel
 
-from .placement import GATED, OWNED, PARTIAL, Cut, Placement, Unplaceable, follow, is_tensor, keeps_partial
+from .placement import GATED, OWNED, PARTIAL, ROUTED, Cut, Placement, Unplaceable, follow, is_tensor, keeps_partial
 from .stored_parts import held_by, part_of
 
 _COLLECTIVES = torch.ops._c10d_functional
@@ -31,6 +31,7 @@ class Sharder:
     """The walk over one graph: every op in order, its placement by the rule of its target, or as its inputs' imply.
 
     placements  of the nodes so far; shapes: of the whole tensors; shared: placeholders of the weights shared out
+    sent        alignment of experts -> the dispatch of the rows that they are for
     """
 
     module: GraphModule
@@ -40,6 +41,7 @@ class Sharder:
     placements: dict[Node, Placement] = field(default_factory=dict)
     shapes: dict[Node, tuple[Any, ...]] = field(default_factory=dict)
     shared: set[str] = field(default_factory=set)
+    sent: dict[Node, Node] = field(default_factory=dict)
     _parts: dict[tuple[Any, ...], Node] = field(default_factory=dict)
     _sums: dict[Node, Node] = field(default_factory=dict)
     _last_part: Node = field(init=False)
@@ -73,6 +75,10 @@ class Sharder:
             if not is_op(node, *GATED):
                 raise Unplaceable(node, f"{node.target} is no op on rows of experts")
             result: Placement = OWNED
+        elif ROUTED in placed.values():
+            if not is_op(node, *GATED, aten.slice.Tensor) and torch.Tag.pointwise not in node.target.tags:  # type: ignore[union-attr]
+                raise Unplaceable(node, f"{node.target} is no op on rows that were sent to experts")
+            result = ROUTED
         elif PARTIAL in placed.values():
             result = PARTIAL
         else:
@@ -86,7 +92,7 @@ class Sharder:
     def whole(self, node: Node) -> Node:
         """Return the sum over the ranks of a summand, once for all who need it; any other node as it is."""
         found = self.placed(node)
-        if isinstance(found, Cut) or found == OWNED:
+        if isinstance(found, Cut) or found in (OWNED, ROUTED):
             raise Unplaceable(node, "is the model's result, and a rank has a part of it; plan 'colwise_gather_output'")
         if found is None:
             return node

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from seamwise.compile.capture import Captured
     from seamwise.passes import Report, StoredWeight, Structure
 
+_LOG = logging.getLogger(__name__)
 _TRIM_BYTES = 32 << 20  # of weights read between two returns of freed memory
 
 
@@ -65,7 +67,6 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        from seamwise.compile.capture import capture
         from seamwise.compile.structure import structure_of
         from seamwise.model_defs import build_model
     with ledger.stage("build model"):
@@ -82,7 +83,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         with fake:
             spec = _kv_spec(model, config, options)
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
-        captured = capture(model, arguments, capture_dims(spec.layers))
+        captured = _captured(model, arguments, spec)
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
@@ -112,6 +113,24 @@ def _with_adapters(captured: Captured, options: RunnerConfig) -> Captured:
     (ids,) = (n for n in captured.graph.find_nodes(op="placeholder") if n.name == "token_ids")
     room = AdapterRoom(max_loras=options.pipeline.max_loras, max_rank=options.pipeline.max_lora_rank)
     return captured.with_input(INPUT, torch.empty_like(ids.meta["val"], dtype=torch.int32), adapters=room)
+
+
+def _captured(model: nn.Module, arguments: Mapping[str, Any], spec: KVCacheSpec) -> Captured:
+    """Trace a model: of our decoders one layer of each kind, of transformers' classes all layers."""
+    from seamwise.compile.capture import capture
+    from seamwise.compile.repeat_layers import CannotRepeat, capture_repeated
+    from seamwise.model_defs.blocks import Decoder
+
+    dims, decoder = capture_dims(spec.layers), getattr(model, "model", None)
+    if isinstance(decoder, Decoder):
+        kinds = [(kind, shapes) for kind, shapes in zip(decoder.kinds(), spec.layers, strict=True)]
+        try:
+            return capture_repeated(
+                model, arguments, dims, path="model.layers", kinds=kinds, only=decoder.only, per_layer="kv_caches"
+            )
+        except CannotRepeat as error:
+            _LOG.warning("All layers of %s are traced, which takes longer: %s", type(model).__name__, error)
+    return capture(model, arguments, dims)
 
 
 def _kv_spec(model: nn.Module, config: ModelConfig, options: RunnerConfig) -> KVCacheSpec:
@@ -196,7 +215,7 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
         seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
-        ranks=options.tensor_parallel_size, convert=converting(path, options, shapes),
+        ranks=options.num_ranks, convert=converting(path, options, shapes),
         read=reading(options, shapes),
     )  # fmt: skip
     readers = readers_of(source, buffers, options)

@@ -137,14 +137,26 @@ class RunnerConfig:
         return -(-self.max_model_len // self.block_size)
 
     @property
-    def tensor_parallel_size(self) -> int:
+    def num_ranks(self) -> int:
+        """Ranks that share the model, or its experts."""
         return 1 if self.pipeline.parallel is None else self.pipeline.parallel.size
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that compute the same requests."""
+        return 1 if self.pipeline.parallel is None or self.pipeline.parallel.data else self.num_ranks
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks with requests of their own that take each step together, for they share out the experts."""
+        return self.num_ranks // self.tensor_parallel_size
 
     @classmethod
     def for_model(
         cls, config: ModelConfig, *, dtype: str | torch.dtype = "auto", device: str = "auto", entry: str = "auto",
         max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
-        tensor_parallel_size: int = 1, tensor_parallel_plan: Mapping[str, str] | None = None,
+        tensor_parallel_size: int = 1, data_parallel_size: int = 1,
+        tensor_parallel_plan: Mapping[str, str] | None = None,
         enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
         enable_async_tp: bool = False, allow_missed: Sequence[str] = (), enable_lora: bool = False,
         max_loras: int | None = None, max_lora_rank: int | None = None,
@@ -158,6 +170,7 @@ class RunnerConfig:
                       "auto": so where the checkpoint has scales, else the model's dtype
         tensor_parallel_size  ranks of the default process group, each with its part of the model
         tensor_parallel_plan  pattern of a parameter's path -> transformers' style; default: the model's own
+        data_parallel_size  ranks of the default process group, each with requests of its own; they share out experts
         enable_expert_parallel  ranks have whole experts, not a part of each
         enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
         sp_min_token_num  with it: in steps of at least as many tokens; smaller ones have a program without
@@ -234,7 +247,25 @@ class RunnerConfig:
             raise ValueError(
                 f"sp_min_token_num={sp_min_token_num}: wanted at least 1, and enable_sequence_parallel, which it limits"
             )
-        if tensor_parallel_size != 1:
+        if data_parallel_size != 1 and (tensor_parallel_size != 1 or not enable_expert_parallel):
+            raise ValueError(
+                f"data_parallel_size={data_parallel_size} with tensor_parallel_size={tensor_parallel_size} and"
+                f" enable_expert_parallel={enable_expert_parallel}: ranks with requests of their own share out experts"
+                " and nothing else; wanted enable_expert_parallel=True and tensor_parallel_size=1"
+            )
+        if data_parallel_size != 1 and (enable_sequence_parallel or enable_async_tp or tensor_parallel_plan):
+            raise ValueError(
+                "enable_sequence_parallel, enable_async_tp and tensor_parallel_plan: ranks with requests"
+                " of their own have all of the model but the experts; leave them out"
+            )
+        if data_parallel_size != 1:
+            from seamwise.runtime.distributed.group import join_group
+
+            parallel, device = join_group(
+                data_parallel_size, device, option="data_parallel_size", experts=True, data=True
+            )
+            options["pipeline"] = replace(pipeline, parallel=parallel)
+        elif tensor_parallel_size != 1:
             from seamwise.runtime.distributed.group import join_group
 
             parallel, device = join_group(

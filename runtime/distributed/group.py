@@ -18,28 +18,28 @@ import torch.distributed as dist
 from seamwise.passes import Parallel
 
 
-def join_group(size: int, device: str, **chosen: Any) -> tuple[Parallel, str]:
+def join_group(size: int, device: str, option: str = "tensor_parallel_size", **chosen: Any) -> tuple[Parallel, str]:
     """Return this process's part among `size` ranks, and its device: "cuda" becomes a GPU of its own.
 
-    chosen  how they share: other fields of Parallel
+    option  what asked for them; chosen: how they share: other fields of Parallel
 
     The default process group is made where torchrun started this process and nothing made it yet. Raises ValueError
     where there is none, where it has another size, or where its backend does not serve the device.
     """
     if not isinstance(size, int) or size < 2:
-        raise ValueError(f"tensor_parallel_size={size!r}: wanted a whole number of at least 1")
+        raise ValueError(f"{option}={size!r}: wanted a whole number of at least 1")
     kind = torch.device(device).type
     if not dist.is_initialized():
         if not dist.is_torchelastic_launched():
             raise ValueError(
-                f"tensor_parallel_size={size} needs {size} processes; start them with `torchrun --nproc-per-node {size}"
+                f"{option}={size} needs {size} processes; start them with `torchrun --nproc-per-node {size}"
                 " …`, or call torch.distributed.init_process_group in each first"
             )
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         atexit.register(leave_group)
     rank, found, backend = dist.get_rank(), dist.get_world_size(), str(dist.get_backend())
     if found != size:
-        raise ValueError(f"tensor_parallel_size={size}: the process group has {found} ranks; wanted as many")
+        raise ValueError(f"{option}={size}: the process group has {found} ranks; wanted as many")
     if backend == "nccl" and kind != "cuda":
         raise ValueError(f"device={device!r}: the process group's backend is nccl; wanted one for CPUs, like gloo")
     if device == "cuda":

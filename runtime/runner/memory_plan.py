@@ -93,7 +93,7 @@ def plan_memory(
         chosen, budget = budget, _budget(options.device, utilization, held_bytes) if budget is None else budget
         left = budget - needed
         if chosen is None and torch.device(options.device).type == "cpu":
-            left = min(left, machine_memory.total_bytes() // (_CPU_SHARE * options.tensor_parallel_size))
+            left = min(left, machine_memory.total_bytes() // (_CPU_SHARE * options.num_ranks))
         blocks = min(max_num_seqs * options.max_blocks + 1, left // spec.bytes_per_block)
     length = options.max_model_len
     if fit_model_len and 2 <= blocks < longest:

@@ -33,6 +33,7 @@ from seamwise.runtime.distributed.group import smallest
 from seamwise.runtime.weights.adapters import Adapter
 
 from .adapters import AdapterSlots
+from .data_ranks import agree
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
@@ -154,8 +155,11 @@ class ModelRunner:
         batch.check()
         self._check_served(batch)
         if self.adapters.in_step:
-            rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
-            batch = replace(batch, token_adapters=rows)
+            of_tokens = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
+            batch = replace(batch, token_adapters=of_tokens)
+        rows = batch.logit_rows.shape[0]
+        if self.options.data_parallel_size > 1:
+            batch = agree(batch, self.options)
         match self._recordings.kind_of(batch):
             case Empty():
                 results = self._empty()
@@ -164,6 +168,8 @@ class ModelRunner:
             case Full() | Piecewise() as key:
                 results = self._recordings.run(key, self.executable, batch, self._flat)
         logits, hidden = results if self.options.return_hidden_states else (results, None)
+        if self.options.data_parallel_size > 1:
+            logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
         return StepOutput(
             logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
             request_generations=batch.request_generations,

@@ -211,8 +211,9 @@ class LLM(ModelControl):
             raise ValueError(f"got {len(priority)} priorities for {len(requests)} prompts; wanted one for each")
         elif self.engine.scheduler.policy.name != "priority":
             raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
-        one = lora_request is None or isinstance(lora_request, LoRARequest)
-        adapters = [lora_request] * len(many) if one else [*lora_request]  # type: ignore[list-item, misc]
+        if lora_request is None or isinstance(lora_request, LoRARequest):
+            lora_request = [lora_request] * len(many)
+        adapters = list(lora_request)
         if len(adapters) != len(many):
             raise ValueError(f"got {len(adapters)} lora_requests for {len(many)} prompts; wanted one, or one for each")
         for adapter in {id(a): a for a in adapters if a is not None}.values():

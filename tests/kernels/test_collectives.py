@@ -19,6 +19,7 @@ from seamwise.kernels import (
     allreduce_rms_norm_quant,
     ep_combine,
     ep_dispatch,
+    ep_dispatch_quant,
     norm_between_linears,
     quantize,
     reduce_scatter_rms_norm,
@@ -91,40 +92,11 @@ def check_overlap(rank: int, ranks: int, group: str) -> None:
             assert "share no memory" in str(refused("cuda", args, None))
 
 
-def check_experts(rank: int, ranks: int, group: str) -> None:
-    """Rows that travel to their experts and back sum to what all experts in one place make of them."""
-    tokens, num_experts, choices = 6, 8, 3
-    matrices = draw(200, num_experts, WIDTH, WIDTH)
-    x, weights = draw(rank, tokens, WIDTH), draw(300 + rank, tokens, choices).softmax(-1)
-    experts = draw(400 + rank, tokens, num_experts).argsort(-1)[:, :choices]
-    experts[4] = -1  # padding
-    expected = torch.zeros_like(x)
-    for t in range(tokens):
-        for k in range(choices):
-            if int(experts[t, k]) >= 0:
-                expected[t] += weights[t, k] * (x[t] @ matrices[experts[t, k]])
-    own = matrices[rank * num_experts // ranks :]
-    for capacity in (0, tokens, 2):
-        rows, local, shares, places, dropped = ep_dispatch(x, experts, weights, num_experts, group, capacity)
-        assert rows.shape == (ranks * (capacity or tokens), WIDTH) and int(local.max()) < num_experts // ranks
-        made = torch.einsum("md,mkde->mke", rows, own[local.clamp(min=0)]) * shares.unsqueeze(-1)
-        result = ep_combine(made.sum(1), places, group)
-        owners = [set((experts[t] // (num_experts // ranks)).tolist()) - {-1} for t in range(tokens)]
-        sent = [sum(r in o for o in owners) for r in range(ranks)]
-        assert int(dropped) == (sum(max(n - 2, 0) for n in sent) if capacity == 2 else 0)
-        whole = [t for t in range(tokens) if all(int(places[t, r]) >= 0 for r in owners[t])]
-        assert capacity == 2 or len(whole) == tokens
-        torch.testing.assert_close(result[whole], expected[whole])
-    with pytest.raises(ValueError, match=f"9 experts do not divide among {ranks} ranks"):
-        ep_dispatch(x, experts, weights, 9, group)
-
-
 def work(rank: int, ranks: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     try:
         check_norms(rank, ranks, dist.group.WORLD.group_name)
-        check_experts(rank, ranks, dist.group.WORLD.group_name)
         check_overlap(rank, ranks, dist.group.WORLD.group_name)
     finally:
         leave_group()
@@ -161,11 +133,12 @@ def test_shapes_with_a_fake_group_of_eight(fake_group: str) -> None:
 def test_shapes_of_expert_parallelism_with_a_fake_group_of_eight(fake_group: str) -> None:
     with FakeTensorMode():
         x, experts = torch.empty(5, WIDTH, dtype=torch.bfloat16), torch.empty(5, 2, dtype=torch.int32)
-        for capacity, slots in ((0, 40), (3, 24)):
-            rows, local, shares, places, dropped = ep_dispatch(x, experts, torch.empty(5, 2), 16, fake_group, capacity)
-            assert rows.shape == (slots, WIDTH) and local.shape == shares.shape == (slots, 2)
-            assert places.shape == (5, 8) and dropped.shape == (1,) and local.dtype == torch.int32
-            assert ep_combine(rows, places, fake_group).shape == (5, WIDTH)
+        rows, local = ep_dispatch(x, experts, 16, fake_group)
+        assert rows.shape == (40, WIDTH) and local.shape == (40, 2) and local.dtype == torch.int32
+        q, scale = quantize(x, torch.float8_e4m3fn, 16)
+        q, scale, local = ep_dispatch_quant(q, scale, experts, 16, fake_group)
+        assert q.shape == (40, WIDTH) and scale.shape == (40, 3) and local.shape == (40, 2)
+        assert ep_combine(rows.repeat(2, 1), local, experts, 16, fake_group).shape == (10, WIDTH)
 
 
 def test_the_kernels_need_shared_memory(fake_group: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from step_inputs import Steps
+from tiny_models import save_tiny
 
 from seamwise import ModelRunner, StepInput
 from seamwise.compile.derive import parameters_of
@@ -56,3 +57,14 @@ def test_rows_of_a_packed_table_are_the_tables(dtype: torch.dtype, width: int) -
     assert torch.equal(gather_packed_rows(packed, index, 97, width), table[index])
     with pytest.raises(ValueError, match="index 97, wanted 0 to 96"):
         gather_packed_rows(packed, torch.tensor([3, 97]), 97, width)
+
+
+def test_experts_are_packed_where_they_are_whole_panels(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2)  # 96 and 64 rows an expert
+    whole = ModelRunner.load(tmp_path, dtype="bfloat16", device="cpu", pack_dir=None).executable.program
+    assert {n for n in whole.providers if n.startswith("grouped_linear")} == {"grouped_linear_packed:cpp"}
+    save_tiny(tmp_path, "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, intermediate_size=24)
+    parts = ModelRunner.load(tmp_path, dtype="bfloat16", device="cpu", pack_dir=None).executable.program
+    (report,) = [r for r in parts.reports if r.name == "pack_linear"]
+    missed = [m for m in report.misses if "multiple of 32, for whole panels of an expert, got 48" in m.reason]
+    assert len(missed) == 2, "the joined gates and ups of both layers"

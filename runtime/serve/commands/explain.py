@@ -21,7 +21,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("--validate", action="store_true", help="check every pass in float64 on drawn inputs")
     parser.add_argument("--html", type=Path, help="write the explanation as one self-contained page")
     parser.add_argument("--tp", type=int, default=1, help="explain the first of as many ranks, without the others")
-    parser.add_argument("--ep", action="store_true", help="with --tp: each rank has whole experts")
+    parser.add_argument("--dp", type=int, default=1, help="of as many ranks with requests of their own; needs --ep")
+    parser.add_argument(
+        "--ep", type=int, nargs="?", const=0, metavar="N",
+        help="with --tp or --dp: each rank has whole experts; N: over N ranks with requests of their own, as --dp N",
+    )  # fmt: skip
     parser.add_argument(
         "--sp", type=int, nargs="?", const=1, default=0, metavar="TOKENS",
         help="with --tp: each rank norms its share of the rows, in steps of at least as many tokens",
@@ -31,8 +35,14 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`seamwise explain`: compile a model (or read its pack) and say what was done; no weights are read."""
-    if options.validate and options.tp > 1:
-        raise ValueError("--validate runs the graph, and --tp has no other ranks to run it with; leave one out")
+    if options.ep:
+        if max(options.tp, options.dp) > 1:
+            raise ValueError(f"--ep {options.ep} is --dp {options.ep} --ep; beside --tp or --dp, give --ep alone")
+        options.dp = options.ep
+    if options.validate and max(options.tp, options.dp) > 1:
+        raise ValueError(
+            "--validate runs the graph, and there are no other ranks to run it with; leave out one of both"
+        )
 
     from seamwise.compile import pack
     from seamwise.compile.explain.html import as_html
@@ -48,17 +58,21 @@ def run(options: argparse.Namespace) -> int:
 
     model, given = resolve_model(options.model), loading(options)
     packed = pack.is_pack(model)
-    if packed and (options.validate or options.tp > 1):
-        raise ValueError(f"{model} is a pack, as it was made; --validate and --tp need the model's directory")
+    if packed and (options.validate or max(options.tp, options.dp) > 1):
+        raise ValueError(
+            f"{model} is a pack, as it was made; --validate, --tp, --dp and --ep need the model's directory"
+        )
     if packed:
         model, given = open_pack(model, given)
     with shown_ledger("compile") as ledger:
         config = ModelConfig.from_directory(model)
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
-        ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep}
+        ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep is not None}
+        ranks["data_parallel_size"] = options.dp
         ranks |= {"enable_sequence_parallel": options.sp != 0, "enable_async_tp": options.async_tp}
         ranks["sp_min_token_num"] = options.sp or 1
-        with fake_group(options.tp) if options.tp > 1 else nullcontext():
+        size = max(options.tp, options.dp)
+        with fake_group(size) if size > 1 else nullcontext():
             settings = RunnerConfig.for_model(config, **({"pipeline": chosen} | ranks | given))
             program, _ = load_program(config, settings, ledger)
     if options.html:

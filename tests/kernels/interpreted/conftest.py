@@ -14,9 +14,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from seamwise.kernels.versions import triton_interprets
+from seamwise.kernels.lazy_triton import interprets
 
-collect_ignore_glob = [] if triton_interprets() or torch.cuda.is_available() else ["test_*.py"]
+collect_ignore_glob = [] if interprets() or torch.cuda.is_available() else ["test_*.py"]
 
 TORCH_TYPES = {
     tl.float64: torch.float64, tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
@@ -45,6 +45,6 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
     return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
-if triton_interprets():
+if interprets():
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _create_dot

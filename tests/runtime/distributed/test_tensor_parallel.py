@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from families import draw_tokens
+from moe_families import GROUPS, MLA
 from quantized_checkpoints import LAYOUTS, save_quantized
 from step_inputs import Steps
 from tiny_models import assert_within_budget, save_tiny
@@ -29,12 +30,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", {"head_dim": 32, "query_pre_attn_scalar": 6, "sliding_window": 4}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mla": ("DeepseekV3ForCausalLM", {**MLA, **GROUPS}),
     "granite": ("GraniteForCausalLM", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
 }
 DEEPSEEK = {
     "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
     "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 128,
-    "kv_lora_rank": 128, "qk_rope_head_dim": 16, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 16,
+    "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "head_dim": 64,
     "intermediate_size": 512,
 }  # fmt: skip
 SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1})  # the last one is replayed
@@ -151,6 +153,10 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
                 assert found["shard"] and found["shard"]["max_error"] < 1e-9
             if name == "llama":
                 check_layout(runner, ranks)
+            if name == "mla":  # latents whole, of 32 + 8 columns; heads of queries and of what expands latents cut
+                assert runner.kv_spec.layers[0] == ((16, 40),) and runner.kv_spec.bytes_per_token == 2 * 40 * 4
+                cut = [w.shape for w in runner.executable.weights if w.dim() == 3 and w.shape[1:] == (28, 32)]
+                assert cut == [(4 // ranks, 28, 32)] * 2
         if ranks == 2:
             check_logits(root / "mixtral", "mixtral", "own", ranks, enable_expert_parallel=True)
             check_sequence(root, ranks)
