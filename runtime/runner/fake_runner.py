@@ -6,14 +6,21 @@ what it answers, and reading what was never written fails.
 
 from __future__ import annotations
 
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from seamwise.runtime.build.step import StepInput, StepOutput, check_plain
+from seamwise.runtime.weights.adapters import Adapter
 
 _UNWRITTEN = -1
+
+
+def adapted(digest: str) -> int:
+    """Return what is added to tokens that are computed with an adapter of this digest; "": none."""
+    return zlib.crc32(digest.encode()) << 16 if digest else 0
 
 
 class FakeRunner:
@@ -25,7 +32,7 @@ class FakeRunner:
     def __init__(
         self, *, num_blocks: int, block_size: int, vocab_size: int = 24, max_model_len: int = 512,
         eos_ids: tuple[int, ...] = (2,), max_tokens: int | None = None, fail_at: frozenset[int] = frozenset(),
-        sharpness: float = 2.0,
+        sharpness: float = 2.0, max_loras: int = 0,
     ) -> None:  # fmt: skip
         self.num_blocks, self.block_size = num_blocks, block_size
         self.options = SimpleNamespace(max_model_len=max_model_len, device="cpu")
@@ -35,15 +42,17 @@ class FakeRunner:
         self.max_tokens, self.fail_at, self.sharpness = max_tokens, fail_at, sharpness
         self.weights = 0
         self.written_by = np.zeros_like(self.cache)
+        self.adapters: dict[int, str] = dict.fromkeys(range(1, max_loras + 1), "")
         self.num_steps = 0
         self.num_computed = 0
 
     def step(self, batch: StepInput) -> StepOutput:
         """Return the logits of the wanted rows. Asserts that the step is what an engine may give."""
         batch.check()
-        check_plain(batch)
+        check_plain(batch, len(self.adapters))
         self.num_steps += 1
-        tokens, starts = batch.token_ids.numpy(), batch.query_starts.numpy()
+        starts = batch.query_starts.numpy()
+        tokens = batch.token_ids.numpy() + self._adapted(batch, np.diff(starts))
         slots, table, lengths = batch.slot_mapping.numpy(), batch.block_table.numpy(), batch.seq_lens.numpy()
         assert len(tokens) == starts[-1] and (np.diff(starts) > 0).all()
         assert self.max_tokens is None or len(tokens) <= self.max_tokens, "the step is over the token budget"
@@ -74,6 +83,22 @@ class FakeRunner:
             logits=torch.from_numpy(stacked), request_slots=batch.request_slots,
             request_generations=batch.request_generations,
         )  # fmt: skip
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Take any adapter: its digest is all that is used of it."""
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Put an adapter into a slot, or empty it."""
+        assert slot in self.adapters
+        self.adapters[slot] = "" if adapter is None else adapter.digest
+
+    def _adapted(self, batch: StepInput, counts: np.ndarray) -> np.ndarray:
+        """Return what an adapter makes of its rows' tokens: other ones, told apart by its digest."""
+        if batch.adapter_slots is None:
+            return np.zeros(int(counts.sum()), dtype=np.int64)
+        digests = [self.adapters[slot] if slot else "" for slot in batch.adapter_slots.tolist()]
+        assert all(d or not s for d, s in zip(digests, batch.adapter_slots.tolist(), strict=True)), "the slot is empty"
+        return np.repeat([adapted(digest) for digest in digests], counts)
 
     def logits_after(self, history: list[int]) -> np.ndarray:
         """Return the next token's logits after a history: what the whole machinery must come down to."""
