@@ -30,10 +30,23 @@ from seamwise.passes.graph import value
 from .split import Piece, Seam
 
 
-class Source:
-    """Collects functions and the names they need; `text()` is the whole module."""
+def begins(node: Node) -> bool:
+    """Return whether a node begins what is waited for later: until then another batch may compute."""
+    space, _, name = str(node.target).partition(".")
+    return name.startswith("ep_") and "_begin" in name if space == "seamwise_exchange" else (
+        space == "_c10d_functional" and not name.startswith("wait_tensor")
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+
+class Source:
+    """Collects functions and the names they need; `text()` is the whole module.
+
+    in_turns  functions are written a second time, as generators that yield behind what `begins`: `NAME_in_turns`
+    """
+
+    def __init__(self, *, in_turns: bool = False) -> None:
+        self.in_turns = in_turns
+        self.turning: set[str] = set()
         self.prologue: dict[str, str] = {}
         self.functions: list[str] = []
 
@@ -48,13 +61,17 @@ class Source:
         arguments = ", ".join(n.name for n in nodes if n.op == "placeholder")
         results = ", ".join(n.name for n in nodes[-1].args[0])
         self.functions.append(f"def {name}({arguments}):\n{body}    return ({results},)\n")
+        if self.in_turns and any(map(begins, nodes)):
+            body = self._body(nodes, keep={n.name for n in nodes if n.op == "placeholder"}, in_turns=True)
+            self.functions.append(f"def {name}_in_turns({arguments}):\n{body}    return ({results},)\n")
+            self.turning.add(name)
 
     def add_step(
         self, name: str, steps: Sequence[Piece | Seam], inputs: Sequence[str], index: Mapping[str, int],
         outputs: Sequence[str],
     ) -> None:  # fmt: skip
         """Add `name(run, w, *inputs) -> tuple`; `run[i]` is called for piece i, `index` is each weight's place in w."""
-        lines, number = [], 0
+        lines, turns, number = list[str](), set[int](), 0
         last = _last_uses(steps, outputs)
         for i, item in enumerate(steps):
             if isinstance(item, Seam):
@@ -63,13 +80,20 @@ class Source:
                 arguments = ", ".join(f"w[{index[n]}]" if n in index else n for n in item.inputs)
                 lines.append(f"{', '.join(item.outputs)}, = run[{number}]({arguments})")
                 number += 1
+                if f"piece_{item.digest}" in self.turning:
+                    turns.add(len(lines) - 1)
             if dead := [n for n, j in last.items() if j == i and n not in index and n not in inputs]:
                 lines.append(f"del {', '.join(dead)}")
         lines.append(f"return ({', '.join(outputs)},)")
         body = "".join(f"    {line}\n" for line in lines)
         self.functions.append(f"def {name}(run, w, {', '.join(inputs)}):\n{body}")
+        if self.turning:
+            for i in turns:
+                lines[i] = lines[i].replace("= run[", "= yield from run[", 1)
+            body = "".join(f"    {line}\n" for line in lines)
+            self.functions.append(f"def {name}_in_turns(run, w, {', '.join(inputs)}):\n{body}")
 
-    def _body(self, nodes: list[Node], keep: set[str]) -> str:
+    def _body(self, nodes: list[Node], keep: set[str], *, in_turns: bool = False) -> str:
         position = {n: i for i, n in enumerate(nodes)}
         last_use = {n: max((position[u] for u in n.users), default=-1) for n in nodes}
         lines = []
@@ -77,6 +101,8 @@ class Source:
             if node.op != "call_function":
                 continue
             lines.append(self._call(node, {}))
+            if in_turns and begins(node):
+                lines.append("yield")
             dead = [n.name for n in node.all_input_nodes if n.name not in keep and last_use[n] == position[node]]
             if dead:
                 lines.append(f"del {', '.join(dead)}")

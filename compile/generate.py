@@ -30,9 +30,9 @@ class LoweredStep:
     providers: Counter[str]
 
 
-def generate(made: Sequence[LoweredStep]) -> Program:
+def generate(made: Sequence[LoweredStep], *, in_turns: bool = False) -> Program:
     """Write one program of all ranges: equal pieces are written, equal weights held, and equal reports told once."""
-    source, written, places, ranges = Source(), set[str](), dict[str, int](), list[TokenRange]()
+    source, written, places, ranges = Source(in_turns=in_turns), set[str](), dict[str, int](), list[TokenRange]()
     recipes: dict[str, Recipe] = {}
     reports, told = list[Report](), set[tuple[str, int, int | None]]()
     for step in made:
@@ -52,7 +52,8 @@ def generate(made: Sequence[LoweredStep]) -> Program:
         function = "step" if step.first == 1 else f"step_from_{step.first}"
         source.add_step(function, step.steps, step.graph.inputs, index, [n.name for n in output.args[0]])
         found = collectives_of(step.graph.module)
-        ranges.append(TokenRange(first=step.first, function=function, calls=calls, collectives=found))
+        turning = [name for name in calls if name in source.turning]
+        ranges.append(TokenRange(first=step.first, function=function, calls=calls, collectives=found, turning=turning))
         news = [r for r in step.reports if (r.name, r.matched, r.expected) not in told]
         told |= {(r.name, r.matched, r.expected) for r in news}
         reports += news

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ class TokenRange:
     """Steps of `first` tokens up to the next range's first.
 
     function  of the program; calls: the function at each piece, in order
+    turning  those of the functions that are written as generators too
     collectives  op, calls a step and bytes a row, of what ranks say to each other
     """
 
@@ -30,6 +32,7 @@ class TokenRange:
     function: str
     calls: list[str]
     collectives: list[dict[str, Any]]
+    turning: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +115,55 @@ class Executable:
         self._steps: list[tuple[Callable[..., Any], list[Callable[..., Any]]]] = [
             (functions[each.function], [functions[name] for name in each.calls]) for each in program.ranges
         ]
+        self._turns = [
+            (
+                functions.get(f"{each.function}_in_turns"),
+                [functions[f"{name}_in_turns" if name in each.turning else name] for name in each.calls],
+            )
+            for each in program.ranges
+        ]
         self._tokens = program.inputs.index("token_ids")
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether two batches may take turns: something is begun that is waited for later."""
+        return all(step is not None for step, _ in self._turns)
+
+    def in_turns(self, *batches: Sequence[Tensor]) -> list[Any]:
+        """Run a step of each batch, each on until it begins what it will wait for, then the next; return all results.
+
+        Every rank takes as many turns: which ops begin is the graph's, not the batch's. Of memory that batches share,
+        they write their own slots of the caches; a later batch may read what an earlier one wrote in the same layer.
+        """
+        results: list[Any] = [None] * len(batches)
+        waiting = deque((i, self._generator(inputs)) for i, inputs in enumerate(batches))
+        while waiting:
+            i, batch = waiting.popleft()
+            try:
+                next(batch)
+            except StopIteration as end:
+                results[i] = end.value if len(end.value) > 1 else end.value[0]
+            else:
+                waiting.append((i, batch))
+        return results
+
+    def _generator(self, inputs: Sequence[Tensor]) -> Generator[None, None, tuple[Any, ...]]:
+        step, pieces = self._turns[self._range(inputs)]
+        assert step is not None
+        return step(pieces, self.weights, *inputs)
+
+    def _range(self, inputs: Sequence[Tensor]) -> int:
+        tokens = inputs[self._tokens].shape[0]
+        if tokens < self._firsts[0]:
+            raise ValueError(f"a step of {tokens} tokens: the program is for {self._firsts[0]} or more")
+        return bisect_right(self._firsts, tokens) - 1
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run one step on the flattened inputs, in the program's order; return the logits, or all the graph returns.
 
         Raises ValueError for a number of tokens in no range.
         """
-        tokens = inputs[self._tokens].shape[0]
-        if tokens < self._firsts[0]:
-            raise ValueError(f"a step of {tokens} tokens: the program is for {self._firsts[0]} or more")
-        step, pieces = self._steps[bisect_right(self._firsts, tokens) - 1]
+        step, pieces = self._steps[self._range(inputs)]
         if (recording := tape.current()) is not None:
             pieces = [partial(recording.piece, p) for p in pieces]
         results = step(pieces, self.weights, *inputs)

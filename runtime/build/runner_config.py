@@ -63,6 +63,8 @@ class RunnerConfig:
     num_speculative_tokens  drafts of a request that one step verifies: steps of up to one more token for each request
                    are recorded in full
     return_hidden_states  a step may ask for what its logits are computed from (StepInput.hidden_states)
+    dbo_decode_token_threshold, dbo_prefill_token_threshold  with enable_dbo: fewest tokens of a step that is taken as
+                   two, where every request decodes one token, and of any other; it is not recorded. Unmeasured: vLLM's
     max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
     cudagraph_capture_sizes  numbers of tokens that piecewise recordings are padded to; larger steps run op by op
     max_recorded_bytes  memory of recordings; what would take more runs op by op
@@ -86,6 +88,8 @@ class RunnerConfig:
     cudagraph_mode: str | None = None
     num_speculative_tokens: int = 0
     return_hidden_states: bool = False
+    dbo_decode_token_threshold: int = 32
+    dbo_prefill_token_threshold: int = 512
     max_recorded_requests: int = 256
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     max_recorded_bytes: int = 2 << 30
@@ -150,6 +154,11 @@ class RunnerConfig:
         return 1 if self.pipeline.parallel is None or self.pipeline.parallel.data else self.num_ranks
 
     @property
+    def enable_dbo(self) -> bool:
+        """Whether a step may be two batches that take turns."""
+        return self.pipeline.parallel is not None and self.pipeline.parallel.two_batches
+
+    @property
     def data_parallel_size(self) -> int:
         """Ranks with requests of their own that take each step together, for they share out the experts."""
         return self.num_ranks // self.tensor_parallel_size
@@ -161,7 +170,8 @@ class RunnerConfig:
         tensor_parallel_size: int = 1, data_parallel_size: int = 1,
         tensor_parallel_plan: Mapping[str, str] | None = None,
         enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
-        enable_async_tp: bool = False, allow_missed: Sequence[str] = (),
+        enable_async_tp: bool = False, enable_dbo: bool = False, allow_missed: Sequence[str] = (),
+        enable_lora: bool = False, max_loras: int | None = None, max_lora_rank: int | None = None,
         **options: Any,
     ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
@@ -177,7 +187,9 @@ class RunnerConfig:
         enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
         sp_min_token_num  with it: in steps of at least as many tokens; smaller ones have a program without
         enable_async_tp  with it: rows travel in chunks while others are multiplied
+        enable_dbo  with data_parallel_size: a step may be two batches; one computes while rows of the other travel
         allow_missed  names of passes that may match fewer places than the model's structure promises
+        enable_lora   requests may have adapters: at most max_loras (1) in a step, of rank max_lora_rank (16)
         """
         from seamwise.model_defs import has_definition
 
@@ -232,6 +244,13 @@ class RunnerConfig:
         if allow_missed:
             names = (allow_missed,) if isinstance(allow_missed, str) else tuple(allow_missed)
             options["pipeline"] = pipeline = replace(pipeline, allow_missed=(*pipeline.allow_missed, *names))
+        if enable_lora:
+            rooms = {"max_loras": 1 if max_loras is None else max_loras}
+            rooms["max_lora_rank"] = 16 if max_lora_rank is None else max_lora_rank
+            _check_adapters(pipeline.quantization, max(tensor_parallel_size, data_parallel_size), **rooms)
+            options["pipeline"] = pipeline = replace(pipeline, **rooms)
+        elif max_loras is not None or max_lora_rank is not None:
+            raise ValueError("max_loras and max_lora_rank need enable_lora=True, which they limit")
         if pipeline.quantization and config.raw.get("quantization_config"):
             raise ValueError(
                 f"quantization={pipeline.quantization!r}: the checkpoint is quantized already, by its config.json's"
@@ -252,11 +271,20 @@ class RunnerConfig:
                 "enable_sequence_parallel, enable_async_tp and tensor_parallel_plan: ranks with requests"
                 " of their own have all of the model but the experts; leave them out"
             )
+        if enable_dbo and data_parallel_size == 1:
+            raise ValueError(
+                "enable_dbo hides what ranks send to each other's experts; wanted data_parallel_size above 1"
+            )
         if data_parallel_size != 1:
             from seamwise.runtime.distributed.group import join_group
 
             parallel, device = join_group(
-                data_parallel_size, device, option="data_parallel_size", experts=True, data=True
+                data_parallel_size,
+                device,
+                option="data_parallel_size",
+                experts=True,
+                data=True,
+                two_batches=enable_dbo,
             )
             options["pipeline"] = replace(pipeline, parallel=parallel)
         elif tensor_parallel_size != 1:
@@ -276,6 +304,22 @@ class RunnerConfig:
             dtype=dtype, kv_cache_dtype=kv_dtype, stored=stored, device=device, entry=entry,
             max_model_len=max_model_len, **options,
         )  # fmt: skip
+
+
+def _check_adapters(quantization: str | None, ranks: int, max_loras: int, max_lora_rank: int) -> None:
+    for name, value, most in (("max_loras", max_loras, 4096), ("max_lora_rank", max_lora_rank, 512)):
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name}={value!r}: wanted 1 to {most}")
+    if quantization not in (None, "w4a16"):
+        raise ValueError(
+            f"enable_lora with quantization={quantization!r}: it quantizes the rows that adapters read as they are; use"
+            " 'w4a16', or leave one out"
+        )
+    if ranks > 1:
+        raise ValueError(
+            f"enable_lora on {ranks} ranks: adapters are not shared out over them; leave it, or"
+            " tensor_parallel_size and data_parallel_size, out"
+        )
 
 
 def entry_of(model_impl: str, entry: str | None = None) -> str:

@@ -31,8 +31,10 @@ from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import smallest
+from seamwise.runtime.weights.adapters import Adapter
 
-from .data_ranks import agree
+from .adapters import AdapterSlots
+from .data_ranks import agree, halves
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
@@ -63,6 +65,7 @@ class ModelRunner:
         self._caches_flat: list[Tensor] = []
         self._recordings = self._new_recordings()
         self.weights = WeightUpdates(executable, options, buffers)
+        self.adapters = AdapterSlots(executable)
         self._num_blocks = 0
         self._shapes = [torch.empty_like(w, device="meta") for w in executable.weights]
         self._asleep: set[str] = set()
@@ -99,6 +102,8 @@ class ModelRunner:
                 weights = load_step_weights(Path(path), settings, program, buffers)
             with ledger.stage("bind"):
                 executable = Executable(program, weights)
+                if settings.enable_dbo and not executable.takes_turns:
+                    raise ValueError("enable_dbo: nothing is begun in this program; do not disable begin_exchanges")
         return cls(config, settings, executable, ledger, buffers)
 
     @property
@@ -157,9 +162,14 @@ class ModelRunner:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
         self._check_served(batch)
-        rows = batch.logit_rows.shape[0]
+        rows, given = batch.logit_rows.shape[0], batch
         if self.options.data_parallel_size > 1:
-            batch = agree(batch, self.options)
+            batch, *second = agree(batch, self.options)
+            if second:
+                return self._in_turns(batch, *second, given=given)
+        if self.adapters.in_step:
+            of_rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
+            batch = replace(batch, token_adapters=of_rows)
         match self._recordings.kind_of(batch):
             case Empty():
                 results = self._empty()
@@ -173,6 +183,22 @@ class ModelRunner:
         return StepOutput(
             logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
             request_generations=batch.request_generations,
+        )  # fmt: skip
+
+    def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
+        """Run a step as two that take turns, op by op."""
+        self._recordings.stats.steps["in_turns"] += 1
+        results = self.executable.in_turns(*(self._flat(self._on_device(part)) for part in parts))
+        found = halves(given, self.options)
+        wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
+        logits, hidden = (
+            None if each[0] is None else torch.cat([r[:n] for r, n in zip(each, wanted, strict=True)])
+            for each in zip(*(r if isinstance(r, tuple) else (r, None) for r in results), strict=True)
+        )
+        assert logits is not None
+        return StepOutput(
+            logits=logits, hidden_states=hidden if given.hidden_states else None, request_slots=given.request_slots,
+            request_generations=given.request_generations,
         )  # fmt: skip
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -197,6 +223,23 @@ class ModelRunner:
         """End an update. Raises RuntimeError that lists what lacks; weight_version is then what it was."""
         self.weights.finish(weight_version)
         self._refusal = self._why_not()
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Raise ValueError that lists all in which an adapter does not fit, or where enable_lora was not asked for."""
+        if not self.adapters.sites:
+            raise ValueError("this model was loaded without adapters; give it enable_lora=True")
+        self.adapters.check(adapter)
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Put an adapter into slot 1 to max_loras, or empty it, in place; steps name it by StepInput.adapter_slots.
+
+        Raises ValueError for one that does not fit; nothing has changed then.
+        """
+        if "weights" in self._asleep:
+            raise RuntimeError("set_adapter: the weights are asleep; call wake(['weights']) first")
+        if adapter is not None:
+            self.check_adapter(adapter)
+        self.adapters.write(slot, adapter)
 
     @property
     def weight_version(self) -> str:
@@ -253,6 +296,7 @@ class ModelRunner:
                 self._saved = None
             else:
                 self.weights.restore_computed()
+                self.adapters.restore()
         if "kv_cache" in woken and not on_cpu and self._num_blocks:
             self.allocate_kv(self._num_blocks)
         self._asleep -= woken
@@ -283,14 +327,17 @@ class ModelRunner:
 
     def _check_served(self, batch: StepInput) -> None:
         """Raise ValueError for what a step may ask for and this model does not have."""
-        check_plain(batch, max(1, len(self.kv_spec.groups)))
+        check_plain(batch, max(1, len(self.kv_spec.groups)), self.adapters.max_loras)
         if batch.hidden_states and not self.options.return_hidden_states:
             raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")
 
     def _empty(self) -> Any:
         """Run no tokens: alone, nothing; beside other ranks, a row of padding, for their collectives wait for ours."""
         if self.options.tensor_parallel_size > 1:
-            results = self.executable(*self._flat(self._on_device(step_of_padding(len(self.kv_groups)))))
+            padding = step_of_padding(len(self.kv_groups))
+            if self.adapters.in_step:
+                padding = replace(padding, token_adapters=self.adapters.of_rows(None, padding.query_starts))
+            results = self.executable(*self._flat(self._on_device(padding)))
             return tree_map(lambda result: result[:0], results)
         logits, hidden = (
             torch.empty(0, size, dtype=self.options.dtype, device=self.options.device)
@@ -302,12 +349,14 @@ class ModelRunner:
         if torch.device(self.options.device).type == "cpu":
             return batch
         moved = {n: getattr(batch, n).to(self.options.device) for n in STEP_ARGUMENTS if n != "kv_caches"}
+        if batch.token_adapters is not None:
+            moved["token_adapters"] = batch.token_adapters.to(self.options.device)
         groups = tuple(group.map(lambda x: x.to(self.options.device)) for group in batch.further_groups)
         return StepInput(**moved, further_groups=groups)
 
     def _flat(self, batch: StepInput) -> list[Tensor]:
         """Return the step's tensors flattened in the program's order."""
-        flat: list[Tensor] = []
+        flat: list[Tensor] = [] if batch.token_adapters is None else [batch.token_adapters]
         for name in STEP_ARGUMENTS:
             flat += self._caches_flat if name == "kv_caches" else [getattr(batch, name)]
         return flat + [x for group in batch.further_groups for x in (group.slot_mapping, group.block_table)]

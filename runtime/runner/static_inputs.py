@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seamwise.runtime.build.step import FIELDS, KVGroupInput, StepInput
+from seamwise.runtime.build.step import FIELDS, Field, KVGroupInput, StepInput
 
-_BUFFERED = {name: declared for name, declared in FIELDS.items() if declared.in_forward}
-_OF_MODEL = {name: declared.dims[0] for name, declared in _BUFFERED.items() if declared.reader == "model"}
+_OF_MODEL = {name: declared.dims[0] for name, declared in FIELDS.items() if declared.reader in ("model", "adapters")}
 _OF_GROUPS = {field.name for field in fields(KVGroupInput)}
-OF_SEAMS = tuple(name for name, declared in _BUFFERED.items() if declared.reader == "seams")
+OF_SEAMS = tuple(name for name, declared in FIELDS.items() if declared.reader == "seams")
+
+
+def buffered(adapters: bool) -> dict[str, Field]:
+    """Return the fields that a model's program reads, with adapters or without."""
+    return {name: f for name, f in FIELDS.items() if f.in_forward or (adapters and f.reader == "adapters")}
 
 
 def sizes_of(max_tokens: int, max_requests: int, max_blocks: int) -> dict[str, int]:
@@ -23,11 +27,11 @@ def sizes_of(max_tokens: int, max_requests: int, max_blocks: int) -> dict[str, i
     return {"T": max_tokens, "R": max_requests, "S": max_requests + 1, "B": max_blocks, "L": max_tokens}
 
 
-def num_bytes(sizes: dict[str, int], num_groups: int = 1) -> int:
+def num_bytes(sizes: dict[str, int], num_groups: int = 1, adapters: bool = False) -> int:
     """Return what buffers of these sizes take."""
     return sum(
         math.prod(declared.shape(sizes)) * declared.dtype.itemsize * (num_groups if name in _OF_GROUPS else 1)
-        for name, declared in _BUFFERED.items()
+        for name, declared in buffered(adapters).items()
     )
 
 
@@ -38,10 +42,10 @@ class StaticInputs:
     buffers as the first has.
     """
 
-    def __init__(self, sizes: dict[str, int], device: str, num_groups: int = 1) -> None:
+    def __init__(self, sizes: dict[str, int], device: str, num_groups: int = 1, adapters: bool = False) -> None:
         self._buffers = {
             name: torch.zeros(declared.shape(sizes), dtype=declared.dtype, device=device)
-            for name, declared in _BUFFERED.items()
+            for name, declared in buffered(adapters).items()
         }
         own = KVGroupInput(slot_mapping=self._buffers["slot_mapping"], block_table=self._buffers["block_table"])
         self._groups = [own.map(torch.zeros_like) for _ in range(num_groups - 1)]
@@ -50,7 +54,7 @@ class StaticInputs:
         """Return the starts of the buffers, as a step of so many tokens, all wanted, and requests."""
         sizes = {"T": tokens, "R": requests, "S": requests + 1, "L": tokens}
         parts: dict[str, Any] = {
-            name: buffer[: sizes[_BUFFERED[name].dims[0][0]]] for name, buffer in self._buffers.items()
+            name: buffer[: sizes[FIELDS[name].dims[0][0]]] for name, buffer in self._buffers.items()
         }
         groups = [
             KVGroupInput(slot_mapping=g.slot_mapping[:tokens], block_table=g.block_table[:requests])

@@ -96,6 +96,9 @@ def test_layers_that_differ_in_anything_are_kinds_of_their_own(tmp_path: Path) -
     config, _ = configured("llama", tmp_path)
     decoder: Any = build_model(config.architecture, config.raw).model
     assert len(set(decoder.kinds())) == 1
+    decoder.table_of_layer[3] = 1  # a rope of its own
+    assert decoder.kinds()[3] not in decoder.kinds()[:3]
+    decoder.table_of_layer[3] = 0
     decoder.layers[1].input_layernorm.eps = 0.5
     decoder.layers[2].mlp.act = torch.tanh
     decoder.layers[3].post_attention_layernorm = RMSNorm(7, 1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels import ep_combine, ep_dispatch, ep_dispatch_quant, quantize
+from seamwise.kernels.comm import exchange
 from seamwise.runtime.build.step import StepInput, empty_step
 from seamwise.runtime.distributed.group import leave_group
 from seamwise.runtime.runner.data_ranks import agree
@@ -115,7 +117,8 @@ def check_model(
     requests = [[*reversed(r)] if rank % 2 else r for r in draw_tokens(5, 19, 15, 12)]
     chosen = {**LOAD, "enforce_eager": not recorded, **options}
     shared = ModelRunner.load(root / name, data_parallel_size=ranks, enable_expert_parallel=True, **chosen)
-    chosen.pop("pipeline", None)
+    for of_ranks in ("pipeline", "enable_dbo"):
+        chosen.pop(of_ranks, None)
     alone = ModelRunner.load(root / name, **chosen)
     steps = [Steps(requests, block_size=runner.block_size) for runner in (shared, alone)]
     for runner, made in zip((shared, alone), steps, strict=True):
@@ -123,7 +126,7 @@ def check_model(
     for counts in SCHEDULES[rank % 2]:
         batches = [StepInput(**made.next(counts)) if counts else empty_step() for made in steps]
         if not recorded:  # as many rows: mla_prefill goes by them
-            batches[1] = agree(batches[1], alone.options)
+            (batches[1],) = agree(batches[1], alone.options)
         with nullcontext() if recorded else RowByRow():
             ours, theirs = (r.step(b).logits.clone() for r, b in zip((shared, alone), batches, strict=True))
         theirs = theirs[: len(ours)]
@@ -140,6 +143,66 @@ def check_quantized(root: Path, rank: int, ranks: int) -> None:
         assert (reports[name].matched, reports[name].expected) == (count, count), name
     sent = {c["op"]: c for c in runner.program.collectives}["seamwise.ep_dispatch_quant:all_to_all"]
     assert sent["row_bytes"] == 256 + 2 * 4 and "scaled_linear" in sent["meanwhile"]  # a shared expert's
+
+
+def check_two_batches(root: Path, rank: int, ranks: int) -> None:
+    """A step that is taken as two in turns gives the same bits; one rank's vote against it is all ranks'."""
+    both = {"enable_dbo": True, "dbo_decode_token_threshold": 2, "dbo_prefill_token_threshold": 4}
+    stats = check_model(root, "qwen3", rank, ranks, **both).recording_stats
+    assert stats.steps["in_turns"] == 2  # of six: in the others a rank has one request, or few tokens
+    entry = {"entry": "transformers", **both}
+    assert check_model(root, "qwen3", rank, ranks, **entry).recording_stats.steps["in_turns"] == 2
+
+
+def check_hidden(root: Path, rank: int, ranks: int) -> None:
+    """On a link of 2 ms a row, with as much to compute as travels, two batches take little more than the longer.
+
+    Both are slept, so that the machine's load does not count: computing before a row is sent to experts 4 ms, 2 ms each
+    way. One batch computes and waits in turn; two wait while the other computes.
+    """
+    originals = exchange.begin_dispatch, exchange._gather, exchange._send
+
+    def slow(begin: Any, rows_of: Any) -> Any:
+        def begun(*args: Any) -> Any:
+            ready, finish = time.perf_counter() + 2e-3 * rows_of(*args), begin(*args)
+
+            def finished() -> Any:
+                time.sleep(max(0.0, ready - time.perf_counter()))
+                return finish()
+
+            return finished
+
+        return begun
+
+    def dispatch(parts: Any, experts: Tensor, *rest: Any) -> Any:
+        time.sleep(4e-3 * len(experts))
+        tokens[0] = len(experts)
+        return originals[0](parts, experts, *rest)
+
+    tokens = [0]
+    exchange.begin_dispatch = dispatch
+    exchange._send = slow(originals[2], lambda *args: tokens[0])
+    try:
+        seconds = {}
+        requests = draw_tokens(5, *[9] * 8)
+        for dbo in (False, True):
+            runner = ModelRunner.load(
+                root / "qwen3", data_parallel_size=ranks, enable_expert_parallel=True, enable_dbo=dbo,
+                dbo_prefill_token_threshold=4, enforce_eager=True, **LOAD,
+            )  # fmt: skip
+            steps = Steps(requests, block_size=runner.block_size)
+            runner.allocate_kv(steps.num_blocks)
+            for timed in (False, True):
+                batch = StepInput(**steps.next({r: 4 for r in range(8)}))
+                dist.barrier()
+                began = time.perf_counter()
+                runner.step(batch)
+                seconds[dbo] = time.perf_counter() - began if timed else 0.0
+        sent, computed = 2 * 2 * 2e-3 * 32, 2 * 4e-3 * 32  # two layers, two ways
+        assert seconds[False] > sent + computed
+        assert seconds[True] < 0.75 * seconds[False] and seconds[True] > max(sent, computed), seconds
+    finally:
+        exchange.begin_dispatch, exchange._gather, exchange._send = originals
 
 
 def check_text(root: Path, name: str, rank: int, ranks: int) -> None:
@@ -178,6 +241,8 @@ def work(rank: int, ranks: int, home: str) -> None:
             modes = {"recorded": True, "cudagraph_mode": "full_and_piecewise"}
             assert check_model(root, "deepseek", rank, ranks, **modes).recording_stats.steps["piecewise"] == 4
             check_quantized(root, rank, ranks)
+            check_two_batches(root, rank, ranks)
+            check_hidden(root, rank, ranks)
             check_text(root, "deepseek", rank, ranks)
             with pytest.raises(ValueError, match="the model has no experts"):
                 ModelRunner.load(root / "dense", data_parallel_size=2, enable_expert_parallel=True, **LOAD)
