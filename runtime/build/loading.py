@@ -86,7 +86,8 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = _captured(model, arguments, spec)
         buffers |= captured.constants
-        if not options.disable_hybrid_kv_cache_manager:
+        padded = options.data_parallel_size > 1  # by rows of one group
+        if not (padded or options.disable_hybrid_kv_cache_manager):
             captured, groups = group_caches(captured, len(spec.layers))
             spec = replace(spec, groups=tuple(groups))
     made = CapturedModel(

@@ -53,7 +53,8 @@ class RunnerConfig:
                    "dynamic" RoPE their original length, at which short prompts are computed as trained (as in vLLM)
     block_size     tokens in a KV cache block
     disable_hybrid_kv_cache_manager  one group of KV blocks for all layers, whatever their windows: steps have one block
-                   table, for schedulers that keep one; every token takes memory in every layer
+                   table, for schedulers that keep one; every token takes memory in every layer; with data_parallel_size
+                   it is so
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
     stored         how the checkpoint holds quantized weights, where the graph reads them so
