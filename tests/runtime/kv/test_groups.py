@@ -12,12 +12,14 @@ from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_families import MOE
+from tiny_adapters import logits_of, save_adapter
 from tiny_models import save_tiny
 
 from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup, blocks_of, most_tokens
 from seamwise.runtime.build.step import ragged_step
 from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.kv.hits import longest_hit, name_in
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.testing import FakeRunner
@@ -133,6 +135,30 @@ def test_models_with_windows_answer_as_transformers(family: str, entry: str, tmp
         given = [found[token].logprob for token, found in zip(got, output.outputs[0].logprobs, strict=True)]
         torch.testing.assert_close(torch.tensor(given), chosen - logits.logsumexp(1), atol=1e-4, rtol=0)
     llm.engine.scheduler.check()
+
+
+@pytest.mark.parametrize("cudagraph_mode", ["none", "full_and_piecewise"])
+def test_adapters_in_models_with_windows_are_pefts(cudagraph_mode: str, tmp_path: Path, pack_dir: Path) -> None:
+    """One prompt with an adapter and without, twice: each finds the blocks of its own kind."""
+    save_tiny(tmp_path / "model", WINDOWS["gemma2"][0], **WINDOWS["gemma2"][1])
+    theirs = save_adapter(tmp_path / "adapter", tmp_path / "model", seed=1)
+    options = {"dtype": "float32", "device": "cpu", "max_model_len": 128, "block_size": 4, "pack_dir": pack_dir}
+    options |= {"max_num_batched_tokens": 24, "num_gpu_blocks_override": 120, "cudagraph_mode": cudagraph_mode}
+    adapted = LLM(tmp_path / "model", enable_lora=True, max_loras=1, **options)
+    assert len(adapted.engine.runner.kv_groups) == 2
+    prompt = torch.randint(3, 97, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    given = [{"prompt_token_ids": prompt}] * 2
+    lora = LoRARequest("one", 1, str(tmp_path / "adapter"))
+    (base,) = LLM(tmp_path / "model", **options).generate(given[:1], GREEDY)
+    for hits in (0, 56):
+        with_it, without = adapted.generate(given, GREEDY, lora_request=[lora, None])
+        assert with_it.metrics.num_cached_tokens == without.metrics.num_cached_tokens == hits
+        assert without.outputs[0].token_ids == base.outputs[0].token_ids
+        got = with_it.outputs[0].token_ids
+        logits = logits_of(theirs, [prompt + got[:-1]])[0][len(prompt) - 1 :]
+        chosen = logits.gather(1, torch.tensor(got).unsqueeze(1)).squeeze(1)
+        assert float((logits.amax(1) - chosen).max()) < 1e-4
+    adapted.engine.scheduler.check()
 
 
 def test_a_window_that_holds_the_longest_request_is_none(tmp_path: Path, pack_dir: Path) -> None:
