@@ -239,6 +239,10 @@ def ragged_step(
     index, offset = positions // block_size, positions % block_size
     stored = [torch.from_numpy(t[request, index] * np.int64(block_size) + offset) for t in (table, *further_tables)]
     rows = starts[1:] - 1 if logit_rows is None else logit_rows
+    further = tuple(
+        KVGroupInput(slot_mapping=slots, block_table=torch.from_numpy(of_group))
+        for slots, of_group in zip(stored[1:], further_tables, strict=True)
+    )
     return StepInput(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
@@ -247,11 +251,7 @@ def ragged_step(
         seq_lens=torch.from_numpy((firsts + counts).astype(np.int32)),
         query_starts=torch.from_numpy(starts),
         logit_rows=torch.from_numpy(rows.astype(np.int64)),
-        further_groups=tuple(
-            KVGroupInput(slot_mapping=slots, block_table=torch.from_numpy(of_group))
-            for slots, of_group in zip(stored[1:], further_tables, strict=True)
-        ),
-        **more,
+        **({"further_groups": further} | more),
     )
 
 
