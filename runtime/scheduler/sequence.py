@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Sequence:
     @property
     def held_blocks(self) -> list[int]:
         """The blocks of all groups, those of the first tokens first."""
-        return [block for at_index in zip(*self.blocks, strict=True) for block in at_index if block]
+        return [block for at_index in zip_longest(*self.blocks, fillvalue=0) for block in at_index if block]
 
     @property
     def tokens(self) -> np.ndarray:
