@@ -2,6 +2,9 @@
 
     step:  plan and launch N+1, while N runs ─► wait for N ─► commit N ─► text and outputs of N
 
+A request may wait for what is not the engine's: its grammar, its adapter, resume(). step() then waits with it, so that
+`while engine.has_unfinished_requests(): engine.step()` is no busy loop, and wake() ends that from any thread.
+
 State changes only inside `with self._change`. An exception in there, a Ctrl-C too, leaves the change marked as torn;
 the next call then lets all that runs start over from its known tokens, none of which is lost.
 """
@@ -13,6 +16,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
+from threading import Event as Flag
 from types import TracebackType
 
 import numpy as np
@@ -76,17 +80,22 @@ class Engine:
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
         self._loop = Loop(self.scheduler, worker, depth=2 if config.async_scheduling else 1)
         self._answers = Answers(tokenizer)
-        self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids)
+        self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids, ready=self.wake)
         self._requests: dict[str, Request] = {}
         self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
         self._change = _Change()
+        self._woken = Flag()
         self._paused: str | None = None
         self._clears = False
         self._arrivals = 0
 
     def has_unfinished_requests(self) -> bool:
-        """Return whether step() has something to compute or to give out, now or after resume()."""
+        """Return whether a request has not ended, or its outputs have not been given out: call step() until then."""
         return bool(self._requests or self._ready)
+
+    def wake(self) -> None:
+        """Let a step() that waits look again at what it waits for. The only method that any thread may call."""
+        self._woken.set()
 
     def ends_with(self, ids: int | Series[int] | None) -> None:
         """Let these ids of the model, and the tokenizer's, end outputs of requests that are added from now on."""
@@ -162,16 +171,17 @@ class Engine:
         if request is None:
             return None
         with self._change:
-            running = [c for c in request.completions if c.reason is None]
-            for c in running:
-                self._answers.close(request, c)
-                c.reason = reason, message
-            self.scheduler.remove([c.sequence for c in running])
+            for c in request.completions:
+                if c.reason is None:
+                    self._answers.close(request, c)
+                    c.reason = reason, message
+                    self.scheduler.remove((c.sequence,))
             if self._ready:  # what nobody was handed yet comes with this one
                 taken_back = [given for output, given in self._ready if output.request_id == request_id]
                 self._ready = [(output, given) for output, given in self._ready if output.request_id != request_id]
                 request.given = (*taken_back, request.given)[0]
-            output, request.given = request.output()
+            output = request.output()
+            request.given.finished = True
             self._leave(request)
         return output
 
@@ -185,15 +195,15 @@ class Engine:
                 if c.reason is None:
                     self.scheduler.block(c.sequence, reason or ("paused" if self._paused else None))
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, wait_s: float = 0.01) -> list[RequestOutput]:
         """Compute one step; return the outputs that are due.
 
+        wait_s  where no request can go on by itself (blocked for a reason of its own, or paused), wait for wake() or
+                the end of a compilation, at most so long, and compute nothing
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
         self._recover()
-        if self.grammars.pending:
-            idle = not (self._loop.flights or self._ready or self.scheduler.running)
-            self.grammars.settle(self._grammar_ready, self._grammar_refused, wait_s=0.01 if idle else 0.0)
+        self.grammars.settle(self._grammar_ready, self._grammar_refused)
         if self._paused != "keep" and self._requests:
             while len(self._loop.flights) < self._loop.depth:
                 with self._change:
@@ -202,6 +212,9 @@ class Engine:
                     break
         if self._loop.flights:
             self._finish()
+        elif self._requests and not self._ready and (self._paused == "keep" or self.scheduler.stalled):
+            self._woken.wait(wait_s)
+            self._woken.clear()
         return self._hand_over()
 
     def _grammar_ready(self, request_id: str) -> None:
@@ -331,7 +344,8 @@ class Engine:
                 if request.finished:
                     request.metrics.finished_time = now
                     request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
-                output, given = request.output()
+                output = request.output()
+                given = request.given_with(output)
                 request.given, self._ready = given, [*self._ready, (output, request.given)]  # both or none
             if request.given.finished:
                 self._leave(request)

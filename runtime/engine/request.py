@@ -76,20 +76,23 @@ class Request:
             for c, given in zip(self.completions, self.given.tokens, strict=True)
         )
 
-    def output(self) -> tuple[RequestOutput, Given]:
-        """Return what is to be given out, and what has been given out with it."""
-        delta = self.params.output_kind is RequestOutputKind.DELTA
+    def output(self) -> RequestOutput:
+        """Return what is to be given out."""
+        finished, delta = self.finished, self.params.output_kind is RequestOutputKind.DELTA
         shown = self.completions[0].prompt_logprobs if self.params.prompt_logprobs is not None else None
         if delta and any(self.given.tokens):
             shown = None
-        made = RequestOutput(
+        return RequestOutput(
             request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids,
-            outputs=[self._completion(i, delta) for i in range(len(self.completions))], finished=self.finished,
-            metrics=self.metrics.now(), prompt_logprobs=shown,
+            outputs=[self._completion(i, delta) for i in range(len(self.completions))], finished=finished,
+            metrics=self.metrics if finished else self.metrics.now(), prompt_logprobs=shown,
         )  # fmt: skip
+
+    def given_with(self, output: RequestOutput) -> Given:
+        """Return what has been given out when this output, the newest one, was."""
         tokens = tuple([c.num_taken for c in self.completions])
         characters = tuple([len(c.text) for c in self.completions])
-        return made, Given(tokens=tokens, characters=characters, finished=made.finished)
+        return Given(tokens=tokens, characters=characters, finished=output.finished)
 
     def _completion(self, index: int, delta: bool) -> CompletionOutput:
         c = self.completions[index]

@@ -60,10 +60,15 @@ class Grammars:
 
     tokenizer   of the model; None: no grammar can be served
     eos_ids     ids that may end an output when its grammar is satisfied
+    ready       called in that thread when one is compiled or refused
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Sequence[int], *,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, list(eos_ids)
+        self._ready = ready
         self._pool: ThreadPoolExecutor | None = None
         self.pending: list[Compiling] = []
 
@@ -93,19 +98,13 @@ class Grammars:
             self._pool = ThreadPoolExecutor(1, "seamwise-grammar")
         future = self._pool.submit(self.compile, params)
         self.pending.append(Compiling(request_id=request_id, future=future))
+        future.add_done_callback(lambda _: self._ready())
         words = -(-self._vocab_size // 32)
         return [LateMask(future, words) for _ in range(num_outputs)]
 
-    def settle(self, unblock: Callable[[str], None], fail: Callable[[str, Exception], None], wait_s: float) -> None:
-        """Unblock the requests whose grammar is ready, and end those whose grammar is refused.
-
-        wait_s  how long to wait for the first one, seconds
-        """
+    def settle(self, unblock: Callable[[str], None], fail: Callable[[str, Exception], None]) -> None:
+        """Unblock the requests whose grammar is ready, and end those whose grammar is refused."""
         if not self.pending:
-            return
-        try:
-            self.pending[0].future.exception(timeout=wait_s)
-        except TimeoutError:
             return
         done = [c for c in self.pending if c.future.done()]
         self.pending = [c for c in self.pending if c not in done]

@@ -29,6 +29,8 @@ class Scheduler:
     flying    steps that were planned and are not committed, the earliest first
     clock     tokens scheduled until now; counters: what each tenant was charged
     refusal   why the next waiting sequence does not start, as of the last plan
+    stalled   the last plan changed nothing, and no step is under way that will: all that is here is blocked, or wants
+              blocks that leases hold
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class Scheduler:
         self.num_steps = 0
         self.clock = 0
         self.refusal: str | None = None
+        self.stalled = False
         self.tenants: dict[str, int] = {}
         self.counters = np.zeros(8)
-        self.waits_of = np.zeros(8, dtype=np.int64)  # how many sequences of each tenant wait
+        self.waits_of = [0] * 8  # how many sequences of each tenant wait
         self._last_left = 0
         self._mean_output: float | None = None
 
@@ -73,8 +76,8 @@ class Scheduler:
             assert s.num_published <= s.num_promised <= len(s.blocks)
             flies = any(s is other for step in self.flying for other in step.sequences)
             assert flies or self.slots.scheduled[s.slot] == self.slots.computed[s.slot]
-        counts = np.bincount([s.tenant for s in self.queue.sequences], minlength=len(self.waits_of))
-        assert (counts == self.waits_of).all(), "tenants' waiting sequences are miscounted"
+        counts = Counter(s.tenant for s in self.queue.sequences)
+        assert counts == Counter(dict(enumerate(self.waits_of))), "tenants' waiting sequences are miscounted"
         if not self.flying:
             assert not self.pool.promised and not self.pool.fenced and not self.slots.fenced
 
@@ -83,7 +86,7 @@ class Scheduler:
         index = self.tenants.setdefault(name, len(self.tenants))
         if index == len(self.counters):
             self.counters = np.append(self.counters, np.zeros(index))
-            self.waits_of = np.append(self.waits_of, np.zeros(index, dtype=np.int64))
+            self.waits_of += [0] * index
         return index
 
     def predict(self, max_tokens: int) -> float:
@@ -120,8 +123,8 @@ class Scheduler:
         s.max_tokens = min(s.max_tokens, (self.pool.num_blocks - 1) * self.pool.block_size - len(s.prompt) + 1)
         s.arrived_clock = self.clock
         if not self.waits_of[s.tenant]:  # nothing is saved up while idle: see policies/fair.py
-            there = self.waits_of > 0
-            lift = self.counters[there].min() if there.any() else self.counters[self._last_left]
+            there = [tenant for tenant, count in enumerate(self.waits_of) if count]
+            lift = self.counters[there].min() if there else self.counters[self._last_left]
             self.counters[s.tenant] = max(self.counters[s.tenant], lift)
         self._wait(s)
 
@@ -172,6 +175,7 @@ class Scheduler:
             self.recorder(view, decided)
         self.refusal = decided.refusal
         step = commit(self, decided)
+        self.stalled = step is None and not self.flying and not decided.preemptions
         stuck = step is None and not self.flying and view.candidates and not self.running
         assert not stuck or self.pool.leases, f"nothing runs, and nothing can start for want of {self.refusal}"
         return step
@@ -196,7 +200,7 @@ class Scheduler:
         for block in leased:
             self.pool.publish(block, old.names[block])
         self.queue, self.waiting, self.flying = Queue(), {}, []
-        self.waits_of[:] = 0
+        self.waits_of = [0] * len(self.waits_of)
         self.slots.clear()
         for s in sequences:
             s.slot = s.place = -1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -112,7 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 900))
     def interrupted_step(self, count: int) -> None:
         try:
-            outputs = interrupt_at(count, self.engine.step)
+            outputs = interrupt_at(count, partial(self.engine.step, wait_s=0))
         except Interrupted:
             return
         except RuntimeError as error:
@@ -163,7 +164,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def one_step(self) -> None:
         try:
-            outputs = self.engine.step()
+            outputs = self.engine.step(wait_s=0)
         except RuntimeError as error:
             assert "as told" in str(error)
             return
