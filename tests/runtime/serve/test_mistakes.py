@@ -87,7 +87,6 @@ def test_an_unknown_argument_is_named_with_the_nearest(tiny_llama_dir: Path, pac
             "add_generation_prompts",
             r"LLM.chat: 'add_generation_prompts'; did you mean add_generation_prompt\?",
         ),
-        (llm.chat, "lora_request", "'lora_request'; adapters are not served"),
     ):
         with pytest.raises(ValueError, match=message):
             call([[1]], **{name: None})
