@@ -80,11 +80,13 @@ def read_rate(device: str, num_bytes: int) -> Row:
 
 
 def matmul_rate(device: str, size: int, dtype: torch.dtype) -> Row:
-    """Multiply square matrices of random numbers; float8 ones are scaled by row and by column, into bfloat16."""
+    """Multiply square matrices of random numbers; float8 ones scaled into bfloat16, by rows and columns on a GPU."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     call = functools.partial(torch.matmul, a, b)
     if dtype == torch.float8_e4m3fn:
-        rows, columns = torch.ones(size, 1, device=device), torch.ones(1, size, device=device)
+        # A CPU takes one scale only before torch 2.12.
+        of_rows, of_columns = ((size, 1), (1, size)) if device == "cuda" else ((), ())
+        rows, columns = torch.ones(of_rows, device=device), torch.ones(of_columns, device=device)
         call = functools.partial(torch._scaled_mm, a, b.T, rows, columns, out_dtype=torch.bfloat16)
     us, spread_us = median_us(call, device, repeats=9)
     return {"tflop_per_s": 2 * size**3 / us / 1e6, "us": us, "spread_us": spread_us}

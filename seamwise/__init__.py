@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seamwise.runtime.build.step import StepInput, StepOutput
+    from seamwise.runtime.engine.lora_request import LoRARequest
     from seamwise.runtime.engine.outputs import CompletionOutput, RequestOutput
     from seamwise.runtime.runner.runner import ModelRunner
     from seamwise.runtime.sampling.params import SamplingParams
@@ -24,6 +25,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "LoRARequest",
     "ModelRunner",
     "RequestOutput",
     "SamplingParams",
@@ -35,6 +37,7 @@ _HOMES = {
     "LLM": "serve.llm",
     "AsyncLLM": "serve.async_llm",
     "CompletionOutput": "engine.outputs",
+    "LoRARequest": "engine.lora_request",
     "RequestOutput": "engine.outputs",
     "ModelRunner": "runner.runner",
     "SamplingParams": "sampling.params",

@@ -11,6 +11,7 @@ import torch
 from step_inputs import Schedule, Steps, run_schedule
 from tiny_models import load_tiny, save_tiny
 from torch import Tensor, nn
+from transformers import GptOssConfig
 
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.model_config import ModelConfig
@@ -26,6 +27,8 @@ SHARP_YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7,
     "mscale_all_dim": 1.2,
 }  # fmt: skip
+# transformers 5.17's class has the limit of 7 in its code and reads none.
+LIMIT = {"swiglu_limit": 0.5} if hasattr(GptOssConfig(), "swiglu_limit") else {}
 MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "mixtral, window": ("MixtralForCausalLM", {"num_local_experts": 5, "num_experts_per_tok": 1, "sliding_window": 6}),
@@ -65,7 +68,7 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": (
         "GptOssForCausalLM",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 5, "swiglu_limit": 0.5},
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 5, **LIMIT},
     ),
 }  # fmt: skip
 

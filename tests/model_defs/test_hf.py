@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from step_inputs import Steps, run_schedule
 from tiny_models import SIZES, assert_within_budget, load_tiny, save_tiny
 from torch import nn
@@ -63,6 +65,8 @@ DECODERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_chunked_mix_gives_transformers_logits(architecture: str, tmp_path: Path) -> None:
+    if architecture == "OPTForCausalLM" and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("this version's class makes a dense mask of its own, which is refused")
     theirs = save_tiny(tmp_path, architecture, **DECODERS[architecture])
     model, _ = load_tiny(tmp_path, "transformers")
     requests = [list(range(3, 22)), [5], list(range(40, 47))]
@@ -166,10 +170,14 @@ def test_masks_are_read_by_what_they_are_put_together_of() -> None:
 
     left, ids = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
     window = masks.sliding_window_causal_mask_function(5)
+    if hasattr(masks, "packed_sequence_compatibility_function"):
+        packed = masks.packed_sequence_compatibility_function(window, ids, ids)
+    else:  # as transformers 5.17 puts it together
+        packed = masks.and_masks(window, masks.packed_sequence_mask_function(ids))
     for function, wanted in (
         (masks.causal_mask_function, Mask(0)),
         (window, Mask(5)),
-        (masks.packed_sequence_compatibility_function(window, ids, ids), Mask(5)),
+        (packed, Mask(5)),
         (masks.chunked_causal_mask_function(64, left), Mask(0)),  # no request is longer
     ):
         with Attending(a_step()):

@@ -27,7 +27,7 @@ def small(model: Path, pack_dir: Path | None, **options: Any) -> LLM:
         ({"quantisation": "fp8"}, "'quantisation'; did you mean quantization?"),
         ({"max_num_seq": 4}, "'max_num_seq'; did you mean max_num_seqs?"),
         ({"enable_loras": True}, "'enable_loras'; did you mean enable_lora?"),
-        ({"enable_lora": True}, "enable_lora: requests cannot name adapters yet; a ModelRunner can hold them"),
+        ({"max_cpu_loras": 4}, "max_cpu_loras needs enable_lora=True"),
         ({"stored": None}, "no option 'stored'"),
         ({"max_model_len": "64"}, "max_model_len='64': wanted 1 to 512"),
         ({"max_model_len": 1 << 20}, "max_model_len=1048576: wanted 1 to 512"),
@@ -87,7 +87,6 @@ def test_an_unknown_argument_is_named_with_the_nearest(tiny_llama_dir: Path, pac
             "add_generation_prompts",
             r"LLM.chat: 'add_generation_prompts'; did you mean add_generation_prompt\?",
         ),
-        (llm.chat, "lora_request", "'lora_request'; adapters are not served"),
     ):
         with pytest.raises(ValueError, match=message):
             call([[1]], **{name: None})
