@@ -37,6 +37,8 @@ ELSEWHERE = {
     "fuse_allreduce_rms_norm": "test_shard", "sequence_parallel": "test_sequence_parallel", "cse": "test_fusions",
     "async_tp": "test_sequence_parallel", "cancel_views": "test_fusions", "fuse_moe_route_quant": "test_moe_quant",
     "fuse_moe_silu_mul_quant": "test_moe_quant", "fuse_allreduce_rms_norm_quant": "its two parts are this file's",
+    "add_adapters": "test_adapters", "begin_exchanges": "test_expert_parallel",
+    "quantize_dispatch": "test_expert_parallel",
 }  # fmt: skip
 
 
