@@ -23,7 +23,7 @@ BENCHES = {
 
 HOMES = {
     "gpu": "gpu.command",
-    "models": "hf_models",
+    "models": "models.survey",
     "json-schema": "json_schema",
 }  # benches that are folders, or have another name
 

@@ -6,7 +6,7 @@ Source: torch.export, https://docs.pytorch.org/docs/stable/export.html (non-stri
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+_READS_VALUES = "computes with values of tensors on the host, which a recorded step cannot"
 DimNames = Mapping[str, tuple[str | None, ...] | list[Any]]
 
 
@@ -25,15 +27,24 @@ class Captured:
     module   the FX graph; its placeholders are, in order, the parameters and buffers read, then the step's inputs
     weights  placeholder name -> name of the parameter or buffer in the captured module
     inputs   placeholder names of the step's inputs, in the order of the flattened arguments
+    constants  tensors that the model's code makes of numbers, by their names in weights
     """
 
     module: torch.fx.GraphModule
     weights: dict[str, str]
     inputs: tuple[str, ...]
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def graph(self) -> torch.fx.Graph:
         return self.module.graph
+
+    def with_input(self, name: str, val: Tensor, **meta: Any) -> Captured:
+        """Return the same with one more input, the first, of a fake value, that nothing reads yet."""
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.placeholder(name)
+        node.meta.update(val=val, **meta)
+        return replace(self, inputs=(node.name, *self.inputs))
 
     def copy(self) -> Captured:
         """Return the same on a graph of its own."""
@@ -42,7 +53,7 @@ class Captured:
         for node in known.values():  # what a node remembers of others is of the new graph too
             node.meta = {k: known[v] if isinstance(v, torch.fx.Node) else v for k, v in node.meta.items()}
         module = torch.fx.GraphModule(torch.nn.Module(), graph)
-        return Captured(module=module, weights=dict(self.weights), inputs=self.inputs)
+        return Captured(module=module, weights=dict(self.weights), inputs=self.inputs, constants=self.constants)
 
 
 def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> Captured:
@@ -76,7 +87,12 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
         raise ValueError(
             f"capture: {type(model).__name__} restricts a size that must stay dynamic ({', '.join(symbols)}): {error}"
         ) from error
+    except GuardOnDataDependentSymNode as error:
+        raise ValueError(f"capture: {type(model).__name__} {_READS_VALUES}: {error}") from error
+    if any(n.users for n in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default)):
+        raise ValueError(f"capture: {type(model).__name__} {_READS_VALUES} (item, tolist)")
     weights: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
     inputs: list[str] = []
     module = exported.graph_module
     placeholders = {n.name: n for n in module.graph.find_nodes(op="placeholder")}
@@ -87,9 +103,11 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
         else:
             assert entry.target is not None
             weights[name] = entry.target
+            if entry.kind is InputKind.CONSTANT_TENSOR:
+                constants[entry.target] = exported.constants[entry.target]
             placeholders[name].meta["weight"] = True
     unify_tied(model, module, weights)
-    return Captured(module=module, weights=weights, inputs=tuple(inputs))
+    return Captured(module=module, weights=weights, inputs=tuple(inputs), constants=constants)
 
 
 def unify_tied(model: nn.Module, module: torch.fx.GraphModule, weights: dict[str, str]) -> None:

@@ -17,7 +17,10 @@ from seamwise.passes.graph import is_weight, sweep
 
 from .capture import Captured
 
-Recipe = dict[str, Any]  # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…]}
+# {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…], "options": {…}}; or
+# {"adapter": role, …}: memory for adapters, which no checkpoint holds, empty until the runner writes one
+# (passes/add_adapters.py)
+Recipe = dict[str, Any]
 
 
 def hoist(captured: Captured) -> dict[str, Recipe]:
@@ -47,6 +50,8 @@ def parameters_of(recipe: Recipe) -> set[str]:
     """Return the names of all parameters a recipe reads."""
     if "weight" in recipe:
         return {recipe["weight"]}
+    if "adapter" in recipe:
+        return set()
     return {name for argument in _flat(recipe["args"]) for name in parameters_of(argument)}
 
 
@@ -59,11 +64,14 @@ def evaluate(
     """
     if "weight" in recipe:
         return parameter(recipe["weight"])
+    if "adapter" in recipe:
+        return torch.zeros(recipe["shape"], dtype=getattr(torch, recipe["dtype"]))
     if part is not None and recipe["op"] == "aten.slice.Tensor" and "weight" in recipe["args"][0]:
         source, dim, start, end = recipe["args"]
         return part(source["weight"], dim, start, end)
     args = [_evaluate(a, parameter, part) for a in recipe["args"]]
-    result = resolve_op(recipe["op"])(*args)
+    options = {name: _evaluate(a, parameter, part) for name, a in recipe.get("options", {}).items()}
+    result = resolve_op(recipe["op"])(*args, **options)
     assert isinstance(result, Tensor)
     return result
 
@@ -90,9 +98,10 @@ def _recipe(node: Node, weights: dict[str, str]) -> Recipe:
     if node.op == "placeholder":
         hoisted: Recipe | None = node.meta.get("recipe")
         return hoisted or {"weight": weights[node.name]}
-    if node.kwargs:
-        raise ValueError(f"derive: {node.format_node()} has keyword arguments; a recipe takes positional ones only")
-    return {"op": str(node.target), "args": [_argument(a, weights) for a in node.args]}
+    made: Recipe = {"op": str(node.target), "args": [_argument(a, weights) for a in node.args]}
+    options = {name: _argument(a, weights) for name, a in node.kwargs.items()}
+    assert not any(map(_flat, options.values())), f"{node.format_node()}: tensors are positional arguments"
+    return made | ({"options": options} if options else {})
 
 
 def _argument(argument: Any, weights: dict[str, str]) -> Any:

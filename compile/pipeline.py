@@ -46,6 +46,7 @@ FUSE = (
     passes.FUSE_ALLREDUCE_RMS_NORM,  # after fuse_add_rms_norm, whose sum it reads
     passes.FUSE_GATE_UP,  # after raise_swiglu, whose cat it removes; before fuse_qkv, which joins all other siblings
     passes.FUSE_QKV,
+    passes.ADD_ADAPTERS,  # where the step has adapters; after the joins, so that joined layers are changed together
     passes.CANCEL_VIEWS,
     passes.SEQUENCE_PARALLEL,  # where it is asked for; after cancel_views, which joins the chain of residuals
     passes.ASYNC_TP,  # where it is asked for; after sequence_parallel, and the joins, which make one layer of several
@@ -94,6 +95,7 @@ class PipelineConfig:
     quantization  how the weights of linear layers are quantized at load: None or one of passes.SCHEMES
     providers     contract name -> the provider that must serve it
     parallel      how ranks share the model; None: one rank has it all
+    max_loras, max_lora_rank  adapters that a step may mix, and their greatest rank; 0: no adapters
     diffs         keep the first place that each pass changed, as a diff
     validate      check after every pass, in float64 on drawn inputs, that the graph computes what it did
     """
@@ -106,6 +108,8 @@ class PipelineConfig:
     diffs: bool = False
     quantization: str | None = None
     parallel: passes.Parallel | None = None
+    max_loras: int = 0
+    max_lora_rank: int = 16
 
     def __post_init__(self) -> None:
         known = {p.name for group in ordered_passes() for p in group}

@@ -113,7 +113,7 @@ def _repeated(model: nn.Module, traced: Captured, path: str, templates: Sequence
     graph.node_copy(output, partial(_read, known))
     module = GraphModule(nn.Module(), graph)
     unify_tied(model, module, weights)
-    return Captured(module=module, weights=weights, inputs=tuple(inputs))
+    return Captured(module=module, weights=weights, inputs=tuple(inputs), constants=traced.constants)
 
 
 def _read(copies: Mapping[Node, Node], node: Node) -> Node:

@@ -76,7 +76,8 @@ def with_quantized_experts(structure: Structure, module: GraphModule) -> Structu
 def _of_heads(attention: nn.Module) -> bool:
     """Return whether queries are normed head by head, not as whole rows (OLMo 2): the same where there is one head."""
     head_dim = getattr(attention, "head_dim", None) or getattr(getattr(attention, "c", None), "E", None)
-    return bool(dict(attention.named_parameters())["q_norm.weight"].shape[0] == head_dim)
+    weight = dict(attention.named_parameters()).get("q_norm.weight")  # NanoChat's norms have none
+    return weight is not None and bool(weight.shape[0] == head_dim)
 
 
 def _turns_halves(attention: nn.Module) -> bool:

@@ -71,6 +71,7 @@ if __name__ != "kernels":
     from .attn import attention_triton  # noqa: F401  isort: skip
     from .moe import grouped_linear_torch  # noqa: F401  isort: skip
     from .cpu import linear_cpu  # noqa: F401  isort: skip
+    from .cpu import lora_cpu  # noqa: F401  isort: skip
     from .attn import mla_decode_triton  # noqa: F401  isort: skip
     from .linear import scaled_linear_torch  # noqa: F401  isort: skip
     from .cpu import tokenwise_cpu  # noqa: F401  isort: skip

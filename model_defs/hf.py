@@ -15,9 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from . import hf_attention, hf_experts
+from . import hf_attention, hf_experts, hf_positions
 from .hf_attention import Step
+from .hf_masks import mask_in
 
+# Of layers, by transformers' names: what begins so keeps more of a request than keys and values; what has neither.
+_STATES = ("linear", "hybrid", "compressed", "heavily_compressed")
+_NO_ATTENTION = {"moe", "mlp", "dense", "sparse"}
 _BY_LENGTH = ("longrope", "dynamic")  # kinds of RoPE whose table transformers chooses anew at each step
 
 
@@ -32,22 +36,36 @@ class HuggingFaceDecoder(nn.Module):
         hf_attention.register()
         hf_experts.register()
         model_class, config = class_and_config(architecture, raw)
-        # A class that does not use transformers' attention interface calls scaled_dot_product_attention, if any.
-        through = "seamwise" if _uses_interface(model_class) else "sdpa"
+        # A class that does not use transformers' attention interface calls scaled_dot_product_attention, or spells out
+        # what it computes.
+        own = "sdpa" if model_class._supports_sdpa else "eager"
+        through = hf_attention.IMPLEMENTATION if _uses_interface(model_class) else own
         _set_implementation(config, through)
         with _parameters_on_meta():
-            model = model_class(config).eval()
+            model = _built(model_class, config)
         for module in model.modules():
             _fix_rope(module, config)
+            _fix_masks(module)
+            _fix_indexer(module, config)
         # The children are registered here under the checkpoint's names; the model itself only lends its forward.
         for name, child in model.named_children():
             self.add_module(name, child)
-        assert {n for n, _ in model.named_parameters()} == {n for n, _ in self.named_parameters()}
+        if own_ones := {n for n, _ in model.named_parameters()} - {n for n, _ in self.named_parameters()}:
+            raise ValueError(
+                f"{architecture}: parameters beside its modules ({', '.join(sorted(own_ones))}) are not served"
+            )
         self.architecture = architecture
         self.longest = getattr(config, "max_model_len", 1)
         self.tp_plan = {**model.tp_plan}
         self._call: Callable[..., Any] = model.__call__  # a bound method: no child of this module
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._own = through is not hf_attention.IMPLEMENTATION
+        takes = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._alibi = hf_positions.alibi_makers(sys.modules[model_class.__module__])
+        placed = hf_positions.place(model, self._takes_positions)
+        if not (self._takes_positions or self._alibi or placed):
+            raise ValueError(f"{architecture}: its forward takes no position_ids, which requests in one step need")
+        self._keeps_logits = "logits_to_keep" in takes
         self.eval()
 
     def forward(
@@ -55,7 +73,10 @@ class HuggingFaceDecoder(nn.Module):
         block_table: Tensor, seq_lens: Tensor, query_starts: Tensor, logit_rows: Tensor,
     ) -> Tensor:  # fmt: skip
         spans = (block_table, seq_lens, query_starts)
-        step = Step(kv_caches=kv_caches, slot_mapping=slot_mapping, spans=spans, longest=self.longest)
+        step = Step(
+            kv_caches=kv_caches, slot_mapping=slot_mapping, spans=spans, longest=self.longest,
+            tokens=token_ids.shape[0], own=self._own,
+        )  # fmt: skip
         logits_LV = self._run(step, token_ids, positions, logit_rows)
         if len(step.called) != len(kv_caches):
             raise ValueError(
@@ -67,19 +88,34 @@ class HuggingFaceDecoder(nn.Module):
     def attended(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> list[tuple[int, int]]:
         """Return the heads and the width of the keys in each call of attention, in order; computes nothing else."""
         nothing = token_ids.new_zeros(1)
-        step = Step(kv_caches=None, slot_mapping=nothing, spans=(nothing,) * 3, longest=self.longest)
+        step = Step(
+            kv_caches=None, slot_mapping=nothing, spans=(nothing,) * 3, longest=self.longest, tokens=token_ids.shape[0]
+        )
         self._run(step, token_ids, positions, logit_rows)
         return step.called
 
     def _run(self, step: Step, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         """Call the model on one row of all requests' tokens; return logits (L, V) of the wanted rows."""
         given: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0), "use_cache": False}
-        given["position_ids"] = positions.unsqueeze(0)
+        if self._takes_positions:
+            given["position_ids"] = positions.unsqueeze(0)
         if self._keeps_logits:
             given["logits_to_keep"] = logit_rows
-        with hf_attention.attending(step):
+        with hf_positions.placing(positions, self._alibi), hf_attention.Attending(step):
             logits_1LV: Tensor = self._call(**given).logits
         return logits_1LV.squeeze(0) if self._keeps_logits else logits_1LV[0, logit_rows]
+
+
+def _built(model_class: Any, config: Any) -> Any:
+    try:
+        return model_class(config).eval()
+    except KeyError as error:  # a class with a table of its own attentions (GIT)
+        if error.args != (config._attn_implementation,):
+            raise
+        raise ValueError(
+            f"{model_class.__name__}: takes no other attention than its own, by name; wanted transformers' attention"
+            " interface, scaled_dot_product_attention, or attention spelled out"
+        ) from error
 
 
 def _fix_rope(module: nn.Module, config: Any) -> None:
@@ -93,6 +129,30 @@ def _fix_rope(module: nn.Module, config: Any) -> None:
     elif kinds in _BY_LENGTH:
         module.inv_freq = _table(config, kinds)
         module.rope_type = "default"  # type: ignore[assignment]  # which transformers does not update
+
+
+def _fix_masks(module: nn.Module) -> None:
+    """Make a causal table that a module keeps what it means; its rows would be positions of one request's tokens."""
+    for name, table in list(module.named_buffers(recurse=False)):
+        if (mask := mask_in(table)) is not None:
+            delattr(module, name)
+            setattr(module, name, mask)
+
+
+def _fix_indexer(module: nn.Module, config: Any) -> None:
+    """Make an indexer (DeepSeek's sparse attention) choose every key, as it does while there are not more than it may.
+
+    Raises ValueError where a request may have more.
+    """
+    if not type(module).__name__.endswith("Indexer"):
+        return
+    most, longest = getattr(module, "index_topk", 0), getattr(config, "max_model_len", 1)
+    if longest > most:
+        raise ValueError(
+            f"{type(module).__name__}: attention to {most} chosen keys is plain up to as many; pass"
+            f" max_model_len={most}"
+        )
+    module.forward = lambda *args, **options: hf_attention.EVERY_KEY
 
 
 def _table(config: Any, kind: str, **layer: str) -> Tensor:
@@ -118,14 +178,6 @@ def _class_of(architecture: str) -> Any:
             " wanted a class name like 'LlamaForCausalLM' (code inside a checkpoint is never run)"
         )
     model_class = getattr(transformers, architecture)
-    if "position_ids" not in inspect.signature(model_class.forward).parameters:
-        raise ValueError(f"{architecture}: its forward takes no position_ids, which requests in one step need")
-    source = inspect.getsource(sys.modules[model_class.__module__])
-    if not _uses_interface(model_class) and "scaled_dot_product_attention" not in source:
-        raise ValueError(
-            f"{architecture}: its attention comes neither through transformers' attention interface nor as"
-            " scaled_dot_product_attention"
-        )
     return model_class
 
 
@@ -146,7 +198,18 @@ def _config_of(model_class: Any, raw: Mapping[str, Any]) -> Any:
     if (raw.get("quantization_config") or {}).get("quant_method") == "mxfp4":
         raise ValueError(f"{name}: only Seamwise's own definition reads experts in MXFP4; use entry='own'")
     # The module stays plain: how weights are stored is no part of its equations.
-    config = model_class.config_class.from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+    given = {k: v for k, v in raw.items() if k != "quantization_config"}
+    try:
+        config = model_class.config_class.from_dict(given)
+    except Exception as error:  # of whatever kind: what transformers has against a value
+        raise ValueError(f"{name}: transformers refuses its configuration: {error}") from error
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    if other := sorted({kind for kind in kinds if "attention" not in kind or kind.startswith(_STATES)} - _NO_ATTENTION):
+        raise ValueError(
+            f"{name}: its layers of {', '.join(other)} are not served; wanted attention to keys and values"
+        )
+    if model_class._is_stateful and not kinds:
+        raise ValueError(f"{name}: it keeps a state for each request, which is not served; wanted attention alone")
     if config.is_encoder_decoder:
         raise ValueError(f"{name}: is_encoder_decoder is true, which is not served; wanted a decoder alone")
     return config

@@ -1,22 +1,28 @@
 """The attention of transformers' classes, through the contracts: every call of it has its own paged cache.
 
-It comes through transformers' AttentionInterface, or as scaled_dot_product_attention where a class calls that itself.
-Which keys a query sees is in the mask that transformers is asked for: here that is not a tensor, but what it means.
+It comes through transformers' AttentionInterface, as scaled_dot_product_attention, or spelled out (hf_scores.py). Which
+keys a query sees is in the mask that transformers is asked for: here that is not a tensor, but what it means.
 Source: AttentionInterface, https://huggingface.co/docs/transformers/attention_interface.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import is_contiguous_or_false
+from torch.overrides import TorchFunctionMode
 
 from seamwise.kernels import attention, kv_append
+
+from .hf_masks import ADDED, VISIBLE, Mask, mask_of
+from .hf_scores import PRODUCTS, SUMMED_PRODUCTS, Scores, is_square
 
 IMPLEMENTATION = "seamwise"
 # Keyword arguments that attention functions are given and that leave causal attention as it is. Any other one that is
@@ -27,45 +33,33 @@ _HARMLESS = {
 }  # fmt: skip
 
 
+EVERY_KEY = object()  # what an indexer chooses that may choose as many as there are
+
+
 @dataclass(slots=True, kw_only=True)
 class Step:
     """A step's tensors, handed through the model's own code to its attention.
 
     kv_caches  of each call of attention in order; None: calls are only counted, and their shapes kept
     longest    most tokens of a request
+    tokens     rows of the step
+    own        the model's own code computes attention, not transformers' interface
     called     heads and width of each call's cache
+    filled     what the model's own code filled with ones or zeros, and with which
     """
 
     kv_caches: Sequence[Sequence[Tensor]] | None
     slot_mapping: Tensor
     spans: tuple[Tensor, Tensor, Tensor]
     longest: int
+    tokens: Any
+    own: bool = False
     called: list[tuple[int, int]] = field(default_factory=list)
+    filled: list[tuple[Tensor, int]] = field(default_factory=list)
 
-
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """What a causal mask lets a query see: the last `window` keys, 0 for all. As a value it may only be handed on."""
-
-    window: int
-
-    def __getitem__(self, item: Any) -> Mask:
-        return self  # the part that belongs to these queries and keys
-
-    def to(self, *args: Any, **options: Any) -> Mask:
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        raise MaskUsedError(f"the model's own code reads its mask ({name}), which is not served; wanted it handed on")
-
-    def __add__(self, other: Any) -> Any:
-        raise MaskUsedError("the model's own code computes with its mask, which is not served; wanted it handed on")
-
-    __radd__ = __mul__ = __rmul__ = __and__ = __rand__ = __or__ = __invert__ = __add__
-
-
-class MaskUsedError(ValueError, AttributeError):
-    """A model wants more of a mask than to hand it to attention; an AttributeError too, for `hasattr`."""
+    def value_of(self, tensor: Any) -> int | None:
+        """Return what a tensor was filled with; None where that is not known."""
+        return next((value for one, value in self.filled if one is tensor), None)
 
 
 _STEP: ContextVar[Step | None] = ContextVar("seamwise_step", default=None)
@@ -76,69 +70,73 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, partial(make_mask, VISIBLE))
 
 
-@contextmanager
-def attending(step: Step) -> Iterator[None]:
-    """Let attention of this thread's calls of a model go to the step's caches."""
-    plain = F.scaled_dot_product_attention
+class Attending(TorchFunctionMode):
+    """A context in which attention of this thread's calls of a model goes to a step's caches."""
 
-    def dot_product(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        if _STEP.get() is not step:
-            return plain(query, key, value, *args, **options)
-        return _dot_product(query, key, value, *args, **options)
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self._step = step
 
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+    def __enter__(self) -> Attending:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 
-    plain_mask = masks["sdpa"]
+        self._token, self._masks = _STEP.set(self._step), {name: masks[name] for name in ("sdpa", "eager")}
+        masks["sdpa"] = self._in_step(partial(make_mask, VISIBLE), masks["sdpa"])
+        masks["eager"] = self._in_step(partial(make_mask, ADDED), masks["eager"])
+        super().__enter__()
+        return self
 
-    def mask(**options: Any) -> Any:
-        return make_mask(**options) if _STEP.get() is step else plain_mask(**options)
+    def __exit__(self, *raised: Any) -> None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 
-    token = _STEP.set(step)
-    F.scaled_dot_product_attention, masks["sdpa"] = dot_product, mask
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention, masks["sdpa"] = plain, plain_mask
-        _STEP.reset(token)
+        super().__exit__(*raised)
+        for name, function in self._masks.items():
+            masks[name] = function
+        _STEP.reset(self._token)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _dot_product(*args, **kwargs)
+        if func in PRODUCTS and is_square(args[0], args[1], self._step.tokens):
+            return _scores(args[0], args[1], self._step)
+        if (
+            func in SUMMED_PRODUCTS
+            and self._step.value_of(args[0]) == 0
+            and is_square(args[1], args[2], self._step.tokens)
+        ):
+            return _scores(args[1], args[2], self._step) * kwargs.get("alpha", 1)
+        if func in _ORDERED and self._step.own and not is_contiguous_or_false(args[0]):
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])  # else it asks how many tokens
+        result = func(*args, **kwargs)
+        if func in _FILLS:
+            self._step.filled.append((result, _FILLS[func]))
+        elif func in _KEEPS and (value := self._step.value_of(args[0])) is not None:
+            self._step.filled.append((result, value))
+        return result
+
+    def _in_step(self, ours: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **options: ours(**options) if _STEP.get() is self._step else plain(**options)
 
 
-def make_mask(*, mask_function: Callable[..., Any], attention_mask: Any = None, **others: Any) -> Mask:
+_FILLS = {torch.ones: 1, torch.ones_like: 1, Tensor.new_ones: 1, torch.zeros: 0, torch.zeros_like: 0}
+_ORDERED = {Tensor.reshape, Tensor.view, Tensor.contiguous}  # what may need its argument's elements in a row
+_KEEPS = {Tensor.to, Tensor.bool}
+
+
+def make_mask(
+    says: str = VISIBLE, *, mask_function: Callable[..., Any], attention_mask: Any = None, **others: Any
+) -> Mask:
     """Mask function for transformers: read what is asked for from the functions that it is put together of."""
-    if attention_mask is not None:
-        raise ValueError(f"a mask of {type(attention_mask).__name__} is not served; wanted plain causal attention")
-    kinds = dict(_parts(mask_function))
     step = _STEP.get()
-    if (chunk := kinds.pop("chunk", None)) and (step is None or step.longest > chunk):
-        raise ValueError(f"attention in chunks of {chunk} tokens is plain up to there; pass max_model_len={chunk}")
-    if other := [name for name in kinds if name not in ("causal", "window")]:
-        raise ValueError(f"a mask by {', '.join(other)} is not served; wanted plain causal attention")
-    if "causal" not in kinds:
-        raise ValueError("attention to later tokens is not served; wanted plain causal attention")
-    return Mask(kinds.get("window") or 0)
-
-
-def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, int | None]]:
-    """Yield the kinds of masks whose intersection a mask function of transformers is, windows and chunks with sizes."""
-    name = function.__qualname__.partition(".")[0]
-    held = {} if function.__closure__ is None else dict(zip(function.__code__.co_freevars, function.__closure__))  # noqa: B905
-    if name == "causal_mask_function":
-        yield "causal", None
-    elif name == "and_masks":
-        for part in held["mask_functions"].cell_contents:
-            yield from _parts(part)
-    elif name == "remap_positions_for_packed_sequence":  # positions within each request: they are so here
-        yield from _parts(held["mask_function"].cell_contents)
-    elif name == "packed_sequence_mask_function":  # of its own request's keys only: so it is here
-        return
-    elif name == "sliding_window_overlay":
-        yield "window", int(held["sliding_window"].cell_contents)
-    elif name == "chunked_overlay":
-        yield "chunk", int(held["chunk_size"].cell_contents)
-    else:
-        yield function.__qualname__, None
+    if step is None:
+        raise ValueError(f"attn_implementation={IMPLEMENTATION!r} needs a step; call the model through seamwise")
+    if attention_mask is not None and step.value_of(attention_mask) != 1:  # one of ones, which a model makes, is none
+        raise ValueError(f"a mask of {type(attention_mask).__name__} is not served; wanted plain causal attention")
+    return replace(mask_of(mask_function, step.longest), says=says, tokens=step.tokens)
 
 
 def attend(
@@ -151,7 +149,8 @@ def attend(
     step = _STEP.get()
     if step is None:
         raise ValueError(f"{name}: attn_implementation={IMPLEMENTATION!r} needs a step; call it through seamwise")
-    refused = {k: v for k, v in others.items() if v is not None and v is not False and k not in _HARMLESS}
+    changing = {k: v for k, v in others.items() if v is not EVERY_KEY and k not in _HARMLESS}
+    refused = {k: v for k, v in changing.items() if v is not None and v is not False}
     if not (attention_mask is None or isinstance(attention_mask, Mask)):
         refused["attention_mask"] = attention_mask
     refused |= {"dropout": dropout} if dropout else {}
@@ -167,7 +166,7 @@ def attend(
                 f"{name}: call {len(step.called)} of attention has sliding_window={sliding_window}, its mask"
                 f" {attention_mask.window or 'none'}"
             )
-        window = attention_mask.window
+        window = attention_mask.applied()
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     return _attend(name, step, query, key, value, scale, window, softcap or 0.0, s_aux).unsqueeze(0), None
 
@@ -181,15 +180,33 @@ def _dot_product(
         raise ValueError("scaled_dot_product_attention with a mask of its own, or dropout, is not served")
     step = _STEP.get()
     assert step is not None
-    window = attn_mask.window if isinstance(attn_mask, Mask) else 0
+    window = attn_mask.applied() if isinstance(attn_mask, Mask) else 0
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     name = "scaled_dot_product_attention"
     return _attend(name, step, query, key, value, scale, window, 0.0, None).transpose(0, 1).unsqueeze(0)
 
 
+def _scores(queries: Tensor, keys: Tensor, step: Step) -> Scores:
+    """Return the scores of attention that a model spells out, of queries (…, H, T, E) and keys (…, K, E, T)."""
+
+    def attend_by(scores: Scores, values: Tensor) -> Tensor:
+        query, key, value = (
+            x if x.dim() == 4 else x.unsqueeze(0) for x in (scores.queries, scores.keys.transpose(-1, -2), values)
+        )
+        query, key = query.to(value.dtype), key.to(value.dtype)  # which some widen before they are multiplied
+        window = scores.mask.window if scores.mask is not None else 0
+        out_HTV = _attend(
+            "spelled out", step, query, key, value, scores.scale, window, 0.0, None, scores.slopes_H
+        ).transpose(0, 1)
+        return out_HTV.unsqueeze(0) if values.dim() == 4 else out_HTV
+
+    shape = torch.Size((*queries.shape[:-1], step.tokens))
+    return Scores(queries=queries, keys=keys, attend=attend_by, shape=shape, dtype=queries.dtype)
+
+
 def _attend(
     name: str, step: Step, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float,
-    sinks: Tensor | None,
+    sinks: Tensor | None, slopes: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Append keys and values to the call's cache and attend: (T, H, V)."""
     width, at = value.shape[3], len(step.called)
@@ -211,4 +228,4 @@ def _attend(
                 f" {cache.shape[1]} of {cache.shape[3]}"
             )
     kv_append(k_TKE, v_TKV, k_cache, v_cache, step.slot_mapping)
-    return attention(q_THE, k_cache, v_cache, *step.spans, scale, window, softcap, sinks)[..., :width]
+    return attention(q_THE, k_cache, v_cache, *step.spans, scale, window, softcap, sinks, slopes)[..., :width]

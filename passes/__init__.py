@@ -3,6 +3,8 @@
 Each pass's file starts with the graph before and after it. The order they run in is compile/pipeline.py.
 """
 
+from .add_adapters import ADD_ADAPTERS as ADD_ADAPTERS
+from .add_adapters import AdapterRoom as AdapterRoom
 from .cancel_views import CANCEL_VIEWS as CANCEL_VIEWS
 from .canonicalize import canonicalize as canonicalize
 from .cse import CSE as CSE

@@ -61,7 +61,7 @@ def _simplify(graph: Graph, node: Node) -> Node | None:
         return _slice_of_split(graph, node)
     if target in _CONVERSIONS:
         return _conversion(graph, node)
-    if target in _RESHAPES and (shape := _shape(node)) is not None and (target, node.args[1]) != (_RESHAPE, shape):
+    if target in _RESHAPES and (shape := _shape(node)) is not None and (target, *node.args[1:]) != (_RESHAPE, shape):
         return _new(graph, node, _RESHAPE, (node.args[0], shape))
     if target == aten.square.default:
         return _new(graph, node, aten.pow.Tensor_Scalar, (node.args[0], 2))

@@ -18,6 +18,11 @@ from .graph import aten, infer, is_op, shares_memory, value, writes
 def functionalize(module: GraphModule) -> int:
     """Rewrite every such op of ATen in place; return how many."""
     changed = 0
+    for node in module.graph.find_nodes(op="call_function", target=aten.dropout.default):
+        if not node.args[2] and not any(user.op == "output" for user in node.users):  # its argument, in evaluation
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            changed += 1
     for node in list(module.graph.nodes):
         if node.op == "call_function" and writes(node) and getattr(node.target, "namespace", "") == "aten":
             changed += _rewrite(module.graph, node)

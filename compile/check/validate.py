@@ -105,7 +105,7 @@ class Validator:
         return [*results, *(x for x in given.values() if x.is_floating_point())]
 
     def _weight(self, node: Node) -> Tensor:
-        name, fake = self.captured.weights[node.name], value(node)
+        name, fake = self.captured.weights.get(node.name, node.name), value(node)
         if name in self.buffers:
             return self.buffers[name]
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -40,18 +40,41 @@ def lora_shrink(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
     return s_TR.masked_fill((adapter_T < 0).unsqueeze(-1), 0).to(x_TD.dtype)
 
 
-@contract(args={**_ADAPTER, "b_LNR": "[L N R]", "scaling_L": "float32"})
-def lora_expand(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> Tensor:
-    """Return y[t] + scaling[adapter[t]] · (b[adapter[t]] · s[t]): (T, N) in y's dtype; y where the adapter is -1.
+@contract(
+    args={**_ADAPTER, "b_LRN": "[L R N]", "scaling_LP": "[L P] float32"},
+    limits=lambda s_TS, b_LRN, scaling_LP, widths: limits_slices(s_TS, b_LRN, scaling_LP, widths),
+)  # fmt: skip
+def lora_expand(
+    y_TN: Tensor, s_TS: Tensor, b_LRN: Tensor, adapter_T: Tensor, scaling_LP: Tensor, widths: list[int]
+) -> Tensor:
+    """Return y[t] + scaling[l, p] · (s[t] b[l]), l = adapter[t]: (T, N) in y's dtype; y, in bits, where l is -1.
 
-    y is (T, N), s (T, R) and b (L, N, R) in y's dtype, scaling (L,) float32, adapter_T and experts as for
-    `lora_shrink`; float32 or wider until the one rounding. Moves 2·T·N + T·R elements and the adapters in use.
+    The N columns are P slices of `widths`, layers that were joined: slice p reads columns pR to pR + R of s (T, PR).
+    y is (T, N) and b (L, R, N) in y's dtype, scaling (L, P) float32, adapter_T and experts as for `lora_shrink`;
+    float32 or wider until the one rounding. Moves 2·T·N + T·P·R elements and the adapters in use.
     """
     wide = torch.promote_types(y_TN.dtype, torch.float32)
     index_T = adapter_T.clamp(min=0).long()
-    update_TN = torch.bmm(b_LNR[index_T].to(wide), s_TR.to(wide).unsqueeze(-1)).squeeze(-1)
-    update_TN = (update_TN * scaling_L[index_T].unsqueeze(-1)).masked_fill((adapter_T < 0).unsqueeze(-1), 0)
-    return (y_TN.to(wide) + update_TN).to(y_TN.dtype)
+    rank, parts, start = b_LRN.shape[1], [], 0
+    for p, width in enumerate(widths):
+        b_TRN = b_LRN[:, :, start : start + width][index_T].to(wide)
+        s_T1R = s_TS[:, p * rank : (p + 1) * rank].to(wide).unsqueeze(1)
+        parts.append(torch.bmm(s_T1R, b_TRN).squeeze(1) * scaling_LP[index_T, p].unsqueeze(-1))
+        start += width
+    changed_TN = (y_TN.to(wide) + torch.cat(parts, -1)).to(y_TN.dtype)
+    return torch.where((adapter_T < 0).unsqueeze(-1), y_TN, changed_TN)
+
+
+def limits_slices(s_TS: Tensor, b_LRN: Tensor, scaling_LP: Tensor, widths: list[int]) -> str | None:
+    """Return why slices of columns do not fit the other arguments, or None."""
+    if sum(widths) != b_LRN.shape[2]:
+        return f"widths {list(widths)} are {sum(widths)} columns, b has {b_LRN.shape[2]}"
+    if s_TS.shape[1] != len(widths) * b_LRN.shape[1] or scaling_LP.shape[1] != len(widths):
+        return (
+            f"s has {s_TS.shape[1]} columns and scaling {scaling_LP.shape[1]}, wanted {len(widths)} slices of rank"
+            f" {b_LRN.shape[1]}, and {len(widths)}"
+        )
+    return None
 
 
 @lora_shrink.costs
@@ -60,8 +83,8 @@ def shrink_cost(x_TD: Tensor, a_LRD: Tensor) -> Cost:
 
 
 @lora_expand.costs
-def expand_cost(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor) -> Cost:
-    return _cost(y_TN, s_TR.shape[1], b_LNR, 2 * y_TN.nbytes)
+def expand_cost(y_TN: Tensor, s_TS: Tensor, b_LRN: Tensor) -> Cost:
+    return _cost(y_TN, b_LRN.shape[1], b_LRN, 2 * y_TN.nbytes + s_TS.nbytes)
 
 
 def _cost(wide_TD: Tensor, rank: int, weight: Tensor, moved: int) -> Cost:
@@ -91,10 +114,12 @@ def make_shrink(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
 
 @lora_expand.inputs(examples=lora_shrink.examples, shapes=lora_shrink.shapes, sizes=lora_shrink.sizes, rows=(0, 1, 3))
 def make_expand(draw: Draw, T: int, D: int, R: int, L: int) -> tuple[Any, ...]:
-    y_TN, s_TR = (draw(T, n) for n in (D, R))
-    b_LNR = (draw.normal(L, D, R) / R**0.5).to(draw.dtype)
+    """Columns are two slices of about a third and two thirds where there are three or more."""
+    widths = [D // 3, D - D // 3] if D >= 3 else [D]
+    y_TN, s_TS = (draw(T, n) for n in (D, len(widths) * R))
+    b_LRN = (draw.normal(L, R, D) / R**0.5).to(draw.dtype)
     adapter_T = draw.integers(-1, L, T, dtype=torch.int32)
-    return y_TN, s_TR, b_LNR, adapter_T, draw.uniform(L) + 0.5
+    return y_TN, s_TS, b_LRN, adapter_T, draw.uniform(L, len(widths)) + 0.5, widths
 
 
 @triton.jit
@@ -141,13 +166,15 @@ def _sum_kernel(part_ptr, out_ptr, chunks, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _expand_kernel(
-    y_ptr, s_ptr, b_ptr, adapter_ptr, scaling_ptr, out_ptr, y_stride, s_stride, T, N, R, TOKENS: tl.constexpr,
-    RANK: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, s_ptr, b_ptr, adapter_ptr, scaling_ptr, out_ptr, y_stride, s_stride, T, N, R, slices, slice, first, width,
+    TOKENS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the columns first : first + width of one slice."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    within = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    column = first + within
     rank = tl.arange(0, RANK)  # [RANK]
-    inside = (token < T)[:, None] & (column < N)[None, :]
+    inside = (token < T)[:, None] & (within < width)[None, :]
     row = token[:, None].to(tl.int64)
     adapters = tl.load(adapter_ptr + token, mask=token < T, other=-1).to(tl.int32)
     y = tl.load(y_ptr + row * y_stride + column[None, :], mask=inside, other=0.0)
@@ -155,13 +182,15 @@ def _expand_kernel(
     adapter = _next_adapter(adapters, -1)
     while adapter < 2147483647:
         mine = (adapters == adapter)[:, None]
-        s = tl.load(s_ptr + row * s_stride + rank[None, :], mask=mine & (rank < R)[None, :], other=0.0)
-        b_at = b_ptr + (adapter.to(tl.int64) * N + column[None, :]) * R + rank[:, None]  # [RANK, BLOCK]
-        b = tl.load(b_at, mask=(rank < R)[:, None] & (column < N)[None, :], other=0.0)
-        update = tl.dot(s, b, input_precision="ieee") * tl.load(scaling_ptr + adapter)
-        total = tl.where(mine, total + update, total)
+        s_at = s_ptr + row * s_stride + slice * R + rank[None, :]
+        s = tl.load(s_at, mask=mine & (rank < R)[None, :], other=0.0)
+        b_at = b_ptr + (adapter.to(tl.int64) * R + rank[:, None]) * N + column[None, :]  # [RANK, BLOCK]
+        b = tl.load(b_at, mask=(rank < R)[:, None] & (within < width)[None, :], other=0.0)
+        scaling = tl.load(scaling_ptr + adapter * slices + slice)
+        total = tl.where(mine, total + tl.dot(s, b, input_precision="ieee") * scaling, total)
         adapter = _next_adapter(adapters, adapter)
-    tl.store(out_ptr + row * N + column[None, :], total.to(y.dtype), mask=inside)
+    result = tl.where((adapters < 0)[:, None], y, total.to(y.dtype))
+    tl.store(out_ptr + row * N + column[None, :], result, mask=inside)
 
 
 def config(R: int, itemsize: int) -> dict[str, int]:
@@ -188,13 +217,14 @@ def expand_builds(dtype: str) -> Iterator[Build]:
     yield from _builds(_expand_kernel, {}, {"scaling_ptr": "*fp32"}, dtype)
 
 
-def _refuses(*rows: Tensor) -> str | None:
+def refuses_dtypes(*rows: Tensor) -> str | None:
+    """Return why kernels do not take rows and adapters of these dtypes, or None."""
     if rows[0].dtype == torch.float64 or len({r.dtype for r in rows}) > 1:
         return f"rows and adapters must share a dtype of at most 32 bits, got {[r.dtype for r in rows]}"
     return None
 
 
-@lora_shrink.provider("triton", devices=("cuda",), refuses=lambda x_TD, a_LRD: _refuses(x_TD, a_LRD), triton=True)
+@lora_shrink.provider("triton", devices=("cuda",), refuses=lambda x_TD, a_LRD: refuses_dtypes(x_TD, a_LRD), triton=True)
 def lora_shrink_triton(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
     (tokens, width), rank = x_TD.shape, a_LRD.shape[1]
     chunks = triton.cdiv(width, _CHUNK)
@@ -210,14 +240,18 @@ def lora_shrink_triton(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor
 
 
 @lora_expand.provider(
-    "triton", devices=("cuda",), triton=True, refuses=lambda y_TN, s_TR, b_LNR: _refuses(y_TN, s_TR, b_LNR)
+    "triton", devices=("cuda",), triton=True, refuses=lambda y_TN, s_TS, b_LRN: refuses_dtypes(y_TN, s_TS, b_LRN)
 )
-def lora_expand_triton(y_TN: Tensor, s_TR: Tensor, b_LNR: Tensor, adapter_T: Tensor, scaling_L: Tensor) -> Tensor:
-    (tokens, width), rank = y_TN.shape, s_TR.shape[1]
-    out = torch.empty((tokens, width), dtype=y_TN.dtype, device=y_TN.device)
-    if tokens:
-        chosen = config(rank, y_TN.element_size())
+def lora_expand_triton(
+    y_TN: Tensor, s_TS: Tensor, b_LRN: Tensor, adapter_T: Tensor, scaling_LP: Tensor, widths: list[int]
+) -> Tensor:
+    (tokens, columns), rank, first = y_TN.shape, b_LRN.shape[1], 0
+    out = torch.empty((tokens, columns), dtype=y_TN.dtype, device=y_TN.device)
+    chosen = config(rank, y_TN.element_size())
+    for p, width in enumerate(widths if tokens else []):
         _expand_kernel[(triton.cdiv(tokens, chosen["TOKENS"]), triton.cdiv(width, chosen["BLOCK"]))](
-            y_TN, s_TR, b_LNR, adapter_T, scaling_L, out, y_TN.stride(0), s_TR.stride(0), tokens, width, rank, **chosen
-        )
+            y_TN, s_TS, b_LRN, adapter_T, scaling_LP, out, y_TN.stride(0), s_TS.stride(0), tokens, columns, rank,
+            len(widths), p, first, width, **chosen,
+        )  # fmt: skip
+        first += width
     return out

@@ -75,7 +75,7 @@ def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[st
         for role, tensor in held.tensors.items():
             made = graph.placeholder(f"{node.name}_{role}")
             fake = torch.empty(tensor.shape, dtype=tensor.dtype or like.dtype, device=like.device)
-            made.meta.update(val=fake, weight=True)
+            made.meta.update(val=fake, weight=True, parameter=tensor.name)
             placeholders[role], names[made.name] = made, tensor.name
     # `quantize_linear` reads from the stored weight how the layer's input is quantized: no op says it until then.
     placeholders["stored"].meta.update(

@@ -22,10 +22,17 @@ CASES: Mapping[str, Sequence[tuple[int, int]]] = {
 }
 
 
-def draw_steps(config: ModelConfig, spec: KVCacheSpec, seed: int = 0) -> dict[str, list[Tensor]]:
-    """Return the flattened step inputs of each case, on the CPU, with caches of random numbers."""
+def draw_steps(
+    config: ModelConfig, spec: KVCacheSpec, seed: int = 0, adapters: bool = False
+) -> dict[str, list[Tensor]]:
+    """Return the flattened step inputs of each case, on the CPU, with caches of random numbers.
+
+    adapters  the step has an input for them: no row has one, as a graph without them computes
+    """
     return {
-        case: _flat(config, requests, spec, torch.Generator().manual_seed(seed)) for case, requests in CASES.items()
+        case: [torch.full((sum(new for _, new in requests),), -1, dtype=torch.int32)] * adapters
+        + _flat(config, requests, spec, torch.Generator().manual_seed(seed))
+        for case, requests in CASES.items()
     }
 
 

@@ -84,18 +84,38 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             spec = _kv_spec(model, config, options)
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = _captured(model, arguments, spec)
+        buffers |= captured.constants
     made = CapturedModel(
         captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
         kept_dtypes={**kept_dtypes(model)}, reports=[],
         plan=getattr(model, "tp_plan", None), kv_spec=spec,
     )  # fmt: skip
+    if options.pipeline.max_loras:
+        made = replace(made, captured=_with_adapters(captured, options))
     if options.stored is not None:
-        made = _stored_quantized(made, stored_weights(options.stored, model))
+        stored = stored_weights(options.stored, model)
+        if options.pipeline.max_loras and (found := [n for n, weight in stored.items() if weight.quantizes_input]):
+            raise ValueError(
+                f"enable_lora: the input of {found[0]} is quantized, adapters read it as it is; leave it out"
+            )
+        made = _stored_quantized(made, stored)
     if options.kv_cache_dtype == options.dtype:
         return made
     return _quantized_kv(
         made, options.stored is not None and (options.stored.has_kv_scales or options.stored.holds_kv_scales)
     )
+
+
+def _with_adapters(captured: Captured, options: RunnerConfig) -> Captured:
+    """Give the step an input that says which adapter each of its rows has, for the pass that reads it."""
+    from seamwise.passes import AdapterRoom
+    from seamwise.passes.add_adapters import INPUT
+
+    for node in captured.graph.find_nodes(op="placeholder"):
+        node.meta["parameter"] = captured.weights.get(node.name, "")  # the pass knows layers by their weights' names
+    (ids,) = (n for n in captured.graph.find_nodes(op="placeholder") if n.name == "token_ids")
+    room = AdapterRoom(max_loras=options.pipeline.max_loras, max_rank=options.pipeline.max_lora_rank)
+    return captured.with_input(INPUT, torch.empty_like(ids.meta["val"], dtype=torch.int32), adapters=room)
 
 
 def _captured(model: nn.Module, arguments: Mapping[str, Any], spec: KVCacheSpec) -> Captured:
@@ -122,8 +142,15 @@ def _kv_spec(model: nn.Module, config: ModelConfig, options: RunnerConfig) -> KV
     if attended is None:
         return KVCacheSpec.of(config, options)
     ids, rows = (torch.zeros(n, dtype=torch.int64, device=options.device) for n in (7, 2))
-    with torch.no_grad():
-        return KVCacheSpec.of_calls(attended(ids, ids, rows), options)
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        with torch.no_grad():
+            return KVCacheSpec.of_calls(attended(ids, ids, rows), options)
+    except GuardOnDataDependentSymNode as error:
+        raise ValueError(
+            f"{config.architecture} computes with values of tensors on the host, which a recorded step cannot: {error}"
+        ) from error
 
 
 def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> CapturedModel:
@@ -179,7 +206,7 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         pipeline = replace(pipeline, parallel=replace(pipeline.parallel, plan=model.plan))
     if pipeline.validate:
         with ledger.stage("validate"):
-            cases = draw_steps(config, model.kv_spec)
+            cases = draw_steps(config, model.kv_spec, adapters=pipeline.max_loras > 0)
             validator = Validator(model.captured, cases, model.buffers)
     program = compile_graph(model.captured, model.structure, pipeline, ledger, validator)
     program.parameters, program.tied = {name: list(shape) for name, shape in model.shapes.items()}, model.tied
@@ -210,7 +237,7 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
 
     with torch.inference_mode():  # the largest first: what is read and then freed comes beside little else
         for name in show_progress(sorted(program.recipes, key=size, reverse=True), "loading weights"):
-            weights[name] = evaluate(program.recipes[name], *readers)
+            weights[name] = evaluate(program.recipes[name], *readers).to(options.device)
             freed_bytes += weights[name].nbytes
             if freed_bytes > _TRIM_BYTES:
                 freed_bytes = 0

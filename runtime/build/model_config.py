@@ -23,6 +23,7 @@ from .text_part import text_part
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_LENGTHS = ("max_seq_len", "seq_length", "max_target_positions")  # other names of the longest; without: vLLM's 2048
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 
@@ -140,6 +141,8 @@ def _completed_by_transformers(architecture: str, raw: dict[str, Any]) -> dict[s
 
     _, config = class_and_config(architecture, raw)
     sizes = {name: getattr(config, name, None) for name in _NEEDED}
+    if sizes["max_position_embeddings"] is None:  # ALiBi has no table that ends
+        sizes["max_position_embeddings"] = next((n for one in _LENGTHS if (n := getattr(config, one, None))), 2048)
     return {**raw, **{name: size for name, size in sizes.items() if size is not None and raw.get(name) is None}}
 
 

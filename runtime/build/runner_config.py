@@ -168,6 +168,7 @@ class RunnerConfig:
         tensor_parallel_plan: Mapping[str, str] | None = None,
         enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
         enable_async_tp: bool = False, enable_dbo: bool = False, allow_missed: Sequence[str] = (),
+        enable_lora: bool = False, max_loras: int | None = None, max_lora_rank: int | None = None,
         **options: Any,
     ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
@@ -185,6 +186,7 @@ class RunnerConfig:
         enable_async_tp  with it: rows travel in chunks while others are multiplied
         enable_dbo  with data_parallel_size: a step may be two batches; one computes while rows of the other travel
         allow_missed  names of passes that may match fewer places than the model's structure promises
+        enable_lora   requests may have adapters: at most max_loras (1) in a step, of rank max_lora_rank (16)
         """
         from seamwise.model_defs import has_definition
 
@@ -239,6 +241,13 @@ class RunnerConfig:
         if allow_missed:
             names = (allow_missed,) if isinstance(allow_missed, str) else tuple(allow_missed)
             options["pipeline"] = pipeline = replace(pipeline, allow_missed=(*pipeline.allow_missed, *names))
+        if enable_lora:
+            rooms = {"max_loras": 1 if max_loras is None else max_loras}
+            rooms["max_lora_rank"] = 16 if max_lora_rank is None else max_lora_rank
+            _check_adapters(pipeline.quantization, max(tensor_parallel_size, data_parallel_size), **rooms)
+            options["pipeline"] = pipeline = replace(pipeline, **rooms)
+        elif max_loras is not None or max_lora_rank is not None:
+            raise ValueError("max_loras and max_lora_rank need enable_lora=True, which they limit")
         if pipeline.quantization and config.raw.get("quantization_config"):
             raise ValueError(
                 f"quantization={pipeline.quantization!r}: the checkpoint is quantized already, by its config.json's"
@@ -292,6 +301,22 @@ class RunnerConfig:
             dtype=dtype, kv_cache_dtype=kv_dtype, stored=stored, device=device, entry=entry,
             max_model_len=max_model_len, **options,
         )  # fmt: skip
+
+
+def _check_adapters(quantization: str | None, ranks: int, max_loras: int, max_lora_rank: int) -> None:
+    for name, value, most in (("max_loras", max_loras, 4096), ("max_lora_rank", max_lora_rank, 512)):
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name}={value!r}: wanted 1 to {most}")
+    if quantization not in (None, "w4a16"):
+        raise ValueError(
+            f"enable_lora with quantization={quantization!r}: it quantizes the rows that adapters read as they are; use"
+            " 'w4a16', or leave one out"
+        )
+    if ranks > 1:
+        raise ValueError(
+            f"enable_lora on {ranks} ranks: adapters are not shared out over them; leave it, or"
+            " tensor_parallel_size and data_parallel_size, out"
+        )
 
 
 def entry_of(model_impl: str, entry: str | None = None) -> str:

@@ -86,6 +86,7 @@ class StepInput:
     query_starts    (R + 1,) int32: request r owns rows query_starts[r] : query_starts[r + 1]
     logit_rows      (L,) int64: rows whose logits are wanted; any number of a request's (drafts to be verified)
     adapter_slots   (R,) int32: which adapter each request is computed with, 0: none
+    token_adapters  (T,) int32: what the runner makes of adapter_slots for the model; leave it out
     request_slots   (R,) int32: each request's place in arrays that outlive the step, no place twice
     request_generations  (R,) int64: how often that place had been given away before, so that a late answer to its
                     former holder is known as such; the output carries both back
@@ -101,7 +102,10 @@ class StepInput:
     query_starts: Tensor = field(metadata=_declared(torch.int32, "S", reader="seams"))
     logit_rows: Tensor = field(metadata=_declared(torch.int64, "L", reader="model"))
     adapter_slots: Tensor | None = field(
-        default=None, metadata=_declared(torch.int32, "R", reader="adapters", optional=True)
+        default=None, metadata=_declared(torch.int32, "R", reader="host", optional=True)
+    )
+    token_adapters: Tensor | None = field(
+        default=None, metadata=_declared(torch.int32, "T", reader="adapters", padding=-1, optional=True)
     )
     request_slots: Tensor | None = field(
         default=None, metadata=_declared(torch.int32, "R", reader="host", optional=True)
@@ -172,15 +176,20 @@ class StepOutput:
     request_generations: Tensor | None = None
 
 
-def check_plain(batch: StepInput) -> None:
-    """Raise ValueError for what a step may ask for and few models have: three positions, KV groups, adapters."""
+def check_plain(batch: StepInput, adapters: int = 0) -> None:
+    """Raise ValueError for what a step may ask for and few models have: three positions, KV groups, adapters.
+
+    adapters  slots that the model has for them
+    """
+    if batch.token_adapters is not None:
+        raise ValueError("StepInput.token_adapters is made by the runner of adapter_slots; leave it out")
     if batch.positions.dim() > 1:
         raise ValueError("StepInput.positions is (3, T), this model rotates by one position a token: wanted (T,)")
     if batch.further_groups:
         raise ValueError(
             f"StepInput has {1 + len(batch.further_groups)} KV cache groups, this model has 1: leave further_groups out"
         )
-    if batch.adapter_slots is not None and batch.adapter_slots.any():
+    if adapters == 0 and batch.adapter_slots is not None and batch.adapter_slots.any():
         raise ValueError(f"StepInput.adapter_slots is {batch.adapter_slots.tolist()}, no adapter is loaded: wanted 0")
 
 

@@ -11,6 +11,9 @@ from typing import Any
 # Class of a whole model -> the decoder that its text is, by text_config's model_type where that may be several.
 _DECODERS: dict[str, str | Mapping[str, str]] = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
+    "GotOcr2ForConditionalGeneration": "Qwen2ForCausalLM",
     "Llama4ForConditionalGeneration": "Llama4ForCausalLM",
     "LlavaForConditionalGeneration": {
         "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",

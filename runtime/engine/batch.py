@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from seamwise.runtime.build.step import StepInput, ragged_step
 from seamwise.runtime.sampling.rows import SamplingRows, SamplingSlots
@@ -41,8 +42,11 @@ class Batch:
         self.inputs.token_ids.numpy()[:] = history[self.owner, self.positions]
 
 
-def build_batch(step: Step, slots: Slots, sampling: SamplingSlots) -> Batch:
-    """Return the batch of a step; its logits' rows are those that yield, then those of prompts."""
+def build_batch(step: Step, slots: Slots, sampling: SamplingSlots, adapters: np.ndarray | None = None) -> Batch:
+    """Return the batch of a step; its logits' rows are those that yield, then those of prompts.
+
+    adapters  (S,) int32 by slot, where the runner has any
+    """
     size = slots.block_size
     counts, yields = step.counts, step.yields
     ends = counts.cumsum()
@@ -60,6 +64,7 @@ def build_batch(step: Step, slots: Slots, sampling: SamplingSlots) -> Batch:
     inputs = ragged_step(
         np.empty(ends[-1], dtype=np.int64), slots.table[step.slots, :width], step.firsts.astype(np.int32),
         counts.astype(np.int32), size, np.concatenate(rows),
+        adapter_slots=None if adapters is None else torch.from_numpy(adapters[step.slots]),
     )  # fmt: skip
     sampled = sampling.rows(np.repeat(step.slots[yields], each), positions[sampled_rows] + 1, slots.tokens)
     return Batch(inputs=inputs, owner=owner, positions=positions, sampling=sampled, prompts=prompts)

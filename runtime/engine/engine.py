@@ -35,10 +35,13 @@ from seamwise.runtime.scheduler.scheduler import Recorder, Scheduler
 from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
 from seamwise.runtime.text.tokenizer import Tokenizer
 
+from .adapters import REASON as ADAPTER
+from .adapters import Adapters
 from .admit import check_request
 from .answer import Answers
 from .drafting import Drafting
 from .loop import Loop
+from .lora_request import LoRARequest
 from .outputs import RequestMetrics, RequestOutput
 from .request import Completion, Given, Request
 from .worker import Worker
@@ -69,6 +72,7 @@ class Engine:
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
         enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
         policy: Policy | None = None, recorder: Recorder | None = None, drafting: Drafting | None = None,
+        adapters: Adapters | None = None,
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
@@ -80,15 +84,19 @@ class Engine:
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
-        self.drafting = drafting or Drafting()
+        self.drafting, self.adapters = drafting or Drafting(), adapters
         depth = 2 if config.async_scheduling else 1
-        self._loop = Loop(self.scheduler, worker, depth=depth, drafting=self.drafting)
+        self._loop = Loop(
+            self.scheduler, worker, depth=depth, drafting=self.drafting, adapters=adapters is not None
+        )  # fmt: skip
         self._answers = Answers(tokenizer)
         self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids, ready=self.wake)
         self._requests: dict[str, Request] = {}
         self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
         self._change = _Change()
         self._woken = Flag()
+        if adapters is not None:
+            adapters.ready = self.wake
         self._paused: str | None = None
         self._clears = False
         self._arrivals = 0
@@ -124,7 +132,7 @@ class Engine:
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
         priority: int = 0, tenant: str = "", cache_salt: str | None = None, mask_providers: Series[MaskProvider] = (),
-        blocked: str | None = None,
+        blocked: str | None = None, lora_request: LoRARequest | None = None,
     ) -> None:  # fmt: skip
         """Queue a request.
 
@@ -132,6 +140,7 @@ class Engine:
         cache_salt        its prefix is shared with requests of the same salt only
         mask_providers    one for each of the n outputs: which tokens each may continue with
         blocked           why it cannot be scheduled yet, until unblock(request_id)
+        lora_request      the adapter it is computed with; it is read meanwhile, and a refusal ends the request
         Raises ValueError when it cannot be served or its id is in use, QueueFullError when the queue is full; nothing
         is queued then.
         """
@@ -144,14 +153,17 @@ class Engine:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
         max_tokens = self._room(prompt_token_ids, params)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
+        adapter = None if lora_request is None else self._with_adapters().add(lora_request)
+        waits = [] if adapter is None else [ADAPTER]
         if params.structured_outputs is not None:
             if mask_providers or blocked:
                 raise ValueError("structured_outputs bring their own mask_providers, and block the request themselves")
             mask_providers = self.grammars.start(request_id, params.structured_outputs, params.n)
-            blocked = REASON
+            waits.append(REASON)
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
-            metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "",
+            metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "", adapter=adapter,
+            held=blocked, waits=waits,
         )  # fmt: skip
         for index in range(params.n):
             provider = mask_providers[index] if mask_providers else None
@@ -160,10 +172,12 @@ class Engine:
             for c in request.completions:
                 s = c.sequence
                 s.priority, s.tenant = priority, self.scheduler.tenant(tenant)
-                s.blocked = blocked or ("paused" if self._paused else None)
+                s.blocked = self._blocked(request)
                 self._loop.owners[s.arrival] = request, c
                 self.scheduler.add(s)
             self._requests[request_id] = request  # from here on it is in the engine
+            if self.adapters is not None and adapter is not None:
+                self.adapters.waiting.append(request_id)
 
     def abort_request(self, request_id: str, reason: str = "abort", message: str | None = None) -> RequestOutput | None:
         """End a request now and release its memory; return what it produced, None when there is no such request.
@@ -195,9 +209,16 @@ class Engine:
         if request_id not in self._requests:
             raise ValueError(f"there is no unfinished request {request_id!r}")
         with self._change:
-            for c in self._requests[request_id].completions:
-                if c.reason is None:
-                    self.scheduler.block(c.sequence, reason or ("paused" if self._paused else None))
+            self._requests[request_id].held = reason
+            self._apply_block(self._requests[request_id])
+
+    def _blocked(self, request: Request) -> str | None:
+        return request.held or next(iter(request.waits), None) or ("paused" if self._paused else None)
+
+    def _apply_block(self, request: Request) -> None:
+        for c in request.completions:
+            if c.reason is None:
+                self.scheduler.block(c.sequence, self._blocked(request))
 
     def step(self, wait_s: float = 0.01) -> list[RequestOutput]:
         """Compute one step; return the outputs that are due.
@@ -207,7 +228,9 @@ class Engine:
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
         self._recover()
-        self.grammars.settle(self._grammar_ready, self._grammar_refused)
+        self.grammars.settle(self._grammar_ready, self._refused)
+        if self.adapters is not None and self.adapters.waiting:
+            self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
         if self._paused != "keep" and self._requests:
             while self._loop.may_launch:
                 with self._change:
@@ -223,9 +246,39 @@ class Engine:
 
     def _grammar_ready(self, request_id: str) -> None:
         if request_id in self._requests:  # else it was aborted meanwhile
-            self.unblock(request_id)
+            self._waits_no_longer(self._requests[request_id], REASON)
 
-    def _grammar_refused(self, request_id: str, error: Exception) -> None:
+    def _adapter_ready(self, request: Request) -> None:
+        with self._change:
+            for c in request.completions:
+                c.sequence.rename(self._root(request))  # the adapter's content is known by now
+        self._waits_no_longer(request, ADAPTER)
+
+    def _waits_no_longer(self, request: Request, reason: str) -> None:
+        with self._change:
+            request.waits = [one for one in request.waits if one != reason]
+            self._apply_block(request)
+
+    def _with_adapters(self) -> Adapters:
+        if self.adapters is None:
+            raise ValueError("lora_request: the model was loaded without adapters; give it enable_lora=True")
+        return self.adapters
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter now, so that requests need not wait. Raises ValueError for one that is refused."""
+        self._with_adapters().load(lora_request)
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forget an adapter; return whether there was one. Raises RuntimeError while requests use it."""
+        self.drain()
+        return self._with_adapters().remove(lora_id, self._requests.values())
+
+    def list_loras(self) -> set[int]:
+        """Return the numbers of the adapters that are in memory."""
+        return set(self._with_adapters().known)
+
+    def _refused(self, request_id: str, error: Exception) -> None:
         request = self._requests.get(request_id)
         if request is None:
             return
@@ -313,6 +366,8 @@ class Engine:
         self._loop.worker.drain()
         self._loop.worker.close()
         self.grammars.close()
+        if self.adapters is not None:
+            self.adapters.close()
 
     def _finish(self) -> None:
         """Wait for the earliest step, commit it, and make outputs of it."""
@@ -355,8 +410,9 @@ class Engine:
                 self._leave(request)
 
     def _hand_over(self) -> list[RequestOutput]:
-        ready, self._ready = self._ready, []
-        return [output for output, _ in ready]
+        outputs = [output for output, _ in self._ready]
+        self._ready = []  # nothing comes between this and the caller
+        return outputs
 
     def _leave(self, request: Request) -> None:
         self._requests.pop(request.request_id, None)
@@ -393,7 +449,8 @@ class Engine:
         return Completion(sequence=s, options=options, detokenizer=self._answers.detokenizer(prompt, params))
 
     def _root(self, request: Request) -> bytes:
-        return replace(self.namespace, cache_salt=request.cache_salt).root()
+        adapter = "" if request.adapter is None else request.adapter.digest
+        return replace(self.namespace, cache_salt=request.cache_salt, adapter=adapter).root()
 
 
 def _eos_ids(ids: Series[int], tokenizer: Tokenizer | None, vocab: int) -> tuple[int, ...]:

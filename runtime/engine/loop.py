@@ -31,11 +31,14 @@ class Loop:
     """The state between plan and text.
 
     drafting guesses that steps verify; while there may be any, each step is waited for
+    adapters (S,) int32: which of the runner's adapters the sequence in each slot has; None: it has none for any
     owners   of sequences in the engine, by their arrival
     events   what committed steps gave, not yet made into text
     """
 
-    def __init__(self, scheduler: Scheduler, worker: Worker, *, depth: int, drafting: Drafting) -> None:
+    def __init__(
+        self, scheduler: Scheduler, worker: Worker, *, depth: int, drafting: Drafting, adapters: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self.worker = worker
         self._depth = depth
@@ -44,6 +47,7 @@ class Loop:
         self.flights: list[Flight] = []
         self.drafting = drafting
         self.sampling = SamplingSlots(num_slots=scheduler.slots.num_slots)
+        self.adapters = np.zeros(scheduler.slots.num_slots, dtype=np.int32) if adapters else None
         self._entered = np.full(scheduler.slots.num_slots, -1, dtype=np.int64)
         self._committed: list[Event] = []
 
@@ -67,8 +71,10 @@ class Loop:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = time.perf_counter()
             self.sampling.enter(int(step.slots[i]), completion.options)
+            if self.adapters is not None:
+                self.adapters[step.slots[i]] = 0 if request.adapter is None else request.adapter.slot
         self._entered[step.slots] = step.epochs
-        batch = build_batch(step, slots, self.sampling)
+        batch = build_batch(step, slots, self.sampling, self.adapters)
         self.flights.append(Flight(step=step, future=self.worker.submit(batch, slots.tokens)))
         return True
 
@@ -113,7 +119,9 @@ class Loop:
         self.absorb()
         self.flights.clear()
         self.owners = {c.sequence.arrival: (request, c) for request, c in owners}
-        unfinished = [c.sequence for _, c in self.owners.values() if not c.sequence.done and c.reason is None]
+        for _, c in self.owners.values():  # ended by its text, and perhaps not yet taken out of what is rebuilt
+            c.sequence.done = c.sequence.done or c.reason is not None
+        unfinished = [c.sequence for _, c in self.owners.values() if not c.sequence.done]
         self.scheduler.rebuild(unfinished)
 
     def _judge(self, result: Result) -> tuple[list[Event], np.ndarray]:

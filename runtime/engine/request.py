@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -12,6 +13,9 @@ from seamwise.runtime.scheduler.sequence import Sequence
 from seamwise.runtime.text.detokenize import Detokenizer
 
 from .outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+if TYPE_CHECKING:
+    from .adapters import Known
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -46,7 +50,11 @@ class Given:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """A request: n completions of one prompt."""
+    """A request: n completions of one prompt.
+
+    adapter  that it is computed with, None: none
+    held     why its caller wants it not to be scheduled yet; waits: what else it waits for
+    """
 
     request_id: str
     prompt: str | None
@@ -54,6 +62,9 @@ class Request:
     params: SamplingParams
     metrics: RequestMetrics
     cache_salt: str = ""
+    adapter: Known | None = None
+    held: str | None = None
+    waits: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     given: Given = field(init=False)
 

@@ -6,23 +6,33 @@ what it answers, and reading what was never written fails.
 
 from __future__ import annotations
 
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from seamwise.runtime.build.step import StepInput, StepOutput, check_plain
+from seamwise.runtime.weights.adapters import Adapter
 
 _UNWRITTEN = -1
 
 
+def adapted(digest: str) -> int:
+    """Return what is added to tokens that are computed with an adapter of this digest; "": none."""
+    return zlib.crc32(digest.encode()) << 16 if digest else 0
+
+
 class FakeRunner:
-    """Deterministic logits of a request's history alone; `fail_at` are the steps that raise, half done."""
+    """Deterministic logits of a request's history alone; `fail_at` are the steps that raise, half done.
+
+    weights  counts the weights that there have been: reading what was written under other ones fails
+    """
 
     def __init__(
         self, *, num_blocks: int, block_size: int, vocab_size: int = 24, max_model_len: int = 512,
         eos_ids: tuple[int, ...] = (2,), max_tokens: int | None = None, fail_at: frozenset[int] = frozenset(),
-        sharpness: float = 2.0,
+        sharpness: float = 2.0, max_loras: int = 0,
     ) -> None:  # fmt: skip
         self.num_blocks, self.block_size = num_blocks, block_size
         self.options = SimpleNamespace(max_model_len=max_model_len, device="cpu")
@@ -30,21 +40,26 @@ class FakeRunner:
         self.startup_s = {"fake": 0.0}
         self.cache = np.full((num_blocks, block_size), _UNWRITTEN, dtype=np.int64)
         self.max_tokens, self.fail_at, self.sharpness = max_tokens, fail_at, sharpness
+        self.weights = 0
+        self.written_by = np.zeros_like(self.cache)
+        self.adapters: dict[int, str] = dict.fromkeys(range(1, max_loras + 1), "")
         self.num_steps = 0
         self.num_computed = 0
 
     def step(self, batch: StepInput) -> StepOutput:
         """Return the logits of the wanted rows. Asserts that the step is what an engine may give."""
         batch.check()
-        check_plain(batch)
+        check_plain(batch, len(self.adapters))
         self.num_steps += 1
-        tokens, starts = batch.token_ids.numpy(), batch.query_starts.numpy()
+        starts = batch.query_starts.numpy()
+        tokens = batch.token_ids.numpy() + self._adapted(batch, np.diff(starts))
         slots, table, lengths = batch.slot_mapping.numpy(), batch.block_table.numpy(), batch.seq_lens.numpy()
         assert len(tokens) == starts[-1] and (np.diff(starts) > 0).all()
         assert self.max_tokens is None or len(tokens) <= self.max_tokens, "the step is over the token budget"
         assert len(set(slots.tolist())) == len(slots), "two tokens of a step are written to one slot"
         assert (slots >= self.block_size).all(), "the null block is written"
         self.num_computed += len(tokens)
+        self.written_by.reshape(-1)[slots] = self.weights
         half = len(tokens) // 2 if self.num_steps in self.fail_at else len(tokens)
         self.cache.reshape(-1)[slots[:half]] = tokens[:half]
         if half < len(tokens):
@@ -60,12 +75,30 @@ class FakeRunner:
             assert positions[row] == position, "positions and lengths disagree"
             history = self.cache[table[r]].reshape(-1)[: position + 1]
             assert (history != _UNWRITTEN).all(), "unwritten cache is read"
+            written_by = self.written_by[table[r]].reshape(-1)[: position + 1]
+            assert (written_by == self.weights).all(), "what other weights computed is read"
             logits.append(self.logits_after(history.tolist()))
         stacked = np.array(logits, dtype=np.float32).reshape(len(logits), self.config.vocab_size)
         return StepOutput(
             logits=torch.from_numpy(stacked), request_slots=batch.request_slots,
             request_generations=batch.request_generations,
         )  # fmt: skip
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Take any adapter: its digest is all that is used of it."""
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Put an adapter into a slot, or empty it."""
+        assert slot in self.adapters
+        self.adapters[slot] = "" if adapter is None else adapter.digest
+
+    def _adapted(self, batch: StepInput, counts: np.ndarray) -> np.ndarray:
+        """Return what an adapter makes of its rows' tokens: other ones, told apart by its digest."""
+        if batch.adapter_slots is None:
+            return np.zeros(int(counts.sum()), dtype=np.int64)
+        digests = [self.adapters[slot] if slot else "" for slot in batch.adapter_slots.tolist()]
+        assert all(d or not s for d, s in zip(digests, batch.adapter_slots.tolist(), strict=True)), "the slot is empty"
+        return np.repeat([adapted(digest) for digest in digests], counts)
 
     def logits_after(self, history: list[int]) -> np.ndarray:
         """Return the next token's logits after a history: what the whole machinery must come down to."""

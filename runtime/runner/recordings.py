@@ -79,6 +79,7 @@ class CapturePlan:
     max_rows: int
     sizes: dict[str, int]
     budget_bytes: int
+    adapters: bool = False
 
     @classmethod
     def of(cls, program: Program, options: RunnerConfig) -> CapturePlan:
@@ -93,13 +94,13 @@ class CapturePlan:
             keys=keys, calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
             token_bytes=program.token_bytes, logit_bytes=program.logit_bytes, max_rows=rows,
             sizes=sizes_of(max((key.tokens for key in keys), default=0), rows, options.max_blocks),
-            budget_bytes=options.max_recorded_bytes,
+            budget_bytes=options.max_recorded_bytes, adapters=options.pipeline.max_loras > 0,
         )  # fmt: skip
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the buffers for inputs, which all recordings share."""
-        return num_bytes(self.sizes) if self.keys else 0
+        return num_bytes(self.sizes, self.adapters) if self.keys else 0
 
     def num_bytes(self, key: Key) -> int:
         """Return what a recording takes, with the buffers for inputs."""
@@ -145,7 +146,7 @@ class Recordings:
         self._static: StaticInputs | None = None
         if self.plan.keys:
             _LOG.info("%s", self.plan)
-            self._static = StaticInputs(self.plan.sizes, options.device)
+            self._static = StaticInputs(self.plan.sizes, options.device, self.plan.adapters)
 
     def __getitem__(self, key: Key) -> Recording:
         recording = self._made[key]

@@ -30,7 +30,9 @@ from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import smallest
+from seamwise.runtime.weights.adapters import Adapter
 
+from .adapters import AdapterSlots
 from .data_ranks import agree, halves
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
@@ -62,6 +64,7 @@ class ModelRunner:
         self._caches_flat: list[Tensor] = []
         self._recordings = self._new_recordings()
         self.weights = WeightUpdates(executable, options, buffers)
+        self.adapters = AdapterSlots(executable)
         self._num_blocks = 0
         self._shapes = [torch.empty_like(w, device="meta") for w in executable.weights]
         self._asleep: set[str] = set()
@@ -158,6 +161,9 @@ class ModelRunner:
             batch, *second = agree(batch, self.options)
             if second:
                 return self._in_turns(batch, *second, given=given)
+        if self.adapters.in_step:
+            of_rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
+            batch = replace(batch, token_adapters=of_rows)
         match self._recordings.kind_of(batch):
             case Empty():
                 results = self._empty()
@@ -211,6 +217,23 @@ class ModelRunner:
         """End an update. Raises RuntimeError that lists what lacks; weight_version is then what it was."""
         self.weights.finish(weight_version)
         self._refusal = self._why_not()
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Raise ValueError that lists all in which an adapter does not fit, or where enable_lora was not asked for."""
+        if not self.adapters.sites:
+            raise ValueError("this model was loaded without adapters; give it enable_lora=True")
+        self.adapters.check(adapter)
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Put an adapter into slot 1 to max_loras, or empty it, in place; steps name it by StepInput.adapter_slots.
+
+        Raises ValueError for one that does not fit; nothing has changed then.
+        """
+        if "weights" in self._asleep:
+            raise RuntimeError("set_adapter: the weights are asleep; call wake(['weights']) first")
+        if adapter is not None:
+            self.check_adapter(adapter)
+        self.adapters.write(slot, adapter)
 
     @property
     def weight_version(self) -> str:
@@ -267,6 +290,7 @@ class ModelRunner:
                 self._saved = None
             else:
                 self.weights.restore_computed()
+                self.adapters.restore()
         if "kv_cache" in woken and not on_cpu and self._num_blocks:
             self.allocate_kv(self._num_blocks)
         self._asleep -= woken
@@ -297,14 +321,17 @@ class ModelRunner:
 
     def _check_served(self, batch: StepInput) -> None:
         """Raise ValueError for what a step may ask for and this model does not have."""
-        check_plain(batch)
+        check_plain(batch, self.adapters.max_loras)
         if batch.hidden_states and not self.options.return_hidden_states:
             raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")
 
     def _empty(self) -> Any:
         """Run no tokens: alone, nothing; beside other ranks, a row of padding, for their collectives wait for ours."""
         if self.options.tensor_parallel_size > 1:
-            results = self.executable(*self._flat(self._on_device(step_of_padding())))
+            padding = step_of_padding()
+            if self.adapters.in_step:
+                padding = replace(padding, token_adapters=self.adapters.of_rows(None, padding.query_starts))
+            results = self.executable(*self._flat(self._on_device(padding)))
             return tree_map(lambda result: result[:0], results)
         logits, hidden = (
             torch.empty(0, size, dtype=self.options.dtype, device=self.options.device)
@@ -316,11 +343,13 @@ class ModelRunner:
         if torch.device(self.options.device).type == "cpu":
             return batch
         moved = {n: getattr(batch, n).to(self.options.device) for n in STEP_ARGUMENTS if n != "kv_caches"}
+        if batch.token_adapters is not None:
+            moved["token_adapters"] = batch.token_adapters.to(self.options.device)
         return StepInput(**moved)
 
     def _flat(self, batch: StepInput) -> list[Tensor]:
         """Return the step's tensors flattened in the program's order."""
-        flat: list[Tensor] = []
+        flat: list[Tensor] = [] if batch.token_adapters is None else [batch.token_adapters]
         for name in STEP_ARGUMENTS:
             flat += self._caches_flat if name == "kv_caches" else [getattr(batch, name)]
         return flat

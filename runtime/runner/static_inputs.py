@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seamwise.runtime.build.step import FIELDS, StepInput
+from seamwise.runtime.build.step import FIELDS, Field, StepInput
 
-_BUFFERED = {name: declared for name, declared in FIELDS.items() if declared.in_forward}
-_OF_MODEL = {name: declared.dims[0] for name, declared in _BUFFERED.items() if declared.reader == "model"}
-OF_SEAMS = tuple(name for name, declared in _BUFFERED.items() if declared.reader == "seams")
+_OF_MODEL = {name: declared.dims[0] for name, declared in FIELDS.items() if declared.reader in ("model", "adapters")}
+OF_SEAMS = tuple(name for name, declared in FIELDS.items() if declared.reader == "seams")
+
+
+def buffered(adapters: bool) -> dict[str, Field]:
+    """Return the fields that a model's program reads, with adapters or without."""
+    return {name: f for name, f in FIELDS.items() if f.in_forward or (adapters and f.reader == "adapters")}
 
 
 def sizes_of(max_tokens: int, max_requests: int, max_blocks: int) -> dict[str, int]:
@@ -21,9 +25,9 @@ def sizes_of(max_tokens: int, max_requests: int, max_blocks: int) -> dict[str, i
     return {"T": max_tokens, "R": max_requests, "S": max_requests + 1, "B": max_blocks, "L": max_tokens}
 
 
-def num_bytes(sizes: dict[str, int]) -> int:
+def num_bytes(sizes: dict[str, int], adapters: bool) -> int:
     """Return what buffers of these sizes take."""
-    return sum(math.prod(declared.shape(sizes)) * declared.dtype.itemsize for declared in _BUFFERED.values())
+    return sum(math.prod(declared.shape(sizes)) * declared.dtype.itemsize for declared in buffered(adapters).values())
 
 
 class StaticInputs:
@@ -32,17 +36,17 @@ class StaticInputs:
     The block table keeps its full width: rows of every step then have one stride.
     """
 
-    def __init__(self, sizes: dict[str, int], device: str) -> None:
+    def __init__(self, sizes: dict[str, int], device: str, adapters: bool) -> None:
         self._buffers = {
             name: torch.zeros(declared.shape(sizes), dtype=declared.dtype, device=device)
-            for name, declared in _BUFFERED.items()
+            for name, declared in buffered(adapters).items()
         }
 
     def views(self, tokens: int, requests: int) -> StepInput:
         """Return the starts of the buffers, as a step of so many tokens, all wanted, and requests."""
         sizes = {"T": tokens, "R": requests, "S": requests + 1, "L": tokens}
         parts: dict[str, Any] = {
-            name: buffer[: sizes[_BUFFERED[name].dims[0][0]]] for name, buffer in self._buffers.items()
+            name: buffer[: sizes[FIELDS[name].dims[0][0]]] for name, buffer in self._buffers.items()
         }
         return StepInput(**parts)
 

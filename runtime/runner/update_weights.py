@@ -142,14 +142,17 @@ class WeightUpdates:
         if weights is None:
             if self.lost:
                 raise RuntimeError(f"weights_digest: {self._incomplete()}")
-            made: Iterable[Tensor] = self._places.weights
+            recipes = program.recipes.values()
+            made: Iterable[Tensor] = (
+                w for w, r in zip(self._places.weights, recipes, strict=True) if "adapter" not in r
+            )
         else:
             given = {name: _stored(tensor) for name, tensor in weights}
             found, problems = by_parameter(given, program.parameters, program.tied)
             kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
             source = Checkpoint.fitting(_MISFIT, found, program.parameters, kept, _FLOATS, problems)
             readers = readers_of(source, dict(self._buffers), self._options)
-            made = (evaluate(recipe, *readers) for recipe in program.recipes.values())
+            made = (evaluate(recipe, *readers) for recipe in program.recipes.values() if "adapter" not in recipe)
         digest = hashlib.blake2b(digest_size=16)
         for tensor in made:
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

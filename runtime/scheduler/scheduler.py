@@ -78,8 +78,10 @@ class Scheduler:
             assert flies or self.slots.scheduled[s.slot] == self.slots.computed[s.slot]
         counts = Counter(s.tenant for s in self.queue.sequences)
         assert counts == Counter(dict(enumerate(self.waits_of))), "tenants' waiting sequences are miscounted"
+        filling = {block for step in self.flying for block, _ in step.fills}
+        assert self.pool.promised <= filling, "a promise outlives its step"
         if not self.flying:
-            assert not self.pool.promised and not self.pool.fenced and not self.slots.fenced
+            assert not self.pool.fenced and not self.slots.fenced
 
     def tenant(self, name: str) -> int:
         """Return a tenant's index; its counter begins when it first comes."""

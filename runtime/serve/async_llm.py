@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -83,7 +84,7 @@ class AsyncLLM:
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
-        priority: int = 0, stream_interval: int = 1, lora_request: None = None,
+        priority: int = 0, stream_interval: int = 1, lora_request: LoRARequest | None = None,
         trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[RequestOutput]:  # fmt: skip
         """Yield one growing RequestOutput each time it grew, the last with finished=True.
@@ -91,8 +92,6 @@ class AsyncLLM:
         prompt  a string, {"prompt": str}, {"prompt_token_ids": [int, …]}
         Leaving the loop early aborts the request.
         """
-        if lora_request is not None:
-            raise ValueError("lora_request: adapters are not served; leave it out")
         params = sampling_params or SamplingParams()
         if params.output_kind is not RequestOutputKind.CUMULATIVE:
             raise ValueError(f"output_kind={params.output_kind!r}: outputs grow here; leave it out")
@@ -102,7 +101,15 @@ class AsyncLLM:
         metrics = RequestMetrics(arrival_time=time.perf_counter())
         output = RequestOutput(request_id=name, prompt=text, prompt_token_ids=ids, metrics=metrics)
         output.outputs += [CompletionOutput(index=i, text="", token_ids=[]) for i in range(params.n)]
-        stream = self.submit(name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval)
+        stream = self.submit(
+            name,
+            ids,
+            params,
+            prompt=text,
+            priority=priority,
+            stream_interval=stream_interval,
+            lora_request=lora_request,
+        )
         try:
             while deltas := await stream.take():
                 for delta in deltas:
@@ -113,11 +120,12 @@ class AsyncLLM:
 
     def submit(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
-        priority: int = 0, stream_interval: int = 1,
+        priority: int = 0, stream_interval: int = 1, lora_request: LoRARequest | None = None,
     ) -> Stream:  # fmt: skip
         """Queue a request of token ids and return its stream of deltas. Raises EngineError when the engine cannot."""
+        lora = None if lora_request is None else _sent(lora_request)
         return self.engine.add(
-            Add(request_id, prompt_token_ids, params_sent(params), prompt, priority, stream_interval)
+            Add(request_id, prompt_token_ids, params_sent(params), prompt, priority, stream_interval, lora)
         )
 
     async def encode(self, prompt: Any, pooling_params: Any = None, request_id: str | None = None) -> list[float]:
@@ -169,8 +177,9 @@ class AsyncLLM:
     async def reset_mm_cache(self) -> None:
         """There are no images, and so nothing is kept of them."""
 
-    async def add_lora(self, lora_request: Any) -> bool:
-        return bool(await self.engine.call("add_lora", lora_request))
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter now. Raises ValueError for one that is refused."""
+        return bool(await self.engine.call("add_lora", *_sent(lora_request)))
 
     async def remove_lora(self, lora_id: int) -> bool:
         return bool(await self.engine.call("remove_lora", lora_id))
@@ -200,6 +209,10 @@ class AsyncLLM:
     async def shutdown(self) -> None:
         """End the engine process; unfinished requests get an error."""
         await self.engine.stop()
+
+
+def _sent(lora_request: LoRARequest) -> tuple[str, int, str]:
+    return lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path
 
 
 def params_sent(params: SamplingParams) -> dict[str, Any]:

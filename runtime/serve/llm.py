@@ -18,10 +18,12 @@ from seamwise import caches
 from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options, entry_of
+from seamwise.runtime.engine.adapters import Adapters
 from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.executor import InProcess, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
+from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
@@ -37,7 +39,6 @@ from seamwise.runtime.weights.hub import resolve_model
 Prompt = str | Mapping[str, Any]
 _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
     "prompt_token_ids": 'give prompts as {"prompt_token_ids": […]}',
-    "lora_request": "adapters are not served",
     "mm_processor_kwargs": "models are served as text",
     **dict.fromkeys(("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "n"), "give SamplingParams(…)"),
 }
@@ -65,6 +66,7 @@ class LLM(ModelControl):
                    what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
     num_gpu_blocks_override  blocks of the KV cache, instead
     enable_sleep_mode  False: sleep() is refused
+    enable_lora    requests may have adapters (lora_request): max_loras in a step, max_cpu_loras in memory, PEFT's files
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
                    "num_speculative_tokens": 4, "prompt_lookup_max": 5}: outputs are the same, and come faster where
                    guesses stand; see runtime/speculation/config.py
@@ -88,7 +90,8 @@ class LLM(ModelControl):
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
         logprobs_mode: str = "raw_logprobs", generation_config: str = "auto", skip_tokenizer_init: bool = False,
-        enable_sleep_mode: bool | None = None, speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
+        enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
+        speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, **options: Any,
@@ -152,13 +155,17 @@ class LLM(ModelControl):
             runner.limit_model_len(length)
         runner.allocate_kv(blocks)
         self.enable_sleep_mode = enable_sleep_mode
-        drafting = None
+        adapters, drafting = None, None
+        if options.get("enable_lora"):
+            adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
+        elif max_cpu_loras is not None:
+            raise ValueError("max_cpu_loras needs enable_lora=True")
         if speculation is not None:
             drafter = find_drafter(speculation, runner)
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
-            logprobs_mode=logprobs_mode, drafting=drafting,
+            logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters,
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))
@@ -180,11 +187,12 @@ class LLM(ModelControl):
     def generate(
         self, prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, *, use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: Sequence[int] | None = None, lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Continue each prompt: a string, {"prompt": str} or {"prompt_token_ids": [int]}. Outputs are in its order.
 
         priority  one for each prompt, lower ones first, with scheduling_policy="priority"
+        lora_request  the adapter that prompts are computed with, or one (or None) for each; with enable_lora
         Raises ValueError for a prompt that cannot be served, naming its index, before anything is computed.
         """
         many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
@@ -203,7 +211,14 @@ class LLM(ModelControl):
             raise ValueError(f"got {len(priority)} priorities for {len(requests)} prompts; wanted one for each")
         elif self.engine.scheduler.policy.name != "priority":
             raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
-        return self._run(requests, priority, use_tqdm)
+        if lora_request is None or isinstance(lora_request, LoRARequest):
+            lora_request = [lora_request] * len(many)
+        adapters = list(lora_request)
+        if len(adapters) != len(many):
+            raise ValueError(f"got {len(adapters)} lora_requests for {len(many)} prompts; wanted one, or one for each")
+        for adapter in {id(a): a for a in adapters if a is not None}.values():
+            self.engine.add_lora(adapter)
+        return self._run(requests, priority, adapters, use_tqdm)
 
     @named_arguments(**_INSTEAD)
     def chat(
@@ -211,6 +226,7 @@ class LLM(ModelControl):
         use_tqdm: bool = True, chat_template: str | None = None, chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True, continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Answer a conversation (a list of {"role", "content"}) or a list of them, by the model's chat template.
 
@@ -233,7 +249,7 @@ class LLM(ModelControl):
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}" if len(conversations) > 1 else str(error)) from error
             prompts.append({"prompt_token_ids": ids})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -253,17 +269,22 @@ class LLM(ModelControl):
             raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
 
     def _run(
-        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], priority: Sequence[int], use_tqdm: bool
-    ) -> list[RequestOutput]:
+        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], priority: Sequence[int],
+        adapters: Sequence[LoRARequest | None], use_tqdm: bool,
+    ) -> list[RequestOutput]:  # fmt: skip
         """Run requests to completion; when interrupted, none of them stays in the engine."""
         from tqdm import tqdm
 
         ids = [f"llm-{next(self._ids)}" for _ in requests]
         done: dict[str, RequestOutput] = {}
         try:
-            for request_id, (text, tokens, params), urgency in zip(ids, requests, priority, strict=True):
+            for request_id, (text, tokens, params), urgency, adapter in zip(
+                ids, requests, priority, adapters, strict=True
+            ):
                 params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-                self.engine.add_request(request_id, tokens, params, prompt=text, priority=urgency)
+                self.engine.add_request(
+                    request_id, tokens, params, prompt=text, priority=urgency, lora_request=adapter
+                )  # fmt: skip
             with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
                 while len(done) < len(ids):
                     for output in self.engine.step():

@@ -180,16 +180,30 @@ def test_mxfp4_blocks_that_are_not_finite_say_so() -> None:
     assert scales.tolist() == [[255, 255, 125]] and not bool(packed[0, :32].any())
 
 
-def test_lora_is_a_loop_over_tokens() -> None:
-    L, T, D, R, N = 3, 9, 20, 4, 12
-    x, a, b, y = draw(T, D), draw(L, R, D, seed=1), draw(L, N, R, seed=2), draw(T, N, seed=3)
-    adapter, scaling = torch.tensor([2, -1, 0, 0, 1, -1, 2, 1, 0], dtype=torch.int32), torch.tensor([0.5, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lora_is_a_loop_over_tokens(dtype: torch.dtype) -> None:
+    """Two slices of columns, each with its own part of the ranks; rows without an adapter keep their bits, -0 too."""
+    L, T, D, R, widths = 3, 9, 20, 4, [5, 7]
+    x, a, b, y = (t.to(dtype) for t in (draw(T, D), draw(L, 2 * R, D, seed=1), draw(L, R, 12, seed=2), draw(T, 12)))
+    y[1] = -0.0
+    adapter, scaling = torch.tensor([2, -1, 0, 0, 1, -1, 2, 1, 0], dtype=torch.int32), draw(L, 2, seed=5)
     s = lora_shrink(x, a, adapter)
-    ours = lora_expand(y, s, b, adapter, scaling)
+    ours = lora_expand(y, s, b, adapter, scaling, widths)
     for t, l in enumerate(adapter.tolist()):
-        wanted = y[t] if l < 0 else y[t] + scaling[l] * (b[l] @ (a[l] @ x[t]))
-        torch.testing.assert_close(ours[t], wanted)
-    assert torch.equal(ours[adapter < 0], y[adapter < 0]) and not bool(s[adapter < 0].any())
+        low = a[l] @ x[t]
+        update = torch.cat([low[:R] @ b[l, :, :5] * scaling[l, 0], low[R:] @ b[l, :, 5:] * scaling[l, 1]])
+        torch.testing.assert_close(ours[t], y[t] if l < 0 else y[t] + update.to(dtype))
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    assert torch.equal(ours[adapter < 0].view(bits), y[adapter < 0].view(bits)) and not bool(s[adapter < 0].any())
+
+
+def test_an_adapter_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="lora_shrink: row 1 has adapter 2, wanted below 2"):
+        lora_shrink(draw(3, 8), draw(2, 4, 8), torch.tensor([0, 2, -1]))
+    with pytest.raises(ValueError, match=r"widths \[5, 5\] are 10 columns, b has 12"):
+        lora_expand(
+            draw(2, 12), draw(2, 8), draw(1, 4, 12), torch.zeros(2, dtype=torch.int32), torch.ones(1, 2), [5, 5]
+        )
 
 
 def test_lora_of_experts_is_one_index() -> None:

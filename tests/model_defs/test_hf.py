@@ -14,7 +14,8 @@ from torch import nn
 
 from seamwise.model_defs import build_model
 from seamwise.model_defs.hf import _parameters_on_meta
-from seamwise.model_defs.hf_attention import Mask, Step, attend, attending, make_mask
+from seamwise.model_defs.hf_attention import Attending, Step, attend, make_mask
+from seamwise.model_defs.hf_masks import Mask
 
 # Architectures that Seamwise does not define: each has something of its own around causal attention.
 DECODERS: dict[str, dict[str, Any]] = {
@@ -38,6 +39,25 @@ DECODERS: dict[str, dict[str, Any]] = {
     "PhimoeForCausalLM": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "StableLmForCausalLM": {},  # does not say that it uses the attention interface
     "GraniteMoeForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    # Attention spelled out, ALiBi, tables of positions, positions counted otherwise, an indexer that may choose all.
+    "BloomForCausalLM": {"n_head": 4, "n_layer": 2},
+    "MptForCausalLM": {"d_model": 64, "n_heads": 4, "n_layers": 2},
+    "FalconForCausalLM": {},
+    "GPTJForCausalLM": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8},
+    "GPTNeoForCausalLM": {
+        "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5,
+    },
+    "RobertaForCausalLM": {"is_decoder": True},
+    "RoFormerForCausalLM": {"is_decoder": True},
+    "BartForCausalLM": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "BioGptForCausalLM": {},
+    "NanoChatForCausalLM": {},
+    "DiffLlamaForCausalLM": {},
+    "DeepseekV32ForCausalLM": {
+        "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+    },
 }  # fmt: skip
 
 
@@ -52,12 +72,14 @@ def test_chunked_mix_gives_transformers_logits(architecture: str, tmp_path: Path
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "alibi": ("BloomForCausalLM", {}, "its forward takes no position_ids"),
-    "recurrent": ("MambaForCausalLM", {}, "its forward takes no position_ids"),
-    "attention of its own": (
-        "GPTJForCausalLM", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
-        "its attention comes neither through transformers' attention interface nor",
-    ),
+    "a state beside keys and values": ("MambaForCausalLM", {}, "its layers of linear_attention are not served"),
+    "a state without layers": ("RwkvForCausalLM", {}, "it keeps a state for each request"),
+    "positions of its own": ("CpmAntForCausalLM", {"dim_ff": 48}, "its forward takes no position_ids"),
+    "a configuration without lengths": ("XLNetLMHeadModel", {}, "refuses its configuration: The model xlnet"),
+    "later tokens": ("BertLMHeadModel", {}, "is_causal=False is not served"),
+    "a table of its own attentions": ("GitForCausalLM", {}, "takes no other attention than its own, by name"),
+    "ALiBi within a mask": ("FalconForCausalLM", {"alibi": True}, "the model's own code computes with its mask"),
+    "a bias of its own": ("DogeForCausalLM", {}, "the model's own code computes with its mask"),
     "encoder": ("BertForMaskedLM", {}, "has no such causal language model"),
     "encoder and decoder": ("T5ForConditionalGeneration", {}, "has no such causal language model"),
     "unheard of": ("NonesuchForCausalLM", {}, "architecture 'NonesuchForCausalLM': transformers .* has no such"),
@@ -70,7 +92,10 @@ def test_what_is_not_plain_causal_attention_is_refused(case: str) -> None:
     architecture, changes, named = REFUSED[case]
     with pytest.raises(ValueError, match=named):
         model = build_model(architecture, SIZES | changes, entry="transformers")
-        model.to_empty(device="cpu")
+        for tensor in model.to_empty(device="cpu").state_dict().values():
+            tensor.zero_()
+        for buffer in model.buffers():
+            buffer.zero_()
         steps = Steps([[1, 2, 3]])
         run_schedule(model, steps, [{0: 3}], steps.caches(2, 2, 16, torch.float32))
 
@@ -113,13 +138,13 @@ def test_a_window_where_the_configuration_has_none_is_refused(tmp_path: Path) ->
 )
 def test_attention_options_that_change_the_result_are_refused(given: dict[str, Any], named: str) -> None:
     x = torch.ones(1, 2, 3, 8)
-    with pytest.raises(ValueError, match=named), attending(a_step()):
+    with pytest.raises(ValueError, match=named), Attending(a_step()):
         attend(nn.Module(), x, x, x, None, **given)
 
 
 def a_step(longest: int = 64) -> Step:
     nothing = torch.zeros(1, dtype=torch.int64)
-    return Step(kv_caches=None, slot_mapping=nothing, spans=(nothing,) * 3, longest=longest)
+    return Step(kv_caches=None, slot_mapping=nothing, spans=(nothing,) * 3, longest=longest, tokens=3)
 
 
 def test_attention_outside_of_a_step_is_refused() -> None:
@@ -130,9 +155,9 @@ def test_attention_outside_of_a_step_is_refused() -> None:
 
 def test_a_mask_that_a_model_built_itself_is_refused() -> None:
     x = torch.ones(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="attention_mask=Tensor is not served"), attending(a_step()):
+    with pytest.raises(ValueError, match="attention_mask=Tensor is not served"), Attending(a_step()):
         attend(nn.Module(), x, x, x, torch.ones(3, 3))
-    with pytest.raises(ValueError, match="a mask of its own, or dropout"), attending(a_step()):
+    with pytest.raises(ValueError, match="a mask of its own, or dropout"), Attending(a_step()):
         torch.nn.functional.scaled_dot_product_attention(x, x, x, torch.ones(3, 3))
 
 
@@ -147,7 +172,7 @@ def test_masks_are_read_by_what_they_are_put_together_of() -> None:
         (masks.packed_sequence_compatibility_function(window, ids, ids), Mask(5)),
         (masks.chunked_causal_mask_function(64, left), Mask(0)),  # no request is longer
     ):
-        with attending(a_step()):
+        with Attending(a_step()):
             assert make_mask(mask_function=function) == wanted
     for function, named in (
         (
@@ -159,9 +184,11 @@ def test_masks_are_read_by_what_they_are_put_together_of() -> None:
         (masks.or_masks(window, masks.causal_mask_function), "a mask by or_masks.* is not served"),
         (masks.sliding_window_overlay(3), "attention to later tokens is not served"),
     ):
-        with pytest.raises(ValueError, match=named), attending(a_step()):
-            make_mask(mask_function=function)
-    with pytest.raises(ValueError, match="a mask of Tensor is not served"), attending(a_step()):
+        with Attending(a_step()):
+            asked_for = make_mask(mask_function=function)  # which a model may do, and not use it
+        with pytest.raises(ValueError, match=named):
+            asked_for.applied()
+    with pytest.raises(ValueError, match="a mask of Tensor is not served"), Attending(a_step()):
         make_mask(mask_function=window, attention_mask=ids)
 
 
@@ -169,7 +196,7 @@ def test_what_calls_dot_product_attention_elsewhere_gets_torchs() -> None:
     import torch.nn.functional as F
 
     x, found = torch.randn(1, 2, 3, 8), []
-    with attending(a_step()):
+    with Attending(a_step()):
         thread = threading.Thread(target=lambda: found.append(F.scaled_dot_product_attention(x, x, x)))
         thread.start()
         thread.join()

@@ -14,10 +14,10 @@ from starlette.types import ASGIApp
 
 from .errors import add_handlers
 from .guards import Guard
-from .routes import chat, completions, control, embeddings, generate, health, pages, responses, tokens
+from .routes import adapters, chat, completions, control, embeddings, generate, health, pages, responses, tokens
 from .serving import Serving
 
-_FAMILIES = (health, completions, chat, responses, generate, tokens, embeddings, control, pages)
+_FAMILIES = (adapters, health, completions, chat, responses, generate, tokens, embeddings, control, pages)
 
 
 def build_app(state: Serving) -> ASGIApp:

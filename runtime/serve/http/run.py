@@ -111,6 +111,8 @@ async def _serve(
                 await llm.prompts()
                 if check is not None:
                     await check(llm)
+            for adapter in state.adapters.by_name.values():
+                await state.llm.add_lora(adapter)
             state.held = None
         except Ended as ended:
             status = fail(ended)

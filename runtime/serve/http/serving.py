@@ -16,6 +16,7 @@ from seamwise.runtime.serve.process.messages import Delta
 from seamwise.runtime.serve.process.streams import EngineError, RequestFailed, Stream
 from seamwise.runtime.serve.prompts import Prompts
 
+from .adapters import ServedAdapters
 from .errors import ApiError
 from .metrics import Metrics, RequestTimes
 from .settings import ServeSettings
@@ -41,6 +42,7 @@ class Serving:
         self.draining = False
         self.held: str | None = None  # why requests are not taken yet, though the engine is ready
         self.num_in_work = 0
+        self.adapters = ServedAdapters(settings.lora_modules)  # of the first model
         self._names: dict[str, list[str]] = {}  # a request's id in answers -> its ids in the engine
         self._template = settings.own_template()
 
@@ -75,8 +77,11 @@ class Serving:
         name = asked or self.default
         if self.route is not None:
             name = self.route(name, request, body) or name
+        if name in self.adapters.by_name:
+            return name, self.llm
         if name not in self.models:
-            raise ApiError(404, f"model {name!r} is not served; there are: {', '.join(self.models)}", "model")
+            there = ", ".join([*self.models, *self.adapters.by_name])
+            raise ApiError(404, f"model {name!r} is not served; there are: {there}", "model")
         return name, self.models[name]
 
     async def prompts(self, llm: AsyncLLM) -> Prompts:
@@ -133,10 +138,14 @@ def request_name(request: Request, asked: str | None, prefix: str) -> str:
 
 
 class Work:
-    """The generation of one HTTP request: one stream for each prompt, in the engine until it is closed."""
+    """The generation of one HTTP request: one stream for each prompt, in the engine until it is closed.
 
-    def __init__(self, state: Serving, llm: AsyncLLM, name: str) -> None:
+    name   of the request in answers; model: what it asks for, which may be an adapter
+    """
+
+    def __init__(self, state: Serving, llm: AsyncLLM, name: str, model: str) -> None:
         self._state, self._llm, self._name = state, llm, name
+        self._adapter = state.adapters.by_name.get(model)
         self._metrics = state.metrics[id(llm)]
         self._streams: list[Stream] = []
         self._times: list[RequestTimes] = []
@@ -159,8 +168,9 @@ class Work:
             self._times.append(self._metrics.arrived(len(ids), params))
             try:
                 stream = self._llm.submit(
-                    name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval or _UNSEEN
-                )
+                    name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval or _UNSEEN,
+                    lora_request=self._adapter,
+                )  # fmt: skip
             except Exception:
                 self.close()
                 raise

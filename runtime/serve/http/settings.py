@@ -28,6 +28,7 @@ class ServeSettings:
     shutdown_timeout_s    on SIGTERM, how long running requests may take to finish
     enable_control        serve routes that change the engine (pause, sleep, weights, prefix cache)
     enable_collective_rpc  serve /collective_rpc, which calls any method of a worker
+    lora_modules          adapters, NAME=DIRECTORY each, that requests call by their names; with enable_lora
     metric_aliases        older metric names too, for production-stack and aibrix
     """
 
@@ -50,6 +51,7 @@ class ServeSettings:
     shutdown_timeout_s: float = 30.0
     enable_control: bool = False
     enable_collective_rpc: bool = False
+    lora_modules: tuple[str, ...] = ()
     metric_aliases: bool = False
 
     def __post_init__(self) -> None:

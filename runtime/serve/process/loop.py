@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from seamwise.runtime.scheduler.config import QueueFullError
 
@@ -79,8 +80,9 @@ class EngineLoop:
         try:
             params = _params(add)
             self.engine.add_request(
-                add.request_id, add.prompt_token_ids, params, prompt=add.prompt, priority=add.priority
-            )
+                add.request_id, add.prompt_token_ids, params, prompt=add.prompt, priority=add.priority,
+                lora_request=None if add.lora is None else LoRARequest(*add.lora),
+            )  # fmt: skip
         except (ValueError, TypeError) as error:
             self._send(Refused(add.request_id, str(error)))
         except QueueFullError as error:
@@ -137,6 +139,15 @@ class EngineLoop:
 
     def is_paused(self) -> bool:
         return self.engine.is_paused
+
+    def add_lora(self, name: str, number: int, path: str) -> bool:
+        return self.engine.add_lora(LoRARequest(name, number, path))
+
+    def remove_lora(self, number: int) -> bool:
+        return self.engine.remove_lora(number)
+
+    def list_loras(self) -> list[int]:
+        return sorted(self.engine.list_loras())
 
     def update_weights_from_path(self, path: str) -> None:
         """Write a checkpoint's tensors into the model, by their names."""

@@ -40,7 +40,7 @@ def test_a_models_forward_takes_what_is_declared(model: type) -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_each_field_is_checked(name: str) -> None:
     given = {"adapter_slots": torch.zeros(2).int(), "request_slots": torch.tensor([4, 1]).int()}
-    step = a_step(**given, request_generations=torch.zeros(2).long())
+    step = a_step(**given, request_generations=torch.zeros(2).long(), token_adapters=torch.zeros(5).int())
     step.check()
     fine: Tensor = getattr(step, name)
     for wrong in (fine.double(), fine.unsqueeze(-1).unsqueeze(-1), fine.repeat_interleave(2, -1)[..., ::2]):

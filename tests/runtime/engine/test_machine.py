@@ -11,7 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Series
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from drawn_requests import Drawn, alone, drawn_requests
@@ -28,7 +28,9 @@ from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.sampling.params import RequestOutputKind
 from seamwise.runtime.scheduler import commit, queue, scheduler, slots
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
+from seamwise.runtime.scheduler.plan import plan
 from seamwise.runtime.scheduler.policies import OURS
+from seamwise.runtime.scheduler.view import Plan, View
 from seamwise.runtime.speculation.drafter import Known
 from seamwise.runtime.speculation.watch import Watch
 from seamwise.testing import FakeRunner
@@ -88,19 +90,27 @@ class Guesses:
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """The engine beside what each of its requests would get from an engine of its own."""
+    """The engine beside what each of its requests is to get.
+
+    fixed  arguments of begin() that are not drawn
+    """
+
+    fixed: ClassVar[dict[str, Any]] = {}
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]), blocks=st.integers(4, 16), budget=st.integers(1, 24),
         seats=st.integers(1, 5), caching=st.booleans(), asynchronous=st.booleans(), policy=st.sampled_from([*OURS]),
         threshold=st.sampled_from([0, 0, 3]), watermark=st.sampled_from([0.0, 0.2]), reserve=st.booleans(),
         fail_at=st.frozensets(st.integers(1, 40), max_size=4), queued=st.sampled_from([None, None, 3]),
-        guesses=st.sampled_from([None, None, 0, 1, 4]),
+        calm=st.sampled_from([True, True, False]), guesses=st.sampled_from([None, None, 0, 1, 4]),
     )  # fmt: skip
-    def begin(
-        self, block_size: int, blocks: int, budget: int, seats: int, caching: bool, asynchronous: bool, policy: str,
+    def begin(self, **drawn: Any) -> None:
+        self.start(**(drawn | self.fixed))
+
+    def start(
+        self, *, block_size: int, blocks: int, budget: int, seats: int, caching: bool, asynchronous: bool, policy: str,
         threshold: int, watermark: float, reserve: bool, fail_at: frozenset[int], queued: int | None,
-        guesses: int | None,
+        calm: bool, guesses: int | None,
     ) -> None:  # fmt: skip
         self.runner = FakeRunner(num_blocks=blocks + 1, block_size=block_size, max_tokens=budget, fail_at=fail_at)
         config = SchedulerConfig(
@@ -111,17 +121,26 @@ class EngineMachine(RuleBasedStateMachine):
         self.tokenizer = FakeTokenizer()
         guessing = None if guesses is None else Drafting(drafter=Guesses(self.runner, guesses), most=4, watch=Always())
         self.engine = Engine(
-            self.runner, self.tokenizer, config, enable_prefix_caching=caching, drafting=guessing  # type: ignore[arg-type]
+            self.runner, self.tokenizer, config, enable_prefix_caching=caching, drafting=guessing,  # type: ignore[arg-type]
+            recorder=self.planned,
         )  # fmt: skip
         self.wanted: dict[str, Drawn] = {}
         self.got: dict[str, RequestOutput] = {}
         self.tokens: dict[str, list[list[int]]] = {}
         self.texts: dict[str, list[str]] = {}
         self.blocked: set[str] = set()
-        self.paused = False
+        self.paused, self.calm = False, calm
 
-    @rule(request=drawn_requests(), priority=st.integers(0, 2), tenant=st.sampled_from("ab"), blocked=st.booleans())
-    def add(self, request: Drawn, priority: int, tenant: str, blocked: bool) -> None:
+    @rule(
+        request=drawn_requests(), priority=st.integers(0, 2), tenant=st.sampled_from("ab"),
+        blocked=st.sampled_from([False, False, False, True]),
+        twins=st.sampled_from([1, 1, 2]),
+    )  # fmt: skip
+    def add(self, request: Drawn, priority: int, tenant: str, blocked: bool, twins: int) -> None:
+        for _ in range(twins):
+            self.add_one(request, priority, tenant, blocked)
+
+    def add_one(self, request: Drawn, priority: int, tenant: str, blocked: bool) -> None:
         name = str(len(self.wanted))
         try:
             self.engine.add_request(
@@ -170,6 +189,7 @@ class EngineMachine(RuleBasedStateMachine):
         if name not in self.got:
             self.engine.unblock(name)
 
+    @precondition(lambda self: not self.calm)  # else what stays for long is not seen often
     @rule(mode=st.sampled_from(["wait", "keep", "abort"]), clear=st.booleans())
     def pause(self, mode: str, clear: bool) -> None:
         try:
@@ -188,12 +208,15 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.resume()
         self.paused = False
 
+    @precondition(lambda self: not self.calm)
     @rule(version=st.sampled_from("xyz"))
     def change_weights(self, version: str) -> None:
         try:
             self.engine.weights_changed(version)
         except RuntimeError as error:
             assert "as told" in str(error)
+        else:
+            self.runner.weights += 1  # what is in the cache by now must not be read again
 
     def one_step(self) -> None:
         try:
@@ -228,7 +251,7 @@ class EngineMachine(RuleBasedStateMachine):
     def compare(self, name: str) -> None:
         drawn, output = self.wanted[name], self.got[name]
         wanted = alone(drawn, self.runner)
-        for w, g, tokens, text in zip(wanted, output.outputs, self.tokens[name], self.texts[name], strict=True):
+        for w, g, tokens, text in zip(wanted.outputs, output.outputs, self.tokens[name], self.texts[name], strict=True):
             if g.finish_reason == "abort":
                 assert tokens == w.token_ids[: len(tokens)] and w.text.startswith(text[: len(w.text)])
                 continue
@@ -242,7 +265,22 @@ class EngineMachine(RuleBasedStateMachine):
                 assert g.logprobs == w.logprobs and g.cumulative_logprob == w.cumulative_logprob
         whole = drawn.params.output_kind is not RequestOutputKind.DELTA and any(self.tokens[name])
         if whole and drawn.params.prompt_logprobs is not None and output.outputs[0].finish_reason != "abort":
-            assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(drawn.prompt)
+            assert output.prompt_logprobs == wanted.prompt_logprobs
+
+    def planned(self, view: View, decided: Plan) -> None:
+        """Check what is planned before it is carried out: pure, within the limits, no token that nobody needs."""
+        scheduler, config = self.engine.scheduler, self.engine.scheduler.config
+        assert plan(view, config, scheduler.policy) == decided, "the plan is no function of the view"
+        counts = [count for _, count in decided.grants] + [a.count for a in decided.admissions]
+        assert sum(counts) <= config.max_num_batched_tokens, "the step is over the token budget"
+        running = len(view.running) - len(decided.preemptions) + len(decided.admissions)
+        assert running <= config.max_num_seqs, "more run at once than may"
+        assert not {slot for slot, _ in decided.grants} & {*decided.preemptions}
+        for slot, count in decided.grants:
+            s = scheduler.slots.sequences[slot]
+            assert s is not None and s.blocked is None and count > 0
+            needed = len(s.prompt) + s.max_tokens - 1
+            assert scheduler.slots.scheduled[slot] + count <= needed, "a token is computed after the last"
 
     @invariant()
     def holds(self) -> None:

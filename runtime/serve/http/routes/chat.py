@@ -36,7 +36,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     thinking = marks is not None and text.rstrip().endswith(marks[0])
     params = _formed(body, params, tools, ("", marks[1]) if marks and thinking else marks)
     request_id = request_name(request, body.request_id, "chatcmpl")
-    work = Work(state, llm, request_id)
+    work = Work(state, llm, request_id, name)
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
     await work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
 

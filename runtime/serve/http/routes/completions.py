@@ -52,7 +52,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     params = body.sampling(llm.default_sampling, max_tokens=body.max_tokens, logprobs=body.logprobs)
     encoded = await asyncio.to_thread(_encoded, prompts, asked, body)
     request_id = request_name(request, body.request_id, "cmpl")
-    work = Work(state, llm, request_id)
+    work = Work(state, llm, request_id, name)
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
     await work.submit(encoded, params, priority=body.priority, stream_interval=interval)
     answer = _Answer(body, request_id, name, [text or "" for text, _ in encoded])

@@ -38,7 +38,7 @@ class GenerateRequest(Body):
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Continue token ids; the answer holds the ids of n outputs, with their log probabilities when asked for."""
     state = serving(request)
-    _, llm = state.choose(body.model, request, body)
+    model, llm = state.choose(body.model, request, body)
     (await state.prompts(llm)).check(body.token_ids)
     given = {"detokenize": False, **llm.default_sampling, **body.sampling_params}
     if taken := given.keys() & {"output_kind", "stream_interval", "logits_processors", "repetition_detection"}:
@@ -48,7 +48,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     except TypeError as error:  # a name that is no field, or a value that cannot be compared
         raise ValueError(f"sampling_params: {error}") from None
     name = request_name(request, body.request_id, "generate-tokens")
-    work = Work(state, llm, name)
+    work = Work(state, llm, name, model)
     interval = state.settings.stream_interval if body.stream else 0
     await work.submit([(None, body.token_ids)], params, priority=body.priority, stream_interval=interval)
     if body.stream:

@@ -83,21 +83,27 @@ async def metrics(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """The names that requests may ask for."""
     state = serving(request)
-    return _json({"object": "list", "data": [_model(state, name) for name in state.models]})
+    return _json({"object": "list", "data": [_model(state, name) for name in _names(state)]})
 
 
 @router.get("/v1/models/{name:path}", responses=answers(401, 404), response_class=Response)
 async def model(name: str, request: Request) -> Response:
     """One of them."""
     state = serving(request)
-    if name not in state.models:
-        raise ApiError(404, f"model {name!r} is not served; there are: {', '.join(state.models)}", "model")
+    if name not in _names(state):
+        raise ApiError(404, f"model {name!r} is not served; there are: {', '.join(_names(state))}", "model")
     return _json(_model(state, name))
 
 
+def _names(state: Any) -> list[str]:
+    return [*state.models, *state.adapters.by_name]
+
+
 def _model(state: Any, name: str) -> dict[str, Any]:
-    info = state.models[name].engine.info
+    adapter = state.adapters.by_name.get(name)
+    info = (state.llm if adapter else state.models[name]).engine.info
     return {
-        "id": name, "object": "model", "created": int(state.started_s), "owned_by": "seamwise", "root": name,
-        "parent": None, "max_model_len": info.max_model_len if info else None,
+        "id": name, "object": "model", "created": int(state.started_s), "owned_by": "seamwise",
+        "root": adapter.lora_path if adapter else name, "parent": state.default if adapter else None,
+        "max_model_len": info.max_model_len if info else None,
     }  # fmt: skip

@@ -88,7 +88,7 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     text = await asyncio.to_thread(prompts.render, body.messages())
     ids = await asyncio.to_thread(prompts.encode, text, add_special_tokens=False)
     request_id = request_name(request, None, "resp")
-    work = Work(state, llm, request_id)
+    work = Work(state, llm, request_id, name)
     await work.submit(
         [(text, ids)], params, priority=0, stream_interval=state.settings.stream_interval if body.stream else 0
     )

@@ -1,18 +1,13 @@
-"""`seamwise bench models`: every decoder of transformers that Seamwise does not define, tiny and random, beside itself.
+"""One decoder of transformers, tiny and random, beside itself.
 
-Each configuration is made small, saved by save_pretrained with random weights, loaded through entry="transformers" and
+Its configuration is made small, saved by save_pretrained with random weights, loaded through entry="transformers" and
 run in chunks beside other requests; its logits are compared with those of transformers' own class.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import sys
 import tempfile
-import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +32,37 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 # What some classes want beside: sizes that hang together, lists with an entry for each layer.
-_LATENT = {"num_key_value_heads": 4}  # keys and values of latents have a head for each query
+_LATENT: dict[str, Any] = {"num_key_value_heads": 4}  # keys and values of latents have a head for each query
+_DECODER: dict[str, Any] = {"is_decoder": True}  # else these look ahead
 EXTRA: dict[str, dict[str, Any]] = {
-    name: _LATENT
-    for name in (
-        "AXK1ForCausalLM", "AXK2ForCausalLM", "DeepseekV32ForCausalLM", "Dots3NoteForCausalLM",
-        "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "MiniCPM3ForCausalLM",
-    )
+    "CohereCompassForCausalLM": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in (
+            "sliding_attention", "full_attention"
+        )},
+    },
+    "Gemma3nForCausalLM": {"num_kv_shared_layers": 0},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["full_attention"] * 2},
+    "Lfm2MoeForCausalLM": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 1},
+    "DbrxForCausalLM": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 48},
+    },
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "XmodForCausalLM": _DECODER | {"default_language": "en_XX"},
+    "BigBirdForCausalLM": _DECODER | {"attention_type": "original_full"},
+    "LongcatFlashForCausalLM": {"qk_head_dim": 24, "head_dim": 8} | _LATENT,
+    "YoutuForCausalLM": _LATENT | {"head_dim": 8},
 }  # fmt: skip
+EXTRA |= dict.fromkeys((
+    "AXK1ForCausalLM", "AXK2ForCausalLM", "DeepseekV32ForCausalLM", "Dots3NoteForCausalLM",
+    "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "MiniCPM3ForCausalLM",
+), _LATENT)  # fmt: skip
+EXTRA |= dict.fromkeys((
+    "BertLMHeadModel", "BertGenerationDecoder", "CamembertForCausalLM", "Data2VecTextForCausalLM",
+    "ElectraForCausalLM", "ErnieForCausalLM", "MegatronBertForCausalLM", "RemBertForCausalLM",
+    "RoCBertForCausalLM", "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM", "RoFormerForCausalLM",
+    "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM",
+), _DECODER)  # fmt: skip
 REQUESTS = [[5, 77, 3, 18, 44, 9, 60, 61, 62, 10, 11, 71, 33], [7, 8, 90]]
 CHUNKS = ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 4, 1: 1}, {0: 1})
 
@@ -152,29 +170,3 @@ def _stepped(step: Any, block_size: int) -> list[torch.Tensor]:
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
-
-
-def main(arguments: list[str]) -> int:
-    """Print a line for each model and the counts. Returns 1 where a model is wrong."""
-    parser = argparse.ArgumentParser(prog="seamwise bench models", description=__doc__)
-    parser.add_argument("architecture", nargs="*", help="names of classes; default: all")
-    parser.add_argument("--json", type=Path, help="write the outcomes to this file")
-    options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    outcomes = []
-    for name in options.architecture or architectures():
-        outcomes.append(try_model(name))
-        print(f"{name:36} {outcomes[-1].verdict:14} {outcomes[-1].reason}", flush=True)
-    counts = Counter(one.verdict for one in outcomes)
-    print(", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()), f"of {len(outcomes)}")
-    if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(one) for one in outcomes], indent=1) + "\n")
-    return 1 if counts["wrong"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

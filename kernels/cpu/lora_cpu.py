@@ -1,0 +1,65 @@
+"""The CPU providers of LoRA's two products, in C++ (lora_cpu.cpp): float32 and bfloat16."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from seamwise.kernels.linear.lora import lora_expand, lora_shrink, refuses_dtypes
+
+from .tape import Kernel, empty, launch
+
+_SHRINK = Kernel("lora_cpu.cpp", "seamwise_lora_shrink")
+_EXPAND = Kernel("lora_cpu.cpp", "seamwise_lora_expand")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _refuses(*rows: Tensor) -> str | None:
+    if rows[0].dtype not in _DTYPES:
+        return f"rows must be float32 or bfloat16, got {rows[0].dtype}"
+    return refuses_dtypes(*rows)
+
+
+@lora_shrink.provider("cpp", devices=("cpu",), refuses=lambda x_TD, a_LRD: _refuses(x_TD, a_LRD), launches=True)
+def lora_shrink_cpp(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
+    (tokens, width), (adapters, rank, _) = x_TD.shape, a_LRD.shape
+    out = empty((tokens, rank), x_TD.dtype)
+    wrong = launch(
+        _SHRINK, _DTYPES[x_TD.dtype], int(adapter_T.dtype == torch.int64), x_TD.data_ptr(), a_LRD.data_ptr(),
+        adapter_T.data_ptr(), out.data_ptr(), tokens, width, rank, adapters, x_TD.stride(0) * x_TD.element_size(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _check("lora_shrink", adapter_T, adapters, wrong)
+    return out
+
+
+@lora_expand.provider(
+    "cpp", devices=("cpu",), refuses=lambda y_TN, s_TS, b_LRN: _refuses(y_TN, s_TS, b_LRN), launches=True
+)
+def lora_expand_cpp(
+    y_TN: Tensor, s_TS: Tensor, b_LRN: Tensor, adapter_T: Tensor, scaling_LP: Tensor, widths: list[int]
+) -> Tensor:
+    (tokens, width), (adapters, rank, _) = y_TN.shape, b_LRN.shape
+    out, size = empty((tokens, width), y_TN.dtype), y_TN.element_size()
+    wrong = launch(
+        _EXPAND, _DTYPES[y_TN.dtype], int(adapter_T.dtype == torch.int64), y_TN.data_ptr(), s_TS.data_ptr(),
+        b_LRN.data_ptr(), adapter_T.data_ptr(), scaling_LP.data_ptr(), _ends(tuple(widths)).data_ptr(), out.data_ptr(),
+        tokens, rank, width, adapters, len(widths), y_TN.stride(0) * size, s_TS.stride(0) * size,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _check("lora_expand", adapter_T, adapters, wrong)
+    return out
+
+
+@cache
+def _ends(widths: tuple[int, ...]) -> Tensor:
+    """Return where slices end; kept for ever, because tapes hold its address."""
+    with torch.inference_mode(False):
+        return torch.tensor(widths).cumsum(0)
+
+
+def _check(op: str, adapter_T: Tensor, adapters: int, wrong: int) -> None:
+    if wrong:
+        raise ValueError(f"{op}: row {wrong - 1} has adapter {int(adapter_T[wrong - 1])}, wanted below {adapters}")

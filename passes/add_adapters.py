@@ -1,0 +1,117 @@
+"""Put adapters (LoRA) behind the linear layers: each row is changed by the adapter of its request, or by none.
+
+before: y = linear(x, w, bias)
+after:  y = linear(x, w, bias)
+        y = lora_expand(y, lora_shrink(x, a, adapters), b, adapters, scaling, [N])
+A layer that was joined of several (q, k and v) has a slice of columns for each, with its own part of the ranks, as
+adapters know the layers apart. a, b and scaling hold one adapter a slot and are no parameter's: the runner writes them
+(recipe "adapter"). Where the step has no input `token_adapters`, nothing is changed. An adapter of rank 16 adds
+16·(K + N) multiplications a row to the K·N of its layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from seamwise.kernels import lora_expand, lora_shrink
+from seamwise.kernels.signature import known_equal
+
+from .graph import aten, inserting, is_op, place, value
+from .matcher import Miss
+from .rewrite import Pass, Report
+
+INPUT = "token_adapters"  # (T,) int32: the slot of each row's adapter, -1: none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRoom:
+    """How many adapters a step may mix, and their greatest rank: what the input's placeholder says in its meta."""
+
+    max_loras: int
+    max_rank: int
+
+
+def add_adapters(module: GraphModule, report: Report) -> None:
+    """Change every linear layer of the step's tokens; others are misses."""
+    found = [n for n in module.graph.find_nodes(op="placeholder") if n.name == INPUT]
+    if not found:
+        return
+    taken: set[str] = set()
+    for node in list(module.graph.nodes):
+        if not is_op(node, aten.linear.default):
+            continue
+        parts = _layers(node.args[1])
+        if (reason := _why_not(node, parts, taken, found[0])) is not None:
+            report.misses.append(Miss(place(node), node.name, reason))
+            continue
+        taken |= {name for name, _ in parts}
+        _change(module, node, parts, found[0])
+        report.matched += 1
+
+
+def _layers(weight: Any) -> list[tuple[str, int]]:
+    """Return the layers that a weight is of, by the modules' paths, and the columns that each gives; [] where unknown.
+
+    A weight is a parameter, what is computed from one module's (a quantized one), or several of these joined.
+    """
+    if is_op(weight, aten.cat.default) and weight.args[1:] in ((), (0,)):
+        joined = [_layers(part) for part in weight.args[0]]
+        return [layer for part in joined for layer in part] if all(joined) else []
+    pending, modules = [weight], set()
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            modules.add(str(node.meta.get("parameter", "")).rpartition(".")[0])
+        pending += node.all_input_nodes
+    return [(modules.pop(), value(weight).shape[0])] if len(modules) == 1 and "" not in modules else []
+
+
+def _why_not(node: Node, parts: list[tuple[str, int]], taken: set[str], adapters: Node) -> str | None:
+    if not parts:
+        return "its weight is no module's own"
+    if again := taken & {name for name, _ in parts}:
+        return f"{min(again)} is read twice"
+    x = value(node.args[0])  # type: ignore[arg-type]
+    if any(n != 1 for n in x.shape[:-2]) or not known_equal(x.shape[-2], value(adapters).shape[0]):
+        return "its rows are not the step's tokens, each of which has an adapter"
+    return None
+
+
+def _change(module: GraphModule, node: Node, parts: list[tuple[str, int]], adapters: Node) -> None:
+    room: AdapterRoom = adapters.meta["adapters"]
+    x, y = value(node.args[0]), value(node)  # type: ignore[arg-type]
+    widths = [width for _, width in parts]
+    shapes = {
+        "a": (room.max_loras, len(parts) * room.max_rank, x.shape[-1]),
+        "b": (room.max_loras, room.max_rank, y.shape[-1]),
+        "scaling": (room.max_loras, len(parts)),
+    }
+    held: dict[str, Node] = {}
+    with module.graph.inserting_before(next(iter(module.graph.nodes))):
+        for role, shape in shapes.items():
+            made = held[role] = module.graph.placeholder(f"adapters_{node.name}_{role}")
+            dtype = torch.float32 if role == "scaling" else y.dtype
+            recipe = {
+                "adapter": role, "modules": [name for name, _ in parts], "widths": widths, "shape": list(shape),
+                "dtype": str(dtype).removeprefix("torch."),
+            }  # fmt: skip
+            made.meta.update(val=y.new_empty(shape, dtype=dtype), weight=True, recipe=recipe)
+    users = list(node.users)
+    with inserting(module.graph, node.next, like=node) as proxy:
+        rows, ids = proxy(node.args[0]), proxy(adapters)  # type: ignore[arg-type]
+        before = proxy(node)
+        if len(x.shape) > 2:
+            rows, before = (aten.reshape.default(t, [-1, t.node.meta["val"].shape[-1]]) for t in (rows, before))
+        low = lora_shrink(rows, proxy(held["a"]), ids)
+        changed = lora_expand(before, low, proxy(held["b"]), ids, proxy(held["scaling"]), widths)
+        if len(y.shape) > 2:
+            changed = aten.reshape.default(changed, [*y.shape[:-2], -1, y.shape[-1]])
+    for user in users:
+        user.replace_input_with(node, changed.node)
+
+
+ADD_ADAPTERS = Pass(name="add_adapters", rewrite=add_adapters)
