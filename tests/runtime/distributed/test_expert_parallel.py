@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from families import draw_tokens
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from moe_families import GROUPS, MLA, MOE
 from quantized_checkpoints import LAYOUTS, save_quantized
@@ -47,6 +47,7 @@ def check_ops(rank: int, ranks: int, group: str) -> None:
         chosen=st.sampled_from(["drawn", "one", "none", "first rank"]),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     )  # fmt: skip
+    @example(tokens=7, choices=3, width=5, seed=1, chosen="drawn", dtype=torch.float32)
     def law(tokens: int, choices: int, width: int, seed: int, chosen: str, dtype: torch.dtype) -> None:
         experts, share = 4 * ranks, 4
         draw = torch.Generator().manual_seed(1000 * seed + rank)
@@ -104,8 +105,8 @@ class RowByRow(TorchDispatchMode):
 
 
 SCHEDULES: list[list[dict[int, int]]] = [  # by rank: {} is a step without work; the last ones are replayed
-    [{0: 6, 2: 3}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1}, {}, {1: 3}],
-    [{}, {1: 9}, {1: 1}, {0: 1, 1: 1}, {2: 5}, {}],
+    [{0: 6, 2: 3}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1}, {}, {1: 3}, {1: 1}],
+    [{}, {1: 9}, {1: 1}, {0: 1, 1: 1}, {2: 5}, {}, {}],
 ]
 
 
@@ -237,7 +238,7 @@ def work(rank: int, ranks: int, home: str) -> None:
         if ranks == 2:
             check_model(root, "qwen3", rank, ranks, entry="transformers")
             stats = check_model(root, "qwen3", rank, ranks, recorded=True).recording_stats
-            assert stats.steps["full"] == 2  # decode on both ranks, of other numbers of requests
+            assert stats.steps["full"] == 3  # decode on both ranks, of other numbers of requests, or none
             modes = {"recorded": True, "cudagraph_mode": "full_and_piecewise"}
             assert check_model(root, "deepseek", rank, ranks, **modes).recording_stats.steps["piecewise"] == 4
             check_quantized(root, rank, ranks)
