@@ -36,6 +36,8 @@ MATCHES = {
     "gpt_oss": (5, 4, 0, 4, 0, 2),
 }
 
+ONE_TABLE: dict[str, Any] = {"disable_hybrid_kv_cache_manager": True}  # the steps here have one block table
+
 
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("family", MOE)
@@ -118,7 +120,7 @@ def run_compiled(runner: ModelRunner, requests: list[list[int]]) -> list[torch.T
 def test_compiled_it_keeps_its_promises(family: str, entry: str) -> None:
     theirs, directory = tiny_moe(family)
     options = {"entry": entry, "pack_dir": None, "pipeline": PipelineConfig(validate=True)}
-    runner = ModelRunner.load(directory, dtype=torch.float32, device="cpu", **options)
+    runner = ModelRunner.load(directory, dtype=torch.float32, device="cpu", **options, **ONE_TABLE)
     counts = {r.name: (r.matched, r.expected) for r in runner.program.reports}
     wanted = dict(zip(PASSES, MATCHES[family], strict=True))
     if (family, entry) == ("gpt_oss", "transformers"):  # whose rotation is another arithmetic
@@ -135,7 +137,7 @@ def test_compiled_it_keeps_its_promises(family: str, entry: str) -> None:
 def test_in_bfloat16_most_rows_are_as_near_as_transformers(family: str) -> None:
     """Rounding may choose another expert for a token, and then its row is far off: the median row is held."""
     theirs, directory = tiny_moe(family)
-    runner = ModelRunner.load(directory, dtype=torch.bfloat16, device="cpu", pack_dir=None)
+    runner = ModelRunner.load(directory, dtype=torch.bfloat16, device="cpu", pack_dir=None, **ONE_TABLE)
     requests = draw_tokens(4, 19, 5, 34)
     got = torch.cat(run_compiled(runner, requests))
     same, exact = (torch.cat(reference(copy.deepcopy(theirs).to(d), requests)) for d in (got.dtype, torch.float64))
@@ -147,7 +149,9 @@ def test_it_comes_back_from_a_pack(pack_dir: Path) -> None:
     theirs, directory = tiny_moe("deepseek_v3")
     requests = draw_tokens(4, 19, 5, 34)
     for offline in (False, True):
-        runner = ModelRunner.load(directory, dtype=torch.float32, device="cpu", pack_dir=pack_dir, offline=offline)
+        runner = ModelRunner.load(
+            directory, dtype=torch.float32, device="cpu", pack_dir=pack_dir, offline=offline, **ONE_TABLE
+        )
         assert_within_budget(run_compiled(runner, requests), copy.deepcopy(theirs), requests)
 
 
@@ -196,12 +200,11 @@ def test_gpt_oss_reads_its_experts_in_mxfp4(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     requests = draw_tokens(4, 19, 5, 34)
-    one_table: dict[str, Any] = {"disable_hybrid_kv_cache_manager": True}  # as the steps of run_compiled have
-    runner = ModelRunner.load(tmp_path, dtype=torch.float32, device="cpu", pack_dir=None, **one_table)
+    runner = ModelRunner.load(tmp_path, dtype=torch.float32, device="cpu", pack_dir=None, **ONE_TABLE)
     assert runner.program.providers["grouped_mxfp4_linear:torch"] == 4
     assert_within_budget(run_compiled(runner, requests), theirs, requests)
     dummy = ModelRunner.load(
-        tmp_path, dtype=torch.float32, device="cpu", pack_dir=None, load_format="dummy", **one_table
+        tmp_path, dtype=torch.float32, device="cpu", pack_dir=None, load_format="dummy", **ONE_TABLE
     )
     assert all(torch.isfinite(part).all() for part in run_compiled(dummy, requests))
     with pytest.raises(ValueError, match="only Seamwise's own definition reads experts in MXFP4"):

@@ -58,11 +58,20 @@ class FakeEngine:
             raise RuntimeError(f"{len(self.requests)} requests are running; finish or abort them first")
 
     def add_request(
-        self, request_id: str, ids: list[int], params: SamplingParams, *, prompt: str | None = None, priority: int = 0
-    ) -> None:
+        self, request_id: str, ids: list[int], params: SamplingParams, *, prompt: str | None = None, priority: int = 0,
+        lora_request: None = None,
+    ) -> None:  # fmt: skip
         if len(ids) == 13:
             raise ValueError("the fake engine takes no prompt of 13 tokens")
         self.requests[request_id] = Held(request_id, ids, params)
+
+    def add_lora(self, lora_request: object) -> bool:
+        raise ValueError("no adapters here")
+
+    remove_lora = add_lora
+
+    def list_loras(self) -> set[int]:
+        raise ValueError("no adapters here")
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         held = self.requests.pop(request_id, None)

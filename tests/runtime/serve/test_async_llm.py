@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from servers import fake_llm
 
+from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
@@ -76,8 +77,11 @@ def test_calls_and_refusals() -> None:
         await llm.resume_generation()
         await llm.check_health()
         assert llm.is_running and not llm.errored and llm.world_size == 1
-        for call in (llm.encode("abc"), llm.list_loras(), llm.start_profile(), llm.add_lora("x")):
+        for call in (llm.encode("abc"), llm.start_profile()):
             with pytest.raises(Unsupported, match="this engine has no"):
+                await call
+        for call in (llm.list_loras(), llm.add_lora(LoRARequest("x", 1, "directory")), llm.remove_lora(1)):
+            with pytest.raises(ValueError, match="no adapters here"):
                 await call
         with pytest.raises(ValueError, match="no prompt of 13 tokens"):
             await anext(llm.generate("a" * 13))
