@@ -49,6 +49,7 @@ class Drafting:
     watch: Watch = field(default_factory=Watch)
     stats: DraftStats = field(default_factory=DraftStats)
     _forced: set[int] = field(default_factory=set)  # slots of the next step whose guess is a grammar's
+    _asked: bool = False  # whether the drafter was asked for the last step
     _seconds: float = 0.0  # that the last guesses took
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class Drafting:
 
     def propose(self, scheduler: Scheduler, owners: Owners) -> None:
         """Write guesses behind the known tokens of those that decode; no step may be under way."""
+        self._asked, self._seconds, self._forced = False, 0.0, set()
         if not self.wanted(scheduler, owners):
             return
         started = time.perf_counter()
@@ -74,7 +76,8 @@ class Drafting:
             if isinstance(mask, GuessableMask) and (forced := mask.forced(s.output)):
                 guesses[s.slot] = forced[: min(room, _FORCED)]
         self._forced = {*guesses}
-        if self.drafter is not None and self.watch.wants(len(slots.active())):
+        self._asked = self.drafter is not None and self.watch.wants(len(slots.active()))
+        if self.drafter is not None and self._asked:
             guesses |= self._drafts(
                 self.drafter, scheduler, [one for one in deciding if one.sequence.slot not in guesses]
             )
@@ -128,13 +131,12 @@ class Drafting:
 
     def note(self, step: Step, seconds: float, given: np.ndarray) -> None:
         """Count what became of a step's guesses; given: (R,) tokens that each sequence got."""
-        stats, by_drafter = self.stats, 0
+        stats = self.stats
         for i in step.drafts.nonzero()[0].tolist():
             count, stood = int(step.drafts[i]), max(int(given[i]) - 1, 0)
             if int(step.slots[i]) in self._forced:
                 stats.num_forced_tokens += stood
                 continue
-            by_drafter += 1
             stats.num_drafts += 1
             stats.num_draft_tokens += count
             stats.num_accepted_tokens += stood
@@ -143,7 +145,7 @@ class Drafting:
         if self.drafter is None or not (step.counts == 1 + step.drafts).all() or self._forced:
             return
         sequences = len(step.counts)
-        self.watch.note(sequences, seconds + self._seconds, int(given.sum()) if by_drafter else None)
+        self.watch.note(sequences, seconds + self._seconds, int(given.sum()) if self._asked else None)
         pays = self.watch.of(sequences).pays
         if pays != stats.active:
             stats.active = pays

@@ -56,7 +56,9 @@ class Loop:
         """Whether a further step may be planned beside those under way."""
         if not self.flights:
             return True
-        return len(self.flights) < self._depth and not self.drafting.wanted(self.scheduler, self.owners)
+        if len(self.flights) >= self._depth or any(flight.step.proposed for flight in self.flights):
+            return False  # how many of its guesses stand is not known before a step has ended
+        return not self.drafting.wanted(self.scheduler, self.owners)
 
     def launch(self) -> bool:
         """Plan a step and let it run; False when nothing can be computed now."""

@@ -83,6 +83,9 @@ def _tokens(p: SamplingParams) -> None:
     predicted = (p.extra_args or {}).get("predicted_tokens")
     if predicted is not None:
         _real("extra_args['predicted_tokens']", predicted, 0, 1e9)
+    guesses = (p.extra_args or {}).get("num_speculative_tokens")
+    if guesses is not None and (type(guesses) is not int or guesses < 0):
+        raise ValueError(f"extra_args['num_speculative_tokens']={guesses!r}: wanted 0 (none) or more")
 
 
 def _texts(p: SamplingParams) -> None:

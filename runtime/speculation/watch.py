@@ -1,8 +1,9 @@
 """Switch speculation off where it is measured to be slower, and look again from time to time.
 
-Steps of decoding alone are timed, with guesses and without, by the number of sequences in them (in powers of two). A
-step with guesses is worth its time where  time with / time without  is at most  the tokens that it gave each sequence.
-Where it is not, only SAMPLES of every PERIOD steps guess; where it is, as few do not: so both times stay known.
+Steps of decoding alone are timed, where guessing was wanted and where it was not, by the number of sequences in them
+(in powers of two); a search that finds nothing to guess is timed as well. Guessing is worth its time where  time with /
+time without  is at most  the tokens that a step with it gave each sequence. Where it is not, only SAMPLES of every
+PERIOD steps guess; where it is, as few do not: so both times stay known.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def _latest() -> deque[float]:
 
 @dataclass(slots=True)
 class Measured:
-    """The latest steps of one size: seconds without and with guesses, and tokens that a sequence got with them."""
+    """The latest steps of one size: seconds without guessing and with it, and tokens that a sequence got with it."""
 
     without_s: deque[float] = field(default_factory=_latest)
     with_s: deque[float] = field(default_factory=_latest)
@@ -51,7 +52,7 @@ class Watch:
         return found.pays != sampling
 
     def note(self, sequences: int, seconds: float, tokens: int | None) -> None:
-        """Take a step of decoding alone into account; the tokens it gave in all, None: it had no guesses."""
+        """Take a step of decoding alone into account; the tokens it gave in all, None: no guess was wanted."""
         found = self.of(sequences)
         found.steps += 1
         if tokens is None:

@@ -108,3 +108,52 @@ def test_a_request_may_have_fewer_guesses() -> None:
     params = SamplingParams(temperature=0, max_tokens=9, detokenize=False, extra_args={"num_speculative_tokens": 1})
     run(engine := engine_of(MOST), [params])
     assert engine.drafting.stats.num_accepted_tokens_per_pos == [4, 0, 0]
+
+
+class Silent:
+    """A drafter that finds nothing."""
+
+    def propose(self, known: Series[Known]) -> list[list[int]]:
+        return [[] for _ in known]
+
+
+def test_a_search_that_finds_nothing_is_timed_as_guessing() -> None:
+    made = FakeRunner(num_blocks=200, block_size=4, eos_ids=(), max_model_len=800)
+    drafting = Drafting(drafter=Silent(), most=MOST)
+    engine = Engine(made, None, SchedulerConfig(max_num_seqs=4), drafting=drafting)
+    run(engine, [SamplingParams(temperature=0, max_tokens=40, detokenize=False)])
+    measured = drafting.watch.of(1)
+    assert len(measured.with_s) >= 3 and len(measured.without_s) >= 3 and set(measured.tokens) == {1.0}
+    assert drafting.stats.num_drafts == 0
+
+
+def test_a_step_is_not_planned_beside_guesses() -> None:
+    """However the watch decides meanwhile: requests that arrive change the size of steps that it looks at."""
+
+    class Changing(Always):
+        def wants(self, sequences: int) -> bool:
+            return sequences < 2
+
+    made = FakeRunner(num_blocks=65, block_size=4, eos_ids=())
+    drafting = Drafting(drafter=Guesses(made, 1), most=MOST, watch=Changing())
+    engine = Engine(made, None, SchedulerConfig(max_num_seqs=4), drafting=drafting)
+    params = [SamplingParams(temperature=0, max_tokens=20, detokenize=False) for _ in range(4)]
+    done: dict[str, RequestOutput] = {}
+    engine.add_request("0", [3, 4, 5], params[0])
+    for i in range(1, 4):
+        for _ in range(2):
+            done |= {o.request_id: o for o in engine.step() if o.finished}
+            engine.scheduler.check()
+        engine.add_request(str(i), [3, 4, 5], params[i])
+    while engine.has_unfinished_requests():
+        done |= {o.request_id: o for o in engine.step() if o.finished}
+        engine.scheduler.check()
+    engine.close()
+    assert shown([done[str(i)] for i in range(4)]) == shown(run(engine_of(None), params))
+    assert drafting.stats.num_accepted_tokens
+
+
+@pytest.mark.parametrize("value", [-1, "2", 1.5, True])
+def test_a_number_of_guesses_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"extra_args\['num_speculative_tokens'\]"):
+        SamplingParams(extra_args={"num_speculative_tokens": value})
