@@ -42,10 +42,12 @@ class Drafting:
     """The state of speculation.
 
     drafter, most  what guesses, and how many tokens of a sequence at most; None: only grammars guess
+    vocab_size     of the model, which the engine says: an id beyond it would be read past the embedding's end
     """
 
     drafter: Drafter | None = None
     most: int = 0
+    vocab_size: int = 0
     watch: Watch = field(default_factory=Watch)
     stats: DraftStats = field(default_factory=DraftStats)
     _forced: set[int] = field(default_factory=set)  # slots of the next step whose guess is a grammar's
@@ -65,6 +67,7 @@ class Drafting:
     def propose(self, scheduler: Scheduler, owners: Owners) -> None:
         """Write guesses behind the known tokens of those that decode; no step may be under way."""
         self._asked, self._seconds, self._forced = False, 0.0, set()
+        scheduler.slots.drafts[:] = 0  # a guess for which the last step had no room is made anew
         if not self.wanted(scheduler, owners):
             return
         started = time.perf_counter()
@@ -106,6 +109,10 @@ class Drafting:
                 asked.append((one, Known(owner=owner, tokens=tokens, most=most)))
         found = {}
         for (one, known), guess in zip(asked, drafter.propose([k for _, k in asked]) if asked else [], strict=True):
+            if bad := [token for token in guess if not 0 <= token < self.vocab_size]:
+                raise RuntimeError(
+                    f"{type(drafter).__name__} guessed token {bad[0]}, wanted 0 to {self.vocab_size - 1}"
+                )
             mask = one.completion.options.mask_provider
             if isinstance(mask, GuessableMask):
                 guess = guess[: mask.follows(one.sequence.output, guess)]

@@ -88,6 +88,7 @@ class Engine:
         )
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
         self.drafting, self.adapters = drafting or Drafting(), adapters
+        self.drafting.vocab_size = runner.config.vocab_size
         depth = 2 if config.async_scheduling else 1
         self._loop = Loop(
             self.scheduler, worker, depth=depth, drafting=self.drafting, adapters=adapters is not None

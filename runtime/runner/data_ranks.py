@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from seamwise.kernels.comm import exchange
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import FIELDS, StepInput, empty_step, step_of_padding
 
@@ -24,6 +25,7 @@ def agree(batch: StepInput, options: RunnerConfig) -> list[StepInput]:
 
     Two that take turns (enable_dbo) are taken where no rank votes against it. Every rank must call it.
     """
+    exchange.forget()  # of a step that failed
     parts = halves(batch, options) if options.enable_dbo else None
     against = bool(batch.num_tokens) and parts is None
     first, second = parts or (batch, empty_step())

@@ -157,3 +157,13 @@ def test_a_step_is_not_planned_beside_guesses() -> None:
 def test_a_number_of_guesses_that_is_none_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"extra_args\['num_speculative_tokens'\]"):
         SamplingParams(extra_args={"num_speculative_tokens": value})
+
+
+@pytest.mark.parametrize("token", [-1, 24])
+def test_a_token_beyond_the_vocabulary_is_not_read(token: int) -> None:
+    class Beyond:
+        def propose(self, known: Series[Known]) -> list[list[int]]:
+            return [[5, token] for _ in known]
+
+    with pytest.raises(RuntimeError, match=f"Beyond guessed token {token}, wanted 0 to 23"):
+        run(engine_of(None, drafter=Beyond()), [SamplingParams(max_tokens=6, detokenize=False)])
