@@ -63,7 +63,6 @@ if __name__ != "kernels":
     from .sampling.gumbel_sample import gumbel_sample as gumbel_sample
     from .sampling.logprobs import logprobs as logprobs
     from .sampling.penalize import penalize as penalize
-    from .sampling.speculative_reject import speculative_reject as speculative_reject
     from .sampling.truncate_logits import truncate_logits as truncate_logits
 
     # Providers in files of their own register themselves; nothing is compiled before the first call.

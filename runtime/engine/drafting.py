@@ -107,8 +107,10 @@ class Drafting:
             if most > 0 and (mask is None or isinstance(mask, GuessableMask)):
                 owner, tokens = (slot, int(slots.epoch[slot])), slots.tokens[slot, : slots.known[slot]]
                 asked.append((one, Known(owner=owner, tokens=tokens, most=most)))
+        if not asked:
+            return {}
         found = {}
-        for (one, known), guess in zip(asked, drafter.propose([k for _, k in asked]) if asked else [], strict=True):
+        for (one, known), guess in zip(asked, drafter.propose([known for _, known in asked]), strict=True):
             if bad := [token for token in guess if not 0 <= token < self.vocab_size]:
                 raise RuntimeError(
                     f"{type(drafter).__name__} guessed token {bad[0]}, wanted 0 to {self.vocab_size - 1}"

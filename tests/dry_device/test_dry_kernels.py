@@ -15,7 +15,7 @@ from seamwise.kernels.contract import CONTRACTS
 WITH_TRITON = [name for name, c in sorted(CONTRACTS.items()) if any(p.triton for p in c.providers)]
 CASES = [(name, label) for name in WITH_TRITON for label in CONTRACTS[name].shapes]
 # Inputs that are drawn by looking at values, which a fake tensor has not.
-NOT_DRAWN = {"penalize", "speculative_reject"}
+NOT_DRAWN = {"penalize"}
 
 
 def call(name: str, label: str, seen: Seen) -> str:

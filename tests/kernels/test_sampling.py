@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from seamwise.kernels import gumbel_sample, logprobs, penalize, speculative_reject, truncate_logits
+from seamwise.kernels import gumbel_sample, logprobs, penalize, truncate_logits
 from seamwise.kernels.cpu.tokenwise_cpu import argmax_rows
 from seamwise.kernels.sampling.sampling_noise import ACCEPT, DRAW, RECOVER, draw_keys, gumbel_noise, uniform_noise
 
@@ -218,74 +218,3 @@ def test_logprobs_are_their_definition(dtype: torch.dtype) -> None:
     assert tied_ids.tolist() == [list(range(30))]
     with pytest.raises(ValueError, match="num_top is 2001"):
         logprobs(logits, chosen, 2001)
-
-
-# Token 0, whose noise decides on acceptance too, is among those that replace a rejected token.
-DRAFT, TARGET = [0.0, 1.0, 0.3, -1.0, 0.0], [1.0, 0.0, -1.0, 1.2, 0.5]
-
-
-def drafted(count: int, temperature: float, certain: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `count` requests with two tokens of one draft distribution each; return (tokens (count, 3), counts, p)."""
-    draft, target = torch.tensor([DRAFT, TARGET])
-    seeds = torch.arange(count)
-    positions = torch.full((count,), 11)
-    hot = torch.full((count,), temperature)
-    first, second = (gumbel_sample(draft.expand(count, -1), torch.ones(count), seeds, positions + i) for i in (0, 1))
-    ids = torch.stack([first, second], 1)
-    ids = torch.ones_like(ids) if certain else ids
-    probs = None if certain else draft.softmax(0).expand(2 * count, -1)
-    logits = target.expand(3 * count, -1)
-    starts = torch.arange(count + 1) * 2
-    tokens, counts = speculative_reject(ids.flatten(), probs, starts, logits, hot, seeds, positions)
-    return tokens.view(count, 3), counts, (target / temperature).softmax(0)
-
-
-@pytest.mark.parametrize("certain", [False, True])
-def test_speculation_keeps_the_target_distribution(certain: bool) -> None:
-    tokens, counts, p = drafted(20_000, 0.8, certain)
-    q = torch.eye(5)[1] if certain else torch.tensor(DRAFT).softmax(0)
-    for place in range(3):
-        reached = counts > place
-        assert chi_square(tokens[reached, place], p) < 18.5
-        assert bool((tokens[~reached, place] == -1).all())
-        if place:  # whatever came before: the tokens of a request are independent here
-            assert chi_square(tokens[reached & (tokens[:, 0] == 1), place], p) < 18.5
-    accepted = float(torch.minimum(p, q).sum())  # Leviathan et al. 2022, theorem 3.5
-    seen = float((counts > 1).double().mean())
-    assert abs(seen - accepted) < 4 * math.sqrt(accepted * (1 - accepted) / 20_000)
-
-
-def test_greedy_speculation_is_the_prefix_of_the_argmax() -> None:
-    logits = torch.randn(4 + 1 + 3 + 1 + 0 + 1, 30, generator=torch.Generator().manual_seed(0))
-    best = logits.argmax(-1).tolist()
-    first, second = [best[0], best[1], (best[2] + 1) % 30, best[3]], best[5:8]
-    starts, ids = torch.tensor([0, 4, 7, 7]), torch.tensor([*first, *second])
-    zeros = torch.zeros(3)
-    tokens, counts = speculative_reject(ids, None, starts, logits, zeros, zeros.long(), zeros.long())
-    assert counts.tolist() == [3, 4, 1]
-    assert tokens.tolist() == [*best[:3], -1, -1, *best[5:9], best[9]]
-
-
-def test_speculation_of_the_target_itself_accepts_all_and_goes_on_as_without_it() -> None:
-    """With draft = target all is accepted, and the token after it is the one that gumbel_sample draws there."""
-    logits = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).repeat_interleave(3, 0)
-    row = torch.arange(120)
-    seeds, positions, hot = torch.arange(40), torch.arange(40) * 5, torch.ones(40)
-    plain = gumbel_sample(logits, torch.ones(120), seeds.repeat_interleave(3), positions.repeat_interleave(3) + row % 3)
-    probs = logits[row % 3 < 2].softmax(-1)
-    tokens, counts = speculative_reject(
-        plain[row % 3 < 2], probs, torch.arange(41) * 2, logits, hot, seeds, positions
-    )  # fmt: skip
-    assert counts.tolist() == [3] * 40
-    assert torch.equal(tokens, plain)
-
-
-def test_a_request_does_not_depend_on_its_batch() -> None:
-    args = speculative_reject.make_inputs({"R": 4, "V": 50, "drafted": 4}, dtype=torch.float32, device="cpu", seed=7)
-    ids, probs, starts, logits, *rest = args
-    tokens, counts = speculative_reject(*args)
-    for r in range(4):
-        low, high = int(starts[r]), int(starts[r + 1])
-        alone = (ids[low:high], probs[low:high], torch.tensor([0, high - low]), logits[low + r : high + r + 1])
-        own_tokens, own_counts = speculative_reject(*alone, *(t[r : r + 1] for t in rest))
-        assert torch.equal(own_tokens, tokens[low + r : high + r + 1]) and int(own_counts) == int(counts[r])

@@ -11,7 +11,7 @@ import triton.language as tl
 from laws import check
 from torch import Tensor
 
-from seamwise.kernels import gumbel_sample, logprobs, penalize, speculative_reject, truncate_logits
+from seamwise.kernels import gumbel_sample, logprobs, penalize, truncate_logits
 from seamwise.kernels.sampling.sampling_noise import (
     ACCEPT,
     DRAW,
@@ -82,26 +82,6 @@ def test_a_row_with_nothing_allowed_gives_token_0() -> None:
     assert gumbel_sample.run("triton", logits, hot, ids, ids).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_speculation_of_a_close_a_certain_and_an_equal_draft(seed: int) -> None:
-    sizes = {"R": 5, "V": 90, "drafted": 3}
-    args: Any = speculative_reject.make_inputs(sizes, dtype=torch.float32, device=DEVICE, seed=seed)
-    ids, probs, starts, logits, hot, *rest = args
-    draft = torch.arange(len(ids), device=DEVICE)
-    request = torch.searchsorted(starts, draft, right=True) - 1
-    equal = (logits[draft + request] / hot[request].clamp(min=0.1).unsqueeze(-1)).softmax(-1)
-    for q in (probs, None, equal, 4 * equal):  # the last rejects where nothing is left of p - q
-        check(speculative_reject, "triton", (ids, q, starts, logits, hot, *rest))
-
-
-def test_greedy_speculation_takes_the_first_of_equals() -> None:
-    logits, starts = torch.zeros(3, 4500, device=DEVICE), torch.tensor([0, 2], device=DEVICE)
-    zero = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    ids = torch.tensor([0, 4096], device=DEVICE)  # one program holds both in one place
-    tokens, counts = speculative_reject.run("triton", ids, None, starts, logits, zero.float(), zero, zero)
-    assert tokens.tolist() == [0, 0, -1] and counts.tolist() == [2]
-
-
 def _refused(contract: Any, args: tuple[Any, ...], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         contract.run("triton", *args)
@@ -119,6 +99,5 @@ def test_refusals() -> None:
     _refused(
         penalize, (logits, ids[:0], ids[:0], floats[:0], starts, penalties, None), "contiguous in its last dimension"
     )
-    _refused(speculative_reject, (ids[:0], None, starts, logits, floats, ids, ids), "contiguous in its last dimension")
     mask = torch.zeros(4, 1, dtype=torch.int32, device=DEVICE)
     _refused(penalize, (logits.contiguous(), ids[:0], ids[:0], floats[:0], starts, penalties, mask), "mask has 1 words")
