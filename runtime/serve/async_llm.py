@@ -211,8 +211,8 @@ class AsyncLLM:
         await self.engine.stop()
 
 
-def _sent(lora_request: LoRARequest) -> tuple[str, int, str]:
-    return lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path
+def _sent(lora_request: LoRARequest) -> tuple[str, int, str, bool]:
+    return lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path, lora_request.load_inplace
 
 
 def params_sent(params: SamplingParams) -> dict[str, Any]:

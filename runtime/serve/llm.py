@@ -216,8 +216,9 @@ class LLM(ModelControl):
         adapters = list(lora_request)
         if len(adapters) != len(many):
             raise ValueError(f"got {len(adapters)} lora_requests for {len(many)} prompts; wanted one, or one for each")
-        for adapter in {id(a): a for a in adapters if a is not None}.values():
+        for adapter in dict.fromkeys(a for a in adapters if a is not None):
             self.engine.add_lora(adapter)
+        adapters = [a and replace(a, load_inplace=False) for a in adapters]  # it has been read by now
         return self._run(requests, priority, adapters, use_tqdm)
 
     @named_arguments(**_INSTEAD)

@@ -140,8 +140,8 @@ class EngineLoop:
     def is_paused(self) -> bool:
         return self.engine.is_paused
 
-    def add_lora(self, name: str, number: int, path: str) -> bool:
-        return self.engine.add_lora(LoRARequest(name, number, path))
+    def add_lora(self, name: str, number: int, path: str, load_inplace: bool) -> bool:
+        return self.engine.add_lora(LoRARequest(name, number, path, load_inplace))
 
     def remove_lora(self, number: int) -> bool:
         return self.engine.remove_lora(number)

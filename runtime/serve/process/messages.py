@@ -24,7 +24,7 @@ class Add(Struct, tag=True, array_like=True):
     prompt: str | None = None
     priority: int = 0
     stream_interval: int = 1
-    lora: tuple[str, int, str] | None = None  # name, number, directory
+    lora: tuple[str, int, str, bool] | None = None  # LoRARequest's fields
 
 
 class Abort(Struct, tag=True, array_like=True):

@@ -94,8 +94,23 @@ def test_a_shared_prompt_is_not_shared_between_adapters(llm: LLM, adapters: list
     assert cached == [0, 0, 8, 0]
 
 
+def test_an_adapter_is_read_again_when_that_is_asked_for(
+    folder: Path, llm: LLM, adapters: list[LoRARequest | None]
+) -> None:
+    params, swap = params_of(temperature=0, max_tokens=6, ignore_eos=True), str(folder / "swap")
+    first, second = (ids(llm, PROMPTS, params, adapters[i]) for i in (1, 2))
+    assert first != second
+    save_adapter(folder / "swap", folder / "model", seed=0)
+    assert ids(llm, PROMPTS, params, LoRARequest("swap", 8, swap)) == first
+    save_adapter(folder / "swap", folder / "model", seed=1)
+    assert ids(llm, PROMPTS, params, LoRARequest("swap", 8, swap)) == first
+    assert ids(llm, PROMPTS, params, LoRARequest("swap", 8, swap, load_inplace=True)) == second
+    assert ids(llm, PROMPTS, params, LoRARequest("swap", 8, swap)) == second
+
+
 def test_refusals_name_what_is_wrong(folder: Path, llm: LLM, adapters: list[LoRARequest | None]) -> None:
     params = params_of(max_tokens=2)
+    ids(llm, PROMPTS[:1], params, adapters[1])  # it is in memory now
     with pytest.raises(ValueError, match=r"lora_int_id=1 is 'a' of .*give each adapter a number of its own"):
         ids(llm, PROMPTS[:1], params, LoRARequest("other", 1, str(folder / "b")))
     with pytest.raises(ValueError, match=r"adapter_config.json"):
