@@ -22,6 +22,7 @@ from types import TracebackType
 import numpy as np
 
 from seamwise.runtime.kv.names import Namespace
+from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.grammar import REASON, Grammars
@@ -30,6 +31,7 @@ from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
 from seamwise.runtime.sampling.words import tokens_of_words
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.runtime.scheduler.loads import settle_loads
 from seamwise.runtime.scheduler.policies import Policy
 from seamwise.runtime.scheduler.scheduler import Recorder, Scheduler
 from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
@@ -66,26 +68,31 @@ class Engine:
 
     namespace  what prefix blocks' names begin with
     drafting   guesses of the next tokens, and how many of them stood
+    offload    where blocks go that leave the KV cache
     """
 
     def __init__(
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
         enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
         policy: Policy | None = None, recorder: Recorder | None = None, drafting: Drafting | None = None,
-        adapters: Adapters | None = None,
+        adapters: Adapters | None = None, offload: Offload | None = None,
     ) -> None:  # fmt: skip
-        self.runner = runner
+        self.runner, self.offload = runner, offload
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(runner.config.eos_ids, tokenizer, runner.config.vocab_size)
         self.seed = seed
-        self.namespace = Namespace()
+        self.namespace, self._weights = Namespace(), -1
+        if offload is not None:
+            self.namespace = Namespace(layout=offload.layout)
+            offload.ready = self.wake
         pool = BlockPool(
             num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching,
             groups=runner.kv_groups,
         )  # fmt: skip
         self.scheduler = Scheduler(
-            config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
-        )
+            config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder,
+            offload=offload,
+        )  # fmt: skip
         worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
         self.drafting, self.adapters = drafting or Drafting(), adapters
         self.drafting.vocab_size = runner.config.vocab_size
@@ -104,6 +111,8 @@ class Engine:
         self._paused: str | None = None
         self._clears = False
         self._arrivals = 0
+        if offload is not None:
+            self._name_weights(offload)
 
     def has_unfinished_requests(self) -> bool:
         """Return whether a request has not ended, or its outputs have not been given out: call step() until then."""
@@ -232,6 +241,8 @@ class Engine:
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
         self._recover()
+        if self.offload is not None:
+            self._name_weights(self.offload)
         self.grammars.settle(self._grammar_ready, self._refused)
         if self.adapters is not None and self.adapters.waiting:
             self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
@@ -359,15 +370,31 @@ class Engine:
                 for c in request.completions:
                     c.sequence.rename(self._root(request))
 
+    def _name_weights(self, offload: Offload) -> None:
+        """Let names say which weights there are, whoever changed them: tiers have blocks of others too."""
+        weights = self.runner.num_weight_updates
+        if weights != self._weights:
+            self.weights_changed(self.runner.weights_digest() if offload.outlives else str(weights), recompute=False)
+            self._weights = weights
+
     def drain(self) -> None:
         """Wait for what is under way and commit it; its outputs come with the next step(). Raises what it raised."""
         self._recover()
         while self._loop.flights:
             self._finish()
+        if self.offload is not None:
+            self.offload.finish()
+            with self._change:
+                settle_loads(self.scheduler)
 
     def close(self) -> None:
-        """Wait for what is under way and end the thread."""
+        """Wait for what is under way and end the threads. Requests that have not ended never will.
+
+        What the KV cache holds is kept where a tier outlives the process.
+        """
         self._loop.worker.drain()
+        if self.offload is not None:
+            self.offload.close(self.scheduler.pool)
         self._loop.worker.close()
         self.grammars.close()
         if self.adapters is not None:
