@@ -1,4 +1,4 @@
-"""`seamwise bench kv`: what the KV cache holds of a request, and when blocks from a tier come sooner than computed ones.
+"""`seamwise bench kv`: what the KV cache holds of a request, and when loading blocks from a tier pays.
 
 held    blocks of one request by its length, in the model's groups of layers and in one group for all
 hit     tokens of a prompt that cache, host memory and disk give: all but its last block
@@ -35,10 +35,10 @@ def bars(rows: Sequence[tuple[str, float, str]]) -> str:
     return "\n".join(f"  {name:28} {'█' * max(1, round(_BAR * n / longest)):{_BAR}} {what}" for name, n, what in rows)
 
 
-def held(groups: Groups, block_size: int, lengths: Sequence[int], chunk: int) -> dict[int, tuple[int, int]]:
-    """Return by length the most blocks that a request holds, in these groups of layers and in one group for all."""
+def held(groups: Groups, block_size: int, lengths: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Return by length the blocks that a request holds as it decodes, in these groups of layers and in one for all."""
     one = (FULL,) * len(groups)
-    return {n: (blocks_of(groups, block_size, n, chunk), blocks_of(one, block_size, n, chunk)) for n in lengths}
+    return {n: (blocks_of(groups, block_size, n, 1), blocks_of(one, block_size, n, 1)) for n in lengths}
 
 
 def ttft(llm: Any, prompt: list[int]) -> tuple[float, int, list[int]]:
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
         rows, groups = measure(resolve_model(options.model), lengths, options.rounds, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    blocks = {"this model": held(groups, 16, lengths, 2048), "Gemma 3 270M": held(_GEMMA, 16, [2048, 8192], 2048)}
+    blocks = {"this model": held(groups, 16, lengths), "Gemma 3 270M": held(_GEMMA, 16, [2048, 8192])}
     for name, of in blocks.items():
         print(f"blocks held by a request, {name}")
         print(bars([(f"{n} tokens", b, f"{b} (one group: {one})") for n, (b, one) in of.items()]))

@@ -70,7 +70,7 @@ class LLM(ModelControl):
                    computed again; kv_offloading_backend: "native"
     kv_offloading_folder, kv_offloading_folder_size  a folder, and GiB of it, for blocks that are evicted from there,
                    and for all of them at shutdown(): a later start with the same model finds them
-    kv_offloading_min_tokens  fewer tokens than this are computed rather than loaded (64)
+    kv_offloading_min_tokens  fewer tokens than this are computed rather than loaded (32)
     enable_sleep_mode  False: sleep() is refused
     enable_lora    requests may have adapters (lora_request): max_loras in a step, max_cpu_loras in memory, PEFT's files
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",

@@ -159,11 +159,14 @@ def run(engine: Engine, *prompts: tuple[int, ...]) -> list[int]:
 
 
 def test_what_is_evicted_comes_back_and_nothing_is_copied_before() -> None:
+    roomy = make_engine([HostTier(1 << 20)], blocks=40)
+    assert run(roomy, *STEMS, *STEMS) == [0, 0, 0, 0, 20, 20, 20, 20]
+    assert roomy.offload is not None and roomy.offload.stats.stored == 0, "nothing was near its eviction"
+    roomy.close()
     engine = make_engine([HostTier(1 << 20)])
     assert engine.offload is not None
     stats = engine.offload.stats
-    assert run(engine, STEMS[0], STEMS[0]) == [0, 20] and stats.stored == 0, "nothing is near its eviction"
-    assert run(engine, STEMS[1], STEMS[2]) == [0, 0] and stats.stored > 0 and stats.loaded == 0
+    assert run(engine, *STEMS[:3]) == [0, 0, 0] and stats.stored > 0 and stats.loaded == 0
     stored = stats.stored
     assert run(engine, STEMS[0]) == [20] and stats.loaded == 5 and stats.hits == 20
     assert run(engine, STEMS[1], STEMS[2], STEMS[0], STEMS[1]) == [20] * 4
@@ -254,7 +257,7 @@ while True:
 
 
 def test_a_killed_process_costs_no_answer(tmp_path: Path) -> None:
-    for seed in range(3):
+    for seed in range(2):
         command = [sys.executable, "-c", LIFE, str(tmp_path), os.path.dirname(__file__), str(seed)]
         died = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert died.returncode == -signal.SIGKILL, died.stderr
