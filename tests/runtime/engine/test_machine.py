@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
     run_state_machine_as_test,
-)  # fmt: skip
+)
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
 from seamwise.runtime.engine import answer, drafting, loop
