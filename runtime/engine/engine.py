@@ -173,6 +173,9 @@ class Engine:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
         max_tokens = self._room(prompt_token_ids, params, pooling)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
+        made = None
+        if self.pooler is not None and pooling is not None:
+            made = partial(finish, pooler=self.pooler, params=pooling)
         adapter = None if lora_request is None else self._with_adapters().add(lora_request)
         waits = [] if adapter is None else [ADAPTER]
         if params.structured_outputs is not None:
@@ -183,7 +186,7 @@ class Engine:
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
             metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "", adapter=adapter,
-            held=blocked, waits=waits, finish=pooling and partial(finish, pooler=self.pooler, params=pooling),
+            held=blocked, waits=waits, finish=made,
         )  # fmt: skip
         for index in range(params.n):
             provider = mask_providers[index] if mask_providers else None

@@ -133,7 +133,8 @@ class AsyncLLM:
         pooling: PoolingParams | None = None,
     ) -> Stream:  # fmt: skip
         """Queue a request of token ids and return its stream of deltas. Raises EngineError when the engine cannot."""
-        lora, pooled = None if lora_request is None else _sent(lora_request), pooling and asdict(pooling)
+        lora = None if lora_request is None else _sent(lora_request)
+        pooled = None if pooling is None else asdict(pooling)
         return self.engine.add(
             Add(request_id, prompt_token_ids, params_sent(params), prompt, priority, stream_interval, lora, pooled)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class Pools:
 
     @named_arguments(**_INSTEAD)
     def embed(
-        self: LLM, prompts: Any, *, pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        self, prompts: Any, *, pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         use_tqdm: bool = True, lora_request: LoRARequest | None = None,
     ) -> list[PoolingRequestOutput[EmbeddingOutput]]:  # fmt: skip
         """Return each text's vector, `outputs[i].outputs.embedding`; prompts are those of generate.
@@ -43,7 +43,7 @@ class Pools:
 
     @named_arguments(**_INSTEAD)
     def encode(
-        self: LLM, prompts: Any, pooling_params: PoolingParams | Sequence[PoolingParams] | None = None, *,
+        self, prompts: Any, pooling_params: PoolingParams | Sequence[PoolingParams] | None = None, *,
         use_tqdm: bool = True, lora_request: LoRARequest | None = None, pooling_task: str = "embed",
     ) -> list[PoolingRequestOutput[PoolingOutput]]:  # fmt: skip
         """Return each text's vector as an array, `outputs[i].outputs.data`; as embed otherwise."""
@@ -54,7 +54,7 @@ class Pools:
 
     @named_arguments(**_INSTEAD)
     def score(
-        self: LLM, data_1: Any, data_2: Any, *, use_tqdm: bool = True, lora_request: LoRARequest | None = None,
+        self, data_1: Any, data_2: Any, *, use_tqdm: bool = True, lora_request: LoRARequest | None = None,
     ) -> list[PoolingRequestOutput[ScoringOutput]]:  # fmt: skip
         """Return the cosine of each pair's vectors: one text with each of several, or as many with as many."""
         left, right = ([one] if isinstance(one, (str, Mapping)) else list(one) for one in (data_1, data_2))
@@ -74,9 +74,10 @@ class Pools:
 
 
 def _pooled(
-    llm: LLM, prompts: Any, params: PoolingParams | Sequence[PoolingParams] | None, use_tqdm: bool,
+    pools: Pools, prompts: Any, params: PoolingParams | Sequence[PoolingParams] | None, use_tqdm: bool,
     lora_request: LoRARequest | None,
 ) -> list[RequestOutput]:  # fmt: skip
+    llm = cast("LLM", pools)
     many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
     given = params or PoolingParams()
     wanted = [given] * len(many) if isinstance(given, PoolingParams) else list(given)

@@ -207,7 +207,7 @@ def test_the_openai_client_gets_the_vectors_of_offline(qwen3_dir: Path, pack_dir
     llm = AsyncLLM(
         qwen3_dir, pack_dir=pack_dir, pooler_config={"seq_pooling_type": "MEAN"}, max_num_batched_tokens=16, **options
     )
-    with run_app({"tiny": llm}) as running:
+    with run_app({"tiny": llm}, trust_request_chat_template=True) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
         def asked(given: Any, **more: Any) -> Any:
