@@ -113,10 +113,14 @@ class Offload:
         return any(name in tier for tier in self.tiers)
 
     def store_ahead(self, pool: BlockPool) -> None:
-        """Begin to copy the resting blocks that the next step may evict and that no tier has."""
-        near = islice(pool.resting, max(self.ahead - len(pool.free), 0))
+        """Begin to copy the resting blocks that the next step may evict and that no tier has.
+
+        Each once until it is used again: a tier that loses what it is given keeps no block from being handed out.
+        """
+        near = list(islice(pool.resting, max(self.ahead - len(pool.free), 0)))
+        pool.kept.update(block for block in near if block not in pool.kept and pool.names[block] in self)
         room = _PENDING_BYTES // self.memory.kv_block_bytes - len(self._pending)
-        found = [b for b in near if (n := pool.names[b]) not in self._pending and n not in self][: max(room, 0)]
+        found = [b for b in near if b not in pool.kept and pool.names[b] not in self._pending][: max(room, 0)]
         if found:
             names = [pool.names[block] for block in found]
             self._pending.update(names)

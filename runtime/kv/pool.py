@@ -38,6 +38,7 @@ class BlockPool:
     promised  blocks whose names are promised
     leases    lease -> its blocks
     copying   blocks whose contents are being read; leaving: those of them that nobody holds -> used since copying began
+    kept      blocks that were copied since they were last used: once is enough, wherever the copy is by now
     """
 
     num_blocks: int
@@ -54,6 +55,7 @@ class BlockPool:
     leases: dict[str, list[int]] = field(init=False, default_factory=dict)
     copying: set[int] = field(init=False, default_factory=set)
     leaving: dict[int, bool] = field(init=False, default_factory=dict)
+    kept: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         if self.num_blocks < 2:
@@ -75,6 +77,7 @@ class BlockPool:
         assert self.promised <= self.names.keys() and not self.promised & self.resting.keys()
         assert self.resting.keys() <= self.names.keys(), "a resting block cannot be found"
         assert self.leaving.keys() <= self.copying, "a block leaves and is not copied"
+        assert self.kept <= self.names.keys()
         assert not self.copying & {*self.free, *self.resting, *self.promised}, "a block may be written while it is read"
         assert list(self.fenced.values()) == sorted(self.fenced.values())
         leased = Counter(b for blocks in self.leases.values() for b in blocks)
@@ -99,6 +102,7 @@ class BlockPool:
         assert block in self.names, "a block without a name is shared"
         for state in (self.resting, self.leaving, self.fenced):
             state.pop(block, None)
+        self.kept.discard(block)
         self.holders[block] = self.holders.get(block, 0) + 1
 
     def release(self, blocks: Sequence[int], fence: int | None = None) -> None:
@@ -172,6 +176,7 @@ class BlockPool:
         self.names.clear()
         self.by_name.clear()
         self.promised.clear()
+        self.kept.clear()
         self.free += self.resting
         self.resting.clear()
 
@@ -207,6 +212,7 @@ class BlockPool:
             self._settle(block)
             if not used and block in self.resting:
                 self.resting.move_to_end(block, last=False)
+                self.kept.add(block)
 
     def end_lease(self, lease: str) -> None:
         """Give a lease's blocks back. Raises KeyError for one that does not exist."""
@@ -224,4 +230,5 @@ class BlockPool:
 
     def _unname(self, block: int) -> None:
         del self.by_name[self.names.pop(block)]
+        self.kept.discard(block)
         self.promised.discard(block)

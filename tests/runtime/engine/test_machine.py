@@ -127,7 +127,7 @@ class EngineMachine(RuleBasedStateMachine):
         threshold=st.sampled_from([0, 0, 3]), watermark=st.sampled_from([0.0, 0.2]), reserve=st.booleans(),
         fail_at=st.frozensets(st.integers(1, 40), max_size=4), queued=st.sampled_from([None, None, 3]),
         groups=st.sampled_from(GROUPS), calm=st.sampled_from([True, True, False]),
-        guesses=st.sampled_from([None, None, 0, 1, 4]), tiers=st.sampled_from([None, "host", "disk", "both"]),
+        guesses=st.sampled_from([None, None, 0, 1, 4]), tiers=st.sampled_from([None, None, "host", "disk", "both"]),
         ahead=st.integers(1, 12), room=st.integers(1, 20),
     )  # fmt: skip
     def begin(self, **drawn: Any) -> None:

@@ -201,6 +201,21 @@ def test_a_request_is_blocked_while_its_blocks_are_loaded_and_others_go_on() -> 
     engine.close()
 
 
+def test_a_tier_that_keeps_nothing_keeps_no_block_from_use() -> None:
+    """Copied blocks are handed out though the tier has lost them: copying them again and again, nobody would run."""
+    runner = FakeRunner(num_blocks=9, block_size=4)
+    tier = HostTier(runner.kv_block_bytes + 64)
+    offload = ByHand(runner, [tier], ahead=99)
+    engine = Engine(runner, None, SchedulerConfig(max_num_batched_tokens=16), offload=offload)  # type: ignore[arg-type]
+    for i, stem in enumerate(STEMS):
+        engine.add_request(str(i), [*stem], GREEDY)
+    for _ in range(60):
+        engine.step(wait_s=0)
+        offload.work()
+    assert not engine.has_unfinished_requests() and len(tier.blocks) == 1
+    engine.close()
+
+
 def test_short_hits_are_computed() -> None:
     engine = make_engine([HostTier(1 << 20)], min_tokens=13)
     run(engine, *STEMS)
