@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from seamwise.runtime.kv.pool import NULL_BLOCK, BlockPool
 
 BLOCKS = 9
+NAMES = st.sampled_from([b"a", b"b", b"c", b"d", b"e"])
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -63,7 +64,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.content.get(block) == name, "a copy holds what it did not when it began"
         self.pool.copied(block)
 
-    @rule(names=st.lists(st.binary(min_size=1, max_size=1), max_size=2), count=st.integers(1, 2))
+    @rule(names=st.lists(NAMES, max_size=2), count=st.integers(1, 2))
     def load(self, names: list[bytes], count: int) -> None:
         """Blocks are held for somebody who is no sequence, beside those of a prefix; then they are named."""
         kept = [b for n in dict.fromkeys(names) if (b := self.pool.by_name.get(n)) in self.published and b is not None]
@@ -77,7 +78,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.loading.append(lease)
 
     @precondition(lambda self: self.loading)
-    @rule(name=st.binary(min_size=1, max_size=1))
+    @rule(name=NAMES)
     def loaded(self, name: bytes) -> None:
         lease = self.loading.pop()
         blocks = self.pool.leases[lease]
@@ -90,7 +91,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.settle(block)
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data(), name=st.binary(min_size=1, max_size=1), publish=st.booleans())
+    @rule(data=st.data(), name=NAMES, publish=st.booleans())
     def name(self, data: st.DataObject, name: bytes, publish: bool) -> None:
         """A block is named once; its promise may be published later."""
         block = data.draw(st.sampled_from([b for blocks in self.holders for b in blocks] or [0]))
@@ -104,7 +105,7 @@ class PoolMachine(RuleBasedStateMachine):
         elif publish:
             self.published.add(block)
 
-    @rule(names=st.lists(st.binary(min_size=1, max_size=1), max_size=3))
+    @rule(names=st.lists(NAMES, max_size=3))
     def share(self, names: list[bytes]) -> None:
         found = self.pool.longest_prefix(names)
         assert [self.content[b] for b in found] == names[: len(found)]
@@ -150,7 +151,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.content.pop(block)
                 self.published.discard(block)
 
-    @rule(lease=st.sampled_from("xy"), name=st.binary(min_size=1, max_size=1))
+    @rule(lease=st.sampled_from("xy"), name=NAMES)
     def lease(self, lease: str, name: bytes) -> None:
         found = self.pool.longest_prefix([name])
         if lease in self.pool.leases:
@@ -212,6 +213,8 @@ def test_a_copied_block_is_the_next_to_be_evicted_unless_it_was_used_meanwhile()
     assert pool.num_available == 2 and pool.longest_prefix([b"a", b"b"]) == blocks[:2]
     pool.hold(blocks[0])
     pool.release(blocks[:1])
+    pool.check()
+    assert pool.num_available == 2, "a block is handed out while it is copied"
     for block in blocks[:2]:
         pool.copied(block)
     assert pool.take(4) == [blocks[1], blocks[2], blocks[3], blocks[0]]
