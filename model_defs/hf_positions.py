@@ -50,7 +50,8 @@ def tune(model: nn.Module) -> None:
 
     Its own code counts the rows from 0; it is told not to, and what its q_proj gives is scaled.
     """
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "q_proj") and not module.use_rope:
             module.attn_temperature_tuning = False
             module.q_proj.register_forward_hook(partial(_tuned, module.attn_scale, module.floor_scale))
