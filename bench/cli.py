@@ -15,6 +15,7 @@ BENCHES = {
     "speculation": "one stream with guessed tokens and without",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
+    "eplb": "how balanced experts are over ranks on a drifting trace, by placement, beside the bound",
     "gpu": "every stage of the GPU proof, within the minutes given",
     "report": "the page bench/results/README.md from the files of bench gpu",
     "models": "every decoder of transformers that Seamwise does not define, tiny, beside transformers' logits",

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from threading import Event as Flag
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -86,10 +87,13 @@ class Engine:
         self.scheduler = Scheduler(
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )
-        worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
+        stages: Any = runner if config.pipeline_parallel_size > 1 else None
+        worker = Worker(
+            runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode), stages=stages
+        )  # fmt: skip
         self.drafting, self.adapters = drafting or Drafting(), adapters
         self.drafting.vocab_size = runner.config.vocab_size
-        depth = 2 if config.async_scheduling else 1
+        depth = max(2, config.pipeline_parallel_size) if config.async_scheduling else 1
         self._loop = Loop(
             self.scheduler, worker, depth=depth, drafting=self.drafting, adapters=adapters is not None
         )  # fmt: skip
