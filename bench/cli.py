@@ -17,7 +17,7 @@ BENCHES = {
     "engine": "what the host does for a step, and how much of it a step hides",
     "eplb": "how balanced experts are over ranks on a drifting trace, by placement, beside the bound",
     "gpu": "every stage of the GPU proof, within the minutes given",
-    "report": "the page bench/results/README.md from the files of bench gpu",
+    "report": "the pages bench/results/README.md (GPUs) and CPU.md from the files of the benches",
     "models": "every decoder of transformers that Seamwise does not define, tiny, beside transformers' logits",
     "kernels": "microbenchmarks of every contract",
 }

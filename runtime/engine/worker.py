@@ -20,6 +20,7 @@ from seamwise.runtime.sampling.sampler import Sampled, sample
 from seamwise.runtime.scheduler.commit import Step
 
 from .batch import Batch
+from .pooling import Pooling
 
 
 class Steps(Protocol):
@@ -38,12 +39,16 @@ class StagedSteps(Steps, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a step gave: sampled rows, log probabilities of prompts by the step's sequence; began and ended, seconds."""
+    """What a step gave: sampled rows, log probabilities of prompts by the step's sequence; began and ended, seconds.
+
+    pooled  (Y, D) float64, of a model that pools: the states of the texts that ended, and nothing is sampled
+    """
 
     sampled: Sampled
     prompts: list[tuple[int, int, list[Found]]]
     began: float
     ended: float
+    pooled: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +65,11 @@ class Worker:
     stages  what begins steps at once and finishes them in the thread, where steps go through stages
     """
 
-    def __init__(self, steps: Steps, *, threaded: bool, mode: str, stages: StagedSteps | None = None) -> None:
-        self.steps = steps
+    def __init__(
+        self, steps: Steps, *, threaded: bool, mode: str, pooling: Pooling | None = None,
+        stages: StagedSteps | None = None,
+    ) -> None:  # fmt: skip
+        self.steps, self.pooling = steps, pooling
         self.stages = stages if threaded else None
         self._mode = mode
         self._pool = ThreadPoolExecutor(1, "seamwise-step") if threaded else None
@@ -119,9 +127,15 @@ class Worker:
         began = time.perf_counter()
         if finish is None:
             batch.fill_tokens(history)
-            logits = self.steps.step(batch.inputs).logits
+            output = self.steps.step(batch.inputs)
         else:
-            logits = finish().logits
+            output = finish()
+        if self.pooling is not None:
+            assert output.hidden_states is not None
+            pooled = self.pooling.take(output.hidden_states, batch.step)
+            none = Sampled(tokens=np.empty(0, dtype=np.int64), logprobs={}, failed={})
+            return Result(sampled=none, prompts=[], began=began, ended=time.perf_counter(), pooled=pooled)
+        logits = output.logits
         count = len(batch.sampling.slots)
         sampled = sample(logits[:count], batch.sampling, self._mode)
         history[batch.sampling.slots, batch.sampling.positions] = sampled.tokens

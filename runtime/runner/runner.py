@@ -182,7 +182,7 @@ class ModelRunner:
                 results = self.executable(*self._flat(self._on_device(batch)))
             case Full() | Piecewise() as key:
                 results = self._recordings.run(key, self.executable, batch, self._flat)
-        logits, hidden = results if self.options.return_hidden_states else (results, None)
+        logits, hidden = self._parts(results)
         if self.options.data_parallel_size > 1:
             logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
         return StepOutput(
@@ -198,6 +198,9 @@ class ModelRunner:
         """
         self._check_ready(batch)
         results = self.executable(*self._flat(self._on_device(batch)), *carried)
+        stage, stages = self.options.pipeline.stage
+        if stage + 1 == stages:
+            return tuple(part for part in self._parts(results) if part is not None)
         return results if isinstance(results, tuple) else (results,)
 
     def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
@@ -208,13 +211,19 @@ class ModelRunner:
         wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
         logits, hidden = (
             None if each[0] is None else torch.cat([r[:n] for r, n in zip(each, wanted, strict=True)])
-            for each in zip(*(r if isinstance(r, tuple) else (r, None) for r in results), strict=True)
+            for each in zip(*map(self._parts, results), strict=True)
         )
         assert logits is not None
         return StepOutput(
             logits=logits, hidden_states=hidden if given.hidden_states else None, request_slots=given.request_slots,
             request_generations=given.request_generations,
         )  # fmt: skip
+
+    def _parts(self, results: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the logits and the hidden states of a step's results; a model that pools has logits of width 0."""
+        if self.options.pooler is not None:
+            return results[:, :0], results
+        return results if self.options.return_hidden_states else (results, None)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write new values of parameters, (the checkpoint's name, tensor) each, in place; recordings stay valid.
@@ -361,7 +370,7 @@ class ModelRunner:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
         check_plain(batch, max(1, len(self.kv_spec.groups)), self.adapters.max_loras)
-        if batch.hidden_states and not self.options.return_hidden_states:
+        if batch.hidden_states and not (self.options.return_hidden_states or self.options.pooler):
             raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")
 
     def _empty(self) -> Any:
@@ -376,6 +385,8 @@ class ModelRunner:
             torch.empty(0, size, dtype=self.options.dtype, device=self.options.device)
             for size in (self.config.vocab_size, self.config.hidden_size)
         )
+        if self.options.pooler is not None:
+            return hidden
         return (logits, hidden) if self.options.return_hidden_states else logits
 
     def _on_device(self, batch: StepInput) -> StepInput:
