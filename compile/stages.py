@@ -1,13 +1,14 @@
 """Cut a lowered step into stages that processes compute one behind the other, each with its layers' weights and caches.
 
-A stage ends where a piece does: behind the attention of its last layer, whose MLP the next stage begins with. What the
-next one reads is then attention's result and the residual, one row a token each; what follows from the step's inputs
-alone (rope's tables) is computed again rather than sent. Pieces are those of the whole step, so are their results.
+A stage ends behind the attention of its last layer, where least is to be sent: between that layer and the next, as a
+rule, a row of the residual and of what is added to it, or its norm, a token. What follows from the step's inputs alone
+(rope's tables) is computed again rather than sent. Ops are those of the whole step in their order, so are results.
 Source: Huang et al. 2019 (GPipe), https://arxiv.org/abs/1811.06965.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,13 +34,18 @@ def cut_stage(captured: Captured, recipes: dict[str, Recipe], stage: int, stages
     starts = [i for i in range(1, len(nodes)) if is_seam(nodes[i - 1]) and not is_seam(nodes[i])]
     if stages > len(starts):
         raise ValueError(f"pipeline_parallel_size={stages}: the model has {len(starts)} layers; use no more stages")
-    cuts = [0, *(starts[len(starts) * k // stages - 1] for k in range(1, stages)), len(nodes)]
     at = {node: i for i, node in enumerate(nodes)}
 
     def crossing(cut: int) -> list[Node]:
         late = [n for n in nodes[:cut] if any(at.get(user, len(nodes)) >= cut for user in n.users)]
         return [n for n in late if not _follows_from_inputs(n)]
 
+    cuts = [0]
+    for k in range(1, stages):
+        start = starts[len(starts) * k // stages - 1]
+        end = next((i for i in range(start, len(nodes)) if is_seam(nodes[i])), len(nodes) - 1)
+        cuts.append(min(range(end, start - 1, -1), key=lambda cut: _bytes_a_token(crossing(cut))))
+    cuts.append(len(nodes))
     taken = crossing(cuts[stage]) if stage else []
     (output,) = captured.graph.find_nodes(op="output")
     given = crossing(cuts[stage + 1]) if stage + 1 < stages else list(output.args[0])
@@ -74,6 +80,14 @@ def carried_of(module: GraphModule, names: Iterable[str]) -> list[dict[str, Any]
         }
         for name in names
     ]  # fmt: skip
+
+
+def _bytes_a_token(nodes: Iterable[Node]) -> float:
+    """Return what sending values takes; infinite where one is no tensor."""
+    values = [value(n) for n in nodes]
+    if not all(isinstance(v, Tensor) for v in values):
+        return math.inf
+    return sum(v.dtype.itemsize * math.prod(n for n in v.shape if isinstance(n, int)) for v in values)
 
 
 def _always_there(node: Node) -> bool:

@@ -43,7 +43,7 @@ def balance_experts(parallel: Parallel, weights: Mapping[str, str]) -> Pass:
             layers.append(_layer_of(node, weights))
             count = places - parallel.redundant
             table = table_of(first_places(count, parallel.redundant), count, 2 + parallel.redundant)
-            row = value(node.args[0])  # type: ignore[arg-type]
+            row = value(node.args[0])
             told = {"layer": layers[-1], "row_bytes": 2 * row.shape[-1] * row.dtype.itemsize}
             held = _state(module, experts, TABLE, f"{TABLE}_{len(chosen)}", table, **told)
             with inserting(module.graph, node, like=node) as proxy:

@@ -91,7 +91,8 @@ def main(start: RankStart) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     faulthandler.register(signal.SIGUSR1, start.stacks.open("w"), all_threads=True)
     torch.set_num_threads(start.threads)
-    asked, socket = (zmq.Context.instance().socket(zmq.PAIR) for _ in range(2))
+    sockets: list[Any] = [zmq.Context.instance().socket(zmq.PAIR) for _ in range(2)]
+    asked, socket = sockets
     asked.connect(start.address)
     socket.connect(start.answers)
 
@@ -102,7 +103,7 @@ def main(start: RankStart) -> None:
             "nccl" if kind == "cuda" else "gloo", init_method=f"file://{start.folder}/meeting", rank=start.rank,
             world_size=start.ranks, timeout=timedelta(seconds=start.timeout_s),
         )  # fmt: skip
-        shared = {"pipeline_parallel_size" if start.stages else "tensor_parallel_size": start.ranks}
+        shared: dict[str, Any] = {"pipeline_parallel_size" if start.stages else "tensor_parallel_size": start.ranks}
         runner = ModelRunner.load(start.model, **shared, **start.options)
         worker = make_worker(runner, str(start.model), start.extension, start.rank)
         return worker, (runner.config, runner.options, runner.kv_spec, runner.startup_s, runner.program)

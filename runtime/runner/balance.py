@@ -171,9 +171,9 @@ class Balancer:
             taken = [torch.cat([each[m.source % share] for each in rows]) for m in going]
             sent = torch.stack(taken) if taken else rows[0].new_empty(0, sum(each.shape[1] for each in rows))
             arrived = sent.new_empty(len(coming), sent.shape[1])
-            parts = [[sum(m.source // share == r for m in coming) for r in range(self._ranks)]]
-            parts.append([sum(m.place // share == r for m in going) for r in range(self._ranks)])
-        dist.all_to_all_single(arrived, sent, *parts)
+            come = [sum(m.source // share == r for m in coming) for r in range(self._ranks)]
+            go = [sum(m.place // share == r for m in going) for r in range(self._ranks)]
+        dist.all_to_all_single(arrived, sent, come, go)
         with self._all_or_none(layer):
             for move, row in zip(coming, arrived, strict=True):
                 if int(row.sum(dtype=torch.int64)) != layer.digests[new[move.place]]:

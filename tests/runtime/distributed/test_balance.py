@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -119,26 +120,30 @@ def test_copies_take_turns() -> None:
         count_experts(torch.cat((chosen, chosen), 1), slots, torch.ones(3, 2, dtype=torch.int32))
 
 
-def equal_steps(root: Path, name: str, rank: int, counts: list[dict[int, int]], **options: Any) -> ModelRunner:
-    """Compare a rank's steps with those of a rank that has all experts and moves none, in bits; return the runner.
+def equal_steps(
+    root: Path, name: str, rank: int, counts: list[dict[int, int]], *, alone: bool = False, **options: Any
+) -> ModelRunner:  # fmt: skip
+    """Compare a rank's steps with those of ranks that move no expert, or one that has all; in bits; return the runner.
 
     Requests repeat a token, so that few experts have all the load.
     """
     requests = [[7] * 150, [7, 9] * 75, *draw_tokens(5, 150)]
     shared = ModelRunner.load(root / name, **SHARED, **(LOAD | options))
-    for gone in ("eplb_config", "pipeline", "enable_dbo"):
-        options.pop(gone, None)
-    alone = ModelRunner.load(root / name, **(LOAD | options))
+    if alone:
+        other = ModelRunner.load(root / name, **(LOAD | {n: x for n, x in options.items() if n != "eplb_config"}))
+    else:
+        options["eplb_config"] = replace(options["eplb_config"], step_interval=10**9)
+        other = ModelRunner.load(root / name, **SHARED, **(LOAD | options))
     recorded = not shared.options.enforce_eager
-    steps = [Steps(requests, block_size=runner.block_size) for runner in (shared, alone)]
-    for runner, made in zip((shared, alone), steps, strict=True):
+    steps = [Steps(requests, block_size=runner.block_size) for runner in (shared, other)]
+    for runner, made in zip((shared, other), steps, strict=True):
         runner.allocate_kv(made.num_blocks)
     for each in counts:
         batches = [StepInput(**made.next(each)) if each else empty_step() for made in steps]
-        if not recorded:
-            (batches[1],) = agree(batches[1], alone.options)  # as many rows
+        if alone:
+            (batches[1],) = agree(batches[1], other.options)  # as many rows
         with nullcontext() if recorded else RowByRow():
-            ours, theirs = (r.step(b).logits.clone() for r, b in zip((shared, alone), batches, strict=True))
+            ours, theirs = (r.step(b).logits.clone() for r, b in zip((shared, other), batches, strict=True))
         worst = float((ours - theirs[: len(ours)]).abs().max()) if each else 0.0
         assert worst <= (0.03 if recorded else 0.0), f"{name}: {each} differs by {worst}"
     return shared
@@ -146,7 +151,7 @@ def equal_steps(root: Path, name: str, rank: int, counts: list[dict[int, int]], 
 
 def check_moves(root: Path, name: str, rank: int, redundant: int, layers: int, **options: Any) -> None:
     """Loads of four steps, twice: the experts of every layer move, one layer a step, and again when loads change."""
-    config = {"window_size": 4, "step_interval": 4, "num_redundant_experts": redundant}
+    config = EPLBConfig(window_size=4, step_interval=4, num_redundant_experts=redundant)
     early = [{0: 30} if rank == 0 else {0: 20, 1: 10}] * 4
     runner = equal_steps(
         root, name, rank, [*early, {}, *[{2: 30}] * 4, {}] if rank else [*early, {0: 2}, *[{2: 30}] * 4, {0: 3}],
@@ -215,7 +220,7 @@ def work(rank: int, home: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{root / f'group-{os.getppid()}'}", rank=rank, world_size=2)
     try:
         LOAD["pack_dir"] = root / f"packs{rank}"
-        check_moves(root, "qwen3", rank, 2, 2)
+        check_moves(root, "qwen3", rank, 2, 2, alone=True)
         with patch.object(balance, "gain_of", return_value=Gain(saved=2, moved=1)):  # experts of many bytes
             check_moves(root, "fp8", rank, 2, 1, dtype="float32")
         check_recorded(root, rank)
