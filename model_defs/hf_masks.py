@@ -24,7 +24,7 @@ class MaskUsedError(ValueError, AttributeError):
 class Mask:
     """What a causal mask lets a query see.
 
-    window  the last keys, 0 for all
+    window  the last keys, 0 for all; -n: those of its chunk of n
     wrong   what is asked for is not that; said where it is applied, for some models ask for masks that they do not use
     says    what its elements would be: VISIBLE, HIDDEN or ADDED
     tokens  rows and columns
@@ -91,12 +91,13 @@ def mask_of(function: Callable[..., Any], longest: int) -> Mask:
     kinds = dict(_parts(function))
     chunk, other = kinds.get("chunk") or 0, [name for name in kinds if name not in ("causal", "window", "chunk")]
     wrong = ""
-    if longest > chunk > 0:
-        wrong = f"attention in chunks of {chunk} tokens is plain up to there; pass max_model_len={chunk}"
+    window = kinds.get("window") or (-chunk if longest > chunk else 0)
+    if longest > chunk > 0 and kinds.get("window"):
+        wrong = f"attention in chunks and windows at once is not served; pass max_model_len={chunk}"
     if other or "causal" not in kinds:
         what = f"a mask by {', '.join(other)}" if other else "attention to later tokens"
         wrong = f"{what} is not served; wanted plain causal attention"
-    return Mask(kinds.get("window") or 0, wrong)
+    return Mask(window, wrong)
 
 
 def mask_in(table: torch.Tensor) -> Mask | None:

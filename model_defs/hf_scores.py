@@ -155,7 +155,9 @@ class Scores:
     def _masked(self, mask: Any, says: str, name: str) -> Scores:
         if self.weights or not isinstance(mask, Mask) or mask.says is not says:
             return self._refuse(name)
-        windows = [w for m in (self.mask, mask) if m is not None and (w := m.applied())]
+        windows = {w for m in (self.mask, mask) if m is not None and (w := m.applied())}
+        if min(windows, default=0) < 0 and len(windows) > 1:
+            return self._refuse("+ of two masks, one of chunks")
         return replace(self, mask=Mask(min(windows, default=0)))
 
     def _refuse(self, name: str) -> Any:

@@ -22,6 +22,7 @@ from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.record.recorder import Recording
+from seamwise.runtime.build.hidden_states import without_head
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.loading import load_step_weights
@@ -234,8 +235,11 @@ class ModelRunner:
         self._check_in_place("update_weights")
         if "weights" in self._asleep:
             raise RuntimeError("update_weights: the weights are asleep; call wake(['weights']) first")
+        named = named_tensors(weights)
+        if self.options.pooler is not None:
+            named = without_head(named)
         try:
-            self.weights.write(named_tensors(weights).items())
+            self.weights.write(named.items())
         finally:
             self._refusal = self._why_not()
 
