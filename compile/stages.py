@@ -35,6 +35,7 @@ def cut_stage(captured: Captured, recipes: dict[str, Recipe], stage: int, stages
     if stages > len(starts):
         raise ValueError(f"pipeline_parallel_size={stages}: the model has {len(starts)} layers; use no more stages")
     at = {node: i for i, node in enumerate(nodes)}
+    (tokens,) = (value(n).shape[0] for n in captured.graph.find_nodes(op="placeholder") if n.name == "token_ids")
 
     def crossing(cut: int) -> list[Node]:
         late = [n for n in nodes[:cut] if any(at.get(user, len(nodes)) >= cut for user in n.users)]
@@ -44,7 +45,7 @@ def cut_stage(captured: Captured, recipes: dict[str, Recipe], stage: int, stages
     for k in range(1, stages):
         start = starts[len(starts) * k // stages - 1]
         end = next((i for i in range(start, len(nodes)) if is_seam(nodes[i])), len(nodes) - 1)
-        cuts.append(min(range(end, start - 1, -1), key=lambda cut: _bytes_a_token(crossing(cut))))
+        cuts.append(min(range(end, start - 1, -1), key=lambda cut: _bytes_a_token(crossing(cut), tokens)))
     cuts.append(len(nodes))
     taken = crossing(cuts[stage]) if stage else []
     (output,) = captured.graph.find_nodes(op="output")
@@ -82,12 +83,16 @@ def carried_of(module: GraphModule, names: Iterable[str]) -> list[dict[str, Any]
     ]  # fmt: skip
 
 
-def _bytes_a_token(nodes: Iterable[Node]) -> float:
-    """Return what sending values takes; infinite where one is no tensor."""
-    values = [value(n) for n in nodes]
-    if not all(isinstance(v, Tensor) for v in values):
-        return math.inf
-    return sum(v.dtype.itemsize * math.prod(n for n in v.shape if isinstance(n, int)) for v in values)
+def _bytes_a_token(nodes: Iterable[Node], tokens: torch.SymInt) -> float:
+    """Return what sending values takes; infinite where one is no tensor, or has other rows than tokens."""
+    size = 0
+    for v in map(value, nodes):
+        if not isinstance(v, Tensor) or any(
+            isinstance(n, torch.SymInt) and n.node.expr != tokens.node.expr for n in v.shape
+        ):
+            return math.inf
+        size += v.dtype.itemsize * math.prod(n for n in v.shape if isinstance(n, int))
+    return size
 
 
 def _always_there(node: Node) -> bool:
