@@ -130,7 +130,7 @@ def stage_of(worker: Any) -> tuple[int, int, int]:
 
 @pytest.mark.slow
 def test_two_stages_give_what_one_process_gives(tmp_path: Path) -> None:
-    """A Llama of two layers and a mixture of experts of three; then steps that take 80 ms in each stage, of which the
+    """A Llama of two layers and a mixture of experts of three; then steps that take 0.2 s in each stage, of which the
     trace shows the bubbles of the formula; then a stage is killed."""
     save_tiny(tmp_path / "llama", "LlamaForCausalLM")
     architecture, changes = MOE["qwen3_moe"]
@@ -153,7 +153,7 @@ def test_two_stages_give_what_one_process_gives(tmp_path: Path) -> None:
 def check_bubbles(ranks: Any) -> None:
     """m steps through p stages leave each stage idle (p - 1) / (m + p - 1) of the time."""
     assert isinstance(ranks, RankProcesses)
-    seconds, stages, steps = 0.08, 2, 6
+    seconds, stages, steps = 0.2, 2, 6
     ranks.collective_rpc(slowed, None, (seconds,))
     for i in range(steps):
         table = np.array([[i + 1]], dtype=np.int32)
