@@ -1,4 +1,7 @@
-"""How often each expert is chosen, counted where steps run: what balancing goes by. One op for all layers of a step."""
+"""How often each expert is chosen, counted where steps run: what balancing goes by. One op for all layers of a step.
+
+Source: DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 3.4.
+"""
 
 from __future__ import annotations
 
