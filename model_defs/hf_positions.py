@@ -90,8 +90,16 @@ def _by_slope(make: Callable[..., Tensor], *args: Any) -> Tensor:
     return torch.stack((torch.zeros_like(slopes_H), slopes_H), -1)
 
 
+def _by_mask(make: Callable[..., Tensor], mask: Tensor, *others: Any, **options: Any) -> Tensor:
+    return make(mask.new_ones(1, 2), *others, **options)
+
+
 # Functions of transformers' modules that make ALiBi, and how each makes the first two keys' part of it.
-_MAKERS: dict[str, Callable[..., Tensor]] = {"build_mpt_alibi_tensor": _by_length, "_get_alibi_slopes": _by_slope}
+_MAKERS: dict[str, Callable[..., Tensor]] = {
+    "build_mpt_alibi_tensor": _by_length,
+    "_get_alibi_slopes": _by_slope,
+    "build_alibi_tensor": _by_mask,
+}
 
 
 def alibi_makers(module: ModuleType) -> dict[str, tuple[ModuleType, Callable[..., Tensor]]]:
