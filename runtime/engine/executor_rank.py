@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
+import os
 import pickle
+import shutil
 import signal
-import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,6 @@ from seamwise.runtime.runner.runner import ModelRunner
 
 from .executor import Worker, call_worker, make_worker
 from .executor_wire import from_frames
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +86,7 @@ def main(start: RankStart) -> None:
     import torch.distributed as dist
     import zmq
 
-    if sys.platform.startswith("linux"):  # a parent that is killed takes its ranks along
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, args=(start.folder,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     faulthandler.register(signal.SIGUSR1, start.stacks.open("w"), all_threads=True)
     torch.set_num_threads(start.threads)
@@ -123,6 +122,15 @@ def main(start: RankStart) -> None:
         else:
             return
         socket.send_multipart(_answer(*answer))
+
+
+def _end_with_parent(folder: Path) -> None:
+    """Wait for the end of the process that started this one, remove the folder that it would have, and end."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Stage:
