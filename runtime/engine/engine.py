@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from seamwise.runtime.build.pooler import Pooler
+from seamwise.runtime.build.step import empty_step
 from seamwise.runtime.kv.names import Namespace
 from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
@@ -62,6 +63,7 @@ class Engine(Control):
     drafting   guesses of the next tokens, and how many of them stood
     pooler     of a model that pools: requests are texts, and their outputs vectors
     offload    where blocks go that leave the KV cache
+    together   other ranks take each step with this one, and wait for it
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Engine(Control):
         self._woken = Flag()
         if adapters is not None:
             adapters.ready = self.wake
+        self.together = False
         self._arrivals = 0
         self._name_weights()
 
@@ -245,6 +248,7 @@ class Engine(Control):
         wait_s  where no request can go on by itself (blocked for a reason of its own, or paused), wait for wake() or
                 the end of a compilation, at most so long, and compute nothing
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
+        In a wave (`together`) a step is taken in any case, an empty one where nothing can be computed.
         """
         self._recover()
         self._name_weights()
@@ -259,6 +263,8 @@ class Engine(Control):
                     break
         if self._loop.flights:
             self._finish()
+        elif self.together:
+            self.runner.step(empty_step(len(self.runner.kv_groups)))
         elif self._requests and not self._ready and (self._paused == "keep" or self.scheduler.stalled):
             self._woken.wait(wait_s)
             self._woken.clear()
@@ -383,7 +389,7 @@ class Engine(Control):
             reads_cache=params.reads_prefix_cache and (self.pooler is None or self.pooler.reads_cache),
             max_chunk=NO_LIMIT if params.prompt_logprobs is None else _PROMPT_ROWS,
         )  # fmt: skip
-        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1
+        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1 - index
         assert seed is not None
         encode = None if self.tokenizer is None else partial(self.tokenizer.encode, add_special_tokens=False)
         options = RowOptions(

@@ -135,6 +135,28 @@ class InProcess:
         """There is nothing to end."""
 
 
+def starts_engines(size: int, rank: int | None, experts: bool) -> str:
+    """Return how data_parallel_size engines come about: "start" them, this is one that was "started", it "joined" ranks
+    that share out experts, or there is "one". One that was started takes its share of the threads.
+
+    Raises ValueError for a size or rank that is none.
+    """
+    import torch.distributed as dist
+
+    if type(size) is not int or size < 1:
+        raise ValueError(f"data_parallel_size={size!r}: wanted a whole number of at least 1")
+    if rank is not None:
+        if type(rank) is not int or not 0 <= rank < size:
+            raise ValueError(f"data_parallel_rank={rank!r}: wanted 0 to data_parallel_size - 1 = {size - 1}")
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        return "joined" if experts else "started"
+    if size == 1:
+        return "one"
+    if dist.is_initialized() or dist.is_torchelastic_launched():
+        return "joined"
+    return "start"
+
+
 def starts_ranks(backend: str | None, ranks: int) -> bool:
     """Return whether an engine starts a process for each rank, by vLLM's distributed_executor_backend.
 

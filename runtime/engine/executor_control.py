@@ -33,7 +33,7 @@ class ModelControl:
     @property
     def weight_version(self) -> str:
         """Which weights the next token is computed with; see ModelRunner.weight_version."""
-        version: str = self.engine.runner.weight_version
+        version: str = self.executor.collective_rpc("weight_state")[0][0]
         return version
 
     def collective_rpc(
@@ -63,7 +63,7 @@ class ModelControl:
 
     def is_sleeping(self) -> bool:
         """Return whether weights or KV cache have no memory."""
-        return bool(self.engine.runner.asleep)
+        return bool(self.executor.collective_rpc("weight_state")[0][1])
 
     def start_weight_update(self) -> None:
         """Begin an update in several calls: no step runs until it is finished. RuntimeError while requests run."""

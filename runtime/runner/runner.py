@@ -69,6 +69,7 @@ class ModelRunner:
         self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
+        self.all_idle = True  # no rank had tokens in the last step that ranks took together
         self._recordings = self._new_recordings()
         self.weights = WeightUpdates(executable, options, buffers)
         self.adapters = AdapterSlots(executable)
@@ -174,6 +175,7 @@ class ModelRunner:
         rows, given = batch.logit_rows.shape[0], batch
         if self.options.data_parallel_size > 1:
             batch, *second = agree(batch, self.options)
+            self.all_idle = not batch.num_tokens
             if self.balancer is not None and batch.num_tokens:
                 try:
                     self.balancer.between_steps()

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from seamwise import caches
+from seamwise.extras import pip_install
 from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options, entry_of
+from seamwise.runtime.distributed.group import meet
 from seamwise.runtime.engine.adapters import Adapters
 from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
-from seamwise.runtime.engine.executor import InProcess, starts_ranks
+from seamwise.runtime.engine.executor import InProcess, starts_engines, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
@@ -79,6 +81,10 @@ class LLM(ModelControl, Pools):
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
                    "num_speculative_tokens": 4, "prompt_lookup_max": 5}: outputs are the same, and come faster where
                    guesses stand; see runtime/speculation/config.py
+    data_parallel_size  engines, each a process with requests of its own (`seamwise[serve]`) and all of the model, or
+                   with enable_expert_parallel its share of the experts; torchrun's processes are that many already
+    data_parallel_rank, data_parallel_address, data_parallel_timeout_s  which of them this process is, the file where
+                   those that share out experts meet, how long they wait for each other: given by what starts them
     worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
@@ -106,8 +112,22 @@ class LLM(ModelControl, Pools):
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
-        cache_dir: str | Path | None = None, **options: Any,
+        cache_dir: str | Path | None = None, data_parallel_size: int = 1, data_parallel_rank: int | None = None,
+        data_parallel_address: str | None = None, data_parallel_timeout_s: float = 300.0, **options: Any,
     ) -> None:  # fmt: skip
+        given = {
+            name: value for name, value in {**locals(), **options}.items() if name not in ("self", "model", "options")
+        }
+        ranks = starts_engines(data_parallel_size, data_parallel_rank, options.get("enable_expert_parallel", False))
+        self.takes_steps_together = ranks == "joined"
+        if ranks == "joined":
+            options["data_parallel_size"] = data_parallel_size
+            if data_parallel_rank is not None:
+                if data_parallel_address is None:
+                    raise ValueError(
+                        f"data_parallel_rank={data_parallel_rank} needs data_parallel_address, where it meets"
+                    )
+                meet(data_parallel_address, data_parallel_rank, data_parallel_size, device, data_parallel_timeout_s)
         _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
         stages = options.get("pipeline_parallel_size", 1)
         processes = starts_ranks(
@@ -144,6 +164,12 @@ class LLM(ModelControl, Pools):
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
+        self._policy, self.enable_sleep_mode = scheduling_policy, enable_sleep_mode
+        self._ids = itertools.count()
+        if ranks == "start":
+            changed = {n: v for n, v in given.items() if n not in _DEFAULTS or v != _DEFAULTS[n].default}
+            self.engine = self.executor = _engines(model, changed, self.tokenizer is not None)
+            return
         options |= {"dtype": dtype, "device": device, "seed": seed}
         options["max_model_len"] = None if max_model_len == "auto" else max_model_len
         runner: Any  # after the tokenizer: what reading that frees is used again
@@ -176,7 +202,6 @@ class LLM(ModelControl, Pools):
         if length < runner.options.max_model_len:
             runner.limit_model_len(length)
         runner.allocate_kv(blocks)
-        self.enable_sleep_mode = enable_sleep_mode
         adapters, drafting = None, None
         if options.get("enable_lora"):
             adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
@@ -199,7 +224,12 @@ class LLM(ModelControl, Pools):
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))
-        self._ids = itertools.count()
+
+    def scale_elastic_ep(self, new_data_parallel_size: int) -> None:
+        """Serve with another number of engines. Raises ValueError where data_parallel_size was not given."""
+        if not hasattr(self.engine, "scale"):
+            raise ValueError("scale_elastic_ep: there is one engine, in this process; give LLM data_parallel_size")
+        self.engine.scale(new_data_parallel_size)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the options of a request that brings none: the model's recommended ones, see generation_config."""
@@ -247,7 +277,7 @@ class LLM(ModelControl, Pools):
             priority = [0] * len(requests)
         elif len(priority) != len(requests):
             raise ValueError(f"got {len(priority)} priorities for {len(requests)} prompts; wanted one for each")
-        elif self.engine.scheduler.policy.name != "priority":
+        elif self._policy != "priority":
             raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
         if lora_request is None or isinstance(lora_request, LoRARequest):
             lora_request = [lora_request] * len(many)
@@ -335,6 +365,18 @@ class LLM(ModelControl, Pools):
                 self.engine.abort_request(request_id)
             raise
         return [done[request_id] for request_id in ids]
+
+
+_DEFAULTS = inspect.signature(LLM).parameters
+
+
+def _engines(model: str | Path, options: dict[str, Any], has_tokenizer: bool) -> Any:
+    try:
+        from .data_parallel import DataParallel
+    except ImportError as error:
+        what = f"data_parallel_size={options['data_parallel_size']} needs pyzmq and msgspec"
+        raise ValueError(f"{what}: {pip_install('serve')}") from error
+    return DataParallel(model, options, has_tokenizer)
 
 
 def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:

@@ -29,11 +29,14 @@ logger = logging.getLogger("seamwise.engine")
 
 
 class Ended(EngineError):
-    """Why an engine process ended. kind: "caller" where the same options would end it again, else "machine"."""
+    """Why an engine process ended. kind: "caller" where the same options would end it again, else "machine".
 
-    def __init__(self, message: str, kind: str = "machine", detail: str = "") -> None:
+    told  the process said so itself
+    """
+
+    def __init__(self, message: str, kind: str = "machine", detail: str = "", *, told: bool = False) -> None:
         super().__init__(message)
-        self.kind, self.detail = kind, detail
+        self.kind, self.detail, self.told = kind, detail, told
 
 
 class Child:
@@ -49,11 +52,16 @@ class Child:
         self.stage = "starting the process"
         self.ready = False
         self.pid = 0
+        self._given_up = asyncio.Event()
         self._options, self._handle = options, handle
         self._step_timeout_s, self._start_timeout_s = step_timeout_s, start_timeout_s
         self._commands: zmq.Socket[bytes] | None = None
         self._heard_s = time.monotonic()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+
+    def give_up(self) -> None:
+        """End the process; run() returns as where it ended by itself."""
+        self._given_up.set()
 
     def send(self, command: Command) -> None:
         """Send a command; it waits in memory until the process reads it."""
@@ -80,7 +88,7 @@ class Child:
         assert process.stdin is not None and process.stdout is not None
         tasks = [
             asyncio.create_task(work)
-            for work in (self._listen(events), self._watch(process.pid), self._exited(process, events))
+            for work in (self._listen(events), self._watch(process.pid), self._exited(process, events), self._left())
         ]
         reading = asyncio.create_task(self._read_lines(process.stdout))
         try:
@@ -106,7 +114,7 @@ class Child:
             event = decode_event(await events.recv())
             self._heard_s = time.monotonic()
             if isinstance(event, Failed):
-                return Ended(event.message, event.kind, event.detail)
+                return Ended(event.message, event.kind, event.detail, told=True)
             if isinstance(event, Stage):
                 self.stage = event.name
             elif isinstance(event, Ready):
@@ -114,6 +122,10 @@ class Child:
                 for line in self._lines:
                     logger.info("%s", line)
             self._handle(event)
+
+    async def _left(self) -> Ended:
+        await self._given_up.wait()
+        return Ended("the engine process was ended with the others of its group", told=True)
 
     async def _exited(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
         code = await process.wait()

@@ -104,6 +104,13 @@ class Stats(Struct, array_like=True):
     kv_failed: int = 0
 
 
+class Wave(Struct, tag=True, array_like=True):
+    """Ranks that take steps together: a wave is to "start", a rank "wants" it, or it has "ended"; see waves.py."""
+
+    what: str
+    wave: int
+
+
 class Progress(Struct, tag=True, array_like=True):
     """A step was finished, or the engine is idle: it lives."""
 
@@ -170,8 +177,8 @@ class Failed(Struct, tag=True, array_like=True):
     detail: str = ""
 
 
-Command = Add | Abort | Call
-Event = Progress | Refused | Result | Stage | Ready | Failed
+Command = Add | Abort | Call | Wave
+Event = Wave | Progress | Refused | Result | Stage | Ready | Failed
 
 encode = msgpack.Encoder().encode
 decode_command = msgpack.Decoder(Command).decode
