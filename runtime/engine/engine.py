@@ -86,8 +86,8 @@ class Engine:
         self.scheduler = Scheduler(
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )
-        worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
         self.drafting, self.adapters = drafting or Drafting(), adapters
+        worker = Worker(self.drafting.watched(runner), threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
         self.drafting.vocab_size = runner.config.vocab_size
         depth = 2 if config.async_scheduling else 1
         self._loop = Loop(

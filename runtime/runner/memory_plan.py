@@ -80,7 +80,8 @@ def plan_memory(
     Raises ValueError with the whole plan where the budget does not hold it, or the cache not one request.
     """
     recordings = CapturePlan.of(program, options).total_bytes
-    rows = min(max_num_seqs, max_num_batched_tokens)
+    every = options.return_hidden_states  # steps may ask for those of all rows
+    rows = max_num_batched_tokens if every else min(max_num_seqs, max_num_batched_tokens)
     fixed = {
         "weight_bytes": program.weight_bytes - derived_bytes, "derived_bytes": derived_bytes,
         "buffer_bytes": buffer_bytes, "recording_bytes": recordings,

@@ -49,13 +49,14 @@ class ModelRunner:
     program    what was compiled: passes' reports, pieces, generated source
     startup_s  seconds by stage of start-up
     buffers    what recipes read that no checkpoint holds
+    checkpoint  where the weights were read
     """
 
     def __init__(
         self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger,
-        buffers: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor], checkpoint: Path | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
+        self.config, self.checkpoint = config, checkpoint
         self.buffers = buffers
         self.options = options
         self.executable = executable
@@ -104,7 +105,7 @@ class ModelRunner:
                 executable = Executable(program, weights)
                 if settings.enable_dbo and not executable.takes_turns:
                     raise ValueError("enable_dbo: nothing is begun in this program; do not disable begin_exchanges")
-        return cls(config, settings, executable, ledger, buffers)
+        return cls(config, settings, executable, ledger, buffers, path)
 
     @property
     def program(self) -> Program:
@@ -145,8 +146,11 @@ class ModelRunner:
         """Allocate the KV cache. Raises ValueError for fewer than 2 blocks (block 0 is the null block)."""
         if num_blocks < 2:
             raise ValueError(f"allocate_kv: got num_blocks={num_blocks}, wanted at least 2 (block 0 holds padding)")
-        self._num_blocks = num_blocks
-        self.kv_caches = self.kv_spec.allocate(num_blocks, self.options.device)
+        self.use_kv(self.kv_spec.allocate(num_blocks, self.options.device), num_blocks)
+
+    def use_kv(self, kv_caches: list[list[Tensor]], num_blocks: int) -> None:
+        """Use a KV cache that is there: each layer's tensors, as allocate_kv makes them, of another runner too."""
+        self._num_blocks, self.kv_caches = num_blocks, kv_caches
         self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
         self._recordings.clear()
 

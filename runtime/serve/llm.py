@@ -33,6 +33,7 @@ from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
 from seamwise.runtime.speculation.config import SpeculativeConfig
 from seamwise.runtime.speculation.drafter import find_drafter
+from seamwise.runtime.speculation.model_drafter import ModelDrafter
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
@@ -68,8 +69,9 @@ class LLM(ModelControl):
     enable_sleep_mode  False: sleep() is refused
     enable_lora    requests may have adapters (lora_request): max_loras in a step, max_cpu_loras in memory, PEFT's files
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
-                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}: outputs are the same, and come faster where
-                   guesses stand; see runtime/speculation/config.py
+                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}, {"model": "a smaller one"} or {"method":
+                   "first_layers", "num_layers": 6}: outputs are the same, and come faster where guesses stand; see
+                   runtime/speculation/config.py
     worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
@@ -114,6 +116,8 @@ class LLM(ModelControl):
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
             options["num_speculative_tokens"] = speculation.num_speculative_tokens
+            if speculation.method == "mtp":
+                options["return_hidden_states"] = True
         find_policy(scheduling_policy)
         check_mode(logprobs_mode)
         if cache_dir is not None:
@@ -141,11 +145,23 @@ class LLM(ModelControl):
             warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
         if num_gpu_blocks_override is not None:
             kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
+        drafter = None
+        if speculation is not None:
+            drafter = find_drafter(speculation, runner, self.tokenizer, max_num_batched_tokens)
+        planned = {
+            "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+            "fit_model_len": max_model_len == "auto",
+        }  # fmt: skip
         plan = runner.plan(
             kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            fit_model_len=max_model_len == "auto",
+            **planned,
         )  # fmt: skip
+        if isinstance(drafter, ModelDrafter) and drafter.bytes_per_block and num_gpu_blocks_override is None:
+            ours, theirs = (
+                runner.kv_spec.bytes_per_block,
+                drafter.bytes_per_block,
+            )  # both caches in what one was to have
+            plan = runner.plan(kv_cache_memory_bytes=plan.kv_bytes * ours // (ours + theirs), **planned)
         blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1 and not processes:
             from seamwise.runtime.distributed.group import smallest
@@ -160,8 +176,9 @@ class LLM(ModelControl):
             adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
         elif max_cpu_loras is not None:
             raise ValueError("max_cpu_loras needs enable_lora=True")
+        if isinstance(drafter, ModelDrafter):
+            drafter.allocate(blocks)
         if speculation is not None:
-            drafter = find_drafter(speculation, runner)
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,

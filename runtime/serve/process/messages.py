@@ -78,6 +78,7 @@ class Stats(Struct, array_like=True):
     sleeping  0: awake; 1: weights are kept elsewhere; 2: they are gone
     num_drafts, num_draft_tokens, num_accepted_tokens  guesses of speculation: how often, their tokens, what stood;
               the last by position too
+    speculating, speculation_gain  whether guessing pays, and tokens a second with it of those without
     """
 
     num_running: int = 0
@@ -91,6 +92,8 @@ class Stats(Struct, array_like=True):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    speculating: bool = False
+    speculation_gain: float = 1.0
 
 
 class Progress(Struct, tag=True, array_like=True):
