@@ -124,7 +124,7 @@ def _admit(
         if needed + (spare if running or started else 0) > available:
             return tuple(started), "blocks"
         started.append(Admission(arrival=candidate.arrival, hits=hits, count=count))
-        promised.update(candidate.names[: (hits * size + count) // size])
+        promised.update(candidate.names[hits : (hits * size + count) // size])  # of earlier ones its windows need few
         available -= needed
         budget, seats = budget - count, seats - 1
     return tuple(started), None

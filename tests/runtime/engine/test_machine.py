@@ -6,6 +6,8 @@ asynchronous steps are drawn. After every rule the invariants hold; in the end e
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Series
@@ -16,9 +18,16 @@ from typing import Any, ClassVar
 import pytest
 from drawn_requests import Drawn, alone, drawn_requests
 from fake_tokenizer import FakeTokenizer
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
 from seamwise.runtime.engine import answer, drafting, loop
@@ -98,10 +107,12 @@ class Guesses:
 class EngineMachine(RuleBasedStateMachine):
     """The engine beside what each of its requests is to get.
 
-    fixed  arguments of begin() that are not drawn
+    fixed      arguments of begin() that are not drawn
+    num_steps  of all engines until now
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
+    num_steps: ClassVar[int] = 0
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]), blocks=st.integers(4, 16), budget=st.integers(1, 24),
@@ -174,6 +185,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 900))
     def interrupted_step(self, count: int) -> None:
+        EngineMachine.num_steps += 1
         try:
             outputs = interrupt_at(count, partial(self.engine.step, wait_s=0))
         except Interrupted:
@@ -229,6 +241,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.runner.weights += 1  # what is in the cache by now must not be read again
 
     def one_step(self) -> None:
+        EngineMachine.num_steps += 1
         try:
             outputs = self.engine.step(wait_s=0)
         except RuntimeError as error:
@@ -322,15 +335,23 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.close()
 
 
-TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+def drive(steps: int, first: int, examples: int, count: int) -> None:
+    """Let the machine make so many steps of the engine, in rounds of examples whose seeds are first, first + 1, …"""
+    EngineMachine.num_steps = 0
+    for number in itertools.count(first):
+        print(f"seed {number}: {EngineMachine.num_steps} steps until now", flush=True)
+        if EngineMachine.num_steps >= steps:
+            return
+        machine = seed(number)(type("Machine", (EngineMachine,), {}))
+        drawn = settings(max_examples=examples, stateful_step_count=count, deadline=None, database=None)
+        run_state_machine_as_test(machine, settings=drawn)
+
+
+def test_ten_thousand_steps() -> None:
+    drive(10_000, first=0 if settings.default.derandomize else random.randrange(1 << 30), examples=60, count=25)
 
 
 @pytest.mark.exhaustive
 def test_a_million_steps() -> None:
-    """Run with `pytest -m exhaustive`; steps are counted over all examples."""
-    from hypothesis.stateful import run_state_machine_as_test
-
-    run_state_machine_as_test(
-        EngineMachine, settings=settings(max_examples=10_000, stateful_step_count=60, deadline=None)
-    )
+    """Run with `pytest -s -m exhaustive -k million`: about half an hour of a processor."""
+    drive(1_000_000, first=1_000_000, examples=400, count=60)
