@@ -78,15 +78,12 @@ class Engine(Control):
         self.scheduler = Scheduler(
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )
-<<<<<<< HEAD
-=======
         self.pooler = pooler
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
         mode = check_mode(logprobs_mode)
-        worker = Worker(runner, threaded=config.async_scheduling, mode=mode, pooling=pooling)
->>>>>>> main
         self.drafting, self.adapters = drafting or Drafting(), adapters
-        worker = Worker(self.drafting.watched(runner), threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
+        steps = self.drafting.watched(runner)
+        worker = Worker(steps, threaded=config.async_scheduling, mode=mode, pooling=pooling)
         self.drafting.vocab_size = runner.config.vocab_size
         depth = 2 if config.async_scheduling else 1
         self._loop = Loop(

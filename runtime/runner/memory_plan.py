@@ -83,15 +83,10 @@ def plan_memory(
     Raises ValueError with the whole plan where the budget does not hold it, or the cache not one request.
     """
     recordings = CapturePlan.of(program, options).total_bytes
-<<<<<<< HEAD
-    every = options.return_hidden_states  # steps may ask for those of all rows
-    rows = max_num_batched_tokens if every else min(max_num_seqs, max_num_batched_tokens)
-=======
     rows, pooler = min(max_num_seqs, max_num_batched_tokens), options.pooler
     kept = pooler is not None and pooler.kind != "LAST" and torch.device(options.device).type == "cpu"
-    if pooler is not None and pooler.kind == "MEAN":
+    if options.return_hidden_states or (pooler is not None and pooler.kind == "MEAN"):
         rows = max_num_batched_tokens  # every state is wanted
->>>>>>> main
     fixed = {
         "weight_bytes": program.weight_bytes - derived_bytes, "derived_bytes": derived_bytes,
         "buffer_bytes": buffer_bytes, "recording_bytes": recordings,
