@@ -92,7 +92,8 @@ def main(arguments: list[str]) -> int:
         results[name] |= {"guessed": stats.num_draft_tokens, "accepted": stats.num_accepted_tokens_per_pos}
         accepted = f"{stats.num_accepted_tokens} of {stats.num_draft_tokens} guesses stood" if name != "without" else ""
         accepted += "" if stats.active else f"; off, where they would make it {stats.gain:.2f} x"
-        print(f"{label()} {name:8} {medians[name]:7.1f} tokens/s  {ratio:5.2f} x{f' (goal {goal})' if goal else ''}  {accepted}")
+        wanted = f" (goal {goal})" if goal else ""
+        print(f"{label()} {name:8} {medians[name]:7.1f} tokens/s  {ratio:5.2f} x{wanted}  {accepted}")
     if options.json:
         shape = {"num_speculative_tokens": options.num_speculative_tokens, "output_tokens": options.output_tokens}
         report = {"machine": machine(), "shape": shape, "results": results}

@@ -41,7 +41,7 @@ class FurtherToken(Block):
         self.shared_head = SharedHead(c)
         self.table = RopeTable(Rope.from_hf(read, read.size("qk_rope_head_dim")))
 
-    def forward(  # type: ignore[override]  # a block over two inputs
+    def forward(
         self, embedded_TD: Tensor, hidden_TD: Tensor, positions_T: Tensor, cache: Cache, where: Where
     ) -> Tensor:
         x_TD = self.eh_proj(torch.cat((self.enorm(embedded_TD), self.hnorm(hidden_TD)), -1))

@@ -35,7 +35,8 @@ class FurtherTokens(ModelDrafter):
                 f"speculative_config: method 'mtp' needs a DeepSeek-V3 checkpoint with num_nextn_predict_layers=1, got"
                 f" {whole.config.architecture} with {whole.config.raw.get('num_nextn_predict_layers')}"
             )
-        config = replace(whole.config, architecture=ARCHITECTURE, num_layers=1)
+        raw = whole.config.raw | {"architectures": [ARCHITECTURE]}  # by which the pack is another than the model's
+        config = replace(whole.config, architecture=ARCHITECTURE, num_layers=1, raw=raw)
         made = sharing(
             whole, config, whole.checkpoint, return_hidden_states=True, num_speculative_tokens=guesses,
             kv_cache_dtype=whole.options.dtype,

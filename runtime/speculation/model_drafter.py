@@ -22,7 +22,7 @@ from .drafter import Known
 class Place(NamedTuple):
     """Where the keys of a text are: its blocks (G, B) of the drafter's cache, and how many of its tokens are there."""
 
-    index: int
+    at: int
     table: np.ndarray
     computed: int
 
@@ -70,15 +70,15 @@ class ModelDrafter:
         places = self.places(known)
         if not places:
             return guesses
-        texts = [self.text(known[place.index]) for place in places]
+        texts = [self.text(known[place.at]) for place in places]
         ends = np.array([len(text) for text in texts])
-        most = np.array([self.most(known[place.index]) for place in places])
+        most = np.array([self.most(known[place.at]) for place in places])
         tables = np.stack([place.table for place in places])
         ids = self._compute(texts, tables, np.array([place.computed for place in places]), ends)
         live = np.arange(len(places))
         for count in range(1, int(most.max()) + 1):
             for row, token in zip(live.tolist(), ids.tolist(), strict=True):
-                guesses[places[row].index].append(token)
+                guesses[places[row].at].append(token)
             goes_on = most[live] > count
             live, ids = live[goes_on], ids[goes_on]
             if not len(live):
