@@ -12,6 +12,7 @@ BENCHES = {
     "streams": "many streams through a server for minutes, against the same batch offline",
     "company": "decode beside other busy processes",
     "json-schema": "what of JSON Schema a grammar holds to, by the JSON Schema Test Suite",
+    "kv": "what the KV cache holds, and time to the first token computed and loaded from tiers",
     "speculation": "one stream with guessed tokens and without",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",

@@ -265,7 +265,7 @@ def reading(options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Con
     """Return what reads a checkpoint's own quantized layout as the one that layers read, and what pools without a head;
     None where it is that."""
     published = None if options.stored is None else options.stored.published
-    read = None if published is None else partial(published.read, parameters=shapes)
+    read = None if published is None else partial(published.read, parameters=shapes, dtype=options.dtype)
     if options.pooler is None:
         return read
     return without_head if read is None else lambda found: read(without_head(found))

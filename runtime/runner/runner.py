@@ -7,12 +7,13 @@ logits = runner.step(StepInput(...)).logits
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -22,11 +23,12 @@ from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.record.recorder import Recording
+from seamwise.runtime.build.hidden_states import without_head
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
-from seamwise.runtime.build.packs import load_program, open_pack, with_recorded
+from seamwise.runtime.build.packs import load_program, open_pack, pack_parts, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
@@ -35,6 +37,7 @@ from seamwise.runtime.weights.adapters import Adapter
 
 from .adapters import AdapterSlots
 from .data_ranks import agree, halves
+from .kv_blocks import read_blocks, write_blocks
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
@@ -219,8 +222,11 @@ class ModelRunner:
         """
         if "weights" in self._asleep:
             raise RuntimeError("update_weights: the weights are asleep; call wake(['weights']) first")
+        named = named_tensors(weights)
+        if self.options.pooler is not None:
+            named = without_head(named)
         try:
-            self.weights.write(named_tensors(weights).items())
+            self.weights.write(named.items())
         finally:
             self._refusal = self._why_not()
 
@@ -250,6 +256,38 @@ class ModelRunner:
         if adapter is not None:
             self.check_adapter(adapter)
         self.adapters.write(slot, adapter)
+
+    @property
+    def num_weight_updates(self) -> int:
+        """How often weights were written since the runner was made."""
+        return self.weights.updates
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of a block of the KV cache, of all layers that share it."""
+        return self.kv_spec.bytes_per_block
+
+    @property
+    def kv_layout(self) -> str:
+        """What keys and values depend on besides weights and tokens, and how a block holds them: equal text, equal
+        bytes."""
+        return f"{pack.key_of(pack_parts(self.config, self.options))} {self.kv_spec}"
+
+    def read_kv_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        """Return a copy of the bytes of blocks, (n, kv_block_bytes) uint8, layer after layer.
+
+        Nothing may be written to them meanwhile.
+        """
+        return read_blocks(self._stored_kv, blocks)
+
+    def write_kv_blocks(self, blocks: Sequence[int], data: np.ndarray) -> None:
+        """Write to blocks what read_kv_blocks gave. No step may touch them meanwhile."""
+        write_blocks(self._stored_kv, blocks, data)
+
+    @property
+    def _stored_kv(self) -> list[Tensor]:
+        """The tensors of the KV cache, each once: groups of layers share theirs."""
+        return [*{id(cache): cache for cache in self._caches_flat}.values()]
 
     @property
     def weight_version(self) -> str:

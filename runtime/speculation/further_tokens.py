@@ -3,6 +3,7 @@
 Each step of the model is asked for the hidden states of all its rows, which go into a cache with the model's own block
 numbers; a prefix that is found has them too. Before a guess the module computes what it lacks of a sequence. Further
 guesses take its own hidden states in place of the model's, as in vLLM; what it computed with those is computed anew.
+Blocks that come back from a tier of the KV cache bring no hidden states along: guesses behind them are worse, no more.
 """
 
 from __future__ import annotations

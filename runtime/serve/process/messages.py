@@ -83,6 +83,7 @@ class Stats(Struct, array_like=True):
     num_drafts, num_draft_tokens, num_accepted_tokens  guesses of speculation: how often, their tokens, what stood;
               the last by position too
     speculating, speculation_gain  whether guessing pays, and tokens a second with it of those without
+    kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed  see OffloadStats
     """
 
     num_running: int = 0
@@ -98,6 +99,12 @@ class Stats(Struct, array_like=True):
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     speculating: bool = False
     speculation_gain: float = 1.0
+    kv_queries: int = 0
+    kv_hits: int = 0
+    kv_stored: int = 0
+    kv_loaded: int = 0
+    kv_lost: int = 0
+    kv_failed: int = 0
 
 
 class Progress(Struct, tag=True, array_like=True):
