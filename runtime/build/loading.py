@@ -88,7 +88,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = _captured(model, arguments, spec)
         buffers |= captured.constants
-        padded = options.data_parallel_size > 1  # by rows of one group
+        padded = options.data_parallel_size > 1 or options.pipeline_parallel_size > 1  # by rows of one group, or cut
         if not (padded or options.disable_hybrid_kv_cache_manager):
             captured, groups = group_caches(captured, len(spec.layers))
             spec = replace(spec, groups=tuple(groups))
@@ -220,21 +220,17 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     program.kept_dtypes = {
         n: None if d is None else str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()
     }
-    program.kv_layers = [[[*shape] for shape in layer] for layer in model.kv_spec.layers]
+    cached = (name.split("_") for name in program.inputs if name.startswith("kv_caches"))
+    layers = sorted({int(name[2]) for name in cached})  # of this stage
+    program.kv_layers = [[[*shape] for shape in model.kv_spec.layers[layer]] for layer in layers]
     program.kv_groups = list(model.kv_spec.groups)
     program.reports = [*model.reports, *program.reports]
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
     return program, {name: b for name, b in model.buffers.items() if name in needed}
 
 
-def load_step_weights(
-    path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor],
-    given: Mapping[str, Tensor] | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe.
-
-    given  weights, by their recipes' names, that are there already
-    """
+def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]) -> list[Tensor]:
+    """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe."""
     shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
@@ -243,15 +239,14 @@ def load_step_weights(
         read=reading(options, shapes),
     )  # fmt: skip
     readers = readers_of(source, buffers, options)
-    weights: dict[str, Tensor] = {**(given or {})}
+    weights: dict[str, Tensor] = {}
     freed_bytes = 0  # about as much is freed as is kept
 
     def size(name: str) -> int:
         return sum(math.prod(shapes.get(read, ())) for read in parameters_of(program.recipes[name]))
 
     with torch.inference_mode():  # the largest first: what is read and then freed comes beside little else
-        missing = program.recipes.keys() - weights.keys()
-        for name in show_progress(sorted(missing, key=size, reverse=True), "loading weights"):
+        for name in show_progress(sorted(program.recipes, key=size, reverse=True), "loading weights"):
             weights[name] = evaluate(program.recipes[name], *readers).to(options.device)
             freed_bytes += weights[name].nbytes
             if freed_bytes > _TRIM_BYTES:

@@ -6,7 +6,7 @@ A grammar that leaves one token only is such a guess too, and a sure one: forced
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +21,6 @@ from seamwise.runtime.speculation.stats import DraftStats
 from seamwise.runtime.speculation.watch import Watch
 
 from .request import Completion, Request
-from .worker import Steps
 
 _LOG = logging.getLogger(__name__)
 _FORCED = 16  # tokens of a grammar that one step takes
@@ -56,11 +55,6 @@ class Drafting:
 
     def __post_init__(self) -> None:
         self.stats.num_accepted_tokens_per_pos = [0] * self.most
-
-    def watched(self, steps: Steps) -> Steps:
-        """Return what computes steps, with the drafter looking on where it has to."""
-        watching: Callable[[Steps], Steps] | None = getattr(self.drafter, "watching", None)
-        return steps if watching is None else watching(steps)
 
     def wanted(self, scheduler: Scheduler, owners: Owners) -> bool:
         """Return whether what runs is guessed on: a step is then planned only when the one before has ended."""

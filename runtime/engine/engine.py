@@ -89,8 +89,7 @@ class Engine(Control):
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
         mode = check_mode(logprobs_mode)
         self.drafting, self.adapters = drafting or Drafting(), adapters
-        steps = self.drafting.watched(runner)
-        worker = Worker(steps, threaded=config.async_scheduling, mode=mode, pooling=pooling)
+        worker = Worker(runner, threaded=config.async_scheduling, mode=mode, pooling=pooling)
         self.drafting.vocab_size = runner.config.vocab_size
         depth = 2 if config.async_scheduling else 1
         self._loop = Loop(

@@ -57,8 +57,6 @@ class ModelControl:
         if self.enable_sleep_mode is False:
             raise ValueError("sleep: enable_sleep_mode=False was asked for; leave it out to let the model sleep")
         drafter = self.engine.drafting.drafter
-        if isinstance(drafter, ModelDrafter) and drafter.stays_awake:
-            raise ValueError("sleep: the module that guesses stays in memory; leave speculative_config out")
         self.engine.reset_prefix_cache()
         self.executor.collective_rpc("sleep", None, (level,))
         if isinstance(drafter, ModelDrafter):

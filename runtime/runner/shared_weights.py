@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from seamwise import caches
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
-from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program
 from seamwise.runtime.build.progress import shown_ledger
@@ -43,36 +41,31 @@ def first_layers(whole: ModelRunner, num_layers: int) -> ModelRunner:
     return sharing(whole, replace(config, num_layers=num_layers, raw=raw), num_speculative_tokens=0)
 
 
-def sharing(whole: ModelRunner, config: ModelConfig, checkpoint: Path | None = None, **changes: Any) -> ModelRunner:
-    """Return a runner of a configuration, with the weights of `whole` wherever its recipe for one is the same.
+def sharing(whole: ModelRunner, config: ModelConfig, **changes: Any) -> ModelRunner:
+    """Return a runner of a configuration, each of whose weights is one of `whole` that has the same recipe.
 
-    checkpoint  where the others are read; None: there must be none
-    changes     of the options of `whole`
+    changes  of the options of `whole`
+    Raises ValueError where one has none.
     """
     options = whole.options
     folder = caches.folder("packs") if options.pack_name else options.pack_dir  # a named pack's folder is the caller's
     changes = {"pack_name": None, "pack_dir": folder, "pipeline": replace(options.pipeline, max_loras=0)} | changes
     options = replace(options, **changes)
     with shown_ledger("start-up of what guesses") as ledger:
-        return _loaded(whole, config, options, checkpoint, ledger)
+        return _loaded(whole, config, options, ledger)
 
 
-def _loaded(
-    whole: ModelRunner, config: ModelConfig, options: RunnerConfig, checkpoint: Path | None, ledger: Ledger
-) -> ModelRunner:
+def _loaded(whole: ModelRunner, config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> ModelRunner:
     program, buffers = load_program(config, options, ledger)
     with ledger.stage("load weights"):
         given = _held_alike(whole, program)
         missing = [name for name in program.recipes if name not in given]
-        if checkpoint is not None:
-            weights = load_step_weights(checkpoint, options, program, buffers, given)
-        elif missing:
+        if missing:
             raise ValueError(
                 f"speculative_config: {len(missing)} weights would be in memory twice, as {missing[0]}: the model"
                 " computes them otherwise; leave out enable_lora and what compiles it in its own way"
             )
-        else:
-            weights = [given[name] for name in program.recipes]
+        weights = [given[name] for name in program.recipes]
     return ModelRunner(config, options, Executable(program, weights), ledger, buffers)
 
 

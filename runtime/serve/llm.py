@@ -128,8 +128,6 @@ class LLM(ModelControl, Pools):
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
             options["num_speculative_tokens"] = speculation.num_speculative_tokens
-            if speculation.method == "mtp":
-                options["return_hidden_states"] = True
         find_policy(scheduling_policy)
         check_mode(logprobs_mode)
         if cache_dir is not None:

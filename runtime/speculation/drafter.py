@@ -62,13 +62,13 @@ def find_drafter(
 
         assert config.prompt_lookup_min and config.prompt_lookup_max
         return NGram(config.prompt_lookup_min, config.prompt_lookup_max)
-    if config.method in ("draft_model", "first_layers", "mtp"):
+    if config.method in ("draft_model", "first_layers"):
         from .find_model import find_model_drafter
 
         return find_model_drafter(config, runner, tokenizer, max_num_batched_tokens)
     found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if config.method not in found:
-        known = ", ".join(sorted({"ngram", "draft_model", "first_layers", "mtp", *found}))
+        known = ", ".join(sorted({"ngram", "draft_model", "first_layers", *found}))
         raise ValueError(f"speculative_config: method {config.method!r} is not known; wanted one of {known}")
     make: Callable[[SpeculativeConfig, Any], Drafter] = found[config.method].load()
     return make(config, runner)

@@ -9,7 +9,6 @@ from seamwise.runtime.weights.hub import resolve_model
 from .config import SpeculativeConfig
 from .draft_model import DraftModel
 from .first_layers import FirstLayers
-from .further_tokens import FurtherTokens
 from .model_drafter import ModelDrafter
 
 
@@ -25,8 +24,6 @@ def find_model_drafter(
     if config.method == "first_layers":
         assert config.num_layers is not None
         return FirstLayers(runner, config.num_layers, budget)
-    if config.method == "mtp":
-        return FurtherTokens(runner, config.num_speculative_tokens, budget)
     return DraftModel(_loaded(config, runner, tokenizer), budget)
 
 

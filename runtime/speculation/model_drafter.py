@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from seamwise.runtime.build.step import ragged_step
 from seamwise.runtime.runner.runner import ModelRunner
@@ -28,15 +27,13 @@ class Place(NamedTuple):
 
 
 class ModelDrafter:
-    """A Drafter over a runner; what it differs in says where keys are (`places`) and what is computed (`text`).
+    """A Drafter over a runner; what it differs in says where keys are (`places`) and how far it reaches (`most`).
 
     budget           tokens of a step
     bytes_per_block  of a cache of its own; 0: it has none
-    stays_awake      it cannot give its memory back
     """
 
     bytes_per_block = 0
-    stays_awake = False
 
     def __init__(self, runner: ModelRunner, budget: int) -> None:
         self.runner, self.budget = runner, budget
@@ -55,10 +52,6 @@ class ModelDrafter:
         """Return the places of those that can be guessed on; at least the last token of a text is not computed."""
         raise NotImplementedError
 
-    def text(self, one: Known) -> np.ndarray:
-        """Return the tokens that are computed before the first guess."""
-        return one.tokens
-
     def most(self, one: Known) -> int:
         """Return how many guesses there may be."""
         return one.most
@@ -70,7 +63,7 @@ class ModelDrafter:
         places = self.places(known)
         if not places:
             return guesses
-        texts = [self.text(known[place.at]) for place in places]
+        texts = [known[place.at].tokens for place in places]
         ends = np.array([len(text) for text in texts])
         most = np.array([self.most(known[place.at]) for place in places])
         tables = np.stack([place.table for place in places])
@@ -114,13 +107,7 @@ class ModelDrafter:
         rows = np.arange(len(ids)) if every else last  # a step all of whose logits are wanted is recorded
         step = ragged_step(
             ids.astype(np.int64), first, firsts.astype(np.int32), counts.astype(np.int32), size, rows, further,
-            hidden_states=self.runner.options.return_hidden_states,
         )  # fmt: skip
         output = self.runner.step(step)
         wanted = torch.from_numpy(last if every else np.arange(len(counts))).to(output.logits.device)
-        if output.hidden_states is not None:
-            self.carry(output.hidden_states[wanted], tables, firsts + counts)
         return output.logits[wanted].argmax(-1).cpu().numpy()
-
-    def carry(self, hidden_RD: Tensor, tables: np.ndarray, positions: np.ndarray) -> None:
-        """Take the hidden states that a step returns, whose next positions are given."""
