@@ -16,6 +16,7 @@ BENCHES = {
     "speculation": "one stream with guessed tokens and without",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
+    "eplb": "how balanced experts are over ranks on a drifting trace, by placement, beside the bound",
     "gpu": "every stage of the GPU proof, within the minutes given",
     "report": "the pages bench/results/README.md (GPUs) and CPU.md from the files of the benches",
     "models": "every decoder of transformers that Seamwise does not define, tiny, beside transformers' logits",

@@ -20,7 +20,8 @@ from .capture import Captured
 # {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…], "options": {…}}, where
 # "getitem" takes one of the tensors that another op gives; or
 # {"adapter": role, …}: memory for adapters, which no checkpoint holds, empty until the runner writes one
-# (passes/add_adapters.py)
+# (passes/add_adapters.py); or {"state": role, "values": …}: numbers that the runner changes, and what they begin as
+# (passes/shard/balance_experts.py)
 Recipe = dict[str, Any]
 
 
@@ -51,7 +52,7 @@ def parameters_of(recipe: Recipe) -> set[str]:
     """Return the names of all parameters a recipe reads."""
     if "weight" in recipe:
         return {recipe["weight"]}
-    if "adapter" in recipe:
+    if "adapter" in recipe or "state" in recipe:
         return set()
     return {name for argument in _flat(recipe["args"]) for name in parameters_of(argument)}
 
@@ -67,6 +68,8 @@ def evaluate(
         return parameter(recipe["weight"])
     if "adapter" in recipe:
         return torch.zeros(recipe["shape"], dtype=getattr(torch, recipe["dtype"]))
+    if "state" in recipe:
+        return torch.tensor(recipe["values"], dtype=getattr(torch, recipe["dtype"]))
     if part is not None and recipe["op"] == "aten.slice.Tensor" and "weight" in recipe["args"][0]:
         source, dim, start, end = recipe["args"]
         return part(source["weight"], dim, start, end)

@@ -17,6 +17,7 @@ from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
 from threading import Event as Flag
+from typing import Any
 
 import numpy as np
 
@@ -87,11 +88,13 @@ class Engine(Control):
         )  # fmt: skip
         self.pooler = pooler
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
-        mode = check_mode(logprobs_mode)
+        stages: Any = runner if config.pipeline_parallel_size > 1 else None
+        worker = Worker(
+            runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode), pooling=pooling, stages=stages
+        )  # fmt: skip
         self.drafting, self.adapters = drafting or Drafting(), adapters
-        worker = Worker(runner, threaded=config.async_scheduling, mode=mode, pooling=pooling)
         self.drafting.vocab_size = runner.config.vocab_size
-        depth = 2 if config.async_scheduling else 1
+        depth = max(2, config.pipeline_parallel_size) if config.async_scheduling else 1
         self._loop = Loop(
             self.scheduler, worker, depth=depth, drafting=self.drafting, adapters=adapters is not None
         )  # fmt: skip

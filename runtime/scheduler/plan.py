@@ -67,6 +67,10 @@ def _serve(
     run, size = view.progress, view.block_size
     wanted = np.minimum(run.pending, run.max_chunk)
     wanted = np.minimum(wanted, limits.long_prefill_token_threshold or NO_LIMIT)
+    if (stages := limits.pipeline_parallel_size) > 1:
+        wanted[run.flying & (run.pending <= 1)] = 0  # their last token is not known yet
+        ready = order[wanted[order] > 0]
+        wanted[ready[-(-len(order) // stages) :]] = 0
     available, coming = view.available, view.coming
     preempted: list[int] = []
     victims: list[int] | None = None

@@ -111,7 +111,15 @@ class LLM(ModelControl, Pools):
         cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
-        processes = starts_ranks(distributed_executor_backend, options.get("tensor_parallel_size", 1))
+        stages = options.get("pipeline_parallel_size", 1)
+        processes = starts_ranks(
+            distributed_executor_backend, stages if stages != 1 else options.get("tensor_parallel_size", 1)
+        )  # fmt: skip
+        if stages != 1 and not processes:
+            raise ValueError(
+                f"pipeline_parallel_size={stages}: stages are processes that this one starts; leave out"
+                f" distributed_executor_backend={distributed_executor_backend!r}, and torchrun"
+            )
         if trust_remote_code:
             check_options(["trust_remote_code"])
         if model_impl != "auto":
@@ -123,7 +131,7 @@ class LLM(ModelControl, Pools):
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, watermark=watermark,
             scheduling_policy=scheduling_policy, async_scheduling=async_scheduling,
             long_prefill_token_threshold=long_prefill_token_threshold,
-            scheduler_reserve_full_isl=scheduler_reserve_full_isl,
+            scheduler_reserve_full_isl=scheduler_reserve_full_isl, pipeline_parallel_size=stages,
         )  # fmt: skip
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
@@ -144,8 +152,10 @@ class LLM(ModelControl, Pools):
         if processes:
             from seamwise.runtime.engine.executor_processes import RankProcesses
 
-            ranks = options.pop("tensor_parallel_size")
-            runner = self.executor = RankProcesses(directory, ranks, options, extension=worker_extension_cls)
+            ranks = options.pop("pipeline_parallel_size" if stages != 1 else "tensor_parallel_size")
+            runner = self.executor = RankProcesses(
+                directory, ranks, options, extension=worker_extension_cls, stages=stages != 1
+            )  # fmt: skip
         else:
             runner = ModelRunner.load(directory, **options)
             self.executor = InProcess(runner, str(model), worker_extension_cls)

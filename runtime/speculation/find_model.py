@@ -18,8 +18,8 @@ def find_model_drafter(
     """Return the drafter. Raises ValueError for what does not go together."""
     if not isinstance(runner, ModelRunner) or runner.options.num_ranks > 1:
         raise ValueError(
-            f"speculative_config: method {config.method!r} runs on one rank; leave it, or tensor_parallel_size and"
-            " data_parallel_size, out"
+            f"speculative_config: method {config.method!r} runs on one rank; leave it, or tensor_parallel_size,"
+            " pipeline_parallel_size and data_parallel_size, out"
         )
     if config.method == "first_layers":
         assert config.num_layers is not None
