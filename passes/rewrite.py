@@ -72,6 +72,8 @@ class Parallel:
     size, rank, group  of the process group, which is known by its name
     experts  whole experts on each rank, rather than a part of every expert
     data     each rank has tokens of its own, and all of the model but the experts; every step has as many on each
+    redundant  how many places there are for further copies of experts, which the runner moves by their load; None: it
+             moves none; with data
     two_batches  a step may be two that take turns while rows travel; with data
     sequence  fewest tokens of the steps in which each rank has a share of the rows between attention and MLPs; 0: none
     overlap  these shares travel while GEMMs run; needs sequence
@@ -83,6 +85,7 @@ class Parallel:
     group: str
     experts: bool = False
     data: bool = False
+    redundant: int | None = None
     two_batches: bool = False
     sequence: int = 0
     overlap: bool = False

@@ -25,6 +25,7 @@ from seamwise.runtime.engine.executor import InProcess, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
+from seamwise.runtime.kv.offload_options import make_offload
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -68,6 +69,11 @@ class LLM(ModelControl, Pools):
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
     num_gpu_blocks_override  blocks of the KV cache, instead
+    kv_offloading_size  GiB of the machine's memory for blocks that the KV cache evicts, to be loaded instead of
+                   computed again; kv_offloading_backend: "native"
+    kv_offloading_folder, kv_offloading_folder_size  a folder, and GiB of it, for blocks that are evicted from there,
+                   and for all of them at shutdown(): a later start with the same model finds them
+    kv_offloading_min_tokens  fewer tokens than this are computed rather than loaded (32)
     enable_sleep_mode  False: sleep() is refused
     enable_lora    requests may have adapters (lora_request): max_loras in a step, max_cpu_loras in memory, PEFT's files
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
@@ -93,6 +99,9 @@ class LLM(ModelControl, Pools):
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
         logprobs_mode: str = "raw_logprobs", generation_config: str = "auto", skip_tokenizer_init: bool = False,
+        kv_offloading_size: float | None = None, kv_offloading_backend: str | None = None,
+        kv_offloading_folder: str | Path | None = None, kv_offloading_folder_size: float | None = None,
+        kv_offloading_min_tokens: int | None = None,
         enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
@@ -100,7 +109,15 @@ class LLM(ModelControl, Pools):
         cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
-        processes = starts_ranks(distributed_executor_backend, options.get("tensor_parallel_size", 1))
+        stages = options.get("pipeline_parallel_size", 1)
+        processes = starts_ranks(
+            distributed_executor_backend, stages if stages != 1 else options.get("tensor_parallel_size", 1)
+        )  # fmt: skip
+        if stages != 1 and not processes:
+            raise ValueError(
+                f"pipeline_parallel_size={stages}: stages are processes that this one starts; leave out"
+                f" distributed_executor_backend={distributed_executor_backend!r}, and torchrun"
+            )
         if trust_remote_code:
             check_options(["trust_remote_code"])
         if model_impl != "auto":
@@ -112,7 +129,7 @@ class LLM(ModelControl, Pools):
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, watermark=watermark,
             scheduling_policy=scheduling_policy, async_scheduling=async_scheduling,
             long_prefill_token_threshold=long_prefill_token_threshold,
-            scheduler_reserve_full_isl=scheduler_reserve_full_isl,
+            scheduler_reserve_full_isl=scheduler_reserve_full_isl, pipeline_parallel_size=stages,
         )  # fmt: skip
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
@@ -133,8 +150,10 @@ class LLM(ModelControl, Pools):
         if processes:
             from seamwise.runtime.engine.executor_processes import RankProcesses
 
-            ranks = options.pop("tensor_parallel_size")
-            runner = self.executor = RankProcesses(directory, ranks, options, extension=worker_extension_cls)
+            ranks = options.pop("pipeline_parallel_size" if stages != 1 else "tensor_parallel_size")
+            runner = self.executor = RankProcesses(
+                directory, ranks, options, extension=worker_extension_cls, stages=stages != 1
+            )  # fmt: skip
         else:
             runner = ModelRunner.load(directory, **options)
             self.executor = InProcess(runner, str(model), worker_extension_cls)
@@ -166,9 +185,17 @@ class LLM(ModelControl, Pools):
         if speculation is not None:
             drafter = find_drafter(speculation, runner)
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
+        offload = make_offload(
+            runner, ahead=2 * -(-max_num_batched_tokens // runner.block_size) * len(runner.kv_groups),
+            num_ranks=runner.options.num_ranks, enable_prefix_caching=enable_prefix_caching,
+            kv_offloading_size=kv_offloading_size, kv_offloading_backend=kv_offloading_backend,
+            kv_offloading_folder=kv_offloading_folder, kv_offloading_folder_size=kv_offloading_folder_size,
+            kv_offloading_min_tokens=kv_offloading_min_tokens,
+        )  # fmt: skip
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
             logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters, pooler=runner.options.pooler,
+            offload=offload,
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))
@@ -181,6 +208,14 @@ class LLM(ModelControl, Pools):
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache holds. Raises RuntimeError while requests run."""
         self.engine.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """End the threads and processes of this model, which answers nothing afterwards.
+
+        What the KV cache holds is written to kv_offloading_folder, where there is one.
+        """
+        self.engine.close()
+        self.executor.shutdown()
 
     def get_tokenizer(self) -> Any:
         """Return the transformers tokenizer of the model."""

@@ -42,7 +42,8 @@ class Metrics:
         names = tuple(self._label)
 
         def counter(name: str, what: str, *more: str) -> Counter:
-            return Counter(f"vllm:{name}", what, (*names, *more), registry=self.registry)
+            home = "seamwise" if name.startswith("kv_offload_") else "vllm"
+            return Counter(f"{home}:{name}", what, (*names, *more), registry=self.registry)
 
         def histogram(name: str, what: str, buckets: Iterable[float]) -> Histogram:
             made = Histogram(f"vllm:{name}", what, names, registry=self.registry, buckets=tuple(buckets))
@@ -59,6 +60,12 @@ class Metrics:
             "num_drafts": counter("spec_decode_num_drafts", "Guesses of a sequence's next tokens."),
             "num_draft_tokens": counter("spec_decode_num_draft_tokens", "Tokens guessed."),
             "num_accepted_tokens": counter("spec_decode_num_accepted_tokens", "Guessed tokens that stood."),
+            "kv_queries": counter("external_prefix_cache_queries", "Tokens that the KV cache did not have."),
+            "kv_hits": counter("external_prefix_cache_hits", "Tokens of these that tiers behind it gave."),
+            "kv_stored": counter("kv_offload_stored_blocks", "Blocks copied out of the KV cache."),
+            "kv_loaded": counter("kv_offload_loaded_blocks", "Blocks brought back into it."),
+            "kv_lost": counter("kv_offload_lost_blocks", "Blocks that a tier had, and that were gone or damaged."),
+            "kv_failed": counter("kv_offload_failed_blocks", "Blocks that a tier could not take or give."),
         }
         self.counted = {name: made.labels(**label) for name, made in self.counted.items()}
         self.accepted_at = counter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from seamwise.runtime.engine.lora_request import LoRARequest
@@ -21,6 +22,7 @@ METHODS = (  # what the other process may call: of the loop, else of the LLM
     "pause_generation", "resume_generation", "is_paused", "reset_prefix_cache", "sleep", "wake_up", "is_sleeping",
     "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update", "abort_weight_update",
     "weight_version", "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
+    "shutdown",
 )  # fmt: skip
 
 
@@ -172,6 +174,9 @@ class EngineLoop:
         stats.num_drafts, stats.num_draft_tokens = drafts.num_drafts, drafts.num_draft_tokens
         stats.num_accepted_tokens = drafts.num_accepted_tokens
         stats.num_accepted_tokens_per_pos = drafts.num_accepted_tokens_per_pos
+        if self.engine.offload is not None:
+            for field in fields(self.engine.offload.stats):
+                setattr(stats, f"kv_{field.name}", getattr(self.engine.offload.stats, field.name))
 
 
 def _params(add: Add) -> SamplingParams:

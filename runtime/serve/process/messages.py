@@ -82,6 +82,7 @@ class Stats(Struct, array_like=True):
     sleeping  0: awake; 1: weights are kept elsewhere; 2: they are gone
     num_drafts, num_draft_tokens, num_accepted_tokens  guesses of speculation: how often, their tokens, what stood;
               the last by position too
+    kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed  see OffloadStats
     """
 
     num_running: int = 0
@@ -95,6 +96,12 @@ class Stats(Struct, array_like=True):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    kv_queries: int = 0
+    kv_hits: int = 0
+    kv_stored: int = 0
+    kv_loaded: int = 0
+    kv_lost: int = 0
+    kv_failed: int = 0
 
 
 class Progress(Struct, tag=True, array_like=True):

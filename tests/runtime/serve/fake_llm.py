@@ -37,6 +37,7 @@ class FakeEngine:
         )  # fmt: skip
         self.requests: dict[str, Held] = {}
         self.drafting = SimpleNamespace(stats=DraftStats())
+        self.offload = None
         self.pool = SimpleNamespace(num_available=100, num_blocks=101)
         self.max_num_seqs = max_num_seqs
         self.paused: str | None = None

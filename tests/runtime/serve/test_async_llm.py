@@ -120,6 +120,9 @@ def test_a_stream_merges_what_is_not_taken() -> None:
             await stream.take()
         whole = merged(delta("a"), delta("b", finished=True))
         assert whole.request_finished and whole.finish_reason == "stop"
+        end = delta("b", finished=True)
+        end.vector = b"1234"
+        assert merged(delta("a"), end).vector == b"1234"
 
     asyncio.run(go())
 
