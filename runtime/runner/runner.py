@@ -7,6 +7,8 @@ logits = runner.step(StepInput(...)).logits
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -77,6 +79,10 @@ class ModelRunner:
         self._asleep: set[str] = set()
         self._saved: SavedWeights | None = None
         self._refusal: str | None = None  # why no step may run
+        # On a GPU nothing else may reach the device while a step is captured.
+        self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if torch.device(options.device).type == "cuda":
+            self._turn = threading.Lock()
 
     def _new_recordings(self) -> Recordings:
         ranks = self.options.tensor_parallel_size > 1
@@ -178,13 +184,14 @@ class ModelRunner:
         if self.adapters.in_step:
             of_rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
             batch = replace(batch, token_adapters=of_rows)
-        match self._recordings.kind_of(batch):
-            case Empty():
-                results = self._empty()
-            case Eager():
-                results = self.executable(*self._flat(self._on_device(batch)))
-            case Full() | Piecewise() as key:
-                results = self._recordings.run(key, self.executable, batch, self._flat)
+        with self._turn:
+            match self._recordings.kind_of(batch):
+                case Empty():
+                    results = self._empty()
+                case Eager():
+                    results = self.executable(*self._flat(self._on_device(batch)))
+                case Full() | Piecewise() as key:
+                    results = self._recordings.run(key, self.executable, batch, self._flat)
         logits, hidden = self._parts(results)
         if self.options.data_parallel_size > 1:
             logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
@@ -298,13 +305,15 @@ class ModelRunner:
     def read_kv_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         """Return a copy of the bytes of blocks, (n, kv_block_bytes) uint8, layer after layer.
 
-        Nothing may be written to them meanwhile.
+        Nothing may be written to them meanwhile. May be called beside a step, as write_kv_blocks.
         """
-        return read_blocks(self._stored_kv, blocks)
+        with self._turn:
+            return read_blocks(self._stored_kv, blocks)
 
     def write_kv_blocks(self, blocks: Sequence[int], data: np.ndarray) -> None:
         """Write to blocks what read_kv_blocks gave. No step may touch them meanwhile."""
-        write_blocks(self._stored_kv, blocks, data)
+        with self._turn:
+            write_blocks(self._stored_kv, blocks, data)
 
     @property
     def _stored_kv(self) -> list[Tensor]:

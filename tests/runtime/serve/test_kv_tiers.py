@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from seamwise import LLM, SamplingParams
+from seamwise.runtime.kv.offload_options import make_offload
 from seamwise.runtime.serve.async_llm import AsyncLLM
+from seamwise.testing import FakeRunner
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1, detokenize=False)
 PROMPTS = [np.random.default_rng(i).integers(3, 97, 60).tolist() for i in range(4)]
@@ -100,6 +102,14 @@ def test_other_weights_and_other_dtypes_find_nothing(tmp_path: Path) -> None:
 def test_what_contradicts_is_refused_by_name(tiny_llama_dir: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLM(tiny_llama_dir, max_num_seqs=2, max_model_len=64, **options)
+
+
+def test_ranks_are_refused_by_name() -> None:
+    runner = FakeRunner(num_blocks=5, block_size=4)
+    with pytest.raises(
+        ValueError, match=r"kv_offloading_size and kv_offloading_folder with 2 ranks: .* leave them, or"
+    ):
+        make_offload(runner, ahead=1, num_ranks=2, enable_prefix_caching=True, kv_offloading_size=1)
 
 
 @pytest.mark.slow
