@@ -156,6 +156,35 @@ def _lines(module: GraphModule) -> list[str]:
     return [f"{n.name} = {getattr(n.target, '__name__', n.target)}{n.args}" for n in calls]
 
 
+def rewrite_each(
+    name: str,
+    *targets: Any,
+    one: Callable[[Node], str | None],
+    wanted: Callable[[Node], bool] = lambda node: True,
+    expect: Callable[[Structure], int] | None = None,
+    from_tokens: Callable[[Parallel | None], int | None] = lambda parallel: 1,
+    lossy: bool = False,
+) -> Pass:
+    """Make a pass that looks at each call of some ops by itself.
+
+    one     rewrites a call, or returns why not and leaves the graph alone: a miss
+    wanted  which calls are candidates at all
+    """
+
+    def rewrite(module: GraphModule, report: Report) -> None:
+        for node in list(module.graph.nodes):
+            if not is_op(node, *targets) or not wanted(node):
+                continue
+            where = place(node), node.name  # read before the node goes
+            reason = one(node)
+            if reason is None:
+                report.matched += 1
+            else:
+                report.misses.append(Miss(*where, reason))
+
+    return Pass(name=name, rewrite=rewrite, expect=expect, from_tokens=from_tokens, lossy=lossy)
+
+
 def pattern_pass(
     name: str,
     *,
@@ -223,5 +252,4 @@ def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any])
     for old, new in zip(match.outputs, results, strict=True):
         assert isinstance(new, Proxy)
         replace(old, new.node)
-        module.graph.erase_node(old) if not old.users else None
     return None

@@ -96,7 +96,7 @@ class Loop:
         ended = [e.completion.sequence for e in self._committed if e.reason is not None]
         self.absorb()
         complete(self.scheduler, step, ended, given)
-        self.drafting.note(step, result.ended - result.began, given)
+        self.drafting.note(step, result.ended, given)
         self.flights.pop(0)
 
     def undo(self) -> None:

@@ -158,8 +158,11 @@ class ModelRunner:
         """Allocate the KV cache. Raises ValueError for fewer than 2 blocks (block 0 is the null block)."""
         if num_blocks < 2:
             raise ValueError(f"allocate_kv: got num_blocks={num_blocks}, wanted at least 2 (block 0 holds padding)")
-        self._num_blocks = num_blocks
-        self.kv_caches = self.kv_spec.allocate(num_blocks, self.options.device)
+        self.use_kv(self.kv_spec.allocate(num_blocks, self.options.device), num_blocks)
+
+    def use_kv(self, kv_caches: list[list[Tensor]], num_blocks: int) -> None:
+        """Use a KV cache that is there: each layer's tensors, as allocate_kv makes them, of another runner too."""
+        self._num_blocks, self.kv_caches = num_blocks, kv_caches
         self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
         self._recordings.clear()
 

@@ -37,6 +37,7 @@ from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
 from seamwise.runtime.speculation.config import SpeculativeConfig
 from seamwise.runtime.speculation.drafter import find_drafter
+from seamwise.runtime.speculation.model_drafter import ModelDrafter
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
@@ -79,8 +80,9 @@ class LLM(ModelControl, Pools):
     enable_sleep_mode  False: sleep() is refused
     enable_lora    requests may have adapters (lora_request): max_loras in a step, max_cpu_loras in memory, PEFT's files
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
-                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}: outputs are the same, and come faster where
-                   guesses stand; see runtime/speculation/config.py
+                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}, {"model": "a smaller one"} or {"method":
+                   "first_layers", "num_layers": 6}: outputs are the same, and come faster where guesses stand; see
+                   runtime/speculation/config.py
     data_parallel_size  engines, each a process with requests of its own (`seamwise[serve]`) and all of the model, or
                    with enable_expert_parallel its share of the experts; torchrun's processes are that many already
     data_parallel_rank, data_parallel_address, data_parallel_timeout_s  which of them this process is, the file where
@@ -189,11 +191,23 @@ class LLM(ModelControl, Pools):
             warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
         if num_gpu_blocks_override is not None:
             kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
+        drafter = None
+        if speculation is not None:
+            drafter = find_drafter(speculation, runner, self.tokenizer, max_num_batched_tokens)
+        planned = {
+            "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+            "fit_model_len": max_model_len == "auto",
+        }  # fmt: skip
         plan = runner.plan(
             kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            fit_model_len=max_model_len == "auto",
+            **planned,
         )  # fmt: skip
+        if isinstance(drafter, ModelDrafter) and drafter.bytes_per_block and num_gpu_blocks_override is None:
+            ours, theirs = (
+                runner.kv_spec.bytes_per_block,
+                drafter.bytes_per_block,
+            )  # both caches in what one was to have
+            plan = runner.plan(kv_cache_memory_bytes=plan.kv_bytes * ours // (ours + theirs), **planned)
         blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1 and not processes:
             from seamwise.runtime.distributed.group import smallest
@@ -207,8 +221,9 @@ class LLM(ModelControl, Pools):
             adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
         elif max_cpu_loras is not None:
             raise ValueError("max_cpu_loras needs enable_lora=True")
+        if isinstance(drafter, ModelDrafter):
+            drafter.allocate(blocks)
         if speculation is not None:
-            drafter = find_drafter(speculation, runner)
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         offload = make_offload(
             runner, ahead=2 * -(-max_num_batched_tokens // runner.block_size) * len(runner.kv_groups),

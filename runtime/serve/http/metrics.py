@@ -204,6 +204,11 @@ class _Now:
             "num_requests_running": ("Requests in the batch.", stats.num_running),
             "num_requests_waiting": ("Requests that wait for a place in it.", stats.num_waiting),
             "kv_cache_usage_perc": ("Share of KV cache blocks in use, 0 to 1.", stats.kv_cache_usage),
+            "spec_decode_active": (
+                "Whether tokens are guessed: 0 where that is measured to be slower.",
+                stats.speculating,
+            ),
+            "spec_decode_gain": ("Tokens a second with guesses, of those without.", stats.speculation_gain),
         }
         if self._aliases:
             values["gpu_cache_usage_perc"] = ("As kv_cache_usage_perc.", stats.kv_cache_usage)

@@ -207,6 +207,8 @@ class EngineLoop:
         stats.num_drafts, stats.num_draft_tokens = drafts.num_drafts, drafts.num_draft_tokens
         stats.num_accepted_tokens = drafts.num_accepted_tokens
         stats.num_accepted_tokens_per_pos = drafts.num_accepted_tokens_per_pos
+        stats.speculating = drafts.active and bool(drafts.num_accepted_tokens_per_pos)
+        stats.speculation_gain = drafts.gain
         if self.engine.offload is not None:
             for field in fields(self.engine.offload.stats):
                 setattr(stats, f"kv_{field.name}", getattr(self.engine.offload.stats, field.name))

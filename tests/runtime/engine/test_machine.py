@@ -95,15 +95,20 @@ class Always(Watch):
 
 
 class Guesses:
-    """A drafter whose first `right` tokens are the most likely ones, and whose next ones are not."""
+    """A drafter whose first `right` tokens are the most likely ones, and whose next ones are not.
 
-    def __init__(self, runner: FakeRunner, right: int) -> None:
-        self.runner, self.right = runner, right
+    in_place  it has blocks for its guesses before it makes them
+    """
+
+    def __init__(self, runner: FakeRunner, right: int, in_place: bool = False) -> None:
+        self.runner, self.right, self.in_place = runner, right, in_place
 
     def propose(self, known: Series[Known]) -> list[list[int]]:
         found = []
         for one in known:
             tokens, guess = one.tokens.tolist(), []
+            reach = (len(tokens) + one.most - 1) // self.runner.block_size
+            assert not self.in_place or one.tables[:, reach].all(), "a guess has no block"
             for place in range(one.most):
                 order = self.runner.logits_after([*tokens, *guess]).argsort()
                 guess.append(int(order[-1 if place < self.right else 0]))
@@ -152,7 +157,9 @@ class EngineMachine(RuleBasedStateMachine):
         made = make_tiers(tiers or "disk", Path(self.folder.name), self.runner.kv_block_bytes, room)
         self.disk = made[-1]
         self.offload = ByHand(self.runner, made, ahead=ahead) if tiers and caching else None
-        guessing = None if guesses is None else Drafting(drafter=Guesses(self.runner, guesses), most=4, watch=Always())
+        guessing = None if guesses is None else Drafting(
+            drafter=Guesses(self.runner, guesses, in_place=guesses == 1), most=4, watch=Always()
+        )  # fmt: skip
         self.engine = Engine(
             self.runner, self.tokenizer, config, enable_prefix_caching=caching, drafting=guessing,  # type: ignore[arg-type]
             recorder=self.planned, offload=self.offload,
