@@ -13,6 +13,7 @@ BENCHES = {
     "company": "decode beside other busy processes",
     "json-schema": "what of JSON Schema a grammar holds to, by the JSON Schema Test Suite",
     "speculation": "one stream with guessed tokens and without",
+    "lora": "a batch with adapters, beside the same batch without",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
     "gpu": "every stage of the GPU proof, within the minutes given",
