@@ -17,19 +17,23 @@ from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
 from threading import Event as Flag
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from seamwise.runtime.build.pooler import Pooler
 from seamwise.runtime.kv.names import Namespace
+from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.sampling.pooling import PoolingParams, finish
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
 from seamwise.runtime.sampling.words import tokens_of_words
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.runtime.scheduler.loads import settle_loads
 from seamwise.runtime.scheduler.policies import Policy
 from seamwise.runtime.scheduler.scheduler import Recorder, Scheduler
 from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
@@ -39,71 +43,71 @@ from .adapters import REASON as ADAPTER
 from .adapters import Adapters
 from .admit import check_request
 from .answer import Answers
+from .control import Change, Control
 from .drafting import Drafting
 from .loop import Loop
 from .lora_request import LoRARequest
 from .outputs import RequestMetrics, RequestOutput
-from .request import Completion, Given, Request
+from .pooling import Pooling
+from .request import Completion, Due, Request
 from .worker import Worker
 
 _PROMPT_ROWS = 256  # prompt tokens of a step whose log probabilities are wanted: logits of so many rows are kept
 
 
-class _Change:
-    """A change of state; `torn` after one that did not come to its end."""
-
-    torn = False
-
-    def __enter__(self) -> None:
-        self.torn = True
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.torn = kind is not None
-
-
-class Engine:
+class Engine(Control):
     """Runs requests to completion over one runner. A bad request raises where it is added and disturbs no other.
 
     namespace  what prefix blocks' names begin with
     drafting   guesses of the next tokens, and how many of them stood
+    pooler     of a model that pools: requests are texts, and their outputs vectors
+    offload    where blocks go that leave the KV cache
     """
 
     def __init__(
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
         enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
         policy: Policy | None = None, recorder: Recorder | None = None, drafting: Drafting | None = None,
-        adapters: Adapters | None = None,
+        adapters: Adapters | None = None, pooler: Pooler | None = None, offload: Offload | None = None,
     ) -> None:  # fmt: skip
-        self.runner = runner
+        self.runner, self.offload = runner, offload
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(runner.config.eos_ids, tokenizer, runner.config.vocab_size)
         self.seed = seed
         self.namespace = Namespace()
+        if offload is not None:
+            self.namespace = Namespace(layout=offload.layout)
+            offload.ready = self.wake
         pool = BlockPool(
             num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching,
             groups=runner.kv_groups,
         )  # fmt: skip
         self.scheduler = Scheduler(
-            config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
-        )
-        worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
+            config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder,
+            offload=offload,
+        )  # fmt: skip
+        self.pooler = pooler
+        pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
+        stages: Any = runner if config.pipeline_parallel_size > 1 else None
+        worker = Worker(
+            runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode), pooling=pooling, stages=stages
+        )  # fmt: skip
         self.drafting, self.adapters = drafting or Drafting(), adapters
         self.drafting.vocab_size = runner.config.vocab_size
-        depth = 2 if config.async_scheduling else 1
+        depth = max(2, config.pipeline_parallel_size) if config.async_scheduling else 1
         self._loop = Loop(
             self.scheduler, worker, depth=depth, drafting=self.drafting, adapters=adapters is not None
         )  # fmt: skip
         self._answers = Answers(tokenizer)
         self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids, ready=self.wake)
         self._requests: dict[str, Request] = {}
-        self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
-        self._change = _Change()
+        self._ready: list[Due] = []
+        self._change = Change()
         self._woken = Flag()
         if adapters is not None:
             adapters.ready = self.wake
-        self._paused: str | None = None
-        self._clears = False
         self._arrivals = 0
+        self._name_weights()
 
     def has_unfinished_requests(self) -> bool:
         """Return whether a request has not ended, or its outputs have not been given out: call step() until then."""
@@ -118,25 +122,33 @@ class Engine:
         named = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
         self.eos_ids = _eos_ids(named, self.tokenizer, self.runner.config.vocab_size)
 
-    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
+    def check(
+        self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
+    ) -> int:  # fmt: skip
         """Return how many tokens a request may produce. Raises ValueError for one that cannot be served.
 
         A grammar is validated here, for as long as it takes; add_request leaves that to the thread that compiles it.
         """
         if params.structured_outputs is not None:
             params.structured_outputs.check()
-        return self._room(prompt_token_ids, params)
+        return self._room(prompt_token_ids, params, pooling)
 
-    def _room(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
+    def _room(self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None) -> int:
+        if self.pooler is None and pooling is not None:
+            raise ValueError("this model generates text and has no embeddings; load it with runner='pooling'")
+        if self.pooler is not None:
+            if pooling is None:
+                raise ValueError("this model pools (runner='pooling') and generates nothing; ask for embeddings")
+            self.pooler.check_dimensions(pooling.dimensions)
         return check_request(
             prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
-            has_tokenizer=self.tokenizer is not None,
+            has_tokenizer=self.tokenizer is not None, pools=pooling is not None,
         )  # fmt: skip
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
         priority: int = 0, tenant: str = "", cache_salt: str | None = None, mask_providers: Series[MaskProvider] = (),
-        blocked: str | None = None, lora_request: LoRARequest | None = None,
+        blocked: str | None = None, lora_request: LoRARequest | None = None, pooling: PoolingParams | None = None,
     ) -> None:  # fmt: skip
         """Queue a request.
 
@@ -145,6 +157,7 @@ class Engine:
         mask_providers    one for each of the n outputs: which tokens each may continue with
         blocked           why it cannot be scheduled yet, until unblock(request_id)
         lora_request      the adapter it is computed with; it is read meanwhile, and a refusal ends the request
+        pooling           of a model that pools: the vector that is wanted; params are pooling.NO_SAMPLING then
         Raises ValueError when it cannot be served or its id is in use, QueueFullError when the queue is full; nothing
         is queued then.
         """
@@ -155,8 +168,11 @@ class Engine:
             raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
         if mask_providers and len(mask_providers) != params.n:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
-        max_tokens = self._room(prompt_token_ids, params)
+        max_tokens = self._room(prompt_token_ids, params, pooling)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
+        made = None
+        if self.pooler is not None and pooling is not None:
+            made = partial(finish, pooler=self.pooler, params=pooling)
         adapter = None if lora_request is None else self._with_adapters().add(lora_request)
         waits = [] if adapter is None else [ADAPTER]
         if params.structured_outputs is not None:
@@ -167,7 +183,7 @@ class Engine:
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
             metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "", adapter=adapter,
-            held=blocked, waits=waits,
+            held=blocked, waits=waits, finish=made,
         )  # fmt: skip
         for index in range(params.n):
             provider = mask_providers[index] if mask_providers else None
@@ -199,9 +215,8 @@ class Engine:
                     c.reason = reason, message
                     self.scheduler.remove((c.sequence,))
             if self._ready:  # what nobody was handed yet comes with this one
-                taken_back = [given for output, given in self._ready if output.request_id == request_id]
-                self._ready = [(output, given) for output, given in self._ready if output.request_id != request_id]
-                request.given = (*taken_back, request.given)[0]
+                request.given = next((due.before for due in self._ready if due.request is request), request.given)
+                self._ready = [due for due in self._ready if due.request is not request]
             output = request.output()
             request.given.finished = True
             self._leave(request)
@@ -232,6 +247,7 @@ class Engine:
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
         """
         self._recover()
+        self._name_weights()
         self.grammars.settle(self._grammar_ready, self._refused)
         if self.adapters is not None and self.adapters.waiting:
             self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
@@ -263,25 +279,6 @@ class Engine:
             request.waits = [one for one in request.waits if one != reason]
             self._apply_block(request)
 
-    def _with_adapters(self) -> Adapters:
-        if self.adapters is None:
-            raise ValueError("lora_request: the model was loaded without adapters; give it enable_lora=True")
-        return self.adapters
-
-    def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Read an adapter now, so that requests need not wait. Raises ValueError for one that is refused."""
-        self._with_adapters().load(lora_request)
-        return True
-
-    def remove_lora(self, lora_id: int) -> bool:
-        """Forget an adapter; return whether there was one. Raises RuntimeError while requests use it."""
-        self.drain()
-        return self._with_adapters().remove(lora_id, self._requests.values())
-
-    def list_loras(self) -> set[int]:
-        """Return the numbers of the adapters that are in memory."""
-        return set(self._with_adapters().known)
-
     def _refused(self, request_id: str, error: Exception) -> None:
         request = self._requests.get(request_id)
         if request is None:
@@ -289,85 +286,26 @@ class Engine:
         before = request.given
         output = self.abort_request(request_id, "error", f"request {request_id}: {error}")
         assert output is not None
-        self._ready.append((output, before))
-
-    def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
-        """Stop at a step's end, for weights to be changed.
-
-        abort  end all requests; they are returned
-        wait   let the requests that are here end: call step() until is_paused
-        keep   freeze them where they are; resume() lets them go on
-        clear_cache  nothing computed until now is used again: kept requests compute their tokens anew when resumed
-        Requests added from now on wait until resume(), with the reason "paused".
-        """
-        if mode not in ("abort", "wait", "keep"):
-            raise ValueError(f"pause: mode={mode!r}, wanted 'abort', 'wait' or 'keep'")
-        self._recover()
-        self._paused, self._clears = mode, clear_cache
-        if mode == "wait":
-            return []
-        self.drain()
-        found = [self.abort_request(name) for name in list(self._requests)] if mode == "abort" else []
-        if clear_cache:
-            self.reset_prefix_cache(reset_running_requests=True)
-        return [output for output in found if output is not None]
-
-    def resume(self) -> None:
-        """Go on after pause()."""
-        self._recover()
-        if self._paused == "wait" and self._clears:
-            self.reset_prefix_cache(reset_running_requests=True)
-        with self._change:
-            self._paused = None
-            for request in self._requests.values():
-                for c in request.completions:
-                    if c.sequence.blocked == "paused":
-                        self.scheduler.block(c.sequence, None)
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether a pause is in effect and nothing runs or is under way any more."""
-        if self._paused is None or self._loop.flights:
-            return False
-        left = [s for s in self.scheduler.queue.sequences if s.blocked != "paused"]
-        return self._paused != "wait" or not (left or self.scheduler.running)
-
-    def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
-        """Forget what the KV cache holds.
-
-        Raises RuntimeError while requests run, whose past is in it, unless they are to compute their tokens anew.
-        """
-        self.drain()
-        if self._requests and not reset_running_requests:
-            raise RuntimeError(f"{len(self._requests)} requests are running; finish or abort them first")
-        with self._change:
-            self.scheduler.preempt(self.scheduler.running)
-            self.scheduler.pool.forget_all()
-
-    def weights_changed(self, version: str, *, recompute: bool = True) -> None:
-        """Say that the weights are others now: no block computed with the old ones is found again.
-
-        recompute  requests that run compute their tokens anew; else they go on with the keys and values they have
-        """
-        self.drain()
-        with self._change:
-            self.namespace = replace(self.namespace, weights=version)
-            if recompute:
-                self.scheduler.preempt(self.scheduler.running)
-            self.scheduler.pool.forget_all()
-            for request in self._requests.values():
-                for c in request.completions:
-                    c.sequence.rename(self._root(request))
+        self._ready.append(Due(output=output, request=request, before=before, after=request.given))
 
     def drain(self) -> None:
         """Wait for what is under way and commit it; its outputs come with the next step(). Raises what it raised."""
         self._recover()
         while self._loop.flights:
             self._finish()
+        if self.offload is not None:
+            self.offload.finish()
+            with self._change:
+                settle_loads(self.scheduler)
 
     def close(self) -> None:
-        """Wait for what is under way and end the thread."""
+        """Wait for what is under way and end the threads. Requests that have not ended never will.
+
+        What the KV cache holds is kept where a tier outlives the process.
+        """
         self._loop.worker.drain()
+        if self.offload is not None:
+            self.offload.close(self.scheduler.pool)
         self._loop.worker.close()
         self.grammars.close()
         if self.adapters is not None:
@@ -394,7 +332,7 @@ class Engine:
             self._answers.take(event)
             self._loop.events.popleft()
             touched[request.request_id] = request
-            if request.metrics.first_token_time is None and c.num_taken:
+            if request.metrics.first_token_time is None and (c.num_taken or c.vector is not None):
                 request.metrics.first_token_time = now
                 request.metrics.num_cached_tokens = c.sequence.num_cached or 0
             if c.reason is not None and not c.sequence.done:
@@ -408,13 +346,14 @@ class Engine:
                     request.metrics.finished_time = now
                     request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
                 output = request.output()
-                given = request.given_with(output)
-                request.given, self._ready = given, [*self._ready, (output, request.given)]  # both or none
+                due = Due(output=output, request=request, before=request.given, after=request.given_with(output))
+                self._ready.append(due)  # it is given out from here on: _recover() says so again
+                request.given = due.after
             if request.given.finished:
                 self._leave(request)
 
     def _hand_over(self) -> list[RequestOutput]:
-        outputs = [output for output, _ in self._ready]
+        outputs = [due.output for due in self._ready]
         self._ready = []  # nothing comes between this and the caller
         return outputs
 
@@ -427,6 +366,8 @@ class Engine:
         """Begin anew from the known tokens when a change of state was interrupted."""
         if not self._change.torn:
             return
+        for due in self._ready:
+            due.request.given = due.after
         self._loop.rebuild((r, c) for r in self._requests.values() for c in r.completions)
         self._answer()
         self._give(list(self._requests.values()), time.perf_counter())
@@ -439,7 +380,7 @@ class Engine:
         s = Sequence(
             id=f"{request.request_id}/{index}", prompt=np.array(prompt, dtype=np.int32), max_tokens=max_tokens,
             arrival=self._arrivals, root=self._root(request), predicted=predicted,
-            reads_cache=params.reads_prefix_cache,
+            reads_cache=params.reads_prefix_cache and (self.pooler is None or self.pooler.reads_cache),
             max_chunk=NO_LIMIT if params.prompt_logprobs is None else _PROMPT_ROWS,
         )  # fmt: skip
         seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from seamwise.runtime.speculation.model_drafter import ModelDrafter
+
 from .executor import Executor
 
 
@@ -54,12 +56,18 @@ class ModelControl:
         """
         if self.enable_sleep_mode is False:
             raise ValueError("sleep: enable_sleep_mode=False was asked for; leave it out to let the model sleep")
+        drafter = self.engine.drafting.drafter
         self.engine.reset_prefix_cache()
         self.executor.collective_rpc("sleep", None, (level,))
+        if isinstance(drafter, ModelDrafter):
+            drafter.sleep()
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Take memory again: "weights", "kv_cache", by default both. After sleep(2) weights must be given first."""
-        self.executor.collective_rpc("wake", None, (None if tags is None else list(tags),))
+        asked = None if tags is None else list(tags)
+        self.executor.collective_rpc("wake", None, (asked,))
+        if isinstance(drafter := self.engine.drafting.drafter, ModelDrafter):
+            drafter.wake(asked)
 
     def is_sleeping(self) -> bool:
         """Return whether weights or KV cache have no memory."""

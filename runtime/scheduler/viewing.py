@@ -46,8 +46,8 @@ def take_view(scheduler: Scheduler) -> View:
     view = View(
         step=scheduler.num_steps, clock=scheduler.clock, counters=frozen(scheduler.counters),
         block_size=pool.block_size, groups=pool.groups, num_blocks=pool.num_blocks,
-        available=pool.num_available, coming=len(pool.fenced), running=slots.rows(active), progress=progress,
-        waiting=waiting, candidates=(),
+        available=pool.num_available, coming=len(pool.fenced) + len(pool.leaving), running=slots.rows(active),
+        progress=progress, waiting=waiting, candidates=(),
     )  # fmt: skip
     if may_start <= 0:
         return view

@@ -25,16 +25,21 @@ from seamwise.runtime.engine.executor import InProcess, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
+from seamwise.runtime.kv.offload_options import make_offload
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.pooling import PoolingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
 from seamwise.runtime.speculation.config import SpeculativeConfig
 from seamwise.runtime.speculation.drafter import find_drafter
+from seamwise.runtime.speculation.model_drafter import ModelDrafter
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
+
+from .pooling import Pools
 
 Prompt = str | Mapping[str, Any]
 _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
@@ -44,7 +49,7 @@ _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
 }
 
 
-class LLM(ModelControl):
+class LLM(ModelControl, Pools):
     """Loads a model and generates for lists of prompts.
 
     model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by
@@ -65,11 +70,17 @@ class LLM(ModelControl):
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
     num_gpu_blocks_override  blocks of the KV cache, instead
+    kv_offloading_size  GiB of the machine's memory for blocks that the KV cache evicts, to be loaded instead of
+                   computed again; kv_offloading_backend: "native"
+    kv_offloading_folder, kv_offloading_folder_size  a folder, and GiB of it, for blocks that are evicted from there,
+                   and for all of them at shutdown(): a later start with the same model finds them
+    kv_offloading_min_tokens  fewer tokens than this are computed rather than loaded (32)
     enable_sleep_mode  False: sleep() is refused
     enable_lora    requests may have adapters (lora_request): max_loras in a step, max_cpu_loras in memory, PEFT's files
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
-                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}: outputs are the same, and come faster where
-                   guesses stand; see runtime/speculation/config.py
+                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}, {"model": "a smaller one"} or {"method":
+                   "first_layers", "num_layers": 6}: outputs are the same, and come faster where guesses stand; see
+                   runtime/speculation/config.py
     worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
@@ -90,6 +101,9 @@ class LLM(ModelControl):
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
         logprobs_mode: str = "raw_logprobs", generation_config: str = "auto", skip_tokenizer_init: bool = False,
+        kv_offloading_size: float | None = None, kv_offloading_backend: str | None = None,
+        kv_offloading_folder: str | Path | None = None, kv_offloading_folder_size: float | None = None,
+        kv_offloading_min_tokens: int | None = None,
         enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
@@ -97,7 +111,15 @@ class LLM(ModelControl):
         cache_dir: str | Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
         _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
-        processes = starts_ranks(distributed_executor_backend, options.get("tensor_parallel_size", 1))
+        stages = options.get("pipeline_parallel_size", 1)
+        processes = starts_ranks(
+            distributed_executor_backend, stages if stages != 1 else options.get("tensor_parallel_size", 1)
+        )  # fmt: skip
+        if stages != 1 and not processes:
+            raise ValueError(
+                f"pipeline_parallel_size={stages}: stages are processes that this one starts; leave out"
+                f" distributed_executor_backend={distributed_executor_backend!r}, and torchrun"
+            )
         if trust_remote_code:
             check_options(["trust_remote_code"])
         if model_impl != "auto":
@@ -109,7 +131,7 @@ class LLM(ModelControl):
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, watermark=watermark,
             scheduling_policy=scheduling_policy, async_scheduling=async_scheduling,
             long_prefill_token_threshold=long_prefill_token_threshold,
-            scheduler_reserve_full_isl=scheduler_reserve_full_isl,
+            scheduler_reserve_full_isl=scheduler_reserve_full_isl, pipeline_parallel_size=stages,
         )  # fmt: skip
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
@@ -130,8 +152,10 @@ class LLM(ModelControl):
         if processes:
             from seamwise.runtime.engine.executor_processes import RankProcesses
 
-            ranks = options.pop("tensor_parallel_size")
-            runner = self.executor = RankProcesses(directory, ranks, options, extension=worker_extension_cls)
+            ranks = options.pop("pipeline_parallel_size" if stages != 1 else "tensor_parallel_size")
+            runner = self.executor = RankProcesses(
+                directory, ranks, options, extension=worker_extension_cls, stages=stages != 1
+            )  # fmt: skip
         else:
             runner = ModelRunner.load(directory, **options)
             self.executor = InProcess(runner, str(model), worker_extension_cls)
@@ -141,11 +165,23 @@ class LLM(ModelControl):
             warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
         if num_gpu_blocks_override is not None:
             kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
+        drafter = None
+        if speculation is not None:
+            drafter = find_drafter(speculation, runner, self.tokenizer, max_num_batched_tokens)
+        planned = {
+            "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+            "fit_model_len": max_model_len == "auto",
+        }  # fmt: skip
         plan = runner.plan(
             kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            fit_model_len=max_model_len == "auto",
+            **planned,
         )  # fmt: skip
+        if isinstance(drafter, ModelDrafter) and drafter.bytes_per_block and num_gpu_blocks_override is None:
+            ours, theirs = (
+                runner.kv_spec.bytes_per_block,
+                drafter.bytes_per_block,
+            )  # both caches in what one was to have
+            plan = runner.plan(kv_cache_memory_bytes=plan.kv_bytes * ours // (ours + theirs), **planned)
         blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1 and not processes:
             from seamwise.runtime.distributed.group import smallest
@@ -160,12 +196,21 @@ class LLM(ModelControl):
             adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
         elif max_cpu_loras is not None:
             raise ValueError("max_cpu_loras needs enable_lora=True")
+        if isinstance(drafter, ModelDrafter):
+            drafter.allocate(blocks)
         if speculation is not None:
-            drafter = find_drafter(speculation, runner)
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
+        offload = make_offload(
+            runner, ahead=2 * -(-max_num_batched_tokens // runner.block_size) * len(runner.kv_groups),
+            num_ranks=runner.options.num_ranks, enable_prefix_caching=enable_prefix_caching,
+            kv_offloading_size=kv_offloading_size, kv_offloading_backend=kv_offloading_backend,
+            kv_offloading_folder=kv_offloading_folder, kv_offloading_folder_size=kv_offloading_folder_size,
+            kv_offloading_min_tokens=kv_offloading_min_tokens,
+        )  # fmt: skip
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
-            logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters,
+            logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters, pooler=runner.options.pooler,
+            offload=offload,
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))
@@ -178,6 +223,14 @@ class LLM(ModelControl):
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache holds. Raises RuntimeError while requests run."""
         self.engine.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """End the threads and processes of this model, which answers nothing afterwards.
+
+        What the KV cache holds is written to kv_offloading_folder, where there is one.
+        """
+        self.engine.close()
+        self.executor.shutdown()
 
     def get_tokenizer(self) -> Any:
         """Return the transformers tokenizer of the model."""
@@ -271,7 +324,7 @@ class LLM(ModelControl):
 
     def _run(
         self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], priority: Sequence[int],
-        adapters: Sequence[LoRARequest | None], use_tqdm: bool,
+        adapters: Sequence[LoRARequest | None], use_tqdm: bool, pooling: Sequence[PoolingParams | None] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Run requests to completion; when interrupted, none of them stays in the engine."""
         from tqdm import tqdm
@@ -279,12 +332,12 @@ class LLM(ModelControl):
         ids = [f"llm-{next(self._ids)}" for _ in requests]
         done: dict[str, RequestOutput] = {}
         try:
-            for request_id, (text, tokens, params), urgency, adapter in zip(
-                ids, requests, priority, adapters, strict=True
+            for request_id, (text, tokens, params), urgency, adapter, pooled in zip(
+                ids, requests, priority, adapters, pooling or [None] * len(ids), strict=True
             ):
                 params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
                 self.engine.add_request(
-                    request_id, tokens, params, prompt=text, priority=urgency, lora_request=adapter
+                    request_id, tokens, params, prompt=text, priority=urgency, lora_request=adapter, pooling=pooled
                 )  # fmt: skip
             with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
                 while len(done) < len(ids):

@@ -36,10 +36,16 @@ _LOADING = (
     "quantization",
     "kv_cache_dtype",
     "allow_missed",
+    "runner",
+    "convert",
+    "pooler_config",
 )
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
+    "pipeline_parallel_size": int, "eplb_config": json_object,
+    "kv_offloading_size": float, "kv_offloading_backend": str, "kv_offloading_folder": str,
+    "kv_offloading_folder_size": float, "kv_offloading_min_tokens": int,
     "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int,
 }  # fmt: skip
 
@@ -73,6 +79,9 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument(
         "--allow-missed", nargs="+", default=(), metavar="PASS", help="passes that may match less than promised"
     )
+    parser.add_argument("--runner", default="auto", help="pooling: give vectors of texts; generate: continue them")
+    parser.add_argument("--convert", default="auto", help="embed: let a generating model pool")
+    parser.add_argument("--pooler-config", type=json_object, metavar="JSON", help="how: see PoolerConfig")
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 
@@ -87,13 +96,16 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     for name, kind in _ENGINE.items():
         group.add_argument(flag(name), type=kind)
     group.add_argument("--enforce-eager", action="store_true", default=None)
+    group.add_argument("--enable-eplb", action="store_true", default=None)
     group.add_argument("--enable-lora", action="store_true", default=None)
     group.add_argument("--no-prefix-caching", action="store_true", default=None)
 
 
 def engine_loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return what engine_options and model_options asked for, as LLM's options."""
-    given = {name: getattr(options, name) for name in (*_ENGINE, "enforce_eager", "enable_lora", "cache_dir")}
+    given = {
+        name: getattr(options, name) for name in (*_ENGINE, "enforce_eager", "enable_eplb", "enable_lora", "cache_dir")
+    }
     if options.no_prefix_caching:
         given["enable_prefix_caching"] = False
     return loading(options) | {name: value for name, value in given.items() if value is not None}

@@ -42,7 +42,8 @@ class Metrics:
         names = tuple(self._label)
 
         def counter(name: str, what: str, *more: str) -> Counter:
-            return Counter(f"vllm:{name}", what, (*names, *more), registry=self.registry)
+            home = "seamwise" if name.startswith("kv_offload_") else "vllm"
+            return Counter(f"{home}:{name}", what, (*names, *more), registry=self.registry)
 
         def histogram(name: str, what: str, buckets: Iterable[float]) -> Histogram:
             made = Histogram(f"vllm:{name}", what, names, registry=self.registry, buckets=tuple(buckets))
@@ -59,6 +60,12 @@ class Metrics:
             "num_drafts": counter("spec_decode_num_drafts", "Guesses of a sequence's next tokens."),
             "num_draft_tokens": counter("spec_decode_num_draft_tokens", "Tokens guessed."),
             "num_accepted_tokens": counter("spec_decode_num_accepted_tokens", "Guessed tokens that stood."),
+            "kv_queries": counter("external_prefix_cache_queries", "Tokens that the KV cache did not have."),
+            "kv_hits": counter("external_prefix_cache_hits", "Tokens of these that tiers behind it gave."),
+            "kv_stored": counter("kv_offload_stored_blocks", "Blocks copied out of the KV cache."),
+            "kv_loaded": counter("kv_offload_loaded_blocks", "Blocks brought back into it."),
+            "kv_lost": counter("kv_offload_lost_blocks", "Blocks that a tier had, and that were gone or damaged."),
+            "kv_failed": counter("kv_offload_failed_blocks", "Blocks that a tier could not take or give."),
         }
         self.counted = {name: made.labels(**label) for name, made in self.counted.items()}
         self.accepted_at = counter(
@@ -173,6 +180,11 @@ class _Now:
             "num_requests_running": ("Requests in the batch.", stats.num_running),
             "num_requests_waiting": ("Requests that wait for a place in it.", stats.num_waiting),
             "kv_cache_usage_perc": ("Share of KV cache blocks in use, 0 to 1.", stats.kv_cache_usage),
+            "spec_decode_active": (
+                "Whether tokens are guessed: 0 where that is measured to be slower.",
+                stats.speculating,
+            ),
+            "spec_decode_gain": ("Tokens a second with guesses, of those without.", stats.speculation_gain),
         }
         if self._aliases:
             values["gpu_cache_usage_perc"] = ("As kv_cache_usage_perc.", stats.kv_cache_usage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from .child import Child, Ended
 from .messages import Abort, Add, Call, Delta, Event, Progress, Ready, Refused, Result, Stage, Stats
 from .streams import CallFailed, EngineError, QueueFull, RequestRefused, Stream, Unsupported
 
+logger = logging.getLogger("seamwise.engine")
 _MOST_RESTARTS = 5  # starts that fail one after the other before it is given up
 _LONGEST_PAUSE_S = 16.0
 
@@ -124,7 +126,13 @@ class EngineClient:
             self._calls.pop(call_id, None)
 
     async def stop(self) -> None:
-        """End the engine process and every stream."""
+        """End the engine process and every stream; what its KV cache holds is kept where it was told so."""
+        if self.state == "ready" and self._options.get("kv_offloading_folder"):
+            self.abort()
+            try:
+                await asyncio.wait_for(self.call("shutdown"), self._timeouts[0])
+            except (EngineError, TimeoutError, CallFailed) as error:
+                logger.warning("the KV cache was not written to kv_offloading_folder: %s", str(error) or "timeout")
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

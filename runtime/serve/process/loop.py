@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
@@ -20,7 +22,7 @@ METHODS = (  # what the other process may call: of the loop, else of the LLM
     "pause_generation", "resume_generation", "is_paused", "reset_prefix_cache", "sleep", "wake_up", "is_sleeping",
     "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update", "abort_weight_update",
     "weight_version", "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
-    "embed",
+    "shutdown",
 )  # fmt: skip
 
 
@@ -78,10 +80,11 @@ class EngineLoop:
             self._send(Refused(add.request_id, self._closed, full=True))
             return
         try:
-            params = _params(add)
+            pooling = None if add.pooling is None else PoolingParams(**add.pooling)
+            params = _params(add) if pooling is None else NO_SAMPLING
             self.engine.add_request(
                 add.request_id, add.prompt_token_ids, params, prompt=add.prompt, priority=add.priority,
-                lora_request=None if add.lora is None else LoRARequest(*add.lora),
+                lora_request=None if add.lora is None else LoRARequest(*add.lora), pooling=pooling,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             self._send(Refused(add.request_id, str(error)))
@@ -171,6 +174,11 @@ class EngineLoop:
         stats.num_drafts, stats.num_draft_tokens = drafts.num_drafts, drafts.num_draft_tokens
         stats.num_accepted_tokens = drafts.num_accepted_tokens
         stats.num_accepted_tokens_per_pos = drafts.num_accepted_tokens_per_pos
+        stats.speculating = drafts.active and bool(drafts.num_accepted_tokens_per_pos)
+        stats.speculation_gain = drafts.gain
+        if self.engine.offload is not None:
+            for field in fields(self.engine.offload.stats):
+                setattr(stats, f"kv_{field.name}", getattr(self.engine.offload.stats, field.name))
 
 
 def _params(add: Add) -> SamplingParams:

@@ -50,7 +50,7 @@ def test_a_step_arrives_as_it_was_sent() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "ranks", "message"),
-    [("ray", 2, "wanted 'mp'"), ("mp", 1, "needs tensor_parallel_size above 1"), ("uni", 2, "use 'mp'")],
+    [("ray", 2, "wanted 'mp'"), ("mp", 1, "needs tensor_parallel_size or pipe"), ("uni", 2, "use 'mp'")],
 )
 def test_backends_that_cannot_be_are_refused(backend: str, ranks: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

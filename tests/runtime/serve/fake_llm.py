@@ -37,6 +37,7 @@ class FakeEngine:
         )  # fmt: skip
         self.requests: dict[str, Held] = {}
         self.drafting = SimpleNamespace(stats=DraftStats())
+        self.offload = None
         self.pool = SimpleNamespace(num_available=100, num_blocks=101)
         self.max_num_seqs = max_num_seqs
         self.paused: str | None = None
@@ -59,8 +60,10 @@ class FakeEngine:
 
     def add_request(
         self, request_id: str, ids: list[int], params: SamplingParams, *, prompt: str | None = None, priority: int = 0,
-        lora_request: None = None,
+        lora_request: None = None, pooling: object = None,
     ) -> None:  # fmt: skip
+        if pooling is not None:
+            raise ValueError("the fake engine has no embeddings")
         if len(ids) == 13:
             raise ValueError("the fake engine takes no prompt of 13 tokens")
         self.requests[request_id] = Held(request_id, ids, params)

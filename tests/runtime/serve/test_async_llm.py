@@ -77,9 +77,10 @@ def test_calls_and_refusals() -> None:
         await llm.resume_generation()
         await llm.check_health()
         assert llm.is_running and not llm.errored and llm.world_size == 1
-        for call in (llm.encode("abc"), llm.start_profile()):
-            with pytest.raises(Unsupported, match="this engine has no"):
-                await call
+        with pytest.raises(Unsupported, match="this engine has no"):
+            await llm.start_profile()
+        with pytest.raises(ValueError, match="has no embeddings"):
+            await anext(llm.encode("abc"))
         for call in (llm.list_loras(), llm.add_lora(LoRARequest("x", 1, "directory")), llm.remove_lora(1)):
             with pytest.raises(ValueError, match="no adapters here"):
                 await call
@@ -119,6 +120,9 @@ def test_a_stream_merges_what_is_not_taken() -> None:
             await stream.take()
         whole = merged(delta("a"), delta("b", finished=True))
         assert whole.request_finished and whole.finish_reason == "stop"
+        end = delta("b", finished=True)
+        end.vector = b"1234"
+        assert merged(delta("a"), end).vector == b"1234"
 
     asyncio.run(go())
 
