@@ -14,6 +14,7 @@ BENCHES = {
     "json-schema": "what of JSON Schema a grammar holds to, by the JSON Schema Test Suite",
     "kv": "what the KV cache holds, and time to the first token computed and loaded from tiers",
     "speculation": "one stream with guessed tokens and without",
+    "lora": "a batch with adapters, beside the same batch without",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
     "eplb": "how balanced experts are over ranks on a drifting trace, by placement, beside the bound",
