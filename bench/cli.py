@@ -16,7 +16,7 @@ BENCHES = {
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
     "gpu": "every stage of the GPU proof, within the minutes given",
-    "report": "the page bench/results/README.md from the files of bench gpu",
+    "report": "the pages bench/results/README.md (GPUs) and CPU.md from the files of the benches",
     "models": "every decoder of transformers that Seamwise does not define, tiny, beside transformers' logits",
     "kernels": "microbenchmarks of every contract",
 }

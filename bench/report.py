@@ -1,4 +1,4 @@
-"""`seamwise bench report`: the page bench/results/README.md and its pictures, made from the files of `bench gpu`.
+"""`seamwise bench report`: the pages bench/results/README.md and CPU.md, made from the files of the benches.
 
 A folder a device, named as the device; in it *.json as `seamwise bench gpu --json` wrote them. Of rows with one key
 that of the last file by name counts. A file whose commit is unknown or dirty, or whose shapes are tiny, is refused.
@@ -15,6 +15,7 @@ from typing import Any
 from seamwise.bench.gpu.goals import judge
 from seamwise.bench.gpu.rows import Row, read_rows
 
+from .report_cpu import render_cpu
 from .roofline import plot_roofline, pyplot
 from .timing import Ceilings
 
@@ -224,5 +225,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--results {options.results}: no such folder; run it in a source tree, or name the folder")
     page = options.results / "README.md"
     page.write_text(render(options.results))
-    print(page)
+    cpu_page = options.results / "CPU.md"
+    cpu_page.write_text(render_cpu(options.results))
+    print(page, cpu_page, sep="\n")
     return 0

@@ -14,12 +14,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from .machine import machine
@@ -110,19 +111,28 @@ def served(model: Path, num_streams: int, max_model_len: int) -> Iterator[tuple[
         sys.executable, "-m", "seamwise", "serve", "--model", str(model), "--port", "0",
         "--max-num-seqs", str(num_streams), "--max-model-len", str(max_model_len),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = []
-    try:
-        for line in process.stderr:
-            lines.append(line)
+    # to a file: a pipe that nobody reads any more fills up with a line a request, and then the server stands still
+    with tempfile.TemporaryFile("a+") as log:
+        process = subprocess.Popen(command, stderr=log, text=True)
+        try:
+            yield _ready(process, log), process.pid
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _ready(process: subprocess.Popen[str], log: IO[str]) -> str:
+    """Wait until the server says that it is ready; return its address. Raises RuntimeError when it ends before."""
+    while True:
+        ended = process.poll() is not None
+        log.seek(0)
+        for line in log.read().splitlines():
             if " is ready at http" in line:
-                yield line.rpartition(" ")[2].strip(), process.pid
-                return
-        raise RuntimeError(f"the server did not start:\n{''.join(lines)}")
-    finally:
-        process.terminate()
-        process.wait(30)
+                return line.rpartition(" ")[2]
+        if ended:
+            log.seek(0)
+            raise RuntimeError(f"the server did not start:\n{log.read()}")
+        time.sleep(0.1)
 
 
 def main(arguments: list[str]) -> int:
