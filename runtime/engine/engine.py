@@ -17,7 +17,6 @@ from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
 from threading import Event as Flag
-from types import TracebackType
 
 import numpy as np
 
@@ -39,29 +38,18 @@ from .adapters import REASON as ADAPTER
 from .adapters import Adapters
 from .admit import check_request
 from .answer import Answers
+from .control import Change, Control
 from .drafting import Drafting
 from .loop import Loop
 from .lora_request import LoRARequest
 from .outputs import RequestMetrics, RequestOutput
-from .request import Completion, Given, Request
+from .request import Completion, Due, Request
 from .worker import Worker
 
 _PROMPT_ROWS = 256  # prompt tokens of a step whose log probabilities are wanted: logits of so many rows are kept
 
 
-class _Change:
-    """A change of state; `torn` after one that did not come to its end."""
-
-    torn = False
-
-    def __enter__(self) -> None:
-        self.torn = True
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.torn = kind is not None
-
-
-class Engine:
+class Engine(Control):
     """Runs requests to completion over one runner. A bad request raises where it is added and disturbs no other.
 
     namespace  what prefix blocks' names begin with
@@ -96,13 +84,11 @@ class Engine:
         self._answers = Answers(tokenizer)
         self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids, ready=self.wake)
         self._requests: dict[str, Request] = {}
-        self._ready: list[tuple[RequestOutput, Given]] = []  # and what had been given out before it
-        self._change = _Change()
+        self._ready: list[Due] = []
+        self._change = Change()
         self._woken = Flag()
         if adapters is not None:
             adapters.ready = self.wake
-        self._paused: str | None = None
-        self._clears = False
         self._arrivals = 0
 
     def has_unfinished_requests(self) -> bool:
@@ -199,9 +185,8 @@ class Engine:
                     c.reason = reason, message
                     self.scheduler.remove((c.sequence,))
             if self._ready:  # what nobody was handed yet comes with this one
-                taken_back = [given for output, given in self._ready if output.request_id == request_id]
-                self._ready = [(output, given) for output, given in self._ready if output.request_id != request_id]
-                request.given = (*taken_back, request.given)[0]
+                request.given = next((due.before for due in self._ready if due.request is request), request.given)
+                self._ready = [due for due in self._ready if due.request is not request]
             output = request.output()
             request.given.finished = True
             self._leave(request)
@@ -263,25 +248,6 @@ class Engine:
             request.waits = [one for one in request.waits if one != reason]
             self._apply_block(request)
 
-    def _with_adapters(self) -> Adapters:
-        if self.adapters is None:
-            raise ValueError("lora_request: the model was loaded without adapters; give it enable_lora=True")
-        return self.adapters
-
-    def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Read an adapter now, so that requests need not wait. Raises ValueError for one that is refused."""
-        self._with_adapters().load(lora_request)
-        return True
-
-    def remove_lora(self, lora_id: int) -> bool:
-        """Forget an adapter; return whether there was one. Raises RuntimeError while requests use it."""
-        self.drain()
-        return self._with_adapters().remove(lora_id, self._requests.values())
-
-    def list_loras(self) -> set[int]:
-        """Return the numbers of the adapters that are in memory."""
-        return set(self._with_adapters().known)
-
     def _refused(self, request_id: str, error: Exception) -> None:
         request = self._requests.get(request_id)
         if request is None:
@@ -289,75 +255,7 @@ class Engine:
         before = request.given
         output = self.abort_request(request_id, "error", f"request {request_id}: {error}")
         assert output is not None
-        self._ready.append((output, before))
-
-    def pause(self, mode: str = "abort", *, clear_cache: bool = True) -> list[RequestOutput]:
-        """Stop at a step's end, for weights to be changed.
-
-        abort  end all requests; they are returned
-        wait   let the requests that are here end: call step() until is_paused
-        keep   freeze them where they are; resume() lets them go on
-        clear_cache  nothing computed until now is used again: kept requests compute their tokens anew when resumed
-        Requests added from now on wait until resume(), with the reason "paused".
-        """
-        if mode not in ("abort", "wait", "keep"):
-            raise ValueError(f"pause: mode={mode!r}, wanted 'abort', 'wait' or 'keep'")
-        self._recover()
-        self._paused, self._clears = mode, clear_cache
-        if mode == "wait":
-            return []
-        self.drain()
-        found = [self.abort_request(name) for name in list(self._requests)] if mode == "abort" else []
-        if clear_cache:
-            self.reset_prefix_cache(reset_running_requests=True)
-        return [output for output in found if output is not None]
-
-    def resume(self) -> None:
-        """Go on after pause()."""
-        self._recover()
-        if self._paused == "wait" and self._clears:
-            self.reset_prefix_cache(reset_running_requests=True)
-        with self._change:
-            self._paused = None
-            for request in self._requests.values():
-                for c in request.completions:
-                    if c.sequence.blocked == "paused":
-                        self.scheduler.block(c.sequence, None)
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether a pause is in effect and nothing runs or is under way any more."""
-        if self._paused is None or self._loop.flights:
-            return False
-        left = [s for s in self.scheduler.queue.sequences if s.blocked != "paused"]
-        return self._paused != "wait" or not (left or self.scheduler.running)
-
-    def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
-        """Forget what the KV cache holds.
-
-        Raises RuntimeError while requests run, whose past is in it, unless they are to compute their tokens anew.
-        """
-        self.drain()
-        if self._requests and not reset_running_requests:
-            raise RuntimeError(f"{len(self._requests)} requests are running; finish or abort them first")
-        with self._change:
-            self.scheduler.preempt(self.scheduler.running)
-            self.scheduler.pool.forget_all()
-
-    def weights_changed(self, version: str, *, recompute: bool = True) -> None:
-        """Say that the weights are others now: no block computed with the old ones is found again.
-
-        recompute  requests that run compute their tokens anew; else they go on with the keys and values they have
-        """
-        self.drain()
-        with self._change:
-            self.namespace = replace(self.namespace, weights=version)
-            if recompute:
-                self.scheduler.preempt(self.scheduler.running)
-            self.scheduler.pool.forget_all()
-            for request in self._requests.values():
-                for c in request.completions:
-                    c.sequence.rename(self._root(request))
+        self._ready.append(Due(output=output, request=request, before=before, after=request.given))
 
     def drain(self) -> None:
         """Wait for what is under way and commit it; its outputs come with the next step(). Raises what it raised."""
@@ -408,13 +306,14 @@ class Engine:
                     request.metrics.finished_time = now
                     request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
                 output = request.output()
-                given = request.given_with(output)
-                request.given, self._ready = given, [*self._ready, (output, request.given)]  # both or none
+                due = Due(output=output, request=request, before=request.given, after=request.given_with(output))
+                self._ready.append(due)  # it is given out from here on: _recover() says so again
+                request.given = due.after
             if request.given.finished:
                 self._leave(request)
 
     def _hand_over(self) -> list[RequestOutput]:
-        outputs = [output for output, _ in self._ready]
+        outputs = [due.output for due in self._ready]
         self._ready = []  # nothing comes between this and the caller
         return outputs
 
@@ -427,6 +326,8 @@ class Engine:
         """Begin anew from the known tokens when a change of state was interrupted."""
         if not self._change.torn:
             return
+        for due in self._ready:
+            due.request.given = due.after
         self._loop.rebuild((r, c) for r in self._requests.values() for c in r.completions)
         self._answer()
         self._give(list(self._requests.values()), time.perf_counter())
