@@ -65,7 +65,7 @@ class HuggingFaceDecoder(nn.Module):
         placed = hf_positions.place(model, self._takes_positions)
         if not (self._takes_positions or self._alibi or placed):
             raise ValueError(f"{architecture}: its forward takes no position_ids, which requests in one step need")
-        self._keeps_logits = "logits_to_keep" in takes
+        self.keeps_logits = "logits_to_keep" in takes
         self.eval()
 
     def forward(
@@ -99,11 +99,11 @@ class HuggingFaceDecoder(nn.Module):
         given: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0), "use_cache": False}
         if self._takes_positions:
             given["position_ids"] = positions.unsqueeze(0)
-        if self._keeps_logits:
+        if self.keeps_logits:
             given["logits_to_keep"] = logit_rows
         with hf_positions.placing(positions, self._alibi), hf_attention.Attending(step):
             logits_1LV: Tensor = self._call(**given).logits
-        return logits_1LV.squeeze(0) if self._keeps_logits else logits_1LV[0, logit_rows]
+        return logits_1LV.squeeze(0) if self.keeps_logits else logits_1LV[0, logit_rows]
 
 
 def _built(model_class: Any, config: Any) -> Any:

@@ -30,7 +30,7 @@ from seamwise.runtime.weights.foreign import as_transformers_reads
 from seamwise.runtime.weights.quantized import stored_weights
 
 from .drawn_steps import draw_steps
-from .hidden_states import return_hidden_states
+from .hidden_states import return_hidden_states, without_head
 from .kv_spec import KVCacheSpec
 from .model_config import ModelConfig
 from .runner_config import RunnerConfig
@@ -75,8 +75,10 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         shapes, tied = parameter_shapes(model)
         buffers = {name: b for name, b in model.named_buffers() if name not in shapes}
         structure = structure_of(model, foreign=options.entry == "transformers")
-        if options.return_hidden_states:
-            return_hidden_states(model)
+        if options.return_hidden_states or options.pooler is not None:
+            return_hidden_states(model, alone=options.pooler is not None)
+        if options.pooler is not None:
+            shapes, tied = without_head(shapes), without_head(tied)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         with fake:
             _make_fake(model, options)
@@ -253,9 +255,13 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
 
 
 def reading(options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:
-    """Return what reads a checkpoint's own quantized layout as the one that layers read; None where it is that."""
+    """Return what reads a checkpoint's own quantized layout as the one that layers read, and what pools without a head;
+    None where it is that."""
     published = None if options.stored is None else options.stored.published
-    return None if published is None else partial(published.read, parameters=shapes)
+    read = None if published is None else partial(published.read, parameters=shapes)
+    if options.pooler is None:
+        return read
+    return without_head if read is None else lambda found: read(without_head(found))
 
 
 def converting(path: Path, options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:

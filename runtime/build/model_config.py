@@ -19,6 +19,7 @@ from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 from seamwise.runtime.weights.tied import has_own_head
 
+from .pooler import Pooler, read_pooler
 from .text_part import text_part
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,6 +38,7 @@ class ModelConfig:
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
     bos_id   the id that begins a text, where the model has one
+    pooler   how it pools by its sentence-transformers files; has_head: whether its class predicts tokens
     """
 
     architecture: str
@@ -54,6 +56,8 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     bos_id: int | None
     raw: dict[str, Any]
+    pooler: Pooler | None = None
+    has_head: bool = True
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
@@ -75,7 +79,9 @@ class ModelConfig:
                 f"{path}: architectures is {names!r}, wanted a list of one class name, like ['LlamaForCausalLM']"
             )
         raw = text_part(raw, str(path))
-        names = raw["architectures"]
+        _check_causal(raw, str(path))
+        names = [decoder := _with_head(raw["architectures"][0])]
+        has_head = raw["architectures"] == [decoder]
         raw = completed(names[0], raw) if has_definition(names[0]) else _completed_by_transformers(names[0], raw)
         if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
             raw["tie_word_embeddings"] = False  # the file counts
@@ -102,6 +108,8 @@ class ModelConfig:
             eos_ids=_token_ids("eos_token_id", generation, raw, directory),
             bos_id=next(iter(_token_ids("bos_token_id", generation, raw, directory)), None),
             raw=raw,
+            pooler=read_pooler(directory) if directory.is_dir() else None,
+            has_head=has_head,
         )
         config._check(path)
         return config
@@ -128,6 +136,25 @@ class ModelConfig:
                 f" num_hidden_layers={self.num_layers}, num_attention_heads={self.num_heads},"
                 f" head_dim={self.head_dim}, vocab_size={self.vocab_size}"
             )
+
+
+def _with_head(architecture: str) -> str:
+    """Return the causal language model of a class without a head (Qwen3Model); any other class as it is."""
+    if not architecture.endswith("Model") or architecture.endswith("LMHeadModel"):
+        return architecture
+    decoder = architecture.removesuffix("Model").removesuffix("Text") + "ForCausalLM"
+    if has_definition(decoder):
+        return decoder
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return decoder if decoder in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else architecture
+
+
+def _check_causal(raw: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a decoder whose tokens see those behind them, as some that pool were trained."""
+    for name, wrong in (("is_causal", (False,)), ("use_bidirectional_attention", (True, "all"))):
+        if raw.get(name) in wrong and raw.get(name) is not None:
+            raise ValueError(f"{where}: {name} is {raw[name]!r}: attention to later tokens is not served")
 
 
 def _completed_by_transformers(architecture: str, raw: dict[str, Any]) -> dict[str, Any]:

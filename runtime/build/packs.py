@@ -23,7 +23,9 @@ from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
 _REMEDY = "make it again with `seamwise compile --model DIR -o PACK`"
-_RECORDED = ("quantization", "kv_cache_dtype", "max_model_len", "load_format")
+_RECORDED = (
+    "quantization", "kv_cache_dtype", "max_model_len", "load_format", "runner", "convert", "pooler_config",
+)  # fmt: skip
 _UNSAID = ("auto", None)
 
 
@@ -84,6 +86,7 @@ def pack_parts(config: ModelConfig, options: RunnerConfig) -> dict[str, str]:
             "entry": options.entry,
             "block_size": options.block_size,
             "hidden_states": options.return_hidden_states,
+            "pools": options.pooler is not None,
             "one_kv_group": options.disable_hybrid_kv_cache_manager,
             "table_length": table_length(config.raw, options.max_model_len),
             "pipeline": asdict(options.pipeline),

@@ -19,6 +19,7 @@ from seamwise.runtime.weights.formats import check_load_format
 from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
 
 from .model_config import ModelConfig
+from .pooler import Pooler, PoolerConfig, choose_pooler
 
 _DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float": torch.float32,
@@ -34,6 +35,7 @@ _ELSEWHERE = {  # options that users of vLLM and transformers ask for, and what 
     "device_map": "use device",
     "torch_dtype": "use dtype",
     "attn_implementation": "attention is always Seamwise's",
+    "task": "use runner='pooling' or 'generate'",
 }
 _MODES = {
     "none": (), "piecewise": ("piecewise",), "full_decode_only": ("full",), "full_and_piecewise": ("full", "piecewise"),
@@ -64,6 +66,7 @@ class RunnerConfig:
     num_speculative_tokens  drafts of a request that one step verifies: steps of up to one more token for each request
                    are recorded in full
     return_hidden_states  a step may ask for what its logits are computed from (StepInput.hidden_states)
+    pooler         how texts become vectors, where the model pools: steps give hidden states, and logits of width 0
     dbo_decode_token_threshold, dbo_prefill_token_threshold  with enable_dbo: fewest tokens of a step that is taken as
                    two, where every request decodes one token, and of any other; it is not recorded. Unmeasured: vLLM's
     max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
@@ -89,6 +92,7 @@ class RunnerConfig:
     cudagraph_mode: str | None = None
     num_speculative_tokens: int = 0
     return_hidden_states: bool = False
+    pooler: Pooler | None = None
     dbo_decode_token_threshold: int = 32
     dbo_prefill_token_threshold: int = 512
     max_recorded_requests: int = 256
@@ -173,6 +177,7 @@ class RunnerConfig:
         enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
         enable_async_tp: bool = False, enable_dbo: bool = False, allow_missed: Sequence[str] = (),
         enable_lora: bool = False, max_loras: int | None = None, max_lora_rank: int | None = None,
+        runner: str = "auto", convert: str = "auto", pooler_config: Mapping[str, Any] | PoolerConfig | None = None,
         **options: Any,
     ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
@@ -191,6 +196,9 @@ class RunnerConfig:
         enable_dbo  with data_parallel_size: a step may be two batches; one computes while rows of the other travel
         allow_missed  names of passes that may match fewer places than the model's structure promises
         enable_lora   requests may have adapters: at most max_loras (1) in a step, of rank max_lora_rank (16)
+        runner        "pooling": the model gives vectors; "generate"; "auto": pooling for a class without a head and
+                      where sentence-transformers' files are
+        convert       "embed": pool the states before a generating model's head; pooler_config: see PoolerConfig
         """
         from seamwise.model_defs import has_definition
 
@@ -228,9 +236,15 @@ class RunnerConfig:
             raise ValueError(
                 f"entry='own': Seamwise has no definition of {config.architecture}; use entry='transformers'"
             )
+        pooler = choose_pooler(
+            config.pooler, config.has_head, config.raw, config.hidden_size, runner=runner, convert=convert,
+            pooler_config=pooler_config,
+        )  # fmt: skip
+        if pooler is not None:
+            _check_pooling(data_parallel_size, options)
         limit = config.longest
         if max_model_len is None:
-            max_model_len = config.default_len
+            max_model_len = min(config.default_len, (pooler and pooler.max_length) or config.default_len)
             if config.default_len < limit:
                 warnings.warn(
                     f"max_model_len is {config.default_len}, the length that the model was trained at before its RoPE"
@@ -303,8 +317,16 @@ class RunnerConfig:
             )
         return cls(
             dtype=dtype, kv_cache_dtype=kv_dtype, stored=stored, device=device, entry=entry,
-            max_model_len=max_model_len, **options,
+            max_model_len=max_model_len, pooler=pooler, **options,
         )  # fmt: skip
+
+
+def _check_pooling(data_parallel_size: int, options: Mapping[str, Any]) -> None:
+    wrong = [name for name in ("return_hidden_states", "num_speculative_tokens") if options.get(name)]
+    if data_parallel_size != 1:
+        wrong.append("data_parallel_size")
+    if wrong:
+        raise ValueError(f"runner='pooling' with {wrong[0]}, which is for models that generate; leave one out")
 
 
 def _check_adapters(quantization: str | None, ranks: int, max_loras: int, max_lora_rank: int) -> None:
@@ -336,7 +358,7 @@ def entry_of(model_impl: str, entry: str | None = None) -> str:
 def check_options(options: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is no option of RunnerConfig.for_model, nor one of others."""
     asked = {*inspect.signature(RunnerConfig.for_model).parameters} - {"config", "options"}
-    known = sorted(asked | {*RunnerConfig.__slots__} - {"stored"} | {*others})
+    known = sorted(asked | {*RunnerConfig.__slots__} - {"stored", "pooler"} | {*others})
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, cutoff=0.8)

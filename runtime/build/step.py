@@ -95,7 +95,8 @@ class StepInput:
     request_generations  (R,) int64: how often that place had been given away before, so that a late answer to its
                     former holder is known as such; the output carries both back
     further_groups  of the KV cache, behind the first, whose are slot_mapping and block_table
-    hidden_states   whether the output shall have them; the runner is loaded with return_hidden_states=True then
+    hidden_states   whether the output shall have them; the runner is loaded with return_hidden_states=True then, or its
+                    model pools
     """
 
     token_ids: Tensor = field(metadata=_declared(torch.int64, "T", reader="model"))
@@ -169,8 +170,9 @@ def _unfit(name: str, declared: Field, tensor: Tensor, sizes: Mapping[str, int])
 class StepOutput:
     """What a step gives, on the runner's device, until the runner's next step.
 
-    logits          (L, vocab_size) of the wanted rows, in the model's dtype
-    hidden_states   (L, hidden_size) that these logits are the head's of, where the step asked for them
+    logits          (L, vocab_size) of the wanted rows, in the model's dtype; (L, 0) of a model that pools
+    hidden_states   (L, hidden_size) that these logits are the head's of, where the step asked for them: normed; what a
+                    text's vector is pooled from
     request_slots, request_generations  as the step had them
     """
 

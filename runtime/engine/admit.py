@@ -6,14 +6,22 @@ from seamwise.runtime.sampling.params import SamplingParams
 
 
 def check_request(
-    prompt_token_ids: list[int], params: SamplingParams, *, limit: int, vocab: int, has_tokenizer: bool
-) -> int:
-    """Return how many tokens each output may have. Raises ValueError for a request that cannot be served."""
+    prompt_token_ids: list[int], params: SamplingParams, *, limit: int, vocab: int, has_tokenizer: bool,
+    pools: bool = False,
+) -> int:  # fmt: skip
+    """Return how many tokens each output may have; of a text that is pooled 1, which is none.
+
+    Raises ValueError for a request that cannot be served.
+    """
     if not prompt_token_ids:
         raise ValueError("the prompt has no tokens; wanted at least one")
     if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab:
         bad = next(t for t in prompt_token_ids if not 0 <= t < vocab)
         raise ValueError(f"the prompt has token id {bad}, wanted 0 to {vocab - 1} (the vocabulary)")
+    if pools:
+        if len(prompt_token_ids) > limit:
+            raise ValueError(f"the text has {len(prompt_token_ids)} tokens, max_model_len is {limit}; shorten it")
+        return 1
     if len(prompt_token_ids) >= limit:
         raise ValueError(
             f"the prompt has {len(prompt_token_ids)} tokens, max_model_len is {limit} with the output included;"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.stop import Reason
@@ -15,7 +17,8 @@ from .request import Completion, Request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """What a committed step gave one completion: its token of that index, prompt log probabilities, or an end."""
+    """What a committed step gave one completion: its token of that index, prompt log probabilities, or an end, with
+    the pooled state of a model that pools."""
 
     request: Request
     completion: Completion
@@ -25,6 +28,7 @@ class Event:
     reason: Reason | None = None
     prompt_start: int = 0
     prompt_logprobs: list[dict[int, Logprob]] | None = None
+    pooled: np.ndarray | None = None
 
 
 class Answers:
@@ -53,6 +57,8 @@ class Answers:
             elif event.token is not None and event.index == c.num_taken:
                 self._take_token(event, event.token)
             elif event.token is None:
+                if event.pooled is not None and event.request.finish is not None:
+                    c.vector = event.request.finish(event.pooled)
                 c.reason = event.reason
         except Exception as error:
             c.reason = "error", f"request {event.request.request_id}: {type(error).__name__}: {error}"

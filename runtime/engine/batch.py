@@ -12,6 +12,8 @@ from seamwise.runtime.sampling.rows import SamplingRows, SamplingSlots
 from seamwise.runtime.scheduler.commit import Step
 from seamwise.runtime.scheduler.slots import Slots
 
+from .pooling import Pooling
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRows:
@@ -29,6 +31,7 @@ class Batch:
 
     owner, positions  (T,) slot and position of each token
     sampling          the rows that yield a token; prompts: those after them
+    step              whose rows these are
     """
 
     inputs: StepInput
@@ -36,16 +39,21 @@ class Batch:
     positions: np.ndarray
     sampling: SamplingRows
     prompts: list[PromptRows]
+    step: Step
 
     def fill_tokens(self, history: np.ndarray) -> None:
         """Write the token ids, known by now, into the step."""
         self.inputs.token_ids.numpy()[:] = history[self.owner, self.positions]
 
 
-def build_batch(step: Step, slots: Slots, sampling: SamplingSlots, adapters: np.ndarray | None = None) -> Batch:
+def build_batch(
+    step: Step, slots: Slots, sampling: SamplingSlots, adapters: np.ndarray | None = None,
+    pooling: Pooling | None = None,
+) -> Batch:  # fmt: skip
     """Return the batch of a step; its logits' rows are those that yield, then those of prompts.
 
     adapters  (S,) int32 by slot, where the runner has any
+    pooling   of a model that pools: says the rows, whose hidden states are wanted
     """
     size = slots.block_size
     counts, yields = step.counts, step.yields
@@ -61,14 +69,17 @@ def build_batch(step: Step, slots: Slots, sampling: SamplingSlots, adapters: np.
     for p in prompts:
         begin = int(ends[p.sequence] - counts[p.sequence] - step.firsts[p.sequence])
         rows.append(np.arange(begin + p.start, begin + p.start + len(p.following)))
+    if pooling is not None:
+        rows = [pooling.rows(step)]
     first, *further = (table[step.slots, :width] for table in slots.tables)
     inputs = ragged_step(
         np.empty(ends[-1], dtype=np.int64), first, step.firsts.astype(np.int32),
         counts.astype(np.int32), size, np.concatenate(rows), further,
         adapter_slots=None if adapters is None else torch.from_numpy(adapters[step.slots]),
+        hidden_states=pooling is not None,
     )  # fmt: skip
     sampled = sampling.rows(np.repeat(step.slots[yields], each), positions[sampled_rows] + 1, slots.tokens)
-    return Batch(inputs=inputs, owner=owner, positions=positions, sampling=sampled, prompts=prompts)
+    return Batch(inputs=inputs, owner=owner, positions=positions, sampling=sampled, prompts=prompts, step=step)
 
 
 def _prompt_rows(step: Step, sampling: SamplingSlots) -> list[PromptRows]:

@@ -20,11 +20,13 @@ from threading import Event as Flag
 
 import numpy as np
 
+from seamwise.runtime.build.pooler import Pooler
 from seamwise.runtime.kv.names import Namespace
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.sampling.pooling import PoolingParams, finish
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
 from seamwise.runtime.sampling.words import tokens_of_words
@@ -43,6 +45,7 @@ from .drafting import Drafting
 from .loop import Loop
 from .lora_request import LoRARequest
 from .outputs import RequestMetrics, RequestOutput
+from .pooling import Pooling
 from .request import Completion, Due, Request
 from .worker import Worker
 
@@ -54,13 +57,14 @@ class Engine(Control):
 
     namespace  what prefix blocks' names begin with
     drafting   guesses of the next tokens, and how many of them stood
+    pooler     of a model that pools: requests are texts, and their outputs vectors
     """
 
     def __init__(
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
         enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
         policy: Policy | None = None, recorder: Recorder | None = None, drafting: Drafting | None = None,
-        adapters: Adapters | None = None,
+        adapters: Adapters | None = None, pooler: Pooler | None = None,
     ) -> None:  # fmt: skip
         self.runner = runner
         self.tokenizer = tokenizer
@@ -74,7 +78,10 @@ class Engine(Control):
         self.scheduler = Scheduler(
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
         )
-        worker = Worker(runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode))
+        self.pooler = pooler
+        pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
+        mode = check_mode(logprobs_mode)
+        worker = Worker(runner, threaded=config.async_scheduling, mode=mode, pooling=pooling)
         self.drafting, self.adapters = drafting or Drafting(), adapters
         self.drafting.vocab_size = runner.config.vocab_size
         depth = 2 if config.async_scheduling else 1
@@ -104,25 +111,33 @@ class Engine(Control):
         named = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
         self.eos_ids = _eos_ids(named, self.tokenizer, self.runner.config.vocab_size)
 
-    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
+    def check(
+        self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
+    ) -> int:  # fmt: skip
         """Return how many tokens a request may produce. Raises ValueError for one that cannot be served.
 
         A grammar is validated here, for as long as it takes; add_request leaves that to the thread that compiles it.
         """
         if params.structured_outputs is not None:
             params.structured_outputs.check()
-        return self._room(prompt_token_ids, params)
+        return self._room(prompt_token_ids, params, pooling)
 
-    def _room(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
+    def _room(self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None) -> int:
+        if self.pooler is None and pooling is not None:
+            raise ValueError("this model generates text and has no embeddings; load it with runner='pooling'")
+        if self.pooler is not None:
+            if pooling is None:
+                raise ValueError("this model pools (runner='pooling') and generates nothing; ask for embeddings")
+            self.pooler.check_dimensions(pooling.dimensions)
         return check_request(
             prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
-            has_tokenizer=self.tokenizer is not None,
+            has_tokenizer=self.tokenizer is not None, pools=pooling is not None,
         )  # fmt: skip
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
         priority: int = 0, tenant: str = "", cache_salt: str | None = None, mask_providers: Series[MaskProvider] = (),
-        blocked: str | None = None, lora_request: LoRARequest | None = None,
+        blocked: str | None = None, lora_request: LoRARequest | None = None, pooling: PoolingParams | None = None,
     ) -> None:  # fmt: skip
         """Queue a request.
 
@@ -131,6 +146,7 @@ class Engine(Control):
         mask_providers    one for each of the n outputs: which tokens each may continue with
         blocked           why it cannot be scheduled yet, until unblock(request_id)
         lora_request      the adapter it is computed with; it is read meanwhile, and a refusal ends the request
+        pooling           of a model that pools: the vector that is wanted; params are pooling.NO_SAMPLING then
         Raises ValueError when it cannot be served or its id is in use, QueueFullError when the queue is full; nothing
         is queued then.
         """
@@ -141,8 +157,11 @@ class Engine(Control):
             raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
         if mask_providers and len(mask_providers) != params.n:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
-        max_tokens = self._room(prompt_token_ids, params)
+        max_tokens = self._room(prompt_token_ids, params, pooling)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
+        made = None
+        if self.pooler is not None and pooling is not None:
+            made = partial(finish, pooler=self.pooler, params=pooling)
         adapter = None if lora_request is None else self._with_adapters().add(lora_request)
         waits = [] if adapter is None else [ADAPTER]
         if params.structured_outputs is not None:
@@ -153,7 +172,7 @@ class Engine(Control):
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
             metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "", adapter=adapter,
-            held=blocked, waits=waits,
+            held=blocked, waits=waits, finish=made,
         )  # fmt: skip
         for index in range(params.n):
             provider = mask_providers[index] if mask_providers else None
@@ -292,7 +311,7 @@ class Engine(Control):
             self._answers.take(event)
             self._loop.events.popleft()
             touched[request.request_id] = request
-            if request.metrics.first_token_time is None and c.num_taken:
+            if request.metrics.first_token_time is None and (c.num_taken or c.vector is not None):
                 request.metrics.first_token_time = now
                 request.metrics.num_cached_tokens = c.sequence.num_cached or 0
             if c.reason is not None and not c.sequence.done:
@@ -340,7 +359,7 @@ class Engine(Control):
         s = Sequence(
             id=f"{request.request_id}/{index}", prompt=np.array(prompt, dtype=np.int32), max_tokens=max_tokens,
             arrival=self._arrivals, root=self._root(request), predicted=predicted,
-            reads_cache=params.reads_prefix_cache,
+            reads_cache=params.reads_prefix_cache and (self.pooler is None or self.pooler.reads_cache),
             max_chunk=NO_LIMIT if params.prompt_logprobs is None else _PROMPT_ROWS,
         )  # fmt: skip
         seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1

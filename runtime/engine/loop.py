@@ -76,7 +76,7 @@ class Loop:
             if self.adapters is not None:
                 self.adapters[step.slots[i]] = 0 if request.adapter is None else request.adapter.slot
         self._entered[step.slots] = step.epochs
-        batch = build_batch(step, slots, self.sampling, self.adapters)
+        batch = build_batch(step, slots, self.sampling, self.adapters, self.worker.pooling)
         self.flights.append(Flight(step=step, future=self.worker.submit(batch, slots.tokens)))
         return True
 
@@ -136,7 +136,10 @@ class Loop:
                 events.append(Event(request=request, completion=c, prompt_start=start, prompt_logprobs=found))
         row = 0
         for i in step.yields.nonzero()[0].tolist():
-            if not step.sequences[i].done:
+            if not step.sequences[i].done and result.pooled is not None:
+                request, c = self.owners[step.sequences[i].arrival]
+                events.append(Event(request=request, completion=c, reason=("stop", None), pooled=result.pooled[row]))
+            elif not step.sequences[i].done:
                 of_sequence = list(self._tokens_of(step, i, row, result.sampled))
                 events += of_sequence
                 given[i] = sum(event.token is not None for event in of_sequence)

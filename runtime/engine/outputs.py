@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
 
 from seamwise.runtime.sampling.logprob import Logprob
 
@@ -55,6 +58,7 @@ class RequestOutput:
 
     prompt_logprobs  when asked for: None for the first token, then one {token id: Logprob} a token, in the output
                      that comes with the first sampled token and, where outputs hold all, in every later one
+    vector           (dimensions,) float32, of a model that pools
     """
 
     request_id: str
@@ -64,3 +68,43 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    vector: np.ndarray | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class EmbeddingOutput:
+    """A text's vector, as LLM.embed gives it."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(slots=True, kw_only=True)
+class PoolingOutput:
+    """A text's vector, (dimensions,) float32, as encode gives it."""
+
+    data: np.ndarray
+
+
+@dataclass(slots=True, kw_only=True)
+class ScoringOutput:
+    """The cosine of two texts' vectors."""
+
+    score: float
+
+
+Pooled = TypeVar("Pooled", EmbeddingOutput, PoolingOutput, ScoringOutput)
+
+
+@dataclass(slots=True, kw_only=True)
+class PoolingRequestOutput(Generic[Pooled]):
+    """One text with what it became; of a score, both texts' ids one after the other."""
+
+    request_id: str
+    outputs: Pooled
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -24,6 +27,7 @@ class Completion:
 
     num_taken  how many tokens are in token_ids and text; one more may be there whose text was interrupted
     torn       the detokenizer was interrupted: its text is made anew from token_ids
+    vector     (dimensions,) float32 of a text that was pooled
     """
 
     sequence: Sequence
@@ -36,6 +40,7 @@ class Completion:
     text: str = ""
     reason: Reason | None = None
     num_taken: int = 0
+    vector: np.ndarray | None = None
     torn: bool = False
 
 
@@ -53,6 +58,7 @@ class Request:
     """A request: n completions of one prompt.
 
     adapter  that it is computed with, None: none
+    finish   makes a pooled state the vector that is asked for; None: the request generates
     held     why its caller wants it not to be scheduled yet; waits: what else it waits for
     """
 
@@ -63,6 +69,7 @@ class Request:
     metrics: RequestMetrics
     cache_salt: str = ""
     adapter: Known | None = None
+    finish: Callable[[np.ndarray], np.ndarray] | None = None
     held: str | None = None
     waits: list[str] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
@@ -97,6 +104,7 @@ class Request:
             request_id=self.request_id, prompt=self.prompt, prompt_token_ids=self.prompt_token_ids,
             outputs=[self._completion(i, delta) for i in range(len(self.completions))], finished=finished,
             metrics=self.metrics if finished else self.metrics.now(), prompt_logprobs=shown,
+            vector=self.completions[0].vector,
         )  # fmt: skip
 
     def given_with(self, output: RequestOutput) -> Given:

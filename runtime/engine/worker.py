@@ -19,6 +19,7 @@ from seamwise.runtime.sampling.sampler import Sampled, sample
 from seamwise.runtime.scheduler.commit import Step
 
 from .batch import Batch
+from .pooling import Pooling
 
 
 class Steps(Protocol):
@@ -29,12 +30,16 @@ class Steps(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a step gave: sampled rows, log probabilities of prompts by the step's sequence; began and ended, seconds."""
+    """What a step gave: sampled rows, log probabilities of prompts by the step's sequence; began and ended, seconds.
+
+    pooled  (Y, D) float64, of a model that pools: the states of the texts that ended, and nothing is sampled
+    """
 
     sampled: Sampled
     prompts: list[tuple[int, int, list[Found]]]
     began: float
     ended: float
+    pooled: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +53,8 @@ class Flight:
 class Worker:
     """Runs jobs one after the other, in a thread of its own or, not `threaded`, where they are submitted."""
 
-    def __init__(self, steps: Steps, *, threaded: bool, mode: str) -> None:
-        self.steps = steps
+    def __init__(self, steps: Steps, *, threaded: bool, mode: str, pooling: Pooling | None = None) -> None:
+        self.steps, self.pooling = steps, pooling
         self._mode = mode
         self._pool = ThreadPoolExecutor(1, "seamwise-step") if threaded else None
         self._last: Future[Result] | None = None
@@ -84,7 +89,13 @@ class Worker:
             raise RuntimeError("the step before this one failed")
         began = time.perf_counter()
         batch.fill_tokens(history)
-        logits = self.steps.step(batch.inputs).logits
+        output = self.steps.step(batch.inputs)
+        if self.pooling is not None:
+            assert output.hidden_states is not None
+            pooled = self.pooling.take(output.hidden_states, batch.step)
+            none = Sampled(tokens=np.empty(0, dtype=np.int64), logprobs={}, failed={})
+            return Result(sampled=none, prompts=[], began=began, ended=time.perf_counter(), pooled=pooled)
+        logits = output.logits
         count = len(batch.sampling.slots)
         sampled = sample(logits[:count], batch.sampling, self._mode)
         history[batch.sampling.slots, batch.sampling.positions] = sampled.tokens

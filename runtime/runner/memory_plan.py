@@ -25,6 +25,7 @@ class MemoryPlan:
     buffer_bytes      of computed tables
     activation_bytes  most alive at once of the largest step's values, outside the kernels
     recording_bytes   of the recordings' memory and their input buffers
+    pooling_bytes     of what is pooled of texts under way, on a CPU (beside a GPU it is the host's)
     kv_bytes          of the KV cache: num_blocks blocks
     budget_bytes      what all of it was to fit in
     max_model_len     longest request in tokens: what was asked for, or what num_blocks holds
@@ -35,6 +36,7 @@ class MemoryPlan:
     buffer_bytes: int
     activation_bytes: int
     recording_bytes: int
+    pooling_bytes: int
     kv_bytes: int
     num_blocks: int
     budget_bytes: int
@@ -49,13 +51,14 @@ class MemoryPlan:
     def total_bytes(self) -> int:
         return (
             self.weight_bytes + self.derived_bytes + self.buffer_bytes + self.activation_bytes + self.recording_bytes
-            + self.kv_bytes
+            + self.pooling_bytes + self.kv_bytes
         )  # fmt: skip
 
     def __str__(self) -> str:
         rows = {
             "weights": self.weight_bytes, "derived weights": self.derived_bytes, "buffers": self.buffer_bytes,
-            "largest step": self.activation_bytes, "recordings": self.recording_bytes, "KV cache": self.kv_bytes,
+            "largest step": self.activation_bytes, "recordings": self.recording_bytes,
+            "pooled states": self.pooling_bytes, "KV cache": self.kv_bytes,
             "in all": self.total_bytes, "budget": self.budget_bytes,
         }  # fmt: skip
         lines = [f"    {name:16} {size / 1e6:12.1f} MB" for name, size in rows.items()]
@@ -80,10 +83,14 @@ def plan_memory(
     Raises ValueError with the whole plan where the budget does not hold it, or the cache not one request.
     """
     recordings = CapturePlan.of(program, options).total_bytes
-    rows = min(max_num_seqs, max_num_batched_tokens)
+    rows, pooler = min(max_num_seqs, max_num_batched_tokens), options.pooler
+    kept = pooler is not None and pooler.kind != "LAST" and torch.device(options.device).type == "cpu"
+    if pooler is not None and pooler.kind == "MEAN":
+        rows = max_num_batched_tokens  # every state is wanted
     fixed = {
         "weight_bytes": program.weight_bytes - derived_bytes, "derived_bytes": derived_bytes,
         "buffer_bytes": buffer_bytes, "recording_bytes": recordings,
+        "pooling_bytes": 2 * max_num_seqs * pooler.size * 8 if kept and pooler else 0,  # float64, two slots a sequence
         "activation_bytes": program.token_bytes * max_num_batched_tokens + program.logit_bytes * rows,
     }  # fmt: skip
     needed = sum(fixed.values())

@@ -177,7 +177,7 @@ class ModelRunner:
                 results = self.executable(*self._flat(self._on_device(batch)))
             case Full() | Piecewise() as key:
                 results = self._recordings.run(key, self.executable, batch, self._flat)
-        logits, hidden = results if self.options.return_hidden_states else (results, None)
+        logits, hidden = self._parts(results)
         if self.options.data_parallel_size > 1:
             logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
         return StepOutput(
@@ -193,13 +193,19 @@ class ModelRunner:
         wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
         logits, hidden = (
             None if each[0] is None else torch.cat([r[:n] for r, n in zip(each, wanted, strict=True)])
-            for each in zip(*(r if isinstance(r, tuple) else (r, None) for r in results), strict=True)
+            for each in zip(*map(self._parts, results), strict=True)
         )
         assert logits is not None
         return StepOutput(
             logits=logits, hidden_states=hidden if given.hidden_states else None, request_slots=given.request_slots,
             request_generations=given.request_generations,
         )  # fmt: skip
+
+    def _parts(self, results: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the logits and the hidden states of a step's results; a model that pools has logits of width 0."""
+        if self.options.pooler is not None:
+            return results[:, :0], results
+        return results if self.options.return_hidden_states else (results, None)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write new values of parameters, (the checkpoint's name, tensor) each, in place; recordings stay valid.
@@ -328,7 +334,7 @@ class ModelRunner:
     def _check_served(self, batch: StepInput) -> None:
         """Raise ValueError for what a step may ask for and this model does not have."""
         check_plain(batch, max(1, len(self.kv_spec.groups)), self.adapters.max_loras)
-        if batch.hidden_states and not self.options.return_hidden_states:
+        if batch.hidden_states and not (self.options.return_hidden_states or self.options.pooler):
             raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")
 
     def _empty(self) -> Any:
@@ -343,6 +349,8 @@ class ModelRunner:
             torch.empty(0, size, dtype=self.options.dtype, device=self.options.device)
             for size in (self.config.vocab_size, self.config.hidden_size)
         )
+        if self.options.pooler is not None:
+            return hidden
         return (logits, hidden) if self.options.return_hidden_states else logits
 
     def _on_device(self, batch: StepInput) -> StepInput:

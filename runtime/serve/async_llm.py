@@ -10,14 +10,23 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from seamwise.runtime.engine.lora_request import LoRARequest
-from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from seamwise.runtime.engine.outputs import (
+    CompletionOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestMetrics,
+    RequestOutput,
+)
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 
 from .process.client import EngineClient
 from .process.messages import Add, Delta, Ready
-from .process.streams import EngineError, Stream
+from .process.streams import EngineError, RequestFailed, Stream
 from .prompts import Prompts
 
 OWN_FACTORY = "seamwise.runtime.serve.llm:LLM"
@@ -121,18 +130,34 @@ class AsyncLLM:
     def submit(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
         priority: int = 0, stream_interval: int = 1, lora_request: LoRARequest | None = None,
+        pooling: PoolingParams | None = None,
     ) -> Stream:  # fmt: skip
         """Queue a request of token ids and return its stream of deltas. Raises EngineError when the engine cannot."""
         lora = None if lora_request is None else _sent(lora_request)
+        pooled = None if pooling is None else asdict(pooling)
         return self.engine.add(
-            Add(request_id, prompt_token_ids, params_sent(params), prompt, priority, stream_interval, lora)
+            Add(request_id, prompt_token_ids, params_sent(params), prompt, priority, stream_interval, lora, pooled)
         )
 
-    async def encode(self, prompt: Any, pooling_params: Any = None, request_id: str | None = None) -> list[float]:
-        """Return a prompt's pooled hidden state. Raises Unsupported for a model that generates and does not pool."""
-        _, ids = (await self.prompts()).of(prompt)
-        pooled: list[float] = await self.engine.call("embed", ids)
-        return pooled
+    async def encode(
+        self, prompt: Any, pooling_params: PoolingParams | None = None, request_id: str | None = None, *,
+        priority: int = 0, lora_request: LoRARequest | None = None,
+    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:  # fmt: skip
+        """Yield one PoolingRequestOutput with the text's vector. Raises ValueError for a model that generates."""
+        _, ids = await asyncio.to_thread((await self.prompts()).of, prompt)
+        name = request_id if request_id is not None else f"async-{next(self._ids)}"
+        pooling = pooling_params or PoolingParams()
+        stream = self.submit(name, ids, NO_SAMPLING, priority=priority, lora_request=lora_request, pooling=pooling)
+        try:
+            (delta,) = await stream.take()
+            if delta.vector is None:
+                raise RequestFailed(str(delta.stop_reason or f"request {name} was aborted"))
+            vector = PoolingOutput(data=np.frombuffer(delta.vector, dtype="<f4"))
+            yield PoolingRequestOutput(
+                request_id=name, outputs=vector, prompt_token_ids=ids, num_cached_tokens=delta.num_cached_tokens
+            )
+        finally:
+            self.engine.drop(stream)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; ids of none are no mistake."""

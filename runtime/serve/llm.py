@@ -28,6 +28,7 @@ from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.pooling import PoolingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
@@ -35,6 +36,8 @@ from seamwise.runtime.speculation.config import SpeculativeConfig
 from seamwise.runtime.speculation.drafter import find_drafter
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
+
+from .pooling import Pools
 
 Prompt = str | Mapping[str, Any]
 _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
@@ -44,7 +47,7 @@ _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
 }
 
 
-class LLM(ModelControl):
+class LLM(ModelControl, Pools):
     """Loads a model and generates for lists of prompts.
 
     model    a Hugging Face directory, a GGUF file, a pack of `seamwise compile`, or a hub id (downloaded by
@@ -165,7 +168,7 @@ class LLM(ModelControl):
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
-            logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters,
+            logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters, pooler=runner.options.pooler,
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))
@@ -271,7 +274,7 @@ class LLM(ModelControl):
 
     def _run(
         self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], priority: Sequence[int],
-        adapters: Sequence[LoRARequest | None], use_tqdm: bool,
+        adapters: Sequence[LoRARequest | None], use_tqdm: bool, pooling: Sequence[PoolingParams | None] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Run requests to completion; when interrupted, none of them stays in the engine."""
         from tqdm import tqdm
@@ -279,12 +282,12 @@ class LLM(ModelControl):
         ids = [f"llm-{next(self._ids)}" for _ in requests]
         done: dict[str, RequestOutput] = {}
         try:
-            for request_id, (text, tokens, params), urgency, adapter in zip(
-                ids, requests, priority, adapters, strict=True
+            for request_id, (text, tokens, params), urgency, adapter, pooled in zip(
+                ids, requests, priority, adapters, pooling or [None] * len(ids), strict=True
             ):
                 params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
                 self.engine.add_request(
-                    request_id, tokens, params, prompt=text, priority=urgency, lora_request=adapter
+                    request_id, tokens, params, prompt=text, priority=urgency, lora_request=adapter, pooling=pooled
                 )  # fmt: skip
             with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
                 while len(done) < len(ids):

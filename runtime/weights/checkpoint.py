@@ -182,7 +182,11 @@ def _text_of(stored: dict[str, StoredTensor], parameters: Iterable[str]) -> dict
     }
     if text:
         return text | {name: tensor for name, tensor in stored.items() if name.startswith("lm_head.")}
-    return {name: tensor for name, tensor in stored.items() if not name.startswith(_OTHER_MODELS)}
+    found = {name: tensor for name, tensor in stored.items() if not name.startswith(_OTHER_MODELS)}
+    if any(n.startswith("model.") for n in found) or not any(n.startswith("model.layers.") for n in parameters):
+        return found
+    # Saved as the model without its head (Qwen3Model), whose names do not say which part they are of.
+    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in found.items()}
 
 
 def _fitted(

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Request
 
 from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.sampling.pooling import PoolingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
 from seamwise.runtime.serve.process.messages import Delta
 from seamwise.runtime.serve.process.streams import EngineError, RequestFailed, Stream
@@ -152,7 +153,7 @@ class Work:
 
     async def submit(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams, *, priority: int,
-        stream_interval: int,
+        stream_interval: int, pooling: PoolingParams | None = None,
     ) -> None:  # fmt: skip
         """Queue the prompts, (text, ids) each. Raises ValueError, ApiError and EngineError; nothing is queued then.
 
@@ -161,7 +162,8 @@ class Work:
         if params.structured_outputs is not None:  # here, so that a hostile grammar costs neither engine nor event loop
             await asyncio.to_thread(params.structured_outputs.check)
         for _, ids in prompts:
-            self._state.check(params, ids, self._llm)
+            if pooling is None:  # else the engine checks what it pools
+                self._state.check(params, ids, self._llm)
         self._state.admit(self._llm, len(prompts))
         for text, ids in prompts:
             name = uuid.uuid4().hex  # a client's own id may come twice
@@ -169,7 +171,7 @@ class Work:
             try:
                 stream = self._llm.submit(
                     name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval or _UNSEEN,
-                    lora_request=self._adapter,
+                    lora_request=self._adapter, pooling=pooling,
                 )  # fmt: skip
             except Exception:
                 self.close()

@@ -44,6 +44,7 @@ class Deltas:
         if output.finished:
             if found:
                 found[-1].request_finished, found[-1].times_s = True, _times(output.metrics)
+                found[-1].vector = None if output.vector is None else output.vector.astype("<f4").tobytes()
             del self._ended[output.request_id]
         return found
 

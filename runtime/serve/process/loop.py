@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
@@ -20,7 +21,6 @@ METHODS = (  # what the other process may call: of the loop, else of the LLM
     "pause_generation", "resume_generation", "is_paused", "reset_prefix_cache", "sleep", "wake_up", "is_sleeping",
     "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update", "abort_weight_update",
     "weight_version", "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
-    "embed",
 )  # fmt: skip
 
 
@@ -78,10 +78,11 @@ class EngineLoop:
             self._send(Refused(add.request_id, self._closed, full=True))
             return
         try:
-            params = _params(add)
+            pooling = None if add.pooling is None else PoolingParams(**add.pooling)
+            params = _params(add) if pooling is None else NO_SAMPLING
             self.engine.add_request(
                 add.request_id, add.prompt_token_ids, params, prompt=add.prompt, priority=add.priority,
-                lora_request=None if add.lora is None else LoRARequest(*add.lora),
+                lora_request=None if add.lora is None else LoRARequest(*add.lora), pooling=pooling,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             self._send(Refused(add.request_id, str(error)))

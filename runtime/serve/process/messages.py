@@ -16,6 +16,7 @@ class Add(Struct, tag=True, array_like=True):
     """Queue a request. params: what differs from SamplingParams' defaults.
 
     stream_interval  tokens between two deltas of an output; 0: one delta, at its end
+    pooling          PoolingParams' fields, of a text whose vector is wanted: params are not read then
     """
 
     request_id: str
@@ -25,6 +26,7 @@ class Add(Struct, tag=True, array_like=True):
     priority: int = 0
     stream_interval: int = 1
     lora: tuple[str, int, str, bool] | None = None  # LoRARequest's fields
+    pooling: dict[str, Any] | None = None
 
 
 class Abort(Struct, tag=True, array_like=True):
@@ -56,6 +58,7 @@ class Delta(Struct, array_like=True):
     num_cached_tokens, num_preemptions  of the request, until now
     prompt_logprobs  with the first one: for each token of the prompt as in logprobs, None for the first
     times_s   with the last one: seconds that the request waited, until its first token, and after it
+    vector    with the last one, of a text that was pooled: float32, the lowest byte of each first
     """
 
     request_id: str
@@ -70,6 +73,7 @@ class Delta(Struct, array_like=True):
     request_finished: bool = False
     prompt_logprobs: list[list[TokenLogprob] | None] | None = None
     times_s: list[float] = field(default_factory=list)
+    vector: bytes | None = None
 
 
 class Stats(Struct, array_like=True):

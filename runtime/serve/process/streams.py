@@ -80,5 +80,5 @@ def merged(first: Delta, second: Delta) -> Delta:
         token_ids=first.token_ids + second.token_ids, logprobs=logprobs, finish_reason=second.finish_reason,
         stop_reason=second.stop_reason, num_cached_tokens=second.num_cached_tokens,
         num_preemptions=second.num_preemptions, request_finished=second.request_finished,
-        prompt_logprobs=first.prompt_logprobs, times_s=second.times_s,
+        prompt_logprobs=first.prompt_logprobs, times_s=second.times_s, vector=second.vector,
     )  # fmt: skip

@@ -59,8 +59,10 @@ class FakeEngine:
 
     def add_request(
         self, request_id: str, ids: list[int], params: SamplingParams, *, prompt: str | None = None, priority: int = 0,
-        lora_request: None = None,
+        lora_request: None = None, pooling: object = None,
     ) -> None:  # fmt: skip
+        if pooling is not None:
+            raise ValueError("the fake engine has no embeddings")
         if len(ids) == 13:
             raise ValueError("the fake engine takes no prompt of 13 tokens")
         self.requests[request_id] = Held(request_id, ids, params)

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: the pooled hidden state of texts, where the model pools."""
+"""POST /v1/embeddings: the vectors of texts, from a model that pools."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 from seamwise.runtime.serve.http.schema import Labels, TokenId
-from seamwise.runtime.serve.http.serving import serving
-from seamwise.runtime.serve.http.sse import encode_json
-from seamwise.runtime.serve.process.streams import Unsupported
+from seamwise.runtime.serve.http.serving import Work, request_name, serving
+from seamwise.runtime.serve.http.sse import encode_json, while_connected
 
 from .describe import GENERATES
 
@@ -21,12 +21,13 @@ router = APIRouter()
 
 
 class EmbeddingRequest(Labels):
-    """OpenAI's body of /v1/embeddings."""
+    """OpenAI's body of /v1/embeddings, with vLLM's use_activation: whether vectors are given length 1."""
 
     model: str | None = None
     input: str | list[str] | list[TokenId] | list[list[TokenId]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    use_activation: bool | None = None
 
 
 @router.post("/v1/embeddings", responses=GENERATES, response_class=Response)
@@ -39,25 +40,30 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not 1 <= len(inputs) <= state.settings.max_prompts:
         raise ValueError(f"input: got {len(inputs)}, wanted 1 to {state.settings.max_prompts} (max_prompts)")
-    if body.dimensions is not None:
-        raise ValueError(f"dimensions={body.dimensions}: vectors are given whole; leave it out")
-    encoded = await asyncio.to_thread(lambda: [prompts.of(one)[1] for one in inputs])
-    for ids in encoded:
+    encoded = await asyncio.to_thread(lambda: [prompts.of(one) for one in inputs])
+    for _, ids in encoded:
         prompts.check(ids)
-    try:
-        vectors = [await llm.engine.call("embed", ids) for ids in encoded]
-    except Unsupported:
-        raise ValueError(f"model {name!r} generates text and has no embeddings; serve a model that pools") from None
+    request_id = request_name(request, None, "embd")
+    work = Work(state, llm, request_id, name)
+    pooling = PoolingParams(dimensions=body.dimensions, use_activation=body.use_activation)
+    await work.submit(encoded, NO_SAMPLING, priority=0, stream_interval=0, pooling=pooling)
+    return await while_connected(request, _answer(work, body, name, len(inputs)), work.close)
+
+
+async def _answer(work: Work, body: EmbeddingRequest, model: str, count: int) -> Response:
+    vectors = [b""] * count
+    async for i, delta in work.deltas():
+        assert delta.vector is not None  # a text that failed has raised
+        vectors[i] = delta.vector
+    as_text = body.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": i, "embedding": _base64(v) if body.encoding_format == "base64" else v}
+        {"object": "embedding", "index": i, "embedding": base64.b64encode(v).decode() if as_text else _floats(v)}
         for i, v in enumerate(vectors)
     ]
-    count = sum(map(len, encoded))
-    answer = {
-        "object": "list", "data": data, "model": name, "usage": {"prompt_tokens": count, "total_tokens": count},
-    }  # fmt: skip
+    usage = {name: n for name, n in work.usage().items() if name in ("prompt_tokens", "total_tokens")}
+    answer = {"object": "list", "data": data, "model": model, "usage": usage}
     return Response(encode_json(answer), media_type="application/json")
 
 
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+def _floats(vector: bytes) -> list[float]:
+    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
