@@ -14,7 +14,7 @@
 
 #include "attention_cpu_plan.h"
 #include "attention_cpu_state.h"
-#include "cpu_gemm.h"
+#include "cpu_float8.h"
 
 namespace {
 
@@ -26,9 +26,11 @@ struct Rows {
     int count = 0;
 };
 
+// Element: of queries and results; Words: what the cache's elements, Words::Element, are multiplied as.
 template <class Element, class Words>
 class Worker {
-    static constexpr bool kWiden = std::is_same<Words, WidenedWords<Element>>::value;
+    using Cached = typename Words::Element;
+    static_assert(Words::kPerWord == 1 || std::is_same<Element, BFloat16>::value, "pairs are of bfloat16");
     static constexpr int kWeightWords = kTile / Words::kPerWord;
     const Call& c;
     const int group, words;
@@ -98,7 +100,7 @@ class Worker {
             for (int h = 0; h < group; ++h) {
                 float* to = queries + (i * group + h) * words;
                 const Element* from = base + i * c.q_strides[0] + h * c.q_strides[1];
-                if constexpr (kWiden) widen(from, to, int(dim));
+                if constexpr (Words::kPerWord == 1) widen(from, to, int(dim));
                 else std::memcpy(to, from, words * sizeof(float));
             }
     }
@@ -106,15 +108,15 @@ class Worker {
     // Slots that no query of the task sees read as zeros: they may hold a NaN, and 0 * NaN is one.
     void locate(const Task& t, int tile, Rows& rows) const {
         const int32_t* table = c.block_table + t.request * c.table_stride;
-        const Element* const first_key = (const Element*)c.k_cache + t.kv_head * c.k_strides[1];
-        const Element* const first_value = (const Element*)c.v_cache + t.kv_head * c.v_strides[1];
+        const Cached* const first_key = (const Cached*)c.k_cache + t.kv_head * c.k_strides[1];
+        const Cached* const first_value = (const Cached*)c.v_cache + t.kv_head * c.v_strides[1];
         const int count = std::min(kTile, visible_in(t, tile, t.num_queries * group - 1)), size = int(c.block_size);
         const int begin = std::max(0, first_in(t, tile, 0));
         int slot = (tile * kTile + begin) / size, offset = (tile * kTile + begin) % size;
         for (int j = 0; j < begin; ++j) rows.keys[j] = rows.values[j] = zeros;
         for (int j = begin; j < count; offset = 0, ++slot) {
-            const Element* k = first_key + table[slot] * c.k_strides[0] + offset * dim;
-            const Element* v = first_value + table[slot] * c.v_strides[0] + offset * dim;
+            const Cached* k = first_key + table[slot] * c.k_strides[0] + offset * dim;
+            const Cached* v = first_value + table[slot] * c.v_strides[0] + offset * dim;
             for (const int end = std::min(count, j + size - offset); j < end; ++j, k += dim, v += dim) {
                 rows.keys[j] = (const float*)k;
                 rows.values[j] = (const float*)v;
@@ -125,7 +127,7 @@ class Worker {
     }
 
     void pack_tile(bool pack_values_too) {
-        const int64_t bytes = dim * sizeof(Element);
+        const int64_t bytes = dim * sizeof(Cached);
         const Ahead wanted{ahead->keys, ahead->count, bytes, (now->count + kLanes - 1) / kLanes};
         for (int j = 0; j < now->count; j += kLanes) {
             wanted.ask(j / kLanes);
@@ -147,7 +149,7 @@ class Worker {
         Panel key_panel{keys, kTile}, value_panel{values, dim};
         ValueRows value_rows{now->values};
         if (row == 0) {
-            const int64_t bytes = dim * sizeof(Element);
+            const int64_t bytes = dim * sizeof(Cached);
             key_panel.ahead = {ahead->values, ahead->count, bytes, words};
         }
         gemm<Words>(block, (most + kLanes - 1) / kLanes, queries + row * words, words, key_panel, words, scores, kTile);
@@ -161,14 +163,14 @@ class Worker {
     // In two passes, so that the rows' maxima, long chains of dependent instructions, overlap each other.
     void soften(const Task& t, int tile, int row, int block, float* into) {
         constexpr int kVecs = kTile / kLanes;
-        const float factor = c.softcap > 0 ? kLog2e : c.scale * kLog2e;
+        const float scale = c.scale * c.k_scale.of(t.kv_head), factor = c.softcap > 0 ? kLog2e : scale * kLog2e;
         float *const l = into + dim, *const m = l + kLanes;
         for (int i = 0; i < block; ++i) {
             float* s = scores + i * kTile;
             const int visible = visible_in(t, tile, row + i), begin = first_in(t, tile, row + i);
             if (c.softcap > 0)
                 for (int v = 0; v < kVecs; ++v)
-                    store(s + v * kLanes, splat(c.softcap) * tanh(load(s + v * kLanes) * splat(c.scale / c.softcap)));
+                    store(s + v * kLanes, splat(c.softcap) * tanh(load(s + v * kLanes) * splat(scale / c.softcap)));
             if (visible < kTile || begin > 0) {
                 IntVec lane;
                 for (int j = 0; j < kLanes; ++j) lane[j] = j;
@@ -208,11 +210,12 @@ class Worker {
                         merge(merged + row * state, kept(t, tile, rows, row), block, state);
                 }
         }
+        const float scale = c.v_scale.of(t.kv_head);
         for (int i = 0; i < rows; ++i) {
             float *const o = merged + i * state, l = horizontal_sum(load(o + dim));
             const int64_t head = t.kv_head * group + i % group;
             if (c.sinks) l += std::exp2(sink(head) * kLog2e - o[dim + kLanes]);  // infinity: the sink takes it all
-            for (int64_t d = 0; d < dim; d += kLanes) store(o + d, load(o + d) / l);
+            for (int64_t d = 0; d < dim; d += kLanes) store(o + d, load(o + d) * splat(scale) / l);
             const int64_t token = c.query_starts[t.request] + t.first_query + i / group;
             narrow(o, (Element*)c.out + (token * c.heads + head) * dim, int(dim));
         }
@@ -248,8 +251,10 @@ int64_t run(const Call& c, int64_t num_threads) {
 
 }  // namespace
 
-// dtype: 0 float32, 1 bfloat16, 2 float16. Strides count elements; out and each (block, head) tile of a cache are
-// contiguous, dim is a multiple of 16, scale > 0, num_threads is torch's; softcap is a float's bits, sinks may be null.
+// dtype: 0 float32, 1 bfloat16, 2 float16; 4 more where the caches hold float8_e4m3fn. Strides count elements; out and
+// each (block, head) tile of a cache are contiguous, dim is a multiple of 16, scale > 0, num_threads is torch's; softcap
+// is a float's bits; sinks and the caches' scales may be null; scale_steps: 1 where each KV head has a scale of its own for
+// keys, and 2 for values.
 // Returns first_error, and then has written nothing; -1 for a dtype that this machine cannot convert.
 extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, const void* k_cache, const void* v_cache,
                                       const int32_t* block_table, const int32_t* seq_lens, const int32_t* query_starts,
@@ -258,21 +263,26 @@ extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, c
                                       int64_t table_stride, int64_t q_token_stride, int64_t q_head_stride,
                                       int64_t k_block_stride, int64_t k_head_stride, int64_t v_block_stride,
                                       int64_t v_head_stride, int64_t window, int64_t softcap, const void* sinks,
-                                      int64_t narrow_sinks, double scale, int64_t num_threads) {
+                                      int64_t narrow_sinks, const float* k_scale, const float* v_scale,
+                                      int64_t scale_steps, double scale, int64_t num_threads) {
     Call c{out, q, k_cache, v_cache, block_table, seq_lens, query_starts, tokens, heads, kv_heads, num_blocks,
                  block_size, dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
                  {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale), 0.f, window, sinks,
-           narrow_sinks != 0};
+           narrow_sinks != 0, {k_scale, scale_steps & 1}, {v_scale, scale_steps >> 1}};
     std::memcpy(&c.softcap, &softcap, sizeof(float));
     if (const int64_t error = first_error(c)) return error;
     if (dtype == 0) return run<float, FloatWords>(c, num_threads);
-#if defined(__AVX512BF16__)
+    if (dtype == 4) return run<float, WidenedWords<Float8>>(c, num_threads);
+#if defined(SEAMWISE_PAIRS)
     if (dtype == 1) return run<BFloat16, BFloat16Words>(c, num_threads);
+    if (dtype == 5) return run<BFloat16, Float8Pairs>(c, num_threads);
 #else
     if (dtype == 1) return run<BFloat16, WidenedWords<BFloat16>>(c, num_threads);
+    if (dtype == 5) return run<BFloat16, WidenedWords<Float8>>(c, num_threads);
 #endif
 #if defined(SEAMWISE_FLOAT16)
     if (dtype == 2) return run<Float16, WidenedWords<Float16>>(c, num_threads);
+    if (dtype == 6) return run<Float16, WidenedWords<Float8>>(c, num_threads);
 #endif
     return -1;
 }

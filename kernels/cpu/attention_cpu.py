@@ -17,6 +17,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SINKS = (torch.float32, torch.bfloat16)
 _ATTENTION = Kernel("attention_cpu.cpp", "seamwise_attention", seam=True)
 _KV_APPEND = Kernel("kv_append_cpu.cpp", "seamwise_kv_append", seam=True)
+_KV_APPEND_FLOAT8 = Kernel("kv_append_cpu.cpp", "seamwise_kv_append_float8", seam=True)
+_FLOAT8 = 4  # added to a dtype's number: the caches are float8_e4m3fn
 
 
 def _refuses_system() -> str | None:
@@ -25,17 +27,32 @@ def _refuses_system() -> str | None:
     return None
 
 
+def _wrong_dtypes(names: str, dtype: torch.dtype, *caches: torch.dtype) -> str | None:
+    if dtype in _DTYPES and {*caches} in ({dtype}, {torch.float8_e4m3fn}):
+        return None
+    dtypes = ", ".join(str(d) for d in (dtype, *caches))
+    return f"{names} must be float32, bfloat16 or float16 and the caches of that dtype or float8_e4m3fn, got {dtypes}"
+
+
+def _number(dtype: torch.dtype, cached: torch.dtype) -> int:
+    return _DTYPES[dtype] + (_FLOAT8 if cached == torch.float8_e4m3fn else 0)
+
+
+def _scale(scale: Tensor | None) -> tuple[int, int]:
+    """Return a cache's scale's address, 0 for none, and how far a head's is from the next one's."""
+    return (0, 0) if scale is None else (scale.data_ptr(), int(len(scale) > 1))
+
+
 def _refuses_attention(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, sinks_H: Tensor | None,
-    alibi_slopes_H: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+    alibi_slopes_H: Tensor | None,
 ) -> str | None:  # fmt: skip
-    if alibi_slopes_H is not None or k_scale is not None or v_scale is not None:
-        return "it serves neither ALiBi's slopes nor scaled caches"
+    if alibi_slopes_H is not None:
+        return "it serves no ALiBi slopes"
     if sinks_H is not None and sinks_H.dtype not in _SINKS:
         return f"sinks must be float32 or bfloat16, got {sinks_H.dtype}"
-    dtypes = (q_THD.dtype, k_cache.dtype, v_cache.dtype)
-    if len(set(dtypes)) > 1 or q_THD.dtype not in _DTYPES:
-        return f"q, k_cache and v_cache must all be float32, bfloat16 or float16, got {dtypes}"
+    if wrong := _wrong_dtypes("q", q_THD.dtype, k_cache.dtype, v_cache.dtype):
+        return wrong
     if q_THD.shape[2] % 16:
         return f"it needs a head dim that is a multiple of 16, got q {tuple(q_THD.shape)}"
     if not scale > 0:
@@ -54,13 +71,15 @@ def attention_cpp(
     num_blocks, kv_heads, block_size, _ = k_cache.shape
     requests, table_width = block_table_RB.shape
     out_THD = empty(q_THD.shape, q_THD.dtype)
+    (k_at, k_step), (v_at, v_step) = _scale(k_scale), _scale(v_scale)
     error = launch(
-        _ATTENTION, _DTYPES[q_THD.dtype], out_THD.data_ptr(), q_THD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(),
+        _ATTENTION, _number(q_THD.dtype, k_cache.dtype), out_THD.data_ptr(), q_THD.data_ptr(), k_cache.data_ptr(),
+        v_cache.data_ptr(), block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(),
         tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, block_table_RB.stride(0),
         *q_THD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], window,
         *struct.unpack("i", struct.pack("f", softcap)), 0 if sinks_H is None else sinks_H.data_ptr(),
-        int(sinks_H is not None and sinks_H.dtype == torch.bfloat16), scale, torch.get_num_threads(),
+        int(sinks_H is not None and sinks_H.dtype == torch.bfloat16), k_at, v_at, k_step + 2 * v_step, scale,
+        torch.get_num_threads(),
     )  # fmt: skip
     if error:
         raise _attention_error(error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
@@ -89,11 +108,16 @@ def _attention_error(
 def _refuses_kv_append(
     k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> str | None:
-    if k_scale is not None or v_scale is not None:
-        return "it copies bytes, and serves no scales"
     dtypes = (k_TKD.dtype, v_TKD.dtype, k_cache.dtype, v_cache.dtype)
-    if len(set(dtypes)) > 1:
-        return f"k, v and the caches must share a dtype, got {dtypes}"
+    if k_cache.dtype == torch.float8_e4m3fn:
+        if k_TKD.dtype != v_TKD.dtype or (wrong := _wrong_dtypes("k and v", *dtypes[1:])):
+            return wrong if k_TKD.dtype == v_TKD.dtype else f"k and v must share a dtype, got {dtypes[:2]}"
+        if k_TKD.shape[2] % 16:
+            return f"it needs a head dim that is a multiple of 16 to make float8, got k {tuple(k_TKD.shape)}"
+    elif k_scale is not None or v_scale is not None:
+        return f"it copies bytes into caches of {k_cache.dtype}, and serves no scales there"
+    elif len(set(dtypes)) > 1:
+        return f"k, v and the caches must share a dtype, or the caches be float8_e4m3fn, got {dtypes}"
     return _refuses_system()
 
 
@@ -105,13 +129,20 @@ def kv_append_cpp(
     """Scatter in C++. Raises ValueError when a slot lies beyond the cache."""
     tokens, kv_heads, dim = k_TKD.shape
     num_blocks, _, block_size, _ = k_cache.shape
-    size = k_TKD.element_size()
-    strides = (*k_TKD.stride()[:2], *v_TKD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2])
-    error = launch(
-        _KV_APPEND, k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
-        slot_mapping_T.data_ptr(), tokens, kv_heads, dim * size, num_blocks, block_size, *[s * size for s in strides],
-        torch.get_num_threads(),
+    size, cached = k_TKD.element_size(), k_cache.element_size()
+    places = (
+        k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping_T.data_ptr(), tokens,
+        kv_heads, dim * cached, num_blocks, block_size,
+        *(s * size for s in (*k_TKD.stride()[:2], *v_TKD.stride()[:2])),
+        *(s * cached for s in (*k_cache.stride()[:2], *v_cache.stride()[:2])),
     )  # fmt: skip
+    if k_cache.dtype == torch.float8_e4m3fn:
+        scales = (*_scale(k_scale), *_scale(v_scale))
+        error = launch(_KV_APPEND_FLOAT8, _DTYPES[k_TKD.dtype], *places, *scales, torch.get_num_threads())
+    else:
+        error = launch(_KV_APPEND, *places, torch.get_num_threads())
+    if error < 0:
+        raise RuntimeError("kv_append: this CPU has no float16 conversion; load the model with dtype=torch.float32")
     if error:
         slot, slots = int(slot_mapping_T[error - 1]), num_blocks * block_size
         raise ValueError(f"kv_append: slot_mapping[{error - 1}] is {slot}, the cache has slots 0..{slots - 1}")

@@ -11,6 +11,13 @@ constexpr int kTaskRows = 192;    // query rows that share one packed tile; pack
 constexpr int kMinTaskRows = 24;  // queries are not cut below this many rows to keep threads busy
 constexpr int64_t kMaxKept = int64_t(4) << 20;  // floats of kept states above which only a single query is split
 
+// What a cache's keys or values are to be multiplied with: one for all KV heads, one for each (step 1), or none (null).
+struct Scales {
+    const float* data;
+    int64_t step;
+    float of(int kv_head) const { return data ? data[kv_head * step] : 1.f; }
+};
+
 struct Call {
     void* out;
     const void *q, *k_cache, *v_cache;
@@ -21,6 +28,7 @@ struct Call {
     int64_t window;
     const void* sinks;  // of each head, or null
     bool narrow_sinks;  // bfloat16, else float
+    Scales k_scale, v_scale;
 
     int group() const { return int(heads / kv_heads); }  // query heads that share a KV head
     int64_t state() const { return dim + 2 * kLanes; }   // floats of a row's state: o[dim], l in kLanes parts, m

@@ -140,7 +140,8 @@ struct WidenedWords : FloatWords {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define SEAMWISE_PAIRS  // the machine multiplies pairs of bfloat16
 struct BFloat16Words {
     using Element = BFloat16;
     static constexpr int kPerWord = 2;

@@ -101,6 +101,7 @@ struct Float16 {
     uint16_t bits;
 };
 
+inline void widen(const float* in, float* out, int n) { std::memcpy(out, in, sizeof(float) * n); }
 inline void widen(const BFloat16* in, float* out, int n) {
     for (int i = 0; i < n; ++i) {
         const uint32_t bits = (uint32_t)in[i].bits << 16;

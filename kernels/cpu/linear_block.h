@@ -30,8 +30,6 @@ struct Rows {
     const char* at(int64_t row) const { return data + row * stride; }
 };
 
-inline void widen(const float* in, float* out, int n) { std::memcpy(out, in, n * sizeof(float)); }
-
 template <int kBytes>
 inline Vec splat_word(const char* x) {
     int32_t word = 0;

@@ -10,6 +10,7 @@ import torch
 from attention_cases import batch, by_flex, by_transformers, cut, features, heads, keys_values, requests, sees
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import Rounding, check_narrow
 from torch import Tensor
 
 from seamwise.kernels import (
@@ -139,6 +140,22 @@ def test_quantized_rows_are_those_of_quantize(static: bool) -> None:
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
+def test_the_law_of_quantized_results_lets_ties_fall_either_way_and_nothing_else() -> None:
+    """What one float8 key gives has four bits: a last bit of the scale moves an eighth of it."""
+    codes = torch.arange(8, 126, dtype=torch.uint8)  # without subnormal ones and 448, which has no neighbour above
+    middle = (codes.view(torch.float8_e4m3fn).float() + (codes + 1).view(torch.float8_e4m3fn).float()) / 2
+    near, above, far = (middle * f for f in (1, 1 + 2**-22, 1.01))
+    to_float8 = torch.float8_e4m3fn
+    check_narrow(above.to(to_float8), near.to(to_float8), middle)
+    for moved, unrounded in ((above, None), (far, middle * 1.01)):
+        with pytest.raises(AssertionError, match="59 of 118 elements differ"):  # those that were rounded down
+            check_narrow(moved.to(to_float8), near.to(to_float8), unrounded)
+    values = torch.randn(4, 64).to(to_float8).float()
+    with Rounding() as rounding:
+        quantize.meaning(values, to_float8, 0)
+    assert torch.equal(rounding.unrounded[4, 64], values / (values.abs().amax(1, keepdim=True) / 448))
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), min_size=1, max_size=3),
     st.sampled_from([0, 1, 5, -1, -7]),
@@ -170,8 +187,10 @@ def test_float8_cache_holds_values_over_their_scale_and_saturates() -> None:
         got = caches[cache].double()[1, head, 2]
         torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
     assert all(bool((c.double()[0] == 0).all()) for c in caches)
-    with pytest.raises(ValueError, match="serves no scales"):
+    with pytest.raises(ValueError, match="a head dim that is a multiple of 16"):
         kv_append.run("cpp", k, k, *caches, torch.tensor([6]), k_scale, v_scale)
+    with pytest.raises(ValueError, match="serves no scales there"):
+        kv_append.run("cpp", k, k, *(c.float() for c in caches), torch.tensor([6]), k_scale, v_scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,9 @@ class Step:
     window: int
     softcap: float
     sinks_H: Tensor | None
+    alibi_slopes_H: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     def args(self) -> tuple[Tensor | float | None, ...]:
         return tuple(vars(self).values())
@@ -64,26 +68,24 @@ class Step:
     def cut(self, r: int, first: int, last: int) -> "Step":
         """The step that computes only queries first..last of request r."""
         start, count = int(self.query_starts_S[r]), int(self.query_starts_S[r + 1] - self.query_starts_S[r])
-        return Step(
+        return replace(
+            self,
             q_THD=self.q_THD[start + first : start + last],
-            k_cache=self.k_cache,
-            v_cache=self.v_cache,
             block_table_RB=self.block_table_RB[r : r + 1],
             seq_lens_R=self.seq_lens_R[r : r + 1] - (count - last),
             query_starts_S=torch.tensor([0, last - first], dtype=torch.int32),
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            sinks_H=self.sinks_H,
         )
 
 
 def make_step(
     requests: list[tuple[int, int]], *, kv_heads: int = 3, group: int = 3, dim: int = 64, block_size: int = 16,
     padding: int = 0, dtype: torch.dtype = torch.bfloat16, size: float = 1.0, seed: int = 0, window: int = 0,
-    softcap: float = 0.0, sinks: torch.dtype | None = None,
+    softcap: float = 0.0, sinks: torch.dtype | None = None, float8: str = "",
 ) -> Step:  # fmt: skip
-    """`requests` are (tokens already in the cache, queries); zero queries is a padded request."""
+    """`requests` are (tokens already in the cache, queries); zero queries is a padded request.
+
+    float8  caches are of it, with one scale for a "tensor" or for each "head"
+    """
     generator = torch.Generator().manual_seed(seed)
     heads, tokens = kv_heads * group, sum(n for _, n in requests) + padding
     lengths = [known + n if n else 0 for known, n in requests]
@@ -100,6 +102,9 @@ def make_step(
         for cache in (k_cache, v_cache):
             rows = torch.randn(length - unseen, kv_heads, dim, generator=generator)
             cache[ids[position // block_size], :, position % block_size] = (rows * size).to(dtype)
+    if float8:
+        k_cache, v_cache = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
+    scales = torch.rand(2, kv_heads if float8 == "head" else 1, generator=generator) + 0.5
     qkv = torch.full((tokens, heads + 2 * kv_heads, dim), float("nan"), dtype=dtype)
     qkv[:, :heads] = (torch.randn(tokens, heads, dim, generator=generator) * size).to(dtype)
     return Step(
@@ -108,6 +113,7 @@ def make_step(
         query_starts_S=torch.tensor([0, *[n for _, n in requests]], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         scale=dim**-0.5, window=window, softcap=softcap,
         sinks_H=None if sinks is None else torch.randn(heads, generator=generator).to(sinks),
+        k_scale=scales[0] if float8 else None, v_scale=scales[1] if float8 else None,
     )  # fmt: skip
 
 
@@ -121,7 +127,8 @@ def assert_within_budget(step: Step, out: Tensor) -> None:
     torch_error = 0.0
     for i in range(4):
         order = torch.randperm(step.q_THD.shape[2], generator=torch.Generator().manual_seed(i))
-        same_dtype = replace(step, q_THD=step.q_THD[..., order], k_cache=step.k_cache[..., order]).meaning(out.dtype)
+        keys = step.k_cache.to(out.dtype)[..., order]
+        same_dtype = replace(step, q_THD=step.q_THD[..., order], k_cache=keys).meaning(out.dtype)
         torch_error = max(torch_error, float((same_dtype.double() - truth).abs().max()))
     budget = 2 * (torch_error + torch.finfo(out.dtype).eps * float(truth.abs().max()))
     error = float((out.double() - truth).abs().max())
@@ -148,6 +155,7 @@ steps = st.builds(
     window=st.sampled_from([0, 0, 1, 20, 64, 130, -1, -30, -128]),
     softcap=st.sampled_from([0.0, 0.0, 1.5, 50.0]),
     sinks=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    float8=st.sampled_from(["", "", "tensor", "head"]),
 )
 
 
@@ -197,13 +205,60 @@ def test_every_vector_width(name: str) -> None:
     if name not in instruction_set.runnable():
         pytest.skip(f"this machine does not run {name}")
     with instruction_set.using(name):
-        for dtype in [torch.float32, torch.bfloat16, *([torch.float16] if name != "baseline" else [])]:
+        dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if name != "baseline" else [])]
+        for dtype, float8 in product(dtypes, ("", "head")):
             requests, limits = [(100, 30), (0, 75), (500, 1), (3, 1)], {"window": 90, "softcap": 2.0}
-            step = make_step(requests, dim=80, dtype=dtype, sinks=torch.bfloat16, **limits)
+            step = make_step(requests, dim=80, dtype=dtype, sinks=torch.bfloat16, float8=float8, **limits)
             out = step.run()
             assert_within_budget(step, out)
             assert torch.equal(out, step.run(threads=2))
             assert torch.equal(out[10:30], step.cut(0, 10, 30).run())
+
+
+@pytest.mark.parametrize("name", instruction_set.FLAGS)
+def test_a_float8_cache_gives_the_bits_of_one_that_holds_the_same_values(name: str) -> None:
+    if name not in instruction_set.runnable():
+        pytest.skip(f"this machine does not run {name}")
+    with instruction_set.using(name):
+        for dtype, dim in product([torch.float32, torch.bfloat16], (80, 256)):
+            step = make_step([(200, 1), (70, 50), (0, 9)], kv_heads=2, dim=dim, dtype=dtype, float8="tensor")
+            step = replace(step, k_scale=None, v_scale=None)
+            wide = replace(step, k_cache=step.k_cache.to(dtype), v_cache=step.v_cache.to(dtype))
+            assert attention.choose(step.args()).name == "cpp"
+            assert torch.equal(step.run(), wide.run())
+            codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+            values = codes[: min(dim, 256)].expand(2, 16, -1)  # of one key, the result is its value
+            alone = make_step([(0, 1)], kv_heads=2, dim=dim, dtype=dtype, float8="tensor")
+            alone.v_cache.view(torch.uint8)[:] = values.view(torch.uint8)
+            out = replace(alone, k_scale=None, v_scale=None).run()
+            torch.testing.assert_close(out[0], values[0, :1].to(dtype).expand(6, -1), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", instruction_set.FLAGS)
+@pytest.mark.parametrize("scaled", ["", "tensor", "head"])
+def test_what_is_stored_as_float8_is_what_torch_makes_of_it(name: str, scaled: str) -> None:
+    """Every bfloat16, and floats beside the middle of two float8, in bytes; but a NaN's sign, which torch may turn."""
+    if name not in instruction_set.runnable():
+        pytest.skip(f"this machine does not run {name}")
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    codes = torch.arange(126, dtype=torch.uint8)
+    middle = (codes.view(torch.float8_e4m3fn).float() + (codes + 1).view(torch.float8_e4m3fn).float()) / 2
+    ties = torch.cat([middle, torch.nextafter(middle, middle * 2), torch.nextafter(middle, middle * 0), -middle])
+    for values in (every, ties[: len(ties) // 32 * 32], every.half()):
+        if name == "baseline" and values.dtype == torch.float16:
+            continue
+        k = values.view(-1, 2, 16)
+        scales = {"": (None, None), "tensor": torch.tensor([[0.5], [3.0]]), "head": torch.rand(2, 2) + 0.1}[scaled]
+        slots = torch.randperm(len(k), generator=torch.Generator().manual_seed(0))
+        slots[3] = -1
+        caches = [torch.zeros(-(-len(k) // 16), 2, 16, 16, dtype=torch.float8_e4m3fn) for _ in range(4)]
+        kv_append.run("torch", k, k.flip(1), caches[0], caches[1], slots, *scales)
+        with instruction_set.using(name):
+            assert kv_append.choose((k, k, caches[2], caches[3], slots, *scales)).name == "cpp"
+            torch.set_num_threads(2)
+            kv_append.run("cpp", k, k.flip(1), caches[2], caches[3], slots, *scales)
+        bits = [torch.where(c.float().isnan(), 0x7F, c.view(torch.uint8)) for c in caches]
+        assert torch.equal(bits[0], bits[2]) and torch.equal(bits[1], bits[3])
 
 
 def test_a_machine_without_half_precision_says_so() -> None:
@@ -211,6 +266,9 @@ def test_a_machine_without_half_precision_says_so() -> None:
         pytest.skip("a build without half precision is asked for by an x86 flag")
     with instruction_set.using("baseline"), pytest.raises(RuntimeError, match="no float16 conversion"):
         make_step([(0, 3)], dtype=torch.float16).run()
+    k, cache = torch.zeros(1, 1, 16).half(), torch.zeros(1, 1, 4, 16, dtype=torch.float8_e4m3fn)
+    with instruction_set.using("baseline"), pytest.raises(RuntimeError, match="no float16 conversion"):
+        kv_append.run("cpp", k, k, cache, cache, torch.tensor([0]))
 
 
 def test_large_scores_neither_overflow_nor_vanish() -> None:
@@ -276,10 +334,11 @@ def test_what_it_cannot_serve_goes_to_the_meaning_with_a_reason() -> None:
     with pytest.raises(ValueError, match=r"seq_lens must be torch\.int32"):
         wide_index.run()
     assert attention.choose(make_step([(5, 2)]).args()).name == "cpp"
-    slopes, scale = torch.ones(9), torch.ones(1)
-    for features, reason in (((slopes,), "slopes"), ((None, scale, scale), "scaled"), ((None, None, scale), "scaled")):
-        with pytest.raises(ValueError, match=reason):
-            attention.run("cpp", *make_step([(5, 2)]).args(), *features)
+    with pytest.raises(ValueError, match="no ALiBi slopes"):
+        replace(make_step([(5, 2)]), alibi_slopes_H=torch.ones(9)).run()
+    mixed = make_step([(5, 2)], float8="head")
+    with pytest.raises(ValueError, match="the caches of that dtype or float8_e4m3fn"):
+        replace(mixed, v_cache=mixed.v_cache.bfloat16()).run()
     for step, reason in (
         (make_step([(5, 2)], softcap=-1.0), "wanted softcap >= 0"),
         (make_step([(5, 2)], sinks=torch.float64), "sinks must be float32 or bfloat16"),

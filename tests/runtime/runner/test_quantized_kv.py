@@ -96,6 +96,9 @@ def test_a_checkpoints_scales_are_in_effect(entry: str, tmp_path: Path) -> None:
     runner = load(tmp_path, torch.bfloat16, entry=entry)
     (report,) = [r for r in runner.program.reports if r.name == "quantize_kv"]
     assert report.matched == report.expected == 4
+    assert runner.program.providers["kv_append:cpp"] == 2
+    read = {n for n in runner.program.providers if n.startswith("attention")}
+    assert read == {"attention_quant:composed"}, "attention and quantize, whose kernels are C++"
     assert runner.kv_spec.bytes_per_token == runner.program.kv_bytes == 2 * 2 * 2 * 64
     got = logits(runner)
     assert {cache.dtype for layer in runner.kv_caches for cache in layer} == {torch.float8_e4m3fn}
@@ -115,7 +118,8 @@ def test_the_older_names_of_scales_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("entry", ["own", "transformers"])
 def test_without_scales_keys_and_values_are_rounded_as_they_are(entry: str, tmp_path: Path) -> None:
     means = save_tiny(tmp_path, "Qwen3ForCausalLM", head_dim=32)
-    assert_rounded(tmp_path, cached_in_float8(means, {}), entry)
+    runner = assert_rounded(tmp_path, cached_in_float8(means, {}), entry)
+    assert runner.program.providers["kv_append:cpp"] == runner.program.providers["attention:cpp"] == 2
 
 
 def test_the_cache_holds_what_the_scale_divides(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+// float8_e4m3fn: a sign, four bits of exponent (bias 7), three of mantissa; 0x7f is NaN, and nothing is infinite.
+// Widened exactly, to float or to bfloat16, and narrowed from float to nearest even.
+#pragma once
+#include "cpu_gemm.h"
+
+struct Float8 {
+    uint8_t bits;
+};
+
+inline Vec widened(const float* p) { return load(p); }
+
+// kLanes of them as floats.
+inline Vec widened(const Float8* p) {
+#if defined(__F16C__)  // as a float16 of the same fields is 2^-8 of it, whose exponent has one bit more
+#if defined(__AVX512F__)
+    __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+    half = _mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff));
+    const __m256i size = _mm256_and_si256(half, _mm256_set1_epi16(0x3fff));
+    half = _mm256_or_si256(half, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)));
+    return (Vec)_mm512_cvtph_ps(half) * splat(256.f);
+#else
+    __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+    half = _mm_and_si128(half, _mm_set1_epi16((short)0xbfff));
+    const __m128i size = _mm_and_si128(half, _mm_set1_epi16(0x3fff));
+    half = _mm_or_si128(half, _mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80)));
+    return (Vec)_mm256_cvtph_ps(half) * splat(256.f);
+#endif
+#else  // without exponent bits it is m 2^-9: 2^-6 (1 + m / 8) less 2^-6, for which no float need be denormal
+    IntVec bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
+    const IntVec size = bits & 0x7f, small = size < 8;
+    const Vec wide = (Vec)(((size + (small & 8)) << 20) + (120 << 23)) - (Vec)(small & (121 << 23));
+    return (Vec)((IntVec)wide | ((size == 0x7f) & 0x7fc00000) | ((bits & 0x80) << 24));
+#endif
+}
+
+// kLanes floats, saturated at 448; NaN stays NaN.
+inline void narrow(Vec x, Float8* out) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    const IntVec sign = ((IntVec)x >> 24) & 0x80, nan = x != x;
+    Vec size = (Vec)((IntVec)x & 0x7fffffff);
+    size = size > splat(448.f) ? splat(448.f) : size;
+    const IntVec bits = (IntVec)size, rounded = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+    const IntVec tiny = (IntVec)(size + splat(16384.f)) - 0x46800000;  // 2^14: the sum's last bit counts 2^-9
+    const IntVec code = size < splat(0.015625f) ? tiny : rounded;
+    const Bytes bytes = __builtin_convertvector((nan ? IntVec{} + 0x7f : code) | sign, Bytes);
+    std::memcpy(out, &bytes, sizeof(bytes));
+}
+
+#if defined(SEAMWISE_PAIRS)
+struct Float8Table {  // the bfloat16 of every magnitude
+    alignas(64) uint16_t of[128] = {};
+    constexpr Float8Table() {
+        for (int m = 1; m < 127; ++m) {
+            const int top = m < 2 ? 0 : m < 4 ? 1 : 2;  // without exponent bits m counts 2^-9
+            of[m] = uint16_t(m < 8 ? ((118 + top) << 7) + (((m << (3 - top)) & 7) << 4) : (120 << 7) + (m << 4));
+        }
+        of[127] = 0x7fc0;
+    }
+};
+inline constexpr Float8Table kFloat8;
+
+// Words are pairs of bfloat16, of a cache of float8.
+struct Float8Pairs : BFloat16Words {
+    using Element = Float8;
+
+    static Vec paired(__m256i bytes) {
+        const __m512i wide = _mm512_cvtepu8_epi16(bytes);
+        const __m512i *const table = (const __m512i*)kFloat8.of;
+        const __m512i low = _mm512_permutex2var_epi16(table[0], wide, table[1]);
+        const __m512i high = _mm512_permutex2var_epi16(table[2], wide, table[3]);
+        const __m512i size = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40)), low, high);
+        const __m512i sign = _mm512_set1_epi16((short)0x8000);
+        return (Vec)_mm512_ternarylogic_epi32(size, _mm512_slli_epi16(wide, 8), sign, 0xf8);  // size | (shifted & sign)
+    }
+
+    static void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
+        for (int w = 0; w < words; w += kLanes) {  // words: a multiple of 8
+            const int columns = words - w < kLanes ? words - w : kLanes;
+            Vec square[kLanes];
+            for (int i = 0; i < kLanes; ++i)
+                square[i] = paired(_mm256_maskz_loadu_epi8(~0u >> (32 - 2 * columns), (const Float8*)keys[i] + 2 * w));
+            transpose(square);
+            for (int i = 0; i < columns; ++i) store(panel + (w + i) * stride, square[i]);
+        }
+    }
+
+    template <int N>
+    static void fill(Vec* row, const float* const* values, int k, int first) {
+        const Float8 *low = (const Float8*)values[2 * k] + first, *high = (const Float8*)values[2 * k + 1] + first;
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n, low += kLanes, high += kLanes) {
+            const __m128i a = _mm_loadu_si128((const __m128i*)low), b = _mm_loadu_si128((const __m128i*)high);
+            row[n] = paired(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+        }
+    }
+};
+#endif
