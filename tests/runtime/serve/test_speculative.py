@@ -56,6 +56,8 @@ def test_answers_are_those_without_guesses(
         metrics = {line.split("{")[0]: float(line.rpartition(" ")[2]) for line in get(f"{url}/metrics")[1].splitlines()
                    if line.startswith("vllm:spec_decode")}  # fmt: skip
         assert metrics["vllm:spec_decode_num_draft_tokens_total"] > metrics["vllm:spec_decode_num_drafts_total"] > 0
-        assert (metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0) == (method != "draft_model")
+        drafted, accepted = (metrics[f"vllm:spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+        assert accepted > 0 or method == "draft_model", "a random model may be right by chance, or never"
+        assert accepted < drafted
         assert metrics["vllm:spec_decode_active"] in (0, 1) and metrics["vllm:spec_decode_gain"] > 0
         assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in metrics
