@@ -153,6 +153,12 @@ class BlockPool:
                     found[g, index] = block
         return found
 
+    def found(self, names: Sequence[BlockName], first: int, end: int) -> dict[tuple[int, int], int]:
+        """Return, by group and index, the blocks that have these names, from one index to another."""
+        places = ((g, index) for g in range(len(self.groups)) for index in range(first, end))
+        blocks = {(g, index): self.by_name.get(name_in(names[index], g)) for g, index in places}
+        return {place: block for place, block in blocks.items() if block is not None}
+
     def promise(self, block: int, name: BlockName) -> None:
         """Name a held block that a planned step fills, unless it or an equal block is named already."""
         if self.caching and name not in self.by_name and block not in self.names:

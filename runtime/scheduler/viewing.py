@@ -78,6 +78,11 @@ def _candidates(scheduler: Scheduler, sequences: list[Sequence], budget: int) ->
                 counted.add(block)
         while hits < len(names) and names[hits] in promised:
             hits += 1
+        # Where one group's blocks are computed anew, another's may still rest, and are held for who adopts both.
+        for (group, _), block in pool.found(names, adopts, hits).items():
+            if block in pool.resting and block not in counted:
+                resting[group] += 1
+                counted.add(block)
         promised.update(names)
         budget -= min(s.num_known - hits * pool.block_size, s.max_chunk)
         candidate = Candidate(
