@@ -16,6 +16,7 @@ from seamwise.runtime.serve.cli import main
 from seamwise.runtime.weights.adapters import read_adapter
 
 
+@pytest.mark.slow
 def test_every_case_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny(tmp_path / "m", "LlamaForCausalLM", max_position_embeddings=1024)
     assert model is not None
@@ -32,7 +33,7 @@ def test_every_case_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_peft_reads_the_adapters(tmp_path: Path) -> None:
     from peft import PeftModel
 
-    base = save_tiny(tmp_path / "m", "LlamaForCausalLM")
+    base = save_tiny(tmp_path / "m", "LlamaForCausalLM", num_hidden_layers=1)
     sites = [
         Site(modules=("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"), widths=(64, 32), inputs=64,
              places={}),

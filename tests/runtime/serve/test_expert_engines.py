@@ -68,6 +68,11 @@ def test_engines_that_share_out_experts_give_what_one_gives_and_end_together(moe
             with pytest.raises(ValueError, match="share out experts"):
                 await llm.scale_elastic_ep(4)
 
+            os.kill(members[1].pid, signal.SIGKILL)  # while nothing runs: the other one waits for no step, and ends too
+            async with asyncio.timeout(10):
+                while not all(m.num_restarts for m in members):
+                    await asyncio.sleep(0.02)
+            await wait_for_state(llm, "ready")
             for fault in (signal.SIGKILL, signal.SIGSTOP):
                 old = [m.pid for m in members]
                 asked = [asyncio.create_task(ask(llm, i, max_tokens=80)) for i in range(4)]
