@@ -97,6 +97,7 @@ def run_lives(
             engine.add_request("changed", [*STEMS[0]], GREEDY)
             while engine.has_unfinished_requests():
                 engine.step(wait_s=0)
+                offload.work()
             assert offload.stats.loaded == before, "what other weights computed is loaded"
         engine.drain()
         engine.close()
