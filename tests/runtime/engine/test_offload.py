@@ -60,7 +60,7 @@ def run_lives(
     lives: list[Life], groups: Groups, kind: str, block_size: int, blocks: int, room: int, ahead: int, folder: Path
 ) -> None:
     """Run engines one after the other over one folder, and compare each output with that of the request alone."""
-    for life in lives:
+    for changed, life in enumerate(lives, start=1):
         runner = FakeRunner(
             num_blocks=1 + len(groups) * 28 // block_size * blocks // 8, block_size=block_size, kv_groups=groups
         )
@@ -92,7 +92,8 @@ def run_lives(
         for tier in tiers:
             assert tier.used_bytes <= tier.capacity_bytes
         if life.change_weights:
-            runner.weights += 1
+            runner.weights = changed  # those of no other life
+            offload.work()
             before = offload.stats.loaded
             engine.add_request("changed", [*STEMS[0]], GREEDY)
             while engine.has_unfinished_requests():
