@@ -123,6 +123,13 @@ def test_no_fault_of_a_tier_changes_an_output(**drawn: Any) -> None:
         run_lives(**drawn, folder=Path(folder))
 
 
+def test_blocks_behind_a_gap_that_another_request_fills_are_counted(tmp_path: Path) -> None:
+    """The second of two equal prompts adopts what the first computes, and then resting blocks behind that."""
+    requests = [(1, 15), (3, 14), (2, 17), (3, 16), (0, 10), (0, 16), (0, 17), (0, 17), (2, 8), (2, 14)]
+    life = Life(requests, together=2, faults=[], work=[0, 1], change_weights=False)
+    run_lives([life], (FULL,), "host", block_size=1, blocks=9, room=2, ahead=2, folder=tmp_path)
+
+
 @pytest.mark.exhaustive
 @settings(max_examples=1500, deadline=None)
 @DRAWN
