@@ -143,21 +143,18 @@ class BlockPool:
         """Return how many blocks of the first group, promised ones included, an admission with these names adopts."""
         return longest_hit(self.groups, self.block_size, names, self.by_name)
 
-    def adopted(self, names: Sequence[BlockName], hits: int) -> dict[tuple[int, int], int]:
-        """Return, by group and index, the blocks found of those that a request behind `hits` blocks holds."""
+    def adopted(self, names: Sequence[BlockName], hits: int, end: int = 0) -> dict[tuple[int, int], int]:
+        """Return, by group and index, the blocks found of those that a request behind `hits` blocks holds.
+
+        end  or behind any number of blocks up to this
+        """
         found = {}
         for g, group in enumerate(self.groups):
-            for index in range(int(group.first_needed(hits * self.block_size)) // self.block_size, hits):
+            for index in range(int(group.first_needed(hits * self.block_size)) // self.block_size, max(hits, end)):
                 block = self.by_name.get(name_in(names[index], g))
                 if block is not None:
                     found[g, index] = block
         return found
-
-    def found(self, names: Sequence[BlockName], first: int, end: int) -> dict[tuple[int, int], int]:
-        """Return, by group and index, the blocks that have these names, from one index to another."""
-        places = ((g, index) for g in range(len(self.groups)) for index in range(first, end))
-        blocks = {(g, index): self.by_name.get(name_in(names[index], g)) for g, index in places}
-        return {place: block for place, block in blocks.items() if block is not None}
 
     def promise(self, block: int, name: BlockName) -> None:
         """Name a held block that a planned step fills, unless it or an equal block is named already."""

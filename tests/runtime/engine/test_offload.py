@@ -60,7 +60,7 @@ def run_lives(
     lives: list[Life], groups: Groups, kind: str, block_size: int, blocks: int, room: int, ahead: int, folder: Path
 ) -> None:
     """Run engines one after the other over one folder, and compare each output with that of the request alone."""
-    for life in lives:
+    for changed, life in enumerate(lives, start=1):
         runner = FakeRunner(
             num_blocks=1 + len(groups) * 28 // block_size * blocks // 8, block_size=block_size, kv_groups=groups
         )
@@ -92,11 +92,13 @@ def run_lives(
         for tier in tiers:
             assert tier.used_bytes <= tier.capacity_bytes
         if life.change_weights:
-            runner.weights += 1
+            runner.weights = changed  # those of no other life
+            offload.work()
             before = offload.stats.loaded
             engine.add_request("changed", [*STEMS[0]], GREEDY)
             while engine.has_unfinished_requests():
                 engine.step(wait_s=0)
+                offload.work()
             assert offload.stats.loaded == before, "what other weights computed is loaded"
         engine.drain()
         engine.close()
@@ -119,6 +121,13 @@ DRAWN = given(
 def test_no_fault_of_a_tier_changes_an_output(**drawn: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_lives(**drawn, folder=Path(folder))
+
+
+def test_blocks_behind_a_gap_that_another_request_fills_are_counted(tmp_path: Path) -> None:
+    """The second of two equal prompts adopts what the first computes, and then resting blocks behind that."""
+    requests = [(1, 15), (3, 14), (2, 17), (3, 16), (0, 10), (0, 16), (0, 17), (0, 17), (2, 8), (2, 14)]
+    life = Life(requests, together=2, faults=[], work=[0, 1], change_weights=False)
+    run_lives([life], (FULL,), "host", block_size=1, blocks=9, room=2, ahead=2, folder=tmp_path)
 
 
 @pytest.mark.exhaustive

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,14 @@ def test_other_weights_and_other_dtypes_find_nothing(tmp_path: Path) -> None:
         results(other)
         assert stats(other).loaded == stats(other).lost == 0, options  # they have other names
         other.shutdown()
+    shutil.copytree(tmp_path / "0", tmp_path / "rope")
+    config = json.loads((tmp_path / "rope/config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 50.0
+    (tmp_path / "rope/config.json").write_text(json.dumps(config))
+    other = LLM(tmp_path / "rope", **tiers, **SMALL)
+    results(other)
+    assert stats(other).loaded == 0, "the weights are the same, and what is computed with them is not"
+    other.shutdown()
     llm = LLM(tmp_path / "0", **tiers, **SMALL)
     llm.update_weights(load_file(tmp_path / "1/model.safetensors"))
     plain = LLM(tmp_path / "1", **SMALL | {"kv_offloading_min_tokens": None})
