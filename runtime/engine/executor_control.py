@@ -21,10 +21,14 @@ class ModelExecutorPath:
 
 
 class ModelControl:
-    """Methods of whatever has an engine and an executor (`LLM`)."""
+    """Methods of whatever has an engine and an executor (`LLM`).
+
+    drafter  a second model that guesses, in this process: it sleeps and wakes with the first
+    """
 
     executor: Executor
     engine: Any
+    drafter: ModelDrafter | None = None
     enable_sleep_mode: bool | None = None
 
     @property
@@ -56,18 +60,17 @@ class ModelControl:
         """
         if self.enable_sleep_mode is False:
             raise ValueError("sleep: enable_sleep_mode=False was asked for; leave it out to let the model sleep")
-        drafter = self.engine.drafting.drafter
         self.engine.reset_prefix_cache()
         self.executor.collective_rpc("sleep", None, (level,))
-        if isinstance(drafter, ModelDrafter):
-            drafter.sleep()
+        if self.drafter is not None:
+            self.drafter.sleep()
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Take memory again: "weights", "kv_cache", by default both. After sleep(2) weights must be given first."""
         asked = None if tags is None else list(tags)
         self.executor.collective_rpc("wake", None, (asked,))
-        if isinstance(drafter := self.engine.drafting.drafter, ModelDrafter):
-            drafter.wake(asked)
+        if self.drafter is not None:
+            self.drafter.wake(asked)
 
     def is_sleeping(self) -> bool:
         """Return whether weights or KV cache have no memory."""

@@ -20,7 +20,6 @@ import numpy as np
 from torch import Tensor
 
 from seamwise.runtime.engine.admit import check_request
-from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.runner.named_tensors import named_tensors
@@ -39,7 +38,6 @@ class DataParallel:
     """
 
     def __init__(self, model: str | Path, options: Mapping[str, Any], has_tokenizer: bool) -> None:
-        self.drafting = Drafting()  # nothing: guesses are made, and their models sleep, in the engines' own processes
         self._has_tokenizer = has_tokenizer
         self._llm = AsyncLLM(model, **options)
         self._streams: dict[str, Stream] = {}

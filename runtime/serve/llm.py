@@ -202,11 +202,10 @@ class LLM(ModelControl, Pools):
             kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
             **planned,
         )  # fmt: skip
-        if isinstance(drafter, ModelDrafter) and drafter.bytes_per_block and num_gpu_blocks_override is None:
-            ours, theirs = (
-                runner.kv_spec.bytes_per_block,
-                drafter.bytes_per_block,
-            )  # both caches in what one was to have
+        self.drafter = drafter if isinstance(drafter, ModelDrafter) else None
+        if self.drafter is not None and self.drafter.bytes_per_block and num_gpu_blocks_override is None:
+            # both caches in what one was to have
+            ours, theirs = runner.kv_spec.bytes_per_block, self.drafter.bytes_per_block
             plan = runner.plan(kv_cache_memory_bytes=plan.kv_bytes * ours // (ours + theirs), **planned)
         blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1 and not processes:
@@ -221,8 +220,8 @@ class LLM(ModelControl, Pools):
             adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
         elif max_cpu_loras is not None:
             raise ValueError("max_cpu_loras needs enable_lora=True")
-        if isinstance(drafter, ModelDrafter):
-            drafter.allocate(blocks)
+        if self.drafter is not None:
+            self.drafter.allocate(blocks)
         if speculation is not None:
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         offload = make_offload(
