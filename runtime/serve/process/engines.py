@@ -183,9 +183,8 @@ class Engines:
 
         Raises as EngineClient.call; where one engine cannot do it now, none does it.
         """
-        if len(self.members) == 1 or method == "embed":
-            self.check()
-            return await self._least_busy().call(method, *args, **kwargs)
+        if len(self.members) == 1:
+            return await self.members[0].call(method, *args, **kwargs)
         for member in self.members:
             if member.state != "ready":
                 raise EngineError(self._named(member, member.reason))
