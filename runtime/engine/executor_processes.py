@@ -179,11 +179,17 @@ class RankProcesses:
         self._end()
 
     def _tell(self, message: Sequence[bytes | memoryview]) -> None:
+        import zmq
+
         if self._dead:
             raise RuntimeError(self._dead)
         try:
-            for socket in self._asking:
-                socket.send_multipart(message)
+            for process, socket in zip(self._processes, self._asking, strict=True):
+                while not socket.poll(20, zmq.POLLOUT):  # a send would block for ever where the rank is gone
+                    if not process.is_alive():
+                        break  # whoever waits for its answer says so
+                else:
+                    socket.send_multipart(message)
         except Exception as error:  # a thread that waited for an answer has ended the ranks
             raise RuntimeError(self._dead or str(error)) from error
 

@@ -56,6 +56,7 @@ class Child:
         self._options, self._handle = options, handle
         self._step_timeout_s, self._start_timeout_s = step_timeout_s, start_timeout_s
         self._commands: zmq.Socket[bytes] | None = None
+        self._unsent: deque[bytes] = deque()
         self._heard_s = time.monotonic()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
@@ -64,9 +65,18 @@ class Child:
         self._given_up.set()
 
     def send(self, command: Command) -> None:
-        """Send a command; it waits in memory until the process reads it."""
+        """Send a command; it waits in memory until the process reads it, or ends."""
         if self._commands is not None:
-            self._commands.send(encode(command))
+            self._unsent.append(encode(command))
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what waits. A send would block for ever where the process is gone and nobody has said so yet."""
+        assert self._commands is not None
+        with contextlib.suppress(zmq.Again):
+            while self._unsent:
+                self._commands.send(self._unsent[0], zmq.NOBLOCK)
+                self._unsent.popleft()
 
     async def run(self) -> Ended:
         """Start the process, pass on what it says, and return why it ended; it is gone then."""
@@ -143,6 +153,7 @@ class Child:
         looked = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK_S)
+            self._flush()
             now = time.monotonic()
             if now - looked > 1 + _LOOK_S:  # this process itself stood still: nothing can be said of the other
                 self._heard_s, stopped_s = now, 0.0

@@ -131,6 +131,7 @@ def test_a_rank_that_dies_is_named(tmp_path: Path, pack_dir: Path) -> None:
             ranks.step(_with_three_positions())
         processes = ranks._processes
         os.kill(processes[1].pid, signal.SIGKILL)
+        time.sleep(0.3)  # its socket is closed by now: a send would wait for somebody to open it
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"^step: rank 1 \(process \d+\) died: SIGKILL"):
             ranks.step(a_step(4))
