@@ -57,6 +57,7 @@ class RunnerConfig:
     disable_hybrid_kv_cache_manager  one group of KV blocks for all layers, whatever their windows: steps have one block
                    table, for schedulers that keep one; every token takes memory in every layer; with data_parallel_size
                    it is so
+    hf_overrides   values in place of config.json's, by its keys, as {"rope_parameters": {"rope_type": "yarn", …}}
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
     stored         how the checkpoint holds quantized weights, where the graph reads them so
@@ -86,6 +87,7 @@ class RunnerConfig:
     max_model_len: int
     block_size: int = 16
     disable_hybrid_kv_cache_manager: bool = False
+    hf_overrides: Mapping[str, Any] | None = None
     load_format: str = "auto"
     seed: int = 0
     stored: Quantization | None = None

@@ -29,6 +29,7 @@ from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.kv.offload_options import make_offload
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.runner.sparse_kv import Pick
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling import PoolingParams
@@ -83,6 +84,8 @@ class LLM(ModelControl, Pools):
                    "num_speculative_tokens": 4, "prompt_lookup_max": 5}, {"model": "a smaller one"} or {"method":
                    "first_layers", "num_layers": 6}: outputs are the same, and come faster where guesses stand; see
                    runtime/speculation/config.py
+    sparse_kv      a function that picks, for each layer and step, the pages of the KV cache that attention reads; see
+                   runtime/runner/sparse_kv.py. Recorded are then pieces between seams (cudagraph_mode "piecewise")
     data_parallel_size  engines, each a process with requests of its own (`seamwise[serve]`) and all of the model, or
                    with enable_expert_parallel its share of the experts; torchrun's processes are that many already
     data_parallel_rank, data_parallel_address, data_parallel_timeout_s  which of them this process is, the file where
@@ -91,8 +94,8 @@ class LLM(ModelControl, Pools):
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
                $XDG_CACHE_HOME/seamwise, else ~/.cache/seamwise
-    **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
-               kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
+    **options  further fields of RunnerConfig: entry, hf_overrides, load_format, block_size, enforce_eager,
+               quantization, kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
     distributed_executor_backend  with tensor_parallel_size above 1: "mp": this process decides and starts one for each
                    rank (`seamwise[serve]`); "external_launcher": it is one of as many (`torchrun --nproc-per-node N`)
@@ -112,7 +115,7 @@ class LLM(ModelControl, Pools):
         kv_offloading_min_tokens: int | None = None,
         enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
-        worker_extension_cls: str | type | None = None, model_impl: str = "auto",
+        sparse_kv: Pick | None = None, worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, data_parallel_size: int = 1, data_parallel_rank: int | None = None,
         data_parallel_address: str | None = None, data_parallel_timeout_s: float = 300.0, **options: Any,
@@ -142,6 +145,10 @@ class LLM(ModelControl, Pools):
             )
         if trust_remote_code:
             check_options(["trust_remote_code"])
+        if sparse_kv is not None:
+            _check_sparse(sparse_kv, given)
+            if not options.get("enforce_eager"):
+                options.setdefault("cudagraph_mode", "piecewise")
         if model_impl != "auto":
             options["entry"] = entry_of(model_impl, options.get("entry"))
         check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
@@ -184,6 +191,7 @@ class LLM(ModelControl, Pools):
             )  # fmt: skip
         else:
             runner = ModelRunner.load(directory, **options)
+            runner.set_sparse_kv(sparse_kv)
             self.executor = InProcess(runner, str(model), worker_extension_cls)
         on_cpu = torch.device(runner.options.device).type == "cpu"
         if gpu_memory_utilization is not None and on_cpu:
@@ -391,6 +399,23 @@ def _engines(model: str | Path, options: dict[str, Any], has_tokenizer: bool) ->
         what = f"data_parallel_size={options['data_parallel_size']} needs pyzmq and msgspec"
         raise ValueError(f"{what}: {pip_install('serve')}") from error
     return DataParallel(model, options, has_tokenizer)
+
+
+_NOT_SPARSE = {  # options that sparse_kv does not work with, and why
+    **dict.fromkeys(
+        ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), "a function is this process's"
+    ),
+    "speculative_config": "a step that verifies guesses has pages picked for all of its tokens at once",
+    "kv_offloading_folder": "a later start, with other pages picked, would find these blocks",
+}  # fmt: skip
+
+
+def _check_sparse(sparse_kv: Any, given: Mapping[str, Any]) -> None:
+    if not callable(sparse_kv):
+        raise ValueError(f"sparse_kv={sparse_kv!r}: wanted a function of a KVView (runtime/runner/sparse_kv.py)")
+    for name, why in _NOT_SPARSE.items():
+        if given.get(name) not in (None, 1):
+            raise ValueError(f"sparse_kv with {name}={given[name]!r}: {why}; leave one out")
 
 
 def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:
