@@ -3,7 +3,7 @@
 It runs alone, also by an interpreter where only the peer is installed: it imports nothing of Seamwise unless the engine
 is Seamwise. JOB: engine, model, dtype, quantization, threads, max_model_len, repeats, and workloads as {name: {tokens,
 prompts}} with prompts[run][request] lists of token ids; run 0 is the warm-up. Without workloads it measures start-up
-alone.
+alone. vLLM takes adapters too: directories that its requests have in turn, of the rank given.
 """
 
 from __future__ import annotations
@@ -66,12 +66,16 @@ def vllm(job: dict[str, Any]) -> Generate:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: its fastest form here
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
-    llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64, seed=0)
+    adapters = [LoRARequest(Path(d).name, i + 1, d) for i, d in enumerate(job.get("adapters", []))]
+    lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": job["rank"]} if adapters else {}
+    llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64, seed=0, **lora)
 
     def generate(prompts: list[list[int]], tokens: int) -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        mixed = [adapters[i % len(adapters)] for i in range(len(prompts))] if adapters else None
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False, lora_request=mixed)
         return [len(o.outputs[0].token_ids) for o in outputs]
 
     return generate

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from seamwise.passes.graph import is_weight, sweep
+from seamwise.passes.graph import is_getitem, is_weight, sweep
 
 from .capture import Captured
 
-# {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…], "options": {…}}; or
+# {"weight": name}, or {"op": "aten.cat.default", "args": […recipes, numbers, {"dtype": …}…], "options": {…}}, where
+# "getitem" takes one of the tensors that another op gives; or
 # {"adapter": role, …}: memory for adapters, which no checkpoint holds, empty until the runner writes one
-# (passes/add_adapters.py)
+# (passes/add_adapters.py); or {"state": role, "values": …}: numbers that the runner changes, and what they begin as
+# (passes/shard/balance_experts.py)
 Recipe = dict[str, Any]
 
 
@@ -50,7 +52,7 @@ def parameters_of(recipe: Recipe) -> set[str]:
     """Return the names of all parameters a recipe reads."""
     if "weight" in recipe:
         return {recipe["weight"]}
-    if "adapter" in recipe:
+    if "adapter" in recipe or "state" in recipe:
         return set()
     return {name for argument in _flat(recipe["args"]) for name in parameters_of(argument)}
 
@@ -66,14 +68,24 @@ def evaluate(
         return parameter(recipe["weight"])
     if "adapter" in recipe:
         return torch.zeros(recipe["shape"], dtype=getattr(torch, recipe["dtype"]))
+    if "state" in recipe:
+        return torch.tensor(recipe["values"], dtype=getattr(torch, recipe["dtype"]))
     if part is not None and recipe["op"] == "aten.slice.Tensor" and "weight" in recipe["args"][0]:
         source, dim, start, end = recipe["args"]
         return part(source["weight"], dim, start, end)
-    args = [_evaluate(a, parameter, part) for a in recipe["args"]]
-    options = {name: _evaluate(a, parameter, part) for name, a in recipe.get("options", {}).items()}
-    result = resolve_op(recipe["op"])(*args, **options)
-    assert isinstance(result, Tensor)
+    result = _compute(recipe, parameter, part)
+    assert isinstance(result, Tensor), f"a recipe of {recipe['op']} gives {type(result).__name__}"
     return result
+
+
+def _compute(recipe: Recipe, *given: Any) -> Any:
+    """Return what a recipe's op gives: a tensor, or several of which "getitem" takes one."""
+    if recipe["op"] == "getitem":
+        source, index = recipe["args"]
+        return _compute(source, *given)[index]
+    args = [_evaluate(a, *given) for a in recipe["args"]]
+    options = {name: _evaluate(a, *given) for name, a in recipe.get("options", {}).items()}
+    return resolve_op(recipe["op"])(*args, **options)
 
 
 def resolve_op(name: str) -> Any:
@@ -98,7 +110,8 @@ def _recipe(node: Node, weights: dict[str, str]) -> Recipe:
     if node.op == "placeholder":
         hoisted: Recipe | None = node.meta.get("recipe")
         return hoisted or {"weight": weights[node.name]}
-    made: Recipe = {"op": str(node.target), "args": [_argument(a, weights) for a in node.args]}
+    name = "getitem" if is_getitem(node) else str(node.target)
+    made: Recipe = {"op": name, "args": [_argument(a, weights) for a in node.args]}
     options = {name: _argument(a, weights) for name, a in node.kwargs.items()}
     assert not any(map(_flat, options.values())), f"{node.format_node()}: tensors are positional arguments"
     return made | ({"options": options} if options else {})

@@ -65,7 +65,8 @@ def _caches(captured: Captured, layer: int) -> list[Node]:
 
 
 def _of_layers(captured: Captured) -> tuple[dict[int, list[Node]], dict[int, int], bool]:
-    """Return the ops on each layer's cache, the windows of layers where no op sees more, and whether any is latent."""
+    """Return the ops on each layer's cache, the windows (below 0: chunks) of layers where no op sees more, and whether
+    any is latent."""
     users: dict[int, list[Node]] = {}
     windows: dict[int, list[int]] = {}
     latent = False
@@ -84,4 +85,5 @@ def _of_layers(captured: Captured) -> tuple[dict[int, list[Node]], dict[int, int
             seen = user.args[place] if place < len(user.args) else 0
             assert isinstance(seen, int)
             windows.setdefault(layer, []).append(seen)
-    return users, {layer: max(seen) for layer, seen in windows.items() if all(seen)}, latent
+    alike = {layer: seen for layer, seen in windows.items() if min(seen) > 0 or len({*seen}) == 1}  # else it needs all
+    return users, {layer: max(seen) for layer, seen in alike.items() if any(seen)}, latent

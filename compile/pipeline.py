@@ -30,6 +30,7 @@ from .plugins import discovered, placed_into
 from .program import Program
 from .shard_plan import styles_of
 from .split import Piece, Seam, split
+from .stages import carried_of, cut_stage
 from .structure import with_quantized_experts
 
 # An order constraint is a comment on its line.
@@ -95,6 +96,7 @@ class PipelineConfig:
     quantization  how the weights of linear layers are quantized at load: None or one of passes.SCHEMES
     providers     contract name -> the provider that must serve it
     parallel      how ranks share the model; None: one rank has it all
+    stage         which of how many stages, one process behind the other, this is: (0, 1) is all of the model
     max_loras, max_lora_rank  adapters that a step may mix, and their greatest rank; 0: no adapters
     diffs         keep the first place that each pass changed, as a diff
     validate      check after every pass, in float64 on drawn inputs, that the graph computes what it did
@@ -108,6 +110,7 @@ class PipelineConfig:
     diffs: bool = False
     quantization: str | None = None
     parallel: passes.Parallel | None = None
+    stage: tuple[int, int] = (0, 1)
     max_loras: int = 0
     max_lora_rank: int = 16
 
@@ -158,6 +161,9 @@ def rewrite(
                 reports += _run([entry], captured, structure, config, validator, from_tokens)
                 sums, sent = count_all_reduces(captured.module), count_exchanges(captured.module)
                 structure = replace(structure, all_reduces=sums, exchanges=sent)
+                if config.parallel.redundant is not None:
+                    entry = passes.balance_experts(config.parallel, captured.weights)
+                    reports += _run([entry], captured, structure, config, validator, from_tokens)
     return reports
 
 
@@ -179,6 +185,10 @@ def compile_graph(
             recipes = hoist(graph)  # before split: a derived weight belongs to no piece
             chosen = choose_providers(graph.module, config.providers)
             verify(graph.module, "lower", lowered=True)
+            taken: list[str] = []
+            if config.stage[1] > 1:
+                graph, taken = cut_stage(graph, recipes, *config.stage)
+                verify(graph.module, "cut_stage", lowered=True)
         with ledger.stage("split"):
             steps = split(graph.module)
             for item in steps:
@@ -189,6 +199,8 @@ def compile_graph(
         )
     with ledger.stage("generate"):
         program = generate(made, in_turns=config.parallel is not None and config.parallel.two_batches)
+    if config.stage[1] > 1:
+        program.carried = carried_of(graph.module, taken)
     with ledger.stage("compile"):
         _compile(program, [item for step in made for item in step.steps], config)
     return program

@@ -60,6 +60,7 @@ class Program:
     kv_groups  of layers that need the same of the past: those behind the first have inputs of their own, the last ones
     token_bytes, logit_bytes  most alive at once of a step's values, for each of its tokens and each row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
+    carried    name, dtype and shape of what a stage takes from the one before, its last inputs; None: as many as tokens
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
                is not in the model's dtype, None: as it is stored
     """
@@ -70,6 +71,7 @@ class Program:
     num_seam_calls: int
     recipes: dict[str, Recipe]
     inputs: tuple[str, ...]
+    carried: list[dict[str, Any]] = field(default_factory=list)
     parameters: dict[str, list[int]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     kept_dtypes: dict[str, str | None] = field(default_factory=dict)

@@ -38,6 +38,7 @@ if __name__ != "kernels":
     from .linear.mxfp4_linear import mxfp4_linear as mxfp4_linear
     from .linear.scaled_linear import scaled_linear as scaled_linear
     from .linear.w4a16_linear import w4a16_linear as w4a16_linear
+    from .moe.count_experts import count_experts as count_experts
     from .moe.grouped_linear import grouped_linear as grouped_linear
     from .moe.grouped_linear_packed import grouped_linear_packed as grouped_linear_packed
     from .moe.grouped_mxfp4_linear import grouped_mxfp4_linear as grouped_mxfp4_linear
@@ -46,6 +47,7 @@ if __name__ != "kernels":
     from .moe.moe_route import moe_route as moe_route
     from .moe.moe_route_quant import moe_route_quant as moe_route_quant
     from .moe.moe_sum import moe_sum as moe_sum
+    from .moe.place_experts import place_experts as place_experts
     from .norm.add_rms_norm import add_rms_norm as add_rms_norm
     from .norm.add_rms_norm_quant import add_rms_norm_quant as add_rms_norm_quant
     from .norm.dual_rms_norm import dual_rms_norm as dual_rms_norm

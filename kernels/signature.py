@@ -120,13 +120,15 @@ class Signature:
         """Return `_judged` with a memory, as text written once because every eager call waits for it."""
         names = ", ".join(a.name for a in self.arguments)
         facts = {n: f"{n} is None or ({n}.shape, {n}.stride(), {n}.dtype, {n}.device)" for n in self.tensors}
+        lists = [a.name for a in self.arguments if "list[" in str(a.annotation)]
+        facts |= {n: f"{n} is None or (*{n},)" for n in lists}
         key = ", ".join(facts.get(a.name, a.name) for a in self.arguments)
         text = f"""def judge({names}):
             try:
                 return known[{key},]
             except KeyError:
                 return remember(({key},), judged({names}))
-            except TypeError:  # symbolic sizes, lists
+            except TypeError:  # symbolic sizes
                 return judged({names})
         """
         known: dict[Any, str | None] = {}

@@ -63,6 +63,7 @@ class HuggingFaceDecoder(nn.Module):
         self._takes_positions = "position_ids" in takes
         self._alibi = hf_positions.alibi_makers(sys.modules[model_class.__module__])
         placed = hf_positions.place(model, self._takes_positions)
+        hf_positions.tune(model)
         if not (self._takes_positions or self._alibi or placed):
             raise ValueError(f"{architecture}: its forward takes no position_ids, which requests in one step need")
         self.keeps_logits = "logits_to_keep" in takes

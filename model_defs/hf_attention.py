@@ -45,7 +45,7 @@ class Step:
     tokens     rows of the step
     own        the model's own code computes attention, not transformers' interface
     called     heads and width of each call's cache
-    filled     what the model's own code filled with ones or zeros, and with which
+    filled     what the model's own code filled with a number, and with which
     """
 
     kv_caches: Sequence[Sequence[Tensor]] | None
@@ -55,9 +55,9 @@ class Step:
     tokens: Any
     own: bool = False
     called: list[tuple[int, int]] = field(default_factory=list)
-    filled: list[tuple[Tensor, int]] = field(default_factory=list)
+    filled: list[tuple[Tensor, float]] = field(default_factory=list)
 
-    def value_of(self, tensor: Any) -> int | None:
+    def value_of(self, tensor: Any) -> float | None:
         """Return what a tensor was filled with; None where that is not known."""
         return next((value for one, value in self.filled if one is tensor), None)
 
@@ -109,10 +109,15 @@ class Attending(TorchFunctionMode):
             and is_square(args[1], args[2], self._step.tokens)
         ):
             return _scores(args[1], args[2], self._step) * kwargs.get("alpha", 1)
+        if func is torch.where and isinstance(args[0], Mask) and isinstance(args[1], Tensor):
+            args[0].check_added(self._step.value_of(args[1]), args[2])
+            return replace(args[0], says=ADDED)
         if func in _ORDERED and self._step.own and not is_contiguous_or_false(args[0]):
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])  # else it asks how many tokens
         result = func(*args, **kwargs)
-        if func in _FILLS:
+        if func is torch.full:
+            self._step.filled.append((result, args[1]))
+        elif func in _FILLS:
             self._step.filled.append((result, _FILLS[func]))
         elif func in _KEEPS and (value := self._step.value_of(args[0])) is not None:
             self._step.filled.append((result, value))
@@ -136,7 +141,7 @@ def make_mask(
         raise ValueError(f"attn_implementation={IMPLEMENTATION!r} needs a step; call the model through seamwise")
     if attention_mask is not None and step.value_of(attention_mask) != 1:  # one of ones, which a model makes, is none
         raise ValueError(f"a mask of {type(attention_mask).__name__} is not served; wanted plain causal attention")
-    return replace(mask_of(mask_function, step.longest), says=says, tokens=step.tokens)
+    return replace(mask_of(mask_function, step.longest), says=says, tokens=step.tokens, device=step.slot_mapping.device)
 
 
 def attend(
@@ -180,10 +185,12 @@ def _dot_product(
         raise ValueError("scaled_dot_product_attention with a mask of its own, or dropout, is not served")
     step = _STEP.get()
     assert step is not None
-    window = attn_mask.applied() if isinstance(attn_mask, Mask) else 0
+    window, slopes_H = 0, None
+    if isinstance(attn_mask, Mask):
+        window, slopes_H = replace(attn_mask, slopes_H=None).applied(), attn_mask.slopes_H
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     name = "scaled_dot_product_attention"
-    return _attend(name, step, query, key, value, scale, window, 0.0, None).transpose(0, 1).unsqueeze(0)
+    return _attend(name, step, query, key, value, scale, window, 0.0, None, slopes_H).transpose(0, 1).unsqueeze(0)
 
 
 def _scores(queries: Tensor, keys: Tensor, step: Step) -> Scores:

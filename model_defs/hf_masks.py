@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+LOWEST = -6e4  # what is added where a key is hidden, or less
 VISIBLE, HIDDEN, ADDED = "visible", "hidden", "added"  # true where seen, true where not, minus infinity where not
 
 
@@ -24,21 +25,32 @@ class MaskUsedError(ValueError, AttributeError):
 class Mask:
     """What a causal mask lets a query see.
 
-    window  the last keys, 0 for all
+    window  the last keys, 0 for all; -n: those of its chunk of n
     wrong   what is asked for is not that; said where it is applied, for some models ask for masks that they do not use
     says    what its elements would be: VISIBLE, HIDDEN or ADDED
     tokens  rows and columns
+    slopes_H  of ALiBi that a model adds to its mask (Falcon)
     """
 
     window: int = 0
     wrong: str = ""
     says: str = field(default=VISIBLE, compare=False)
     tokens: Any = field(default=0, compare=False)
+    device: torch.device | None = field(default=None, compare=False)
+    slopes_H: torch.Tensor | None = field(default=None, compare=False)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return None if self.says is ADDED else torch.bool
 
     def applied(self) -> int:
         """Return the window. Raises ValueError for a mask that is not causal."""
-        if self.wrong:
-            raise ValueError(self.wrong)
+        if self.wrong or self.slopes_H is not None:
+            raise ValueError(self.wrong or "a mask with ALiBi is served by scaled_dot_product_attention alone")
         return self.window
 
     @property
@@ -60,6 +72,18 @@ class Mask:
         if self.says is ADDED:
             return self._refuse("__invert__")
         return replace(self, says=HIDDEN if self.says is VISIBLE else VISIBLE)
+
+    def __ne__(self, other: object) -> Any:
+        return not self == other if isinstance(other, Mask) else self._refuse("!=")
+
+    def check_added(self, seen: float | None, hidden: Any) -> None:
+        """Raise MaskUsedError unless what is added is 0 where a key is seen, and next to minus infinity elsewhere."""
+        if self.says is not VISIBLE or seen != 0 or not isinstance(hidden, float) or hidden > LOWEST:
+            self._refuse("where")
+
+    def __lt__(self, bound: Any) -> Mask:
+        """Return where it hides a key: what is added elsewhere is no less than -1."""
+        return replace(self, says=HIDDEN) if self.says is ADDED and bound == -1 else self._refuse("<")
 
     def _refuse(self, name: str) -> Any:
         raise MaskUsedError(
@@ -91,12 +115,13 @@ def mask_of(function: Callable[..., Any], longest: int) -> Mask:
     kinds = dict(_parts(function))
     chunk, other = kinds.get("chunk") or 0, [name for name in kinds if name not in ("causal", "window", "chunk")]
     wrong = ""
-    if longest > chunk > 0:
-        wrong = f"attention in chunks of {chunk} tokens is plain up to there; pass max_model_len={chunk}"
+    window = kinds.get("window") or (-chunk if longest > chunk else 0)
+    if longest > chunk > 0 and kinds.get("window"):
+        wrong = f"attention in chunks and windows at once is not served; pass max_model_len={chunk}"
     if other or "causal" not in kinds:
         what = f"a mask by {', '.join(other)}" if other else "attention to later tokens"
         wrong = f"{what} is not served; wanted plain causal attention"
-    return Mask(kinds.get("window") or 0, wrong)
+    return Mask(window, wrong)
 
 
 def mask_in(table: torch.Tensor) -> Mask | None:

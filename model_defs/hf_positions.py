@@ -45,6 +45,25 @@ def place(model: nn.Module, takes_positions: bool) -> int:
     return count
 
 
+def tune(model: nn.Module) -> None:
+    """Let attention that scales queries by their positions (Llama 4's, where it does not rotate) read the step's.
+
+    Its own code counts the rows from 0; it is told not to, and what its q_proj gives is scaled.
+    """
+    modules: Any = model.modules()
+    for module in modules:
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "q_proj") and not module.use_rope:
+            module.attn_temperature_tuning = False
+            module.q_proj.register_forward_hook(partial(_tuned, module.attn_scale, module.floor_scale))
+
+
+def _tuned(attn_scale: float, floor_scale: float, module: nn.Module, given: Any, queries_1TD: Tensor) -> Tensor:
+    positions = _POSITIONS.get()
+    assert positions is not None
+    scales_T = torch.log1p(torch.floor((positions.float() + 1.0) / floor_scale)) * attn_scale + 1.0
+    return (queries_1TD * scales_T[:, None]).to(queries_1TD.dtype)
+
+
 def _look_up(module: Any, first: int, given: Tensor, *_: Any, **__: Any) -> Tensor:
     """Return the rows of a table of sinusoids (XGLM, MusicGen), which theirs would make longer where it ends."""
     positions = _POSITIONS.get()
@@ -71,8 +90,16 @@ def _by_slope(make: Callable[..., Tensor], *args: Any) -> Tensor:
     return torch.stack((torch.zeros_like(slopes_H), slopes_H), -1)
 
 
+def _by_mask(make: Callable[..., Tensor], mask: Tensor, *others: Any, **options: Any) -> Tensor:
+    return make(mask.new_ones(1, 2), *others, **options)
+
+
 # Functions of transformers' modules that make ALiBi, and how each makes the first two keys' part of it.
-_MAKERS: dict[str, Callable[..., Tensor]] = {"build_mpt_alibi_tensor": _by_length, "_get_alibi_slopes": _by_slope}
+_MAKERS: dict[str, Callable[..., Tensor]] = {
+    "build_mpt_alibi_tensor": _by_length,
+    "_get_alibi_slopes": _by_slope,
+    "build_alibi_tensor": _by_mask,
+}
 
 
 def alibi_makers(module: ModuleType) -> dict[str, tuple[ModuleType, Callable[..., Tensor]]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .hf_masks import ADDED, HIDDEN, VISIBLE, Mask
+from .hf_masks import ADDED, HIDDEN, LOWEST, VISIBLE, Mask
 
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 SUMMED_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
@@ -49,12 +49,17 @@ class Alibi:
     def __mul__(self, positions: Any) -> Alibi:
         return self
 
+    def __truediv__(self, by: float) -> Alibi:
+        return Alibi(self.slopes_H / by, self.tokens)
+
     def baddbmm(self, batch1: Tensor, batch2: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Any:
         products: Any = torch.baddbmm(torch.zeros(()), batch1, batch2, alpha=alpha)
         return products + Alibi(self.slopes_H * beta, self.tokens)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.masked_fill and isinstance(args[1], Mask) and args[1].says is HIDDEN and args[2] <= LOWEST:
+            return replace(args[1], says=ADDED, slopes_H=args[0].slopes_H)
         raise ValueError(f"the model's own code computes with ALiBi ({func.__name__}), which is not served")
 
 
@@ -155,7 +160,9 @@ class Scores:
     def _masked(self, mask: Any, says: str, name: str) -> Scores:
         if self.weights or not isinstance(mask, Mask) or mask.says is not says:
             return self._refuse(name)
-        windows = [w for m in (self.mask, mask) if m is not None and (w := m.applied())]
+        windows = {w for m in (self.mask, mask) if m is not None and (w := m.applied())}
+        if min(windows, default=0) < 0 and len(windows) > 1:
+            return self._refuse("+ of two masks, one of chunks")
         return replace(self, mask=Mask(min(windows, default=0)))
 
     def _refuse(self, name: str) -> Any:

@@ -48,6 +48,7 @@ from .rewrite import Report as Report
 from .rewrite import Structure as Structure
 from .rewrite import pattern_pass as pattern_pass
 from .shard.async_tp import ASYNC_TP as ASYNC_TP
+from .shard.balance_experts import balance_experts as balance_experts
 from .shard.begin_exchanges import BEGIN_EXCHANGES as BEGIN_EXCHANGES
 from .shard.quantize_dispatch import QUANTIZE_DISPATCH as QUANTIZE_DISPATCH
 from .shard.sequence_parallel import SEQUENCE_PARALLEL as SEQUENCE_PARALLEL

@@ -102,7 +102,7 @@ def _change(module: GraphModule, node: Node, parts: list[tuple[str, int]], adapt
             made.meta.update(val=y.new_empty(shape, dtype=dtype), weight=True, recipe=recipe)
     users = list(node.users)
     with inserting(module.graph, node.next, like=node) as proxy:
-        rows, ids = proxy(node.args[0]), proxy(adapters)  # type: ignore[arg-type]
+        rows, ids = proxy(node.args[0]), proxy(adapters)
         before = proxy(node)
         if len(x.shape) > 2:
             rows, before = (aten.reshape.default(t, [-1, t.node.meta["val"].shape[-1]]) for t in (rows, before))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -54,18 +54,20 @@ def fake_values(argument: Any) -> Any:
 
 
 @contextmanager
-def inserting(graph: Graph, before: Node, like: Node) -> Iterator[Callable[[Node], Proxy]]:
+def inserting(graph: Graph, before: Node, like: Node) -> Iterator[Callable[[Any], Any]]:
     """Give a function that wraps a node as a Proxy; ops called on proxies are inserted before `before`.
 
-    A wrapped node that stands after `before` is moved ahead of it. The new nodes get their fake values on exit, and the
-    module path of `like`. Raises WrongArguments, and inserts nothing, where a contract among them does not take its
-    arguments.
+    What is no node (a number, None) it gives back. A wrapped node that stands after `before` is moved ahead of it. The
+    new nodes get their fake values on exit, and the module path of `like`. Raises WrongArguments, and inserts nothing,
+    where a contract among them does not take its arguments.
     """
     first = before.prev
     moved: set[Node] = set()
     tracer = GraphAppendingTracer(graph)
 
-    def wrap(node: Node) -> Proxy:
+    def wrap(node: Any) -> Any:
+        if not isinstance(node, Node):
+            return node
         lift(node, before if first.next is before else first.next, moved)
         return Proxy(node, tracer)
 
@@ -132,14 +134,24 @@ def _identity(leaf: Any) -> Any:
     return (leaf.node.expr,) if isinstance(leaf, torch.SymInt) else (type(leaf), leaf)
 
 
+def replace_results(node: Node, results: Mapping[int, Proxy]) -> None:
+    """Let those who read one of a call's results, by its number, read another value."""
+    for item in list(node.users):
+        assert is_getitem(item), item.format_node()
+        if item.args[1] in results:
+            replace(item, results[item.args[1]].node)  # type: ignore[index]
+
+
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Return whether two shapes are known to be equal, whatever the dynamic sizes are."""
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def replace(old: Node, new: Node) -> None:
-    """Let every user of `old` read `new`, and infer the views of it again: their strides follow from its."""
+    """Let every user of `old` read `new`, and remove it; views are inferred again, as their strides may differ."""
     old.replace_all_uses_with(new)
+    if not old.users:
+        old.graph.erase_node(old)
     pending = list(new.users)
     while pending:
         user = pending.pop()

@@ -31,34 +31,43 @@ from seamwise.kernels import (
 )
 from seamwise.kernels.contract import Contract
 
-from .graph import aten, inserting, is_op, is_weight, place, replace, value
+from .graph import arguments, aten, fake_values, given, inserting, is_op, is_weight, place, replace, value
 from .matcher import Miss
 from .rewrite import Pass, Report
 
 
 def pack(module: GraphModule, report: Report) -> None:
     """Rewrite every linear layer over a weight for which a packed kernel exists; the others are misses."""
-    shared: dict[Any, Node] = {}  # weights that are packed already, for an embedding
+    shared: dict[Node, Node] = {}  # weights that are packed already, for an embedding
     for node in list(module.graph.nodes):
-        if is_op(node, w4a16_linear.op):
-            _pack_int(module, node, report)
-        if is_op(node, grouped_linear.op):
-            _pack_experts(module, node, report)
+        where = place(node), node.name  # read before the node goes
         if is_op(node, gather_rows.op) and _is_tied(node):
-            table = node.args[0]  # read before the node goes
-            shared[table] = _gather_packed(module, node)
-        if not is_op(node, aten.linear.default):
+            _gather_packed(node, shared)
             continue
-        if (reason := _why_not(node)) is not None:
-            report.misses.append(Miss(place(node), node.name, reason))
+        if is_op(node, w4a16_linear.op):
+            reason = _pack_int(node)
+        elif is_op(node, grouped_linear.op):
+            reason = _pack_experts(node)
+        elif is_op(node, aten.linear.default):
+            reason = _pack_plain(node, shared)
+        else:
             continue
-        x, weight, *bias = node.args
-        with inserting(module.graph, node, like=node) as proxy:
-            packed = proxy(shared[weight]) if weight in shared else pack_linear(proxy(weight))
-            y = linear_packed(proxy(x), packed, value(weight).shape[0], *[proxy(b) for b in bias if b is not None])
-        replace(node, y.node)
-        module.graph.erase_node(node)
-        report.matched += 1
+        if reason is None:
+            report.matched += 1
+        else:
+            report.misses.append(Miss(*where, reason))
+
+
+def _pack_plain(node: Node, shared: dict[Node, Node]) -> str | None:
+    if (reason := _why_not(node)) is not None:
+        return reason
+    weight, bias = given(node).weight, given(node).bias
+    with inserting(node.graph, node, like=node) as proxy:
+        packed = proxy(shared[weight]) if weight in shared else pack_linear(proxy(weight))
+        biases = [] if bias is None else [proxy(bias)]
+        y = linear_packed(proxy(given(node).input), packed, value(weight).shape[0], *biases)
+    replace(node, y.node)
+    return None
 
 
 def _is_tied(node: Node) -> bool:
@@ -66,30 +75,29 @@ def _is_tied(node: Node) -> bool:
     table, index = node.args
     if not (isinstance(table, Node) and isinstance(index, Node) and is_weight(table)):
         return False
-    linears = [u for u in table.users if is_op(u, aten.linear.default) and u.args[1] is table and _why_not(u) is None]
+    readers = [u for u in table.users if is_op(u, aten.linear.default) and given(u).weight is table]
+    linears = [u for u in readers if _why_not(u) is None]
     packed = [pack_linear.meaning(value(table)), value(index), *value(table).shape]
     return 0 < len(linears) == len(table.users) - 1 and _unserved(gather_packed_rows, packed) is None
 
 
-def _gather_packed(module: GraphModule, node: Node) -> Node:
-    table: Any = node.args[0]
-    index: Any = node.args[1]
-    with inserting(module.graph, node, like=node) as proxy:
+def _gather_packed(node: Node, shared: dict[Node, Node]) -> None:
+    table, index = node.args
+    with inserting(node.graph, node, like=node) as proxy:
         packed = pack_linear(proxy(table))
-        rows = gather_packed_rows(packed, proxy(index), *value(table).shape)
+        rows = gather_packed_rows(packed, proxy(index), *value(table).shape)  # type: ignore[arg-type]
     replace(node, rows.node)
-    module.graph.erase_node(node)
-    return packed.node
+    shared[table] = packed.node  # type: ignore[index]
 
 
 def _why_not(node: Node) -> str | None:
-    x, weight, *bias = node.args
+    x, weight, bias = given(node).input, given(node).weight, given(node).bias
     if not is_weight(weight):
         return "its weight is computed in the step"
-    w = value(weight)  # type: ignore[arg-type]
+    w = value(weight)
     if reason := _unserved(pack_linear, [w]):
         return f"no kernel packs {w.dtype} on {w.device.type}: {reason}"
-    arguments = [value(x), pack_linear.meaning(w), w.shape[0], *[value(b) for b in bias if b is not None]]  # type: ignore[arg-type]
+    arguments = [value(x), pack_linear.meaning(w), w.shape[0], *([] if bias is None else [value(bias)])]
     reason = _unserved(linear_packed, arguments)
     return reason and f"no kernel takes its input: {reason}"
 
@@ -102,44 +110,38 @@ def _int_arguments(
     return x, pack_int_panels(packed, shape[1]), pack_group_values(scale), offsets, group, shape[0], bias
 
 
-def _pack_int(module: GraphModule, node: Node, report: Report) -> None:
-    given: Any = (*node.args, None)[:6]
-    known: Any = [value(a) if isinstance(a, Node) else a for a in given]
+def _pack_int(node: Node) -> str | None:
+    known: Any = fake_values(arguments(node))
     shape = (known[1].shape[0], known[0].shape[-1])
     is_point = known[3] is not None and not known[3].is_floating_point()
     if reason := _unserved(linear_int, _int_arguments(shape, is_point, *known)):
-        report.misses.append(Miss(place(node), node.name, reason))
-        return
-    with inserting(module.graph, node, like=node) as proxy:
-        proxied: Any = [proxy(a) if isinstance(a, Node) else a for a in given]
+        return reason
+    with inserting(node.graph, node, like=node) as proxy:
+        proxied: Any = [*map(proxy, arguments(node))]
         y = linear_int(*_int_arguments(shape, is_point, *proxied))
     replace(node, y.node)
-    module.graph.erase_node(node)
-    report.matched += 1
+    return None
 
 
-def _pack_experts(module: GraphModule, node: Node, report: Report) -> None:
-    given: Any = (*node.args, None)[:6]
-    x, weight, *rest = given
+def _pack_experts(node: Node) -> str | None:
+    x, weight, *rest = arguments(node)
 
-    def arguments(of: Any) -> Any:
+    def packed_arguments(of: Any) -> Any:
         packed = pack_linear(aten.flatten.using_ints(of(weight), 0, 1))
-        return of(x), packed, value(weight).shape[1], *[of(a) if isinstance(a, Node) else a for a in rest]
+        return of(x), packed, value(weight).shape[1], *map(of, rest)
 
     reason = "its weights are computed in the step"
     if is_weight(weight):
         try:
-            reason = _unserved(grouped_linear_packed, arguments(value)) or ""
+            reason = _unserved(grouped_linear_packed, packed_arguments(fake_values)) or ""
         except ValueError as error:  # what the op does not take, as experts of no whole panels
             reason = str(error)
     if reason:
-        report.misses.append(Miss(place(node), node.name, reason))
-        return
-    with inserting(module.graph, node, like=node) as proxy:
-        y = grouped_linear_packed(*arguments(proxy))
+        return reason
+    with inserting(node.graph, node, like=node) as proxy:
+        y = grouped_linear_packed(*packed_arguments(proxy))
     replace(node, y.node)
-    module.graph.erase_node(node)
-    report.matched += 1
+    return None
 
 
 def _unserved(record: Contract, arguments: Any) -> str | None:

@@ -72,6 +72,8 @@ class Parallel:
     size, rank, group  of the process group, which is known by its name
     experts  whole experts on each rank, rather than a part of every expert
     data     each rank has tokens of its own, and all of the model but the experts; every step has as many on each
+    redundant  how many places there are for further copies of experts, which the runner moves by their load; None: it
+             moves none; with data
     two_batches  a step may be two that take turns while rows travel; with data
     sequence  fewest tokens of the steps in which each rank has a share of the rows between attention and MLPs; 0: none
     overlap  these shares travel while GEMMs run; needs sequence
@@ -83,6 +85,7 @@ class Parallel:
     group: str
     experts: bool = False
     data: bool = False
+    redundant: int | None = None
     two_batches: bool = False
     sequence: int = 0
     overlap: bool = False
@@ -153,6 +156,35 @@ def _lines(module: GraphModule) -> list[str]:
     return [f"{n.name} = {getattr(n.target, '__name__', n.target)}{n.args}" for n in calls]
 
 
+def rewrite_each(
+    name: str,
+    *targets: Any,
+    one: Callable[[Node], str | None],
+    wanted: Callable[[Node], bool] = lambda node: True,
+    expect: Callable[[Structure], int] | None = None,
+    from_tokens: Callable[[Parallel | None], int | None] = lambda parallel: 1,
+    lossy: bool = False,
+) -> Pass:
+    """Make a pass that looks at each call of some ops by itself.
+
+    one     rewrites a call, or returns why not and leaves the graph alone: a miss
+    wanted  which calls are candidates at all
+    """
+
+    def rewrite(module: GraphModule, report: Report) -> None:
+        for node in list(module.graph.nodes):
+            if not is_op(node, *targets) or not wanted(node):
+                continue
+            where = place(node), node.name  # read before the node goes
+            reason = one(node)
+            if reason is None:
+                report.matched += 1
+            else:
+                report.misses.append(Miss(*where, reason))
+
+    return Pass(name=name, rewrite=rewrite, expect=expect, from_tokens=from_tokens, lossy=lossy)
+
+
 def pattern_pass(
     name: str,
     *,
@@ -220,5 +252,4 @@ def _replace(module: GraphModule, match: Match, replacement: Callable[..., Any])
     for old, new in zip(match.outputs, results, strict=True):
         assert isinstance(new, Proxy)
         replace(old, new.node)
-        module.graph.erase_node(old) if not old.users else None
     return None

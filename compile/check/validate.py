@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from seamwise.compile.capture import Captured
+from seamwise.compile.derive import evaluate
 from seamwise.compile.explain.collectives import local_inputs
 from seamwise.passes import Report
 from seamwise.passes.graph import value
@@ -108,6 +109,8 @@ class Validator:
         name, fake = self.captured.weights.get(node.name, node.name), value(node)
         if name in self.buffers:
             return self.buffers[name]
+        if "state" in node.meta.get("recipe", {}):
+            return evaluate(node.meta["recipe"], self.buffers.__getitem__)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if not fake.dtype.is_floating_point:  # of a quantized weight: any bits are values
             size = (*fake.shape, fake.dtype.itemsize)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from seamwise.compile.program import Program, TokenRange
 
@@ -40,6 +43,7 @@ def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
         "collectives": program.collectives,
         "weight_bytes": program.weight_bytes,
         "kv_bytes_per_token": program.kv_bytes,
+        "taken_bytes_per_token": sum(_bytes_of(value) for value in program.carried),
         "derived_weights": sum("op" in recipe for recipe in program.recipes.values()),
         "startup_s": dict(startup_s),
     }
@@ -75,6 +79,12 @@ def as_text(program: Program, startup_s: Mapping[str, float]) -> str:
     lines.append("start-up:")
     lines += [f"    {stage:20} {seconds:7.2f} s" for stage, seconds in startup_s.items()]
     return "\n".join(lines)
+
+
+def _bytes_of(value: Mapping[str, Any]) -> int:
+    """Return the bytes of one token's part of a value that a stage takes from the one before."""
+    size: int = getattr(torch, value["dtype"]).itemsize
+    return size * math.prod(n for n in value["shape"] if n is not None)
 
 
 def _ranges(program: Program) -> list[tuple[int, int | None, TokenRange]]:

@@ -24,21 +24,19 @@ CACHES = {"k_cache": "N K [P D]", "v_cache": "N K [P D]"}
 SCALES = {"k_scale": "1|K float32", "v_scale": "1|K float32"}
 
 
-def limits_attention(
-    q_THD: Tensor, k_cache: Tensor, window: int = 0, softcap: float = 0.0, splits: int = 1
-) -> str | None:
+def limits_attention(q_THD: Tensor, k_cache: Tensor, softcap: float = 0.0, splits: int = 1) -> str | None:
     """Return what is wrong with the arguments of attention that their shapes do not say, or None."""
     heads, kv_heads = q_THD.shape[1], k_cache.shape[1]
     if not kv_heads or heads % kv_heads:
         return f"q has {heads} heads, wanted a multiple of the cache's {kv_heads}"
-    if window < 0 or softcap < 0 or splits < 1:
-        return f"wanted window, softcap >= 0 and splits >= 1, got {window}, {softcap}, {splits}"
+    if softcap < 0 or splits < 1:
+        return f"wanted softcap >= 0 and splits >= 1, got {softcap}, {splits}"
     return None
 
 
 @contract(
     args=BATCH | CACHES | SCALES, seam=True, fake=lambda q_THD: q_THD.new_empty(q_THD.shape), reads_values=True,
-    limits=lambda q_THD, k_cache, window, softcap: limits_attention(q_THD, k_cache, window, softcap),
+    limits=lambda q_THD, k_cache, softcap: limits_attention(q_THD, k_cache, softcap),
 )  # fmt: skip
 def attention(
     q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
@@ -51,12 +49,13 @@ def attention(
     seq_lens[r] - n + i and sees every earlier position and itself. Head h reads KV head h // (H / K). Caches are
     (N, K, P, D); block_table (R, B) int32 lists each request's blocks. Rows no request owns are zero.
 
-    window        a query sees the last `window` positions only, its own among them; 0: all
+    window        a query sees the last `window` positions only, its own among them; 0: all; -n: those of its chunk,
+                  which begins at a multiple of n
     softcap       scores become softcap · tanh(scores / softcap); 0: they stay
     sinks         (H,) a logit that takes part in every softmax of its head, and has no value
     alibi_slopes  (H,) slope · (key's position - query's) is added to the scores
     k_scale       keys and values are the caches' times these, (1,) or (K,) float32: caches may be float8_e4m3fn
-    Raises ValueError for a negative window or softcap.
+    Raises ValueError for a negative softcap.
     """
     out_STHD, _ = attend(
         q_THD, k_cache, v_cache, block_table_RB, seq_lens_R, query_starts_S, scale, window, softcap, sinks_H,
@@ -89,10 +88,11 @@ def attend(
         scores = torch.einsum("kgnd,kld->kgnl", q_KGnD, k_KLD) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        away = torch.arange(length, device=device) - torch.arange(length - count, length, device=device)[:, None]
+        key, query = torch.arange(length, device=device), torch.arange(length - count, length, device=device)[:, None]
+        away = key - query
         if alibi_slopes_H is not None:
             scores = scores + alibi_slopes_H.to(wide).view(kv_heads, -1, 1, 1) * away
-        hidden = (away > 0) | (away <= -window) if window else away > 0
+        hidden = (away > 0) | (key < first_seen(query, window))
         scores = scores.masked_fill(hidden, float("-inf"))
         for s, (begin, end) in enumerate(key_ranges(length, count, window, splits)):
             logits = scores[..., begin:end]
@@ -106,9 +106,14 @@ def attend(
     return out_STHD, lse_STH
 
 
+def first_seen(query: Any, window: int) -> Any:
+    """Return the first position that the query at one sees, of a number or a tensor; below 0 where it sees all."""
+    return query - window + 1 if window > 0 else query // -window * -window if window else query - query
+
+
 def key_ranges(length: int, count: int, window: int, splits: int) -> list[tuple[int, int]]:
     """Cut the keys that a request's last `count` queries see into at most `splits` ranges, in units of SPLIT_UNIT."""
-    seen = max(0, length - count - window + 1) if window else 0
+    seen = max(0, first_seen(length - count, window))
     first = seen // SPLIT_UNIT * SPLIT_UNIT
     step = -(-(length - first) // (SPLIT_UNIT * splits)) * SPLIT_UNIT
     return [(max(begin, seen), min(begin + step, length)) for begin in range(first, length, step)]
@@ -119,9 +124,9 @@ def attention_cost(q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_sta
     """Return the cost; of the keys, those that some query sees are read."""
     heads, head_dim, kv_heads = q_THD.shape[1], q_THD.shape[2], k_cache.shape[1]
     queries = (query_starts_S[1:] - query_starts_S[:-1]).tolist()
-    spans = [(n, s, min(window or s, s)) for n, s in zip(queries, seq_lens_R.tolist(), strict=True) if n]
-    read = sum(min(s, n + w - 1) for n, s, w in spans)
-    seen = sum(min(s - i, w) for n, s, w in spans for i in range(n))
+    spans = [(n, s) for n, s in zip(queries, seq_lens_R.tolist(), strict=True) if n]
+    read = sum(s - max(0, first_seen(s - n, window)) for n, s in spans)
+    seen = sum(p + 1 - max(0, first_seen(p, window)) for n, s in spans for p in range(s - n, s))
     kv_bytes = 2 * read * kv_heads * head_dim * k_cache.element_size()
     return Cost(bytes=2 * q_THD.nbytes + kv_bytes, flops=4 * seen * heads * head_dim)
 
@@ -131,6 +136,7 @@ def attention_cost(q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_sta
         {"R": 1, "queries": 1, "context": 5, "H": 2, "K": 1, "D": 16, "P": 4},
         {"R": 3, "queries": 7, "context": 9, "H": 6, "K": 2, "D": 80, "P": 8, "window": 5, "sinks": True},
         {"R": 2, "queries": 3, "context": 130, "H": 4, "K": 2, "D": 32, "P": 8, "alibi": True, "window": 60},
+        {"R": 2, "queries": 70, "context": 9, "H": 4, "K": 2, "D": 32, "P": 8, "window": -24},
         {"R": 2, "queries": 40, "context": 0, "H": 9, "K": 3, "D": 64, "P": 16, "softcap": 2.0, "fp8": "head"},
     ),
     shapes={
@@ -143,8 +149,8 @@ def attention_cost(q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_sta
     },
     sizes={
         "R": (1, 3), "queries": (1, 9), "context": [0, 1, 20, 130, 150, 200], "H": [2, 12], "K": [1, 2],
-        "D": [16, 24, 64], "P": [4, 16], "window": [0, 1, 7, 90], "softcap": [0.0, 0.0, 2.0], "sinks": [False, True],
-        "alibi": [False, False, False, True], "fp8": ["", "", "", "tensor", "head"],
+        "D": [16, 24, 64], "P": [4, 16], "window": [0, 1, 7, 90, -1, -8, -50], "softcap": [0.0, 0.0, 2.0],
+        "sinks": [False, True], "alibi": [False, False, False, True], "fp8": ["", "", "", "tensor", "head"],
     },
 )  # fmt: skip
 def make(

@@ -21,7 +21,7 @@ from .merge_states import merge_states_triton
 
 @contract(
     args={**BATCH, **CACHES, **SCALES, "prefix_N": "F int32"}, seam=True, reads_values=True,
-    limits=lambda q_THD, k_cache, softcap: limits_attention(q_THD, k_cache, 0, softcap),
+    limits=lambda q_THD, k_cache, softcap: limits_attention(q_THD, k_cache, softcap),
     fake=lambda q_THD: q_THD.new_empty(q_THD.shape),
 )  # fmt: skip
 def attention_cascade(

@@ -55,7 +55,7 @@ def cost(
 
 
 @attention_partial.inputs(
-    examples=[{**sizes, "splits": splits} for sizes, splits in zip(attention.examples, (1, 2, 3, 2), strict=True)],
+    examples=[{**sizes, "splits": splits} for sizes, splits in zip(attention.examples, (1, 2, 3, 2, 2), strict=True)],
     shapes={"llama-3-8b long decode": {**attention.shapes["llama-3-8b long decode"], "splits": 32}},
     sizes={**attention.sizes, "splits": (1, 4)},
 )

@@ -36,7 +36,7 @@ def _fake(q_THD: Tensor, dtype: torch.dtype, group: int, out_scale: Tensor | Non
 @contract(
     args={**BATCH, **CACHES, **SCALES, "out_scale": "1 float32"}, seam=True, fake=_fake, reads_values=True,
     limits=(
-        lambda q_THD, k_cache, window, softcap: limits_attention(q_THD, k_cache, window, softcap),
+        lambda q_THD, k_cache, softcap: limits_attention(q_THD, k_cache, softcap),
         lambda dtype, group, out_scale: limits_scheme(dtype, group, out_scale),
     ),
 )  # fmt: skip
@@ -65,7 +65,8 @@ def cost(q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_starts_S: Ten
 @attention_quant.inputs(
     examples=[
         {**sizes, name: choice} for sizes, (name, choice) in zip(
-            attention.examples, (("static", True), ("heads", 2), ("int8", True), ("heads", 1)), strict=True
+            attention.examples, (("static", True), ("heads", 2), ("int8", True), ("heads", 2), ("heads", 1)),
+            strict=True,
         )
     ],
     shapes={

@@ -46,6 +46,14 @@ def find_request(start_ptr, requests, tile, QUERIES: tl.constexpr):
 
 
 @triton.jit
+def _first_seen(position, WINDOW: tl.constexpr):
+    """Return the first key that the query at a position sees: of the last WINDOW, or of its chunk of -WINDOW."""
+    if WINDOW < 0:
+        return position // -WINDOW * -WINDOW
+    return tl.maximum(position - WINDOW + 1, 0)
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, start_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, k_scale_ptr,
     v_scale_ptr, static_ptr, group_scale_ptr, tokens, requests, table_stride, q_token, q_head, k_block, k_head, v_block,
@@ -84,20 +92,20 @@ def _attention_kernel(
         start, end = 0, tl.minimum(length, room)  # of the keys that the tile's queries see
         if CAUSAL:
             end = tl.minimum(end, length - stop + begun + QUERIES)
-        if WINDOW > 0:
-            seen_from = tl.maximum(length - stop + begun - WINDOW + 1, 0)
+        if WINDOW != 0:
+            seen_from = _first_seen(length - stop + begun, WINDOW)
             start = seen_from // KEYS * KEYS
         if lse_ptr is not None:  # key_ranges in attention.py
             base = 0
-            if WINDOW > 0:
-                base = tl.maximum(length - stop + first - WINDOW + 1, 0) // UNIT * UNIT
+            if WINDOW != 0:
+                base = _first_seen(length - stop + first, WINDOW) // UNIT * UNIT
             share = tl.cdiv(length - base, UNIT * tl.num_programs(2)) * UNIT
             start = tl.maximum(start, base + split * share)
             end = tl.minimum(end, base + (split + 1) * share)
         for begin in range(start, end, KEYS):
             key = begin + tl.arange(0, KEYS)  # [KEYS]
             known = key < end
-            if WINDOW > 0:
+            if WINDOW != 0:
                 known = known & (key >= seen_from)
             block = tl.load(table_ptr + tl.cast(request, tl.int64) * table_stride + key // P, mask=known, other=0)
             known = known & (block >= 0) & (block < blocks)  # no other memory is read, whatever the table says
@@ -112,8 +120,8 @@ def _attention_kernel(
             seen = known[None, :]
             if CAUSAL:
                 seen = seen & (key[None, :] <= position[:, None])
-            if WINDOW > 0:
-                seen = seen & (key[None, :] > position[:, None] - WINDOW)
+            if WINDOW != 0:
+                seen = seen & (key[None, :] >= _first_seen(position, WINDOW)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
             now = tl.maximum(best, tl.max(scores, 1))
             safe = tl.where(now == float("-inf"), 0.0, now)

@@ -35,7 +35,10 @@ struct Call {
     int64_t state() const { return dim + 2 * kLanes; }   // floats of a row's state: o[dim], l in kLanes parts, m
     int num_queries(int r) const { return query_starts[r + 1] - query_starts[r]; }
     int visible(int r, int i) const { return seq_lens[r] - num_queries(r) + i + 1; }  // the end of the keys that query i of r sees
-    int first_seen(int r, int i) const { return window ? int(std::max<int64_t>(0, visible(r, i) - window)) : 0; }
+    int first_seen(int r, int i) const {  // window < 0: chunks of as many keys
+        if (window < 0) return int((visible(r, i) - 1) / -window * -window);
+        return window ? int(std::max<int64_t>(0, visible(r, i) - window)) : 0;
+    }
 };
 
 // Consecutive queries of one request, for the heads of one KV head, on some tiles of its keys; or queries of several

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,8 +47,8 @@ def lora_expand_cpp(
     out, size = empty((tokens, width), y_TN.dtype), y_TN.element_size()
     wrong = launch(
         _EXPAND, _DTYPES[y_TN.dtype], int(adapter_T.dtype == torch.int64), y_TN.data_ptr(), s_TS.data_ptr(),
-        b_LRN.data_ptr(), adapter_T.data_ptr(), scaling_LP.data_ptr(), _ends(tuple(widths)).data_ptr(), out.data_ptr(),
-        tokens, rank, width, adapters, len(widths), y_TN.stride(0) * size, s_TS.stride(0) * size,
+        b_LRN.data_ptr(), adapter_T.data_ptr(), scaling_LP.data_ptr(), _ends(tuple(widths)).buffer_info()[0],
+        out.data_ptr(), tokens, rank, width, adapters, len(widths), y_TN.stride(0) * size, s_TS.stride(0) * size,
         torch.get_num_threads(),
     )  # fmt: skip
     _check("lora_expand", adapter_T, adapters, wrong)
@@ -54,10 +56,9 @@ def lora_expand_cpp(
 
 
 @cache
-def _ends(widths: tuple[int, ...]) -> Tensor:
-    """Return where slices end; kept for ever, because tapes hold its address."""
-    with torch.inference_mode(False):
-        return torch.tensor(widths).cumsum(0)
+def _ends(widths: tuple[int, ...]) -> array[int]:
+    """Return where slices end; kept for ever, for tapes hold its address: a tensor would be of a recording's pool."""
+    return array("q", accumulate(widths))
 
 
 def _check(op: str, adapter_T: Tensor, adapters: int, wrong: int) -> None:

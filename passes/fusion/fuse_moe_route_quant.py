@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import ep_dispatch_quant, grouped_scaled_linear, moe_route, moe_route_quant, quantize
-from seamwise.passes.graph import VIEWS, arguments, aten, inserting, is_op, place, replace
+from seamwise.passes.graph import VIEWS, arguments, aten, given, inserting, is_op, place, replace_results
 from seamwise.passes.matcher import Miss
 from seamwise.passes.rewrite import Pass, Report
 
@@ -24,10 +24,11 @@ def fuse(module: GraphModule, report: Report) -> None:
     experts = module.graph.find_nodes(op="call_function", target=grouped_scaled_linear.op)
     of_experts = [_before_sending(layer.args[0].args[0]) for layer in experts]
     for route in list(module.graph.find_nodes(op="call_function", target=moe_route.op)) if experts else []:
-        rows = _rows(route.args[0].args[0]) if is_op(route.args[0], aten.linear.default) else None
-        node = next((q for q in of_experts if is_op(q, quantize.op) and _rows(q.args[0]) is rows), None)
+        logits = given(route).logits_TE
+        rows = _rows(given(logits).input) if is_op(logits, aten.linear.default) else None
+        node = next((q for q in of_experts if is_op(q, quantize.op) and _rows(given(q).x_TD) is rows), None)
         if node is None:
-            read = f"of {route.args[0]}" if rows is None else f"of a linear layer of {rows}"
+            read = f"of {logits}" if rows is None else f"of a linear layer of {rows}"
             report.misses.append(Miss(place(route), route.name, f"it routes by logits {read}, which no expert reads"))
             continue
         _rewrite(module, route, [node, *(q for q in _equal(module, node) if q is not node)])
@@ -55,12 +56,11 @@ def _rewrite(module: GraphModule, route: Node, quantizes: list[Node]) -> None:
     (logits, *how), (x, dtype, group, scale) = arguments(route), arguments(quantizes[0])
     first = min(route, *quantizes)
     with inserting(module.graph, first, like=route) as proxy:
-        given = [proxy(a) if isinstance(a, Node) else a for a in (x, logits, dtype, group, *how, scale)]
-        all_results = moe_route_quant(*given)
-        results = [operator.getitem(all_results, i).node for i in range(4)]
-    for old, at in ((route, 0), *((q, 2) for q in quantizes)):
-        for item in list(old.users):
-            replace(item, results[at + item.args[1]])  # type: ignore[index, operator]
+        all_results = moe_route_quant(*map(proxy, (x, logits, dtype, group, *how, scale)))
+        weights, experts, q, s = (operator.getitem(all_results, i) for i in range(4))
+    replace_results(route, {0: weights, 1: experts})
+    for one in quantizes:
+        replace_results(one, {0: q, 1: s})
 
 
 FUSE_MOE_ROUTE_QUANT = Pass(

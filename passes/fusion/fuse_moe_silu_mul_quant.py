@@ -9,12 +9,11 @@ and computes that part of h only; the others' rows are zeros before and after.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch.fx import Node, Proxy
 
 from seamwise.kernels import ep_dispatch, ep_dispatch_quant, grouped_scaled_linear, silu_mul, silu_mul_quant
-from seamwise.passes.graph import aten, is_getitem, is_op
+from seamwise.passes.graph import aten, given, is_getitem, is_op
 
 from .fuse_quant import quant_pass
 
@@ -25,11 +24,10 @@ def _of_experts(activation: Node) -> bool:
 
 def _row(activation: Node, proxy: Callable[[Node], Proxy]) -> list[Proxy | None]:
     """Return the op's last argument. Sharding numbers experts from the rank's first: others' are out of range."""
-    align: Any = activation.args[0].args[4].args[0]  # type: ignore[union-attr]
-    chosen, experts, *mapped = align.args
-    sent = is_getitem(chosen) and is_op(
-        chosen.args[0], ep_dispatch.op, ep_dispatch_quant.op
-    )  # by ep_dispatch, which gives -1 for them
+    order = given(given(activation).x_TI2).order_S
+    chosen, experts, *mapped = order.args[0].args  # of moe_align
+    # ep_dispatch gives -1 for them
+    sent = is_getitem(chosen) and is_op(chosen.args[0], ep_dispatch.op, ep_dispatch_quant.op)
     if mapped or not (sent or is_op(chosen, aten.sub.Tensor)):
         return [None]
     slots = aten.reshape.default(proxy(chosen), [-1])

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import qk_norm_rope, rms_norm, rope
-from seamwise.passes.graph import VIEWS, aten, inserting, is_op, place, replace, value
+from seamwise.passes.graph import VIEWS, aten, given, inserting, is_op, place, replace, value
 from seamwise.passes.matcher import Excuse, Miss
 from seamwise.passes.quantization.quantize_linear import storage_of
 from seamwise.passes.rewrite import Pass, Report
@@ -50,26 +50,23 @@ def fuse(module: GraphModule, report: Report) -> None:
 
 def _branch(node: Node) -> _Branch | str | None:
     """Return the branch that ends in a rope, why it cannot be part of one, or None when nothing is normed."""
-    norm = _behind(node.args[0])
+    norm = _behind(given(node).x_THD)
     if not is_op(norm, rms_norm.op):
         return None
-    assert isinstance(norm, Node)
-    cut = _behind(norm.args[0], stop=aten.slice.Tensor)
-    if not is_op(cut, aten.slice.Tensor) or cut.args[1] not in (-1, value(cut).dim() - 1):
+    cut = _behind(given(norm).x_TD, stop=aten.slice.Tensor)
+    if not is_op(cut, aten.slice.Tensor) or given(cut).dim not in (-1, value(cut).dim() - 1):
         reason = "its heads are not columns of a joint projection"
         return Excuse(reason) if _stored_apart(cut) else reason
-    assert isinstance(cut, Node)
-    joint, _, first, last = cut.args[:4]
-    return _Branch(node, norm, joint, first, last)  # type: ignore[arg-type]
+    return _Branch(node, norm, given(cut).self, given(cut).start, given(cut).end)
 
 
 def _stored_apart(made: Any) -> bool:
     """Return whether this is the first of several projections whose weights are stored too differently to join."""
     if not is_op(made, aten.linear.default):
         return False
-    siblings = [u.args[1] for u in made.args[0].users if is_op(u, aten.linear.default)]
+    siblings = [given(u).weight for u in given(made).input.users if is_op(u, aten.linear.default)]
     apart = len({*map(storage_of, siblings)}) > 1
-    return apart and made.args[1] is siblings[0]
+    return apart and given(made).weight is siblings[0]
 
 
 def _behind(node: Any, stop: object = None) -> Any:
@@ -82,10 +79,11 @@ def _behind(node: Any, stop: object = None) -> Any:
 def _why_not(q: _Branch, k: _Branch) -> str | None:
     if q.first != 0 or k.first != q.last:
         return f"query columns {q.first}:{q.last} and key columns {k.first}:{k.last} do not adjoin at the start"
-    if q.rotated.args[1:] != k.rotated.args[1:] or len(q.rotated.args) > 3:
+    turned, also = given(q.rotated), given(k.rotated)
+    if (turned.cos_TR, turned.sin_TR) != (also.cos_TR, also.sin_TR) or turned.interleaved or also.interleaved:
         return "queries and keys are rotated by different tables, or in interleaved pairs"
-    if q.norm.args[2] != k.norm.args[2]:
-        return f"queries are normed with eps {q.norm.args[2]}, keys with {k.norm.args[2]}"
+    if given(q.norm).eps != given(k.norm).eps:
+        return f"queries are normed with eps {given(q.norm).eps}, keys with {given(k.norm).eps}"
     for part in (q, k):
         heads = value(part.rotated)
         if value(part.norm).shape[-1] != heads.shape[-1]:
@@ -105,14 +103,13 @@ def _replace(module: GraphModule, q: _Branch, k: _Branch) -> None:
     with inserting(module.graph, k.rotated, like=k.rotated) as proxy:
         joint = proxy(q.joint)
         rows = joint if value(q.joint).dim() == 2 else aten.select.int(joint, 0, 0)
-        weights = proxy(q.norm.args[1]), proxy(k.norm.args[1])  # type: ignore[arg-type]
-        tables = proxy(q.rotated.args[1]), proxy(q.rotated.args[2])  # type: ignore[arg-type]
+        weights = proxy(given(q.norm).weight_D), proxy(given(k.norm).weight_D)
+        tables = proxy(given(q.rotated).cos_TR), proxy(given(q.rotated).sin_TR)
         heads = value(q.rotated).shape[1], value(k.rotated).shape[1]
-        both = qk_norm_rope(rows, *weights, *tables, *heads, q.norm.args[2])
+        both = qk_norm_rope(rows, *weights, *tables, *heads, given(q.norm).eps)
         parts = operator.getitem(both, 0), operator.getitem(both, 1)
     for branch, part in zip((q, k), parts, strict=True):
         replace(branch.rotated, part.node)
-        module.graph.erase_node(branch.rotated)
 
 
 FUSE_QK_NORM_ROPE = Pass(name="fuse_qk_norm_rope", rewrite=fuse, expect=lambda s: s.qk_norms)

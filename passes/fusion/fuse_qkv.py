@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from seamwise.passes.graph import aten, inserting, is_op, is_weight, place, replace, value
+from seamwise.passes.graph import aten, given, inserting, is_op, is_weight, place, replace, value
 from seamwise.passes.matcher import Excuse, Miss
 from seamwise.passes.quantization.quantize_linear import storage_of
 from seamwise.passes.rewrite import Pass, Report
@@ -24,8 +24,8 @@ def fuse_qkv(module: GraphModule, report: Report) -> None:
     siblings: defaultdict[tuple[Node, str], list[Node]] = defaultdict(list)
     for node in module.graph.nodes:
         # What fuse_gate_up joined stays as it is: it would meet the router of its mixture of experts here.
-        if is_op(node, aten.linear.default) and not is_op(node.args[1], aten.cat.default):
-            siblings[node.args[0], place(node).rpartition(".")[0]].append(node)
+        if is_op(node, aten.linear.default) and not is_op(given(node).weight, aten.cat.default):
+            siblings[given(node).input, place(node).rpartition(".")[0]].append(node)
     for (_, parent), group in siblings.items():
         if len(group) < 2:
             continue
@@ -45,7 +45,7 @@ def _stored_alike(group: list[Node]) -> list[list[Node]]:
     """Return the siblings in groups whose weights, joined, can still be read as they are stored."""
     parts: defaultdict[Any, list[Node]] = defaultdict(list)
     for node in group:
-        parts[storage_of(node.args[1])].append(node)
+        parts[storage_of(given(node).weight)].append(node)
     return list(parts.values())
 
 
@@ -53,10 +53,8 @@ def _why_not(group: list[Node]) -> str | None:
     for node in group:
         if not all(is_weight(n) for n in node.all_input_nodes[1:]):
             return f"the weight of {node.name} is computed in the step; only weights can be joined ahead of it"
-        if len(node.args) != len(group[0].args):
-            return (
-                f"{node.name} has {len(node.args) - 2} bias, {group[0].name} has {len(group[0].args) - 2}: wanted alike"
-            )
+        if (given(node).bias is None) != (given(group[0]).bias is None):
+            return f"one of {node.name} and {group[0].name} has a bias: wanted both or none"
     dtypes = {value(n).dtype for n in group}
     return f"results have dtypes {', '.join(map(str, dtypes))}: wanted one" if len(dtypes) > 1 else None
 
@@ -64,9 +62,10 @@ def _why_not(group: list[Node]) -> str | None:
 def _join(module: GraphModule, group: list[Node]) -> None:
     first = group[0]
     with inserting(module.graph, first, like=first) as proxy:
-        weight = aten.cat.default([proxy(n.args[1]) for n in group], 0)  # type: ignore[arg-type]
-        bias = [aten.cat.default([proxy(n.args[2]) for n in group], 0)] if len(first.args) > 2 else []  # type: ignore[arg-type]
-        joined = aten.linear.default(proxy(first.args[0]), weight, *bias)  # type: ignore[arg-type]
+        weight = aten.cat.default([proxy(given(n).weight) for n in group], 0)
+        biases = [proxy(given(n).bias) for n in group if given(n).bias is not None]
+        bias = [aten.cat.default(biases, 0)] if biases else []
+        joined = aten.linear.default(proxy(given(first).input), weight, *bias)
         columns, parts = 0, []
         for node in group:
             width = value(node).shape[-1]
@@ -74,7 +73,6 @@ def _join(module: GraphModule, group: list[Node]) -> None:
             columns += width
     for node, part in zip(group, parts, strict=True):
         replace(node, part.node)
-        module.graph.erase_node(node)
 
 
 FUSE_QKV = Pass(name="fuse_qkv", rewrite=fuse_qkv, expect=lambda s: s.attentions + s.latent_attentions)

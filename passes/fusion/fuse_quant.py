@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import Node, Proxy
 
 from seamwise.kernels import attention, quantize
 from seamwise.kernels.contract import Contract, contract_of
-from seamwise.passes.graph import arguments, aten, inserting, is_getitem, is_op, place, replace, same_sizes, value
-from seamwise.passes.matcher import Miss
-from seamwise.passes.rewrite import Pass, Report, Structure
+from seamwise.passes.graph import arguments, aten, inserting, is_getitem, is_op, replace_results, same_sizes, value
+from seamwise.passes.rewrite import Pass, Structure, rewrite_each
 
 _RESHAPES = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)
 
@@ -42,18 +41,19 @@ def quant_pass(
     more    makes what else the fused op takes, before the producer's node
     """
 
-    def rewrite(module: GraphModule, report: Report) -> None:
-        for node in list(module.graph.find_nodes(op="call_function", target=quantize.op)):
-            source = _producer(node.args[0], producer, result)
-            if source is None or not wanted(source):
-                continue
-            if (reason := _other_rows(node, source) or _why_not(node, source)) is not None:
-                report.misses.append(Miss(place(node), node.name, reason))
-                continue
-            _replace(module, node, source, fused, others, more)
-            report.matched += 1
+    def candidate(node: Node) -> bool:
+        source = _producer(node.args[0], producer, result)
+        return source is not None and wanted(source)
 
-    return Pass(name=name, rewrite=rewrite, expect=expect)
+    def fuse(node: Node) -> str | None:
+        source = _producer(node.args[0], producer, result)
+        assert source is not None
+        if (reason := _other_rows(node, source) or _why_not(node, source)) is not None:
+            return reason
+        _replace(node, source, fused, others, more)
+        return None
+
+    return rewrite_each(name, quantize.op, one=fuse, wanted=candidate, expect=expect)
 
 
 def _producer(made: Any, producer: Contract, result: int | None) -> Node | None:
@@ -92,22 +92,18 @@ def _extra(node: Node, reader: Node) -> str:
 
 
 def _replace(
-    module: GraphModule, node: Node, source: Node, fused: Contract, others: tuple[tuple[int, int], ...],
+    node: Node, source: Node, fused: Contract, others: tuple[tuple[int, int], ...],
     more: Callable[[Node, Callable[[Node], Proxy]], list[Any]],
 ) -> None:  # fmt: skip
-    with inserting(module.graph, source, like=source) as proxy:
-        given = [proxy(a) if isinstance(a, Node) else a for a in (*arguments(source), *arguments(node)[1:])]
-        both = fused(*given, *more(source, proxy))
+    with inserting(node.graph, source, like=source) as proxy:
+        both = fused(*map(proxy, (*arguments(source), *arguments(node)[1:])), *more(source, proxy))
         results = [operator.getitem(both, i) for i in range(2)]
         if value(node.args[0]).dim() > len(_rows(source)):  # type: ignore[arg-type]  # a batch of one was added on the way
             results = [aten.unsqueeze.default(r, 0) for r in results]
-        kept = [(old, operator.getitem(both, new)) for old, new in others]
-    for at, new in enumerate(results):
-        for user in [u for u in node.users if u.args[1] == at]:
-            replace(user, new.node)
-    for old, proxy_new in kept:
-        for user in [u for u in source.users if is_getitem(u) and u.args[1] == old]:
-            replace(user, proxy_new.node)
+        kept = {old: operator.getitem(both, new) for old, new in others}
+    replace_results(node, dict(enumerate(results)))
+    if kept:
+        replace_results(source, kept)
 
 
 def _rows(source: Node) -> tuple[Any, ...]:

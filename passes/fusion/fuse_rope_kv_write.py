@@ -7,37 +7,32 @@ Saves one write and one read of the keys, and brings their rotation into the sea
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+from torch.fx import Node
 
 from seamwise.kernels import kv_append, rope, rope_kv_write
-from seamwise.passes.graph import inserting, is_op, place
-from seamwise.passes.matcher import Miss
-from seamwise.passes.rewrite import Pass, Report
+from seamwise.passes.graph import given, inserting, is_op
+from seamwise.passes.rewrite import rewrite_each
 
 
-def fuse(module: GraphModule, report: Report) -> None:
-    """Join each kv_append to the rope that makes its keys."""
-    for node in list(module.graph.find_nodes(op="call_function", target=kv_append.op)):
-        k, v, k_cache, v_cache, slots, *scales = node.args
-        if not is_op(k, rope.op):
-            report.misses.append(Miss(place(node), node.name, "its keys are not rope's result"))
-            continue
-        if any(s is not None for s in scales):
-            report.misses.append(Miss(place(node), node.name, "its cache is quantized, which the fused op does not do"))
-            continue
-        if len(k.users) > 1:
-            extra = next(u for u in k.users if u is not node)
-            report.misses.append(Miss(place(node), k.name, f"has an extra user {extra.name}, so it must be kept"))
-            continue
-        x, cos, sin, *interleaved = k.args
-        with inserting(module.graph, node, like=node) as proxy:
-            rope_kv_write(*map(proxy, (x, v, cos, sin, k_cache, v_cache, slots)), *interleaved)
-        module.graph.erase_node(node)
-        report.matched += 1
+def fuse(node: Node) -> str | None:
+    """Join a kv_append to the rope that makes its keys."""
+    written = given(node)
+    if not is_op(written.k_TKD, rope.op):
+        return "its keys are not rope's result"
+    if written.k_scale is not None or written.v_scale is not None:
+        return "its cache is quantized, which the fused op does not do"
+    if len(written.k_TKD.users) > 1:
+        extra = next(u for u in written.k_TKD.users if u is not node)
+        return f"{written.k_TKD.name} has an extra user {extra.name}, so it must be kept"
+    x, cos, sin, *interleaved = written.k_TKD.args
+    with inserting(node.graph, node, like=node) as proxy:
+        kept = (x, written.v_TKD, cos, sin, written.k_cache, written.v_cache, written.slot_mapping_T)
+        rope_kv_write(*map(proxy, kept), *interleaved)
+    node.graph.erase_node(node)
+    return None
 
 
-FUSE_ROPE_KV_WRITE = Pass(
-    name="fuse_rope_kv_write",
-    rewrite=fuse,
+FUSE_ROPE_KV_WRITE = rewrite_each(
+    "fuse_rope_kv_write", kv_append.op, one=fuse,
     expect=lambda s: 0 if s.quantized_caches else max(s.rotations // 2 - s.qk_norms, 0),
-)
+)  # fmt: skip

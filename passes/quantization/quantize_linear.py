@@ -17,10 +17,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import Graph, GraphModule, Node, Proxy
 
 from seamwise.kernels import dequantize_weight, quantize, scaled_linear, w4a16_linear
-from seamwise.passes.graph import aten, inserting, is_op, is_weight, place, replace, value
+from seamwise.passes.graph import aten, given, inserting, is_op, is_weight, place, replace, value
 from seamwise.passes.matcher import Miss
 from seamwise.passes.rewrite import Pass, Report
 
@@ -35,13 +35,13 @@ def quantize_linears(module: GraphModule, report: Report) -> None:
     """Rewrite every linear layer over dequantized weights; what cannot be served is a miss."""
     quantized: dict[tuple[Any, ...], Node] = {}
     for node in list(module.graph.find_nodes(op="call_function", target=aten.linear.default)):
-        parts = _parts(node.args[1])
+        parts = _parts(given(node).weight)
         if parts is None:
             continue
-        if (reason := _why_not(parts) or _shape(node.args[0])) is not None:
+        if (reason := _why_not(parts) or _shape(given(node).input)) is not None:
             report.misses.append(Miss(place(node), node.name, reason))
             continue
-        _rewrite(module, node, parts, quantized)
+        _rewrite(node, parts, quantized)
         report.matched += 1
 
 
@@ -73,8 +73,18 @@ def storage_of(weight: Any) -> Hashable:
     """Return how a weight is stored, and its layer's input read: equal ones may be joined. None: as it is."""
     if not is_op(weight, dequantize_weight.op):
         return None
-    zero = None if weight.args[2] is None else value(weight.args[2]).is_floating_point()
-    return (*weight.args[3:6], zero, _quantizes_input(weight), _input_scale(weight) is None)
+    return (*_form(weight), _zeros(weight), _quantizes_input(weight), _input_scale(weight) is None)
+
+
+def _form(part: Node) -> tuple[str, int, int]:
+    """Return the format of a stored weight, and the rows and columns that share a scale."""
+    return given(part).format, given(part).rows, given(part).columns
+
+
+def _zeros(part: Node) -> bool | None:
+    """Return whether a stored weight's zeros are offsets (floating) rather than points; None where it has none."""
+    zero = given(part).zero
+    return None if zero is None else value(zero).is_floating_point()
 
 
 def why_apart(parts: Sequence[Any]) -> str | None:
@@ -84,17 +94,17 @@ def why_apart(parts: Sequence[Any]) -> str | None:
 
 
 def _why_not(parts: list[Node]) -> str | None:
-    first: Any = parts[0].args
-    return _why_not_joined(parts) or why_unserved(first[3:6], first[2] is not None, _quantizes_input(parts[0]))
+    why = _why_not_joined(parts)
+    return why or why_unserved(_form(parts[0]), _zeros(parts[0]) is not None, _quantizes_input(parts[0]))
 
 
 def _why_not_joined(parts: Sequence[Node]) -> str | None:
     if plain := [p.name for p in parts if not is_op(p, dequantize_weight.op)]:
         return f"it joins quantized weights with {', '.join(plain)}, which is not quantized"
-    forms = {tuple(p.args[3:6]) for p in parts}
+    forms = {*map(_form, parts)}
     if len(forms) > 1:
         return f"it joins weights stored in different forms: {', '.join(map(str, sorted(forms)))}"
-    if len({None if p.args[2] is None else value(p.args[2]).is_floating_point() for p in parts}) > 1:  # type: ignore[arg-type]
+    if len({*map(_zeros, parts)}) > 1:
         return "it joins weights with and without zero points, or with offsets"
     inputs = {(_quantizes_input(p), _input_scale(p) is None) for p in parts}
     if len(inputs) > 1:
@@ -103,11 +113,11 @@ def _why_not_joined(parts: Sequence[Node]) -> str | None:
 
 
 def _quantizes_input(part: Node) -> bool:
-    return bool(part.args[0].meta.get("quantizes_input", True))  # type: ignore[union-attr]
+    return bool(given(part).stored.meta.get("quantizes_input", True))
 
 
 def _input_scale(part: Node) -> Node | None:
-    scale: Node | None = part.args[0].meta.get("input_scale")  # type: ignore[union-attr]
+    scale: Node | None = given(part).stored.meta.get("input_scale")
     return scale
 
 
@@ -116,64 +126,57 @@ def _shape(x: Any) -> str | None:
     return None if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1) else f"its input is {tuple(shape)}"
 
 
-def _rewrite(module: GraphModule, node: Node, parts: list[Node], quantized: dict[tuple[Any, ...], Node]) -> None:
-    _, _, zero, format, rows, columns, _, _ = parts[0].args
-    x, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
+def _rewrite(node: Node, parts: list[Node], quantized: dict[tuple[Any, ...], Node]) -> None:
+    format, rows, columns = _form(parts[0])
+    x, bias = given(node).input, given(node).bias
     key = (x, format, columns, *map(_input_scale, parts))
-    keeps_input = _keeps_input(format, _quantizes_input(parts[0]))  # type: ignore[arg-type]
+    keeps_input = _keeps_input(format, _quantizes_input(parts[0]))
     if not keeps_input and key not in quantized:
-        static = _joined_input_scale(module, parts)
-        with inserting(module.graph, node, like=node) as proxy:
-            given = None if static is None else proxy(static)
-            both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0, given)  # type: ignore[arg-type,index]
+        static = _joined_input_scale(node.graph, parts)
+        with inserting(node.graph, node, like=node) as proxy:
+            both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0, proxy(static))
             quantized[key] = both.node
-    with inserting(module.graph, node, like=node) as proxy:
+    with inserting(node.graph, node, like=node) as proxy:
 
         def joined(tensors: list[Proxy]) -> Proxy:
             return aten.cat.default(tensors, 0) if len(tensors) > 1 else tensors[0]
 
-        def argument(at: int) -> Proxy:
-            return joined([proxy(p.args[at]) for p in parts])  # type: ignore[arg-type]
-
-        def wide(part: Node) -> Proxy:  # a checkpoint's scales may have any floating dtype
-            return aten.to.dtype(proxy(part.args[1]), torch.float32)  # type: ignore[arg-type]
-
-        batched = value(x).dim() == 3  # type: ignore[arg-type]
+        batched = value(x).dim() == 3
 
         def rows_of(given: Proxy) -> Proxy:
             return aten.squeeze.dim(given, 0) if batched else given
 
-        given_bias = None if bias is None else proxy(bias)  # type: ignore[arg-type]
-        scales = [wide(p) for p in parts]
+        stored = [proxy(given(p).stored) for p in parts]
+        # a checkpoint's scales may have any floating dtype
+        scales = [aten.to.dtype(proxy(given(p).scale), torch.float32) for p in parts]
         if keeps_input:
-            zeros = None if zero is None else argument(2)
-            y = w4a16_linear(rows_of(proxy(x)), argument(0), joined(scales), zeros, columns, given_bias)  # type: ignore[arg-type]
+            zeros = None if _zeros(parts[0]) is None else joined([proxy(given(p).zero) for p in parts])
+            y = w4a16_linear(rows_of(proxy(x)), joined(stored), joined(scales), zeros, columns, proxy(bias))
         else:
             if rows == 0 and len(parts) > 1:  # one scale a tensor becomes one a channel
                 scales = [aten.expand.default(s, [value(p).shape[0], 1]) for s, p in zip(scales, parts, strict=True)]
             q, s = (rows_of(operator.getitem(proxy(quantized[key]), i)) for i in range(2))
             dtype, ends = value(node).dtype, list(itertools.accumulate(value(p).shape[0] for p in parts))
-            if rows > 1 and any(end % rows for end in ends[:-1]):  # type: ignore[operator]  # blocks do not meet
+            if rows > 1 and any(end % rows for end in ends[:-1]):  # blocks do not meet
                 cuts = pairwise((0, *ends))
-                biases = [None if given_bias is None else aten.slice.Tensor(given_bias, 0, *cut) for cut in cuts]
-                each = zip((proxy(p.args[0]) for p in parts), scales, biases, strict=True)  # type: ignore[arg-type]
+                biases = [None if bias is None else aten.slice.Tensor(proxy(bias), 0, *cut) for cut in cuts]
+                each = zip(stored, scales, biases, strict=True)
                 y = aten.cat.default([scaled_linear(q, s, w, scale, dtype, b) for w, scale, b in each], -1)
             else:
-                y = scaled_linear(q, s, argument(0), joined(scales), dtype, given_bias)
+                y = scaled_linear(q, s, joined(stored), joined(scales), dtype, proxy(bias))
         y = aten.unsqueeze.default(y, 0) if batched else y
     replace(node, y.node)
-    module.graph.erase_node(node)
 
 
-def _joined_input_scale(module: GraphModule, parts: list[Node]) -> Node | None:
+def _joined_input_scale(graph: Graph, parts: list[Node]) -> Node | None:
     """Return the one scale, (1,) float32, of the input of joined layers: the largest, with which no value saturates."""
-    given = [s for s in map(_input_scale, parts) if s is not None]
-    if not given:
+    held = [s for s in map(_input_scale, parts) if s is not None]
+    if not held:
         return None
     # Ahead of every call: the op that makes the input may come to quantize it.
-    first = next(n for n in module.graph.nodes if n.op == "call_function" and not is_weight(n))
-    with inserting(module.graph, first, like=parts[0]) as proxy:
-        scales = [aten.to.dtype(proxy(s), torch.float32) for s in given]
+    first = next(n for n in graph.nodes if n.op == "call_function" and not is_weight(n))
+    with inserting(graph, first, like=parts[0]) as proxy:
+        scales = [aten.to.dtype(proxy(s), torch.float32) for s in held]
         one = aten.amax.default(aten.cat.default(scales, 0), [0], True) if len(scales) > 1 else scales[0]
     return one.node
 

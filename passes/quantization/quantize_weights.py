@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from seamwise.kernels import dequantize_weight, quantize_weight, weight_scale
-from seamwise.passes.graph import aten, inserting, is_op, is_weight, place, value
-from seamwise.passes.matcher import Miss
-from seamwise.passes.rewrite import Pass, Report
+from seamwise.passes.graph import aten, given, inserting, is_op, is_weight, place, value
+from seamwise.passes.rewrite import Pass, rewrite_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +42,26 @@ KEPT = {"": "the head", "lm_head": "the head", "gate": "a router", "router": "a 
 def quantize_weights(scheme: Scheme) -> Pass:
     """Return the pass that quantizes every linear layer's weight but the head's and routers'."""
 
-    def rewrite(module: GraphModule, report: Report) -> None:
-        for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
-            if (reason := _why_not(node)) is not None:
-                report.misses.append(Miss(place(node), node.name, reason))
-                continue
-            weight = node.args[1]
-            width, dtype = value(weight).shape[1], value(weight).dtype
-            form = (scheme.format, scheme.rows, scheme.columns)
-            # Ahead of every call, where a pass that joins weights finds all of them.
-            first = next(n for n in module.graph.nodes if n.op == "call_function" and not is_weight(n))
-            with inserting(module.graph, first, like=node) as proxy:
-                scale = weight_scale(proxy(weight), *form)
-                stored = quantize_weight(proxy(weight), scale, *form)
-                plain = dequantize_weight(stored, scale, None, *form, width, dtype)
-            node.update_arg(1, plain.node)
-            report.matched += 1
+    def quantize(node: Node) -> str | None:
+        if (reason := _why_not(node)) is not None:
+            return reason
+        weight = given(node).weight
+        width, dtype = value(weight).shape[1], value(weight).dtype
+        form = (scheme.format, scheme.rows, scheme.columns)
+        # Ahead of every call, where a pass that joins weights finds all of them.
+        first = next(n for n in node.graph.nodes if n.op == "call_function" and not is_weight(n))
+        with inserting(node.graph, first, like=node) as proxy:
+            scale = weight_scale(proxy(weight), *form)
+            stored = quantize_weight(proxy(weight), scale, *form)
+            plain = dequantize_weight(stored, scale, None, *form, width, dtype)
+        node.update_arg(1, plain.node)
+        return None
 
-    return Pass(name="quantize_weights", rewrite=rewrite, expect=lambda s: s.linears, lossy=True)
+    return rewrite_each("quantize_weights", aten.linear.default, one=quantize, expect=lambda s: s.linears, lossy=True)
 
 
 def _why_not(node: Node) -> str | None:
-    weight = node.args[1]
-    assert isinstance(weight, Node)
+    weight = given(node).weight
     name = place(node).rpartition(".")[2]
     if name in KEPT:
         return f"it is {KEPT[name]}, which keeps its weight"

@@ -11,38 +11,32 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from seamwise.kernels import dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
-from seamwise.passes.graph import aten, inserting, is_op, place, replace, value
-from seamwise.passes.matcher import Miss
-from seamwise.passes.rewrite import Pass, Report, Structure
+from seamwise.passes.graph import aten, inserting, is_op, replace, replace_results, value
+from seamwise.passes.rewrite import Structure, rewrite_each
 
 
-def rewrite(module: GraphModule, report: Report) -> None:
-    """Rewrite every norm of shares between two linear layers; the others are misses."""
-    for node in list(module.graph.find_nodes(op="call_function", target=reduce_scatter_rms_norm.op)):
-        before = _without_batch(node.args[0])
-        rows = [u for item in node.users if item.args[1] == 0 for u in item.users]
-        readers = [u for r in rows for u in (r.users if is_op(r, aten.unsqueeze.default) else [r])]
-        if (reason := _why_not(before, readers)) is not None:
-            report.misses.append(Miss(place(node), node.name, reason))
-            continue
-        _rewrite(module, node, before, readers[0])
-        report.matched += 1
+def rewrite(node: Node) -> str | None:
+    """Rewrite a norm of shares between two linear layers."""
+    before = _without_batch(node.args[0])
+    rows = [u for item in node.users if item.args[1] == 0 for u in item.users]
+    readers = [u for r in rows for u in (r.users if is_op(r, aten.unsqueeze.default) else [r])]
+    if (reason := _why_not(before, readers)) is None:
+        _rewrite(node, before, readers[0])
+    return reason
 
 
-def _rewrite(module: GraphModule, node: Node, before: Node, after: Node) -> None:
-    with inserting(module.graph, node, like=node) as proxy:
-        given = (*before.args[:2], *node.args[1:5], *after.args[1:])
-        x, down, *others = [proxy(a) if isinstance(a, Node) else a for a in given]
+def _rewrite(node: Node, before: Node, after: Node) -> None:
+    with inserting(node.graph, node, like=node) as proxy:
+        x, down, *others = map(proxy, (*before.args[:2], *node.args[1:5], *after.args[1:]))
         x = aten.squeeze.dim(x, 0) if value(before).dim() == 3 else x
         both = norm_between_linears(x, down, *others)
         results = [operator.getitem(both, i) for i in range(2)]
         results[0] = aten.unsqueeze.default(results[0], 0) if value(after).dim() == 3 else results[0]
     replace(after, results[0].node)
-    for item in [i for i in node.users if i.args[1] == 1]:
-        replace(item, results[1].node)
+    replace_results(node, {1: results[1]})
 
 
 def _without_batch(x: Any) -> Any:
@@ -66,7 +60,7 @@ def _promised(s: Structure) -> int:
     return 0 if s.quantized_linears else max(s.all_reduces - 1 - 2 * s.sparse_mlps, 0)
 
 
-ASYNC_TP = Pass(
-    name="async_tp", rewrite=rewrite, expect=_promised,
+ASYNC_TP = rewrite_each(
+    "async_tp", reduce_scatter_rms_norm.op, one=rewrite, expect=_promised,
     from_tokens=lambda parallel: parallel.sequence if parallel and parallel.overlap else None,
 )  # fmt: skip

@@ -35,7 +35,7 @@ def rewrite(module: GraphModule, report: Report) -> None:
 
 def _cut(module: GraphModule, node: Node, name: str) -> tuple[Node, Node]:
     with inserting(module.graph, node, like=node) as proxy:
-        given = [proxy(a) if isinstance(a, Node) else a for a in node.args]
+        given = [*map(proxy, node.args)]
         # How they travel is decided where providers are chosen.
         ticket = getattr(_HALVES, f"{name}_begin").default(*given, "")
         made = getattr(_HALVES, f"{name}_end").default(ticket, *given)
@@ -43,7 +43,6 @@ def _cut(module: GraphModule, node: Node, name: str) -> tuple[Node, Node]:
         if is_getitem(item):
             item.replace_input_with(node, made.node)
     replace(node, made.node)
-    module.graph.erase_node(node)
     return ticket.node, made.node
 
 

@@ -14,7 +14,7 @@ import operator
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import allreduce_rms_norm, reduce_scatter_rms_norm
-from seamwise.passes.graph import inserting, is_getitem, place, replace
+from seamwise.passes.graph import inserting, is_getitem, place, replace_results
 from seamwise.passes.matcher import Miss
 from seamwise.passes.rewrite import Pass, Report
 
@@ -27,10 +27,9 @@ def rewrite(module: GraphModule, report: Report) -> None:
         shared = {n: None for n in shared if n not in whole}
     for node in shared:
         with inserting(module.graph, node, like=node) as proxy:
-            both = reduce_scatter_rms_norm(*(proxy(a) if isinstance(a, Node) else a for a in node.args), True)
-            results = [operator.getitem(both, i) for i in range(2)]
-        for item in list(node.users):
-            replace(item, results[item.args[1]].node)
+            both = reduce_scatter_rms_norm(*map(proxy, node.args), True)
+            results = {i: operator.getitem(both, i) for i in range(2)}
+        replace_results(node, results)
         report.matched += 1
 
 

@@ -89,9 +89,10 @@ def _grouped_linear(s: Sharder, node: Node) -> Placement:
     bias, style = rest[0] if rest else None, s.style(weight)
     if style == EXPERTS:
         result: Placement = ROUTED if s.parallel.data else OWNED
-        cut = s.even(node, -3, s.shapes[weight][0])
-        biases = [s.part(node, bias, Cut(-2, cut.sections))] if bias else []
-        node.args = (x, s.part(node, weight, cut), order, starts, top_k, *biases)
+        own, count = s.own_experts(node, s.shapes[weight][0])
+        cut = Cut(-3, ((count, s.parallel.size),))
+        biases = [s.part(node, bias, Cut(-2, cut.sections), bounds=own)] if bias else []
+        node.args = (x, s.part(node, weight, cut, bounds=own), order, starts, top_k, *biases)
     elif style in ROWS:
         node.args = (*s.rows_of(node, x, weight), order, starts, top_k, *([s.own_bias(node, bias)] if bias else []))
         result = PARTIAL
@@ -126,10 +127,10 @@ def _moe_align(s: Sharder, node: Node) -> Placement:
 def _send_rows(s: Sharder, node: Node, first: Node) -> Placement:
     """Send the rows that the first of the experts' layers reads; what came in and its experts are then aligned."""
     chosen, experts = node.args[:2]
-    cut = s.even(node, -1, experts)  # type: ignore[arg-type]
-    sent = s.before(node, ep_dispatch.op, first.args[0], chosen, experts, s.parallel.group)
+    _, places = s.own_experts(node, experts)  # type: ignore[arg-type]
+    sent = s.before(node, ep_dispatch.op, first.args[0], chosen, places, s.parallel.group)
     rows, local = (s.before(node, operator.getitem, sent, i) for i in range(2))
-    node.args = (local, cut.width, *node.args[2:])
+    node.args = (local, places // s.parallel.size, *node.args[2:])
     first.args = (rows, *first.args[1:])
     for changed in (node, *node.users):
         infer(changed)

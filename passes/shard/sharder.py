@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -122,15 +122,21 @@ class Sharder:
         self._last_part = self.add(self._last_part, target, *args)
         return self._last_part
 
-    def part(self, node: Node, weight: Any, cut: Cut, padded: int = 0) -> Node:
-        """Return this rank's part of a weight that `node` reads; filled up with zeros to `padded` rows."""
+    def part(
+        self, node: Node, weight: Any, cut: Cut, padded: int = 0, bounds: Sequence[tuple[int, int]] | None = None
+    ) -> Node:
+        """Return this rank's part of a weight that `node` reads; filled up with zeros to `padded` rows.
+
+        bounds  of the part, where it is another than the cut's
+        """
         if not is_weight(weight):
             raise Unplaceable(node, f"{weight} is computed in the step; only weights can be shared out")
         if (weight, cut) not in self._parts:
             size = value(weight).shape[cut.dim]
             # Ahead of every call, where a pass that joins weights finds all of them.
             add = self._ahead if held_by(weight).op == "placeholder" else partial(self.before, node)
-            bounds = [(min(a, size), min(b, size)) for a, b in cut.bounds(self.parallel.rank, self.parallel.size)]
+            if bounds is None:
+                bounds = [(min(a, size), min(b, size)) for a, b in cut.bounds(self.parallel.rank, self.parallel.size)]
             self._parts[weight, cut] = part_of(node, weight, cut.dim, bounds, padded or cut.width, add)
         return self._parts[weight, cut]
 
@@ -145,6 +151,13 @@ class Sharder:
         if n % self.parallel.size:
             raise Unplaceable(node, f"{n} do not divide among {self.parallel.size} ranks")
         return Cut(dim, ((n, self.parallel.size),))
+
+    def own_experts(self, node: Node, experts: int) -> tuple[list[tuple[int, int]], int]:
+        """Return the ranges of experts that this rank begins with, and how many places all ranks have for experts."""
+        places = experts + (self.parallel.redundant or 0)
+        ((start, end),) = self.even(node, -1, places).bounds(self.parallel.rank, self.parallel.size)
+        ranges = [(start, min(end, experts)), (max(start, experts) - experts, end - experts)]
+        return [(a, b) for a, b in ranges if a < b], places
 
     def own_bias(self, node: Node, bias: Any) -> Any:
         """Return a bias that is added once: zero on all ranks but the first."""

@@ -68,6 +68,8 @@ class KVCacheSpec:
         def need(group: CacheGroup) -> KVGroup:
             if 0 < group.window < max_model_len:
                 return KVGroup(kind="sliding_window", size=group.window)
+            if 0 < -group.window < max_model_len:
+                return KVGroup(kind="chunked_local", size=-group.window)
             return KVGroup(kind="latent") if group.latent else FULL
 
         return tuple(map(need, self.groups)) or (FULL,)

@@ -88,7 +88,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             arguments = example_arguments(spec.layers, spec.dtype, options.device)
         captured = _captured(model, arguments, spec)
         buffers |= captured.constants
-        padded = options.data_parallel_size > 1  # by rows of one group
+        padded = options.data_parallel_size > 1 or options.pipeline_parallel_size > 1  # by rows of one group, or cut
         if not (padded or options.disable_hybrid_kv_cache_manager):
             captured, groups = group_caches(captured, len(spec.layers))
             spec = replace(spec, groups=tuple(groups))
@@ -220,7 +220,9 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     program.kept_dtypes = {
         n: None if d is None else str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()
     }
-    program.kv_layers = [[[*shape] for shape in layer] for layer in model.kv_spec.layers]
+    cached = (name.split("_") for name in program.inputs if name.startswith("kv_caches"))
+    layers = sorted({int(name[2]) for name in cached})  # of this stage
+    program.kv_layers = [[[*shape] for shape in model.kv_spec.layers[layer]] for layer in layers]
     program.kv_groups = list(model.kv_spec.groups)
     program.reports = [*model.reports, *program.reports]
     needed = {name for recipe in program.recipes.values() for name in parameters_of(recipe)}
@@ -258,7 +260,7 @@ def reading(options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Con
     """Return what reads a checkpoint's own quantized layout as the one that layers read, and what pools without a head;
     None where it is that."""
     published = None if options.stored is None else options.stored.published
-    read = None if published is None else partial(published.read, parameters=shapes)
+    read = None if published is None else partial(published.read, parameters=shapes, dtype=options.dtype)
     if options.pooler is None:
         return read
     return without_head if read is None else lambda found: read(without_head(found))

@@ -18,6 +18,7 @@ from seamwise.compile.pipeline import PipelineConfig
 from seamwise.runtime.weights.formats import check_load_format
 from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
 
+from .eplb_config import EPLBConfig
 from .model_config import ModelConfig
 from .pooler import Pooler, PoolerConfig, choose_pooler
 
@@ -27,7 +28,6 @@ _DTYPES = {
 }  # fmt: skip
 _ELSEWHERE = {  # options that users of vLLM and transformers ask for, and what there is instead
     "trust_remote_code": "code inside a checkpoint is never run; entry='transformers' runs transformers' own classes",
-    "pipeline_parallel_size": "there is no pipeline parallelism; use tensor_parallel_size",
     "max_seq_len_to_capture": "use cudagraph_capture_sizes, in tokens, and max_recorded_requests",
     "compilation_config": "use cudagraph_mode, cudagraph_capture_sizes and pipeline=PipelineConfig(…)",
     "enable_chunked_prefill": "prompts are always computed in chunks of at most max_num_batched_tokens",
@@ -69,6 +69,7 @@ class RunnerConfig:
     pooler         how texts become vectors, where the model pools: steps give hidden states, and logits of width 0
     dbo_decode_token_threshold, dbo_prefill_token_threshold  with enable_dbo: fewest tokens of a step that is taken as
                    two, where every request decodes one token, and of any other; it is not recorded. Unmeasured: vLLM's
+    eplb           how experts are balanced over ranks while requests run; None: they stay where they are
     max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
     cudagraph_capture_sizes  numbers of tokens that piecewise recordings are padded to; larger steps run op by op
     max_recorded_bytes  memory of recordings; what would take more runs op by op
@@ -95,6 +96,7 @@ class RunnerConfig:
     pooler: Pooler | None = None
     dbo_decode_token_threshold: int = 32
     dbo_prefill_token_threshold: int = 512
+    eplb: EPLBConfig | None = None
     max_recorded_requests: int = 256
     cudagraph_capture_sizes: tuple[int, ...] | None = None
     max_recorded_bytes: int = 2 << 30
@@ -126,14 +128,19 @@ class RunnerConfig:
             )
         if self.pack_dir is None and (self.offline or self.pack_name):
             raise ValueError("offline and pack_name need a pack_dir, got pack_dir=None")
-        if self.pipeline.parallel is not None and self.pack_name:
+        if self.pipeline_parallel_size > 1 and self.cudagraph_mode not in (None, "none"):
+            raise ValueError(
+                f"cudagraph_mode={self.cudagraph_mode!r} with pipeline_parallel_size={self.pipeline_parallel_size}:"
+                " stages run op by op, what comes from the one before is nowhere twice; leave one out"
+            )
+        if (self.pipeline.parallel is not None or self.pipeline_parallel_size > 1) and self.pack_name:
             raise ValueError("pack_name: every rank has a pack of its own, found by its key; leave the name out")
 
     @property
     def recorded_modes(self) -> tuple[str, ...]:
         """What is recorded: of "full" (uniform decode) and "piecewise" (any step), those in effect."""
         default = "full_decode_only" if torch.device(self.device).type == "cpu" else "full_and_piecewise"
-        nothing = self.enforce_eager or not self.max_recorded_requests
+        nothing = self.enforce_eager or not self.max_recorded_requests or self.pipeline_parallel_size > 1
         return () if nothing else _MODES[self.cudagraph_mode or default]
 
     @property
@@ -151,12 +158,17 @@ class RunnerConfig:
     @property
     def num_ranks(self) -> int:
         """Ranks that share the model, or its experts."""
-        return 1 if self.pipeline.parallel is None else self.pipeline.parallel.size
+        return self.pipeline_parallel_size if self.pipeline.parallel is None else self.pipeline.parallel.size
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Stages, each with some of the layers, that a step goes through."""
+        return self.pipeline.stage[1]
 
     @property
     def tensor_parallel_size(self) -> int:
         """Ranks that compute the same requests."""
-        return 1 if self.pipeline.parallel is None or self.pipeline.parallel.data else self.num_ranks
+        return 1 if self.pipeline.parallel is None or self.pipeline.parallel.data else self.pipeline.parallel.size
 
     @property
     def enable_dbo(self) -> bool:
@@ -166,16 +178,17 @@ class RunnerConfig:
     @property
     def data_parallel_size(self) -> int:
         """Ranks with requests of their own that take each step together, for they share out the experts."""
-        return self.num_ranks // self.tensor_parallel_size
+        return 1 if self.pipeline.parallel is None else self.pipeline.parallel.size // self.tensor_parallel_size
 
     @classmethod
     def for_model(
         cls, config: ModelConfig, *, dtype: str | torch.dtype = "auto", device: str = "auto", entry: str = "auto",
         max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
-        tensor_parallel_size: int = 1, data_parallel_size: int = 1,
+        tensor_parallel_size: int = 1, data_parallel_size: int = 1, pipeline_parallel_size: int = 1,
         tensor_parallel_plan: Mapping[str, str] | None = None,
         enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
-        enable_async_tp: bool = False, enable_dbo: bool = False, allow_missed: Sequence[str] = (),
+        enable_async_tp: bool = False, enable_dbo: bool = False, enable_eplb: bool = False,
+        eplb_config: EPLBConfig | Mapping[str, Any] | None = None, allow_missed: Sequence[str] = (),
         enable_lora: bool = False, max_loras: int | None = None, max_lora_rank: int | None = None,
         runner: str = "auto", convert: str = "auto", pooler_config: Mapping[str, Any] | PoolerConfig | None = None,
         **options: Any,
@@ -189,11 +202,13 @@ class RunnerConfig:
         tensor_parallel_size  ranks of the default process group, each with its part of the model
         tensor_parallel_plan  pattern of a parameter's path -> transformers' style; default: the model's own
         data_parallel_size  ranks of the default process group, each with requests of its own; they share out experts
+        pipeline_parallel_size  ranks of the default process group, each with some of the layers: stages of a step
         enable_expert_parallel  ranks have whole experts, not a part of each
         enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
         sp_min_token_num  with it: in steps of at least as many tokens; smaller ones have a program without
         enable_async_tp  with it: rows travel in chunks while others are multiplied
         enable_dbo  with data_parallel_size: a step may be two batches; one computes while rows of the other travel
+        enable_eplb, eplb_config  with data_parallel_size: experts move between ranks by their load; see EPLBConfig
         allow_missed  names of passes that may match fewer places than the model's structure promises
         enable_lora   requests may have adapters: at most max_loras (1) in a step, of rank max_lora_rank (16)
         runner        "pooling": the model gives vectors; "generate"; "auto": pooling for a class without a head and
@@ -262,7 +277,8 @@ class RunnerConfig:
         if enable_lora:
             rooms = {"max_loras": 1 if max_loras is None else max_loras}
             rooms["max_lora_rank"] = 16 if max_lora_rank is None else max_lora_rank
-            _check_adapters(pipeline.quantization, max(tensor_parallel_size, data_parallel_size), **rooms)
+            ranks = max(tensor_parallel_size, data_parallel_size, pipeline_parallel_size)
+            _check_adapters(pipeline.quantization, ranks, **rooms)
             options["pipeline"] = pipeline = replace(pipeline, **rooms)
         elif max_loras is not None or max_lora_rank is not None:
             raise ValueError("max_loras and max_lora_rank need enable_lora=True, which they limit")
@@ -290,6 +306,23 @@ class RunnerConfig:
             raise ValueError(
                 "enable_dbo hides what ranks send to each other's experts; wanted data_parallel_size above 1"
             )
+        if (eplb := EPLBConfig.of(enable_eplb, eplb_config)) is not None:
+            if data_parallel_size == 1:
+                raise ValueError(
+                    "enable_eplb moves experts between ranks that share them out; wanted data_parallel_size above 1 and"
+                    " enable_expert_parallel=True"
+                )
+            options["eplb"] = eplb
+        if pipeline_parallel_size != 1:
+            from seamwise.runtime.distributed.group import join_group
+
+            if tensor_parallel_size != 1 or data_parallel_size != 1:
+                raise ValueError(
+                    f"pipeline_parallel_size={pipeline_parallel_size} with tensor_parallel_size={tensor_parallel_size}"
+                    f" and data_parallel_size={data_parallel_size}: ranks share a model in one way; leave others out"
+                )
+            parallel, device = join_group(pipeline_parallel_size, device, option="pipeline_parallel_size")
+            options["pipeline"] = pipeline = replace(pipeline, stage=(parallel.rank, parallel.size))
         if data_parallel_size != 1:
             from seamwise.runtime.distributed.group import join_group
 
@@ -300,6 +333,7 @@ class RunnerConfig:
                 experts=True,
                 data=True,
                 two_batches=enable_dbo,
+                redundant=None if eplb is None else eplb.num_redundant_experts,
             )
             options["pipeline"] = replace(pipeline, parallel=parallel)
         elif tensor_parallel_size != 1:
@@ -341,7 +375,7 @@ def _check_adapters(quantization: str | None, ranks: int, max_loras: int, max_lo
     if ranks > 1:
         raise ValueError(
             f"enable_lora on {ranks} ranks: adapters are not shared out over them; leave it, or"
-            " tensor_parallel_size and data_parallel_size, out"
+            " tensor_parallel_size, data_parallel_size and pipeline_parallel_size, out"
         )
 
 
@@ -358,7 +392,7 @@ def entry_of(model_impl: str, entry: str | None = None) -> str:
 def check_options(options: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is no option of RunnerConfig.for_model, nor one of others."""
     asked = {*inspect.signature(RunnerConfig.for_model).parameters} - {"config", "options"}
-    known = sorted(asked | {*RunnerConfig.__slots__} - {"stored", "pooler"} | {*others})
+    known = sorted(asked | {*RunnerConfig.__slots__} - {"stored", "eplb", "pooler"} | {*others})
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, cutoff=0.8)

@@ -257,10 +257,10 @@ def ragged_step(
     )
 
 
-def empty_step() -> StepInput:
+def empty_step(num_groups: int = 1) -> StepInput:
     """Return the step of no request: a rank without work gives it, so that the others' collectives do not wait."""
-    none = np.empty(0, dtype=np.int64)
-    return ragged_step(none, np.empty((0, 1), dtype=np.int32), none, none, 1)
+    none, table = np.empty(0, dtype=np.int64), np.empty((0, 1), dtype=np.int32)
+    return ragged_step(none, table, none, none, 1, further_tables=[table] * (num_groups - 1))
 
 
 def step_of_padding(num_groups: int = 1) -> StepInput:

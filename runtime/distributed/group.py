@@ -10,6 +10,7 @@ import atexit
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -48,6 +49,21 @@ def join_group(size: int, device: str, option: str = "tensor_parallel_size", **c
     group = dist.group.WORLD
     assert group is not None
     return Parallel(size=size, rank=rank, group=str(group.group_name), **chosen), device
+
+
+def meet(address: str, rank: int, size: int, device: str, timeout_s: float) -> None:
+    """Make the default process group of processes that something other than torchrun started, once all are there.
+
+    address    a file that none has made yet; timeout_s: the longest wait of a collective, not that for the start
+    """
+    on_gpu = torch.device(device).type == "cuda" if device != "auto" else torch.cuda.is_available()
+    store = dist.FileStore(address, size)
+    store.set(f"there{rank}", "")
+    store.wait([f"there{other}" for other in range(size)], timedelta(hours=1))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+    )
+    atexit.register(leave_group)
 
 
 def leave_group() -> None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from types import TracebackType
 
 from seamwise.runtime.kv.names import Namespace
+from seamwise.runtime.kv.offload import Offload
+from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.scheduler.scheduler import Scheduler
 
 from .adapters import Adapters
@@ -37,6 +39,9 @@ class Control(ABC):
     _loop: Loop
     _requests: dict[str, Request]
     _change: Change
+    runner: ModelRunner
+    offload: Offload | None
+    _weights_seen: int = -1
     _paused: str | None = None
     _clears: bool = False
 
@@ -119,6 +124,13 @@ class Control(ABC):
             for request in self._requests.values():
                 for c in request.completions:
                     c.sequence.rename(self._root(request))
+
+    def _name_weights(self) -> None:
+        """Let names say which weights there are, whoever changed them: tiers behind the cache have blocks of others."""
+        if self.offload is None or (count := self.runner.num_weight_updates) == self._weights_seen:
+            return
+        self.weights_changed(self.runner.weights_digest() if self.offload.outlives else str(count), recompute=False)
+        self._weights_seen = count
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Read an adapter now, so that requests need not wait. Raises ValueError for one that is refused."""

@@ -6,7 +6,6 @@ A grammar that leaves one token only is such a guess too, and a sure one: forced
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from seamwise.runtime.sampling.rows import GuessableMask
-from seamwise.runtime.scheduler.commit import Step
+from seamwise.runtime.scheduler.commit import Step, take_blocks
 from seamwise.runtime.scheduler.scheduler import Scheduler
 from seamwise.runtime.scheduler.sequence import Sequence
 from seamwise.runtime.speculation.drafter import Drafter, Known
@@ -52,7 +51,7 @@ class Drafting:
     stats: DraftStats = field(default_factory=DraftStats)
     _forced: set[int] = field(default_factory=set)  # slots of the next step whose guess is a grammar's
     _asked: bool = False  # whether the drafter was asked for the last step
-    _seconds: float = 0.0  # that the last guesses took
+    _told: bool = False  # whether it was said that guessing does not pay
 
     def __post_init__(self) -> None:
         self.stats.num_accepted_tokens_per_pos = [0] * self.most
@@ -66,11 +65,10 @@ class Drafting:
 
     def propose(self, scheduler: Scheduler, owners: Owners) -> None:
         """Write guesses behind the known tokens of those that decode; no step may be under way."""
-        self._asked, self._seconds, self._forced = False, 0.0, set()
+        self._asked, self._forced = False, set()
         scheduler.slots.drafts[:] = 0  # a guess for which the last step had no room is made anew
         if not self.wanted(scheduler, owners):
             return
-        started = time.perf_counter()
         slots = scheduler.slots
         deciding = list(self._deciding(scheduler, owners))
         guesses: dict[int, list[int]] = {}
@@ -85,7 +83,6 @@ class Drafting:
                 self.drafter, scheduler, [one for one in deciding if one.sequence.slot not in guesses]
             )
         self._write(scheduler, guesses)
-        self._seconds = time.perf_counter() - started
 
     def _deciding(self, scheduler: Scheduler, owners: Owners) -> Iterator[_Deciding]:
         slots = scheduler.slots
@@ -99,18 +96,26 @@ class Drafting:
                 yield _Deciding(s, completion, room)
 
     def _drafts(self, drafter: Drafter, scheduler: Scheduler, deciding: list[_Deciding]) -> dict[int, list[int]]:
-        slots, asked = scheduler.slots, []
+        slots, asked = scheduler.slots, dict[int, tuple[_Deciding, int]]()
         for one in deciding:
             slot, mask = one.sequence.slot, one.completion.options.mask_provider
             wanted = (one.completion.options.params.extra_args or {}).get("num_speculative_tokens", self.most)
             most = min(wanted, self.most, one.room)
             if most > 0 and (mask is None or isinstance(mask, GuessableMask)):
-                owner, tokens = (slot, int(slots.epoch[slot])), slots.tokens[slot, : slots.known[slot]]
-                asked.append((one, Known(owner=owner, tokens=tokens, most=most)))
+                asked[slot] = one, most
+        if getattr(drafter, "in_place", False):
+            asked = self._reserve(scheduler, asked)
         if not asked:
             return {}
+        given = [
+            Known(
+                owner=(slot, int(slots.epoch[slot])), tokens=slots.tokens[slot, : slots.known[slot]], most=most,
+                tables=slots.tables[:, slot],
+            )
+            for slot, (_, most) in asked.items()
+        ]  # fmt: skip
         found = {}
-        for (one, known), guess in zip(asked, drafter.propose([known for _, known in asked]), strict=True):
+        for (one, _), known, guess in zip(asked.values(), given, drafter.propose(given), strict=True):
             if bad := [token for token in guess if not 0 <= token < self.vocab_size]:
                 raise RuntimeError(
                     f"{type(drafter).__name__} guessed token {bad[0]}, wanted 0 to {self.vocab_size - 1}"
@@ -123,23 +128,46 @@ class Drafting:
         return found
 
     @staticmethod
-    def _write(scheduler: Scheduler, guesses: Mapping[int, list[int]]) -> None:
-        """Write guesses where the step reads tokens, as far as its budget and the blocks that nobody needs go."""
-        slots, size = scheduler.slots, scheduler.pool.block_size
-        active = slots.active()
-        budget = scheduler.config.max_num_batched_tokens - len(active)
-        spare = scheduler.pool.num_available - len(active)
-        for slot, guess in guesses.items():
+    def _fitting(scheduler: Scheduler, wanted: Mapping[int, int]) -> dict[int, int]:
+        """Return how many guesses of each slot the step's budget and the blocks that nobody needs have room for."""
+        slots, pool = scheduler.slots, scheduler.pool
+        running, size = len(slots.active()), pool.block_size
+        budget = scheduler.config.max_num_batched_tokens - running
+        spare = max(pool.num_available // len(pool.groups) - running, 0)
+        found = {}
+        for slot, most in wanted.items():
             known, held = int(slots.known[slot]), int(slots.held[slot])
-            reach = max(held * size, min(known + len(guess), (held + max(spare, 0)) * size))
-            count = max(min(len(guess), budget, reach - known), 0)
-            spare -= max(-(-(known + count) // size) - held, 0)
+            count = max(min(most, budget, (held + spare) * size - known), 0)
+            spare = max(spare - max(-(-(known + count) // size) - held, 0), 0)
             budget -= count
-            slots.tokens[slot, known : known + count] = guess[:count]
+            found[slot] = count
+        return found
+
+    def _reserve(
+        self, scheduler: Scheduler, asked: dict[int, tuple[_Deciding, int]]
+    ) -> dict[int, tuple[_Deciding, int]]:
+        """Let sequences hold the blocks of their guesses now; return those with room for any, and for how many."""
+        slots, pool = scheduler.slots, scheduler.pool
+        fitting = self._fitting(scheduler, {slot: most for slot, (_, most) in asked.items()})
+        for slot, count in fitting.items():
+            missing = -(-(int(slots.known[slot]) + count) // pool.block_size) - int(slots.held[slot])
+            if count and missing > 0:
+                slots.extend(asked[slot][0].sequence, take_blocks(pool, missing))
+        return {slot: (asked[slot][0], count) for slot, count in fitting.items() if count}
+
+    def _write(self, scheduler: Scheduler, guesses: Mapping[int, list[int]]) -> None:
+        """Write guesses where the step reads tokens, as far as there is room."""
+        slots = scheduler.slots
+        for slot, count in self._fitting(scheduler, {slot: len(guess) for slot, guess in guesses.items()}).items():
+            known = int(slots.known[slot])
+            slots.tokens[slot, known : known + count] = guesses[slot][:count]
             slots.drafts[slot] = count
 
-    def note(self, step: Step, seconds: float, given: np.ndarray) -> None:
-        """Count what became of a step's guesses; given: (R,) tokens that each sequence got."""
+    def note(self, step: Step, ended_s: float, given: np.ndarray) -> None:
+        """Count what became of a step's guesses, and watch what they cost.
+
+        ended_s  when it ended; given: (R,) tokens that each sequence got
+        """
         stats = self.stats
         for i in step.drafts.nonzero()[0].tolist():
             count, stood = int(step.drafts[i]), max(int(given[i]) - 1, 0)
@@ -152,13 +180,15 @@ class Drafting:
             for position in range(stood):
                 stats.num_accepted_tokens_per_pos[position] += 1
         if self.drafter is None or not (step.counts == 1 + step.drafts).all() or self._forced:
+            self.watch.interrupt()
             return
         sequences = len(step.counts)
-        self.watch.note(sequences, seconds + self._seconds, int(given.sum()) if self._asked else None)
-        pays = self.watch.of(sequences).pays
-        if pays != stats.active:
-            stats.active = pays
-            _LOG.info(
-                "speculation is %s: at %d sequences a step with guesses %s", "on" if pays else "off", sequences,
-                "pays" if pays else "takes longer than the tokens it gives are worth",
+        self.watch.note(sequences, ended_s, int(given.sum()) if self._asked else None)
+        measured = self.watch.of(sequences)
+        stats.active, stats.gain = measured.pays, measured.gain or 1.0
+        if not (stats.active or self._told):
+            self._told = True
+            _LOG.warning(
+                "speculation is off where it does not pay: at %d sequences a step, tokens come %.2f times as fast with"
+                " guesses as without; it is tried again every %d steps", sequences, stats.gain, measured.period,
             )  # fmt: skip

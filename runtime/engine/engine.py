@@ -17,11 +17,14 @@ from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
 from threading import Event as Flag
+from typing import Any
 
 import numpy as np
 
 from seamwise.runtime.build.pooler import Pooler
+from seamwise.runtime.build.step import empty_step
 from seamwise.runtime.kv.names import Namespace
+from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.grammar import REASON, Grammars
@@ -31,6 +34,7 @@ from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
 from seamwise.runtime.sampling.words import tokens_of_words
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.runtime.scheduler.loads import settle_loads
 from seamwise.runtime.scheduler.policies import Policy
 from seamwise.runtime.scheduler.scheduler import Recorder, Scheduler
 from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
@@ -58,33 +62,41 @@ class Engine(Control):
     namespace  what prefix blocks' names begin with
     drafting   guesses of the next tokens, and how many of them stood
     pooler     of a model that pools: requests are texts, and their outputs vectors
+    offload    where blocks go that leave the KV cache
+    together   other ranks take each step with this one, and wait for it
     """
 
     def __init__(
         self, runner: ModelRunner, tokenizer: Tokenizer | None, config: SchedulerConfig, *,
         enable_prefix_caching: bool = True, seed: int = 0, logprobs_mode: str = "raw_logprobs",
         policy: Policy | None = None, recorder: Recorder | None = None, drafting: Drafting | None = None,
-        adapters: Adapters | None = None, pooler: Pooler | None = None,
+        adapters: Adapters | None = None, pooler: Pooler | None = None, offload: Offload | None = None,
     ) -> None:  # fmt: skip
-        self.runner = runner
+        self.runner, self.offload = runner, offload
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(runner.config.eos_ids, tokenizer, runner.config.vocab_size)
         self.seed = seed
         self.namespace = Namespace()
+        if offload is not None:
+            self.namespace = Namespace(layout=offload.layout)
+            offload.ready = self.wake
         pool = BlockPool(
             num_blocks=runner.num_blocks, block_size=runner.block_size, caching=enable_prefix_caching,
             groups=runner.kv_groups,
         )  # fmt: skip
         self.scheduler = Scheduler(
-            config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder
-        )
+            config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder,
+            offload=offload,
+        )  # fmt: skip
         self.pooler = pooler
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
-        mode = check_mode(logprobs_mode)
-        worker = Worker(runner, threaded=config.async_scheduling, mode=mode, pooling=pooling)
+        stages: Any = runner if config.pipeline_parallel_size > 1 else None
+        worker = Worker(
+            runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode), pooling=pooling, stages=stages
+        )  # fmt: skip
         self.drafting, self.adapters = drafting or Drafting(), adapters
         self.drafting.vocab_size = runner.config.vocab_size
-        depth = 2 if config.async_scheduling else 1
+        depth = max(2, config.pipeline_parallel_size) if config.async_scheduling else 1
         self._loop = Loop(
             self.scheduler, worker, depth=depth, drafting=self.drafting, adapters=adapters is not None
         )  # fmt: skip
@@ -96,7 +108,9 @@ class Engine(Control):
         self._woken = Flag()
         if adapters is not None:
             adapters.ready = self.wake
+        self.together = False
         self._arrivals = 0
+        self._name_weights()
 
     def has_unfinished_requests(self) -> bool:
         """Return whether a request has not ended, or its outputs have not been given out: call step() until then."""
@@ -234,8 +248,10 @@ class Engine(Control):
         wait_s  where no request can go on by itself (blocked for a reason of its own, or paused), wait for wake() or
                 the end of a compilation, at most so long, and compute nothing
         When the runner raises, no token is lost: what was under way starts over from its known tokens at the next call.
+        In a wave (`together`) a step is taken in any case, an empty one where nothing can be computed.
         """
         self._recover()
+        self._name_weights()
         self.grammars.settle(self._grammar_ready, self._refused)
         if self.adapters is not None and self.adapters.waiting:
             self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
@@ -247,6 +263,8 @@ class Engine(Control):
                     break
         if self._loop.flights:
             self._finish()
+        elif self.together:
+            self.runner.step(empty_step(len(self.runner.kv_groups)))
         elif self._requests and not self._ready and (self._paused == "keep" or self.scheduler.stalled):
             self._woken.wait(wait_s)
             self._woken.clear()
@@ -281,10 +299,19 @@ class Engine(Control):
         self._recover()
         while self._loop.flights:
             self._finish()
+        if self.offload is not None:
+            self.offload.finish()
+            with self._change:
+                settle_loads(self.scheduler)
 
     def close(self) -> None:
-        """Wait for what is under way and end the thread."""
+        """Wait for what is under way and end the threads. Requests that have not ended never will.
+
+        What the KV cache holds is kept where a tier outlives the process.
+        """
         self._loop.worker.drain()
+        if self.offload is not None:
+            self.offload.close(self.scheduler.pool)
         self._loop.worker.close()
         self.grammars.close()
         if self.adapters is not None:
@@ -362,7 +389,7 @@ class Engine(Control):
             reads_cache=params.reads_prefix_cache and (self.pooler is None or self.pooler.reads_cache),
             max_chunk=NO_LIMIT if params.prompt_logprobs is None else _PROMPT_ROWS,
         )  # fmt: skip
-        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1
+        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1 - index
         assert seed is not None
         encode = None if self.tokenizer is None else partial(self.tokenizer.encode, add_special_tokens=False)
         options = RowOptions(

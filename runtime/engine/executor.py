@@ -8,6 +8,7 @@ A worker is a rank's runner with the names that trainers know from vLLM's: `work
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -45,12 +46,16 @@ class WorkerModelConfig:
 
 
 class Worker:
-    """One rank: its runner, and what extensions and `collective_rpc` reach."""
+    """One rank: its runner, and what extensions and `collective_rpc` reach.
+
+    trace  when each of the last steps of a stage began and ended, seconds of the machine's monotonic clock
+    """
 
     def __init__(self, runner: ModelRunner, model: str, rank: int = 0) -> None:
         self.model_runner = runner
         self.device = torch.device(runner.options.device)
         self.rank = self.local_rank = rank
+        self.trace: deque[tuple[float, float]] = deque(maxlen=1024)
         self.model_config = WorkerModelConfig(
             model=model, dtype=runner.options.dtype, max_model_len=runner.options.max_model_len,
             hf_config=runner.config.raw,
@@ -130,6 +135,28 @@ class InProcess:
         """There is nothing to end."""
 
 
+def starts_engines(size: int, rank: int | None, experts: bool) -> str:
+    """Return how data_parallel_size engines come about: "start" them, this is one that was "started", it "joined" ranks
+    that share out experts, or there is "one". One that was started takes its share of the threads.
+
+    Raises ValueError for a size or rank that is none.
+    """
+    import torch.distributed as dist
+
+    if type(size) is not int or size < 1:
+        raise ValueError(f"data_parallel_size={size!r}: wanted a whole number of at least 1")
+    if rank is not None:
+        if type(rank) is not int or not 0 <= rank < size:
+            raise ValueError(f"data_parallel_rank={rank!r}: wanted 0 to data_parallel_size - 1 = {size - 1}")
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        return "joined" if experts else "started"
+    if size == 1:
+        return "one"
+    if dist.is_initialized() or dist.is_torchelastic_launched():
+        return "joined"
+    return "start"
+
+
 def starts_ranks(backend: str | None, ranks: int) -> bool:
     """Return whether an engine starts a process for each rank, by vLLM's distributed_executor_backend.
 
@@ -144,9 +171,12 @@ def starts_ranks(backend: str | None, ranks: int) -> bool:
         )
     if ranks == 1:
         if backend == "mp":
-            raise ValueError("distributed_executor_backend='mp' needs tensor_parallel_size above 1; leave it out")
+            raise ValueError(
+                "distributed_executor_backend='mp' needs tensor_parallel_size or pipeline_parallel_size above 1;"
+                " leave it out"
+            )
         return False
     if backend == "uni":
-        raise ValueError(f"distributed_executor_backend='uni' is one process, tensor_parallel_size={ranks}; use 'mp'")
+        raise ValueError(f"distributed_executor_backend='uni' is one process, {ranks} share the model; use 'mp'")
     launched = dist.is_initialized() or dist.is_torchelastic_launched()
     return backend == "mp" or (backend is None and not launched)

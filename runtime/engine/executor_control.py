@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from seamwise.runtime.speculation.model_drafter import ModelDrafter
+
 from .executor import Executor
 
 
@@ -19,10 +21,14 @@ class ModelExecutorPath:
 
 
 class ModelControl:
-    """Methods of whatever has an engine and an executor (`LLM`)."""
+    """Methods of whatever has an engine and an executor (`LLM`).
+
+    drafter  a second model that guesses, in this process: it sleeps and wakes with the first
+    """
 
     executor: Executor
     engine: Any
+    drafter: ModelDrafter | None = None
     enable_sleep_mode: bool | None = None
 
     @property
@@ -33,7 +39,7 @@ class ModelControl:
     @property
     def weight_version(self) -> str:
         """Which weights the next token is computed with; see ModelRunner.weight_version."""
-        version: str = self.engine.runner.weight_version
+        version: str = self.executor.collective_rpc("weight_state")[0][0]
         return version
 
     def collective_rpc(
@@ -56,14 +62,19 @@ class ModelControl:
             raise ValueError("sleep: enable_sleep_mode=False was asked for; leave it out to let the model sleep")
         self.engine.reset_prefix_cache()
         self.executor.collective_rpc("sleep", None, (level,))
+        if self.drafter is not None:
+            self.drafter.sleep()
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Take memory again: "weights", "kv_cache", by default both. After sleep(2) weights must be given first."""
-        self.executor.collective_rpc("wake", None, (None if tags is None else list(tags),))
+        asked = None if tags is None else list(tags)
+        self.executor.collective_rpc("wake", None, (asked,))
+        if self.drafter is not None:
+            self.drafter.wake(asked)
 
     def is_sleeping(self) -> bool:
         """Return whether weights or KV cache have no memory."""
-        return bool(self.engine.runner.asleep)
+        return bool(self.executor.collective_rpc("weight_state")[0][1])
 
     def start_weight_update(self) -> None:
         """Begin an update in several calls: no step runs until it is finished. RuntimeError while requests run."""

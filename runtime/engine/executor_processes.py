@@ -1,12 +1,15 @@
-"""One process a rank on this machine, and one scheduler, here: a step is sent to every rank, rank 0's logits are read.
+"""One process a rank on this machine, and one scheduler, here: every rank is sent a step, one rank's logits are read.
 
-It stands for a runner, so that an engine drives it as one. A rank that dies or hangs is an error of every call from
-then on, the cause in its first line, and all ranks are ended: without one, the others would wait for it.
+Where ranks are stages of a step (pipeline_parallel_size), several steps may be begun before the first is finished: a
+stage takes the next one as soon as it has given on the last. It stands for a runner, so that an engine drives it as
+one. A rank that dies or hangs is an error of every call from then on, the cause in its first line, and all ranks are
+ended: without one, the others would wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -16,6 +19,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,45 +43,50 @@ _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError}  # a caller's m
 class RankProcesses:
     """`ranks` processes that share a model, by the same protocol as one runner.
 
+    stages     ranks have layers each, one behind the other, and no part of every layer
     timeout_s  of a step or a call; loading may take start_timeout_s
     """
 
     def __init__(
         self, model: Path, ranks: int, options: Mapping[str, Any], *, extension: str | type | None = None,
-        timeout_s: float = 300.0, start_timeout_s: float = 1800.0,
+        stages: bool = False, timeout_s: float = 300.0, start_timeout_s: float = 1800.0,
     ) -> None:  # fmt: skip
         try:
             import zmq
         except ImportError as error:
             raise ValueError(
-                f"tensor_parallel_size={ranks} from one process needs pyzmq and msgspec: {pip_install('serve')},"
-                f" or start {ranks} processes with torchrun"
+                f"{'pipeline' if stages else 'tensor'}_parallel_size={ranks} from one process needs pyzmq and msgspec:"
+                f" {pip_install('serve')}{'' if stages else f', or start {ranks} processes with torchrun'}"
             ) from error
         self.timeout_s, self._lock, self._dead = timeout_s, threading.Lock(), ""
+        self._answering, self._begun = threading.Lock(), deque[StepInput]()
+        self._ended = threading.Condition(self._lock)
         memory = Path("/dev/shm")
         self._folder = Path(tempfile.mkdtemp(prefix="seamwise-", dir=memory if memory.is_dir() else None))
         context, spawn = zmq.Context(), multiprocessing.get_context("spawn")
         self._sockets: list[Any] = []
+        self._asking: list[Any] = []  # a socket is one thread's at a time: steps are begun while others are waited for
         self._processes: list[Any] = []
         self._starts: list[RankStart] = []
         self._files: dict[str, Tensor] = {}
-        self._end = weakref.finalize(self, _end, self._processes, self._sockets, context, self._folder)
+        ends = self._processes, (self._asking, self._sockets), context, self._folder
+        self._end = weakref.finalize(self, _end, *ends)
         for rank in range(ranks):
             start = RankStart(
                 rank=rank, ranks=ranks, folder=self._folder, timeout_s=timeout_s, model=model, options=options,
-                threads=max(1, torch.get_num_threads() // ranks), extension=extension,
+                threads=max(1, torch.get_num_threads() // ranks), extension=extension, stages=stages,
             )  # fmt: skip
-            socket = context.socket(zmq.PAIR)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.bind(start.address)
+            for sockets, address in ((self._asking, start.address), (self._sockets, start.answers)):
+                sockets.append(context.socket(zmq.PAIR))
+                sockets[-1].setsockopt(zmq.LINGER, 0)
+                sockets[-1].bind(address)
             process = spawn.Process(target=main, args=(start,), name=f"seamwise-rank{rank}", daemon=True)
             process.start()
-            self._sockets.append(socket)
             self._processes.append(process)
             self._starts.append(start)
-        with self._lock:
-            ready = self._answers("start", start_timeout_s)
+        ready = self._answers("start", start_timeout_s)
         self.config, self.options, self.kv_spec, self.startup_s, self.program = ready[0]
+        self.kv_spec = max((each[2] for each in ready), key=lambda spec: spec.bytes_per_block)  # of most layers
         self.num_blocks = 0
 
     @property
@@ -95,10 +104,25 @@ class RankProcesses:
 
         Raises ValueError for a step that no rank takes; RuntimeError when a rank failed, died or did not answer.
         """
+        self.begin(batch)
+        return self.finish()
+
+    def begin(self, batch: StepInput) -> None:
+        """Send a step to every rank, behind those that are not finished; see `step` for what is raised."""
         batch.check()
         with self._lock:
-            first, *_ = self._ask("step", [b"step", *to_frames(batch)], self.timeout_s)
-        logits, hidden = first
+            self._tell([b"step", *to_frames(batch)])
+            self._begun.append(batch)
+
+    def finish(self) -> StepOutput:
+        """Wait for the earliest step that was begun; its logits are valid while fewer than all ranks end later ones."""
+        try:
+            answers = self._answers("step", self.timeout_s)
+        finally:
+            with self._lock:
+                batch = self._begun.popleft()
+                self._ended.notify_all()
+        logits, hidden = next(answer for answer in answers if answer is not None)
         return StepOutput(
             logits=self._read(*logits), hidden_states=None if hidden is None else self._read(*hidden),
             request_slots=batch.request_slots, request_generations=batch.request_generations,
@@ -118,7 +142,9 @@ class RankProcesses:
         except Exception as error:
             raise ValueError(f"collective_rpc: {method!r} or its arguments cannot be sent to ranks: {error}") from error
         with self._lock:
-            return self._ask(f"collective_rpc({method!r})", [b"call", message], timeout or self.timeout_s)
+            self._ended.wait_for(lambda: not self._begun)
+            self._tell([b"call", message])
+            return self._answers(f"collective_rpc({method!r})", timeout or self.timeout_s)
 
     def plan(self, budget: int | None = None, **limits: Any) -> MemoryPlan:
         """Return the plan of the rank that has room for the fewest blocks; see ModelRunner.plan."""
@@ -152,15 +178,29 @@ class RankProcesses:
         self._dead = self._dead or "the ranks were shut down"
         self._end()
 
-    def _ask(self, what: str, message: Sequence[bytes | memoryview], timeout_s: float) -> list[Any]:
+    def _tell(self, message: Sequence[bytes | memoryview]) -> None:
+        import zmq
+
         if self._dead:
             raise RuntimeError(self._dead)
-        for socket in self._sockets:
-            socket.send_multipart(message)
-        return self._answers(what, timeout_s)
+        try:
+            for process, socket in zip(self._processes, self._asking, strict=True):
+                while not socket.poll(20, zmq.POLLOUT):  # a send would block for ever where the rank is gone
+                    if not process.is_alive():
+                        break  # whoever waits for its answer says so
+                else:
+                    socket.send_multipart(message)
+        except Exception as error:  # a thread that waited for an answer has ended the ranks
+            raise RuntimeError(self._dead or str(error)) from error
 
     def _answers(self, what: str, timeout_s: float) -> list[Any]:
         """Return every rank's answer, or end them all and raise; an error that all ranks gave leaves them running."""
+        with self._answering:
+            return self._gathered(what, timeout_s)
+
+    def _gathered(self, what: str, timeout_s: float) -> list[Any]:
+        if self._dead:
+            raise RuntimeError(self._dead)
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout_s
         while len(answers) < len(self._sockets):
@@ -218,13 +258,13 @@ class RankProcesses:
         return self._files[path][:size].view(kind).view(shape)
 
 
-def _end(processes: list[Any], sockets: list[Any], context: Any, folder: Path) -> None:
+def _end(processes: list[Any], sockets: tuple[list[Any], ...], context: Any, folder: Path) -> None:
     """Kill what still runs: a rank may be stuck in a collective, where no message reaches it."""
     for process in processes:
         process.kill()
     for process in processes:
         process.join(5)
-    for socket in sockets:
+    for socket in itertools.chain(*sockets):
         socket.close()
     context.term()
     shutil.rmtree(folder, ignore_errors=True)

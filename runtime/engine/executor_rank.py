@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
+import os
 import pickle
+import shutil
 import signal
-import sys
+import threading
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +27,13 @@ from seamwise.runtime.runner.runner import ModelRunner
 from .executor import Worker, call_worker, make_worker
 from .executor_wire import from_frames
 
-_PR_SET_PDEATHSIG = 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStart:
     """What a rank is started with: where it meets the others and its parent, and what it loads.
 
     folder   of sockets, the meeting file, stacks and results, private to the parent
+    stages   ranks are stages of a step: each has some of the layers
     timeout_s  of a collective: a rank that waits longer for another fails
     """
 
@@ -42,10 +45,15 @@ class RankStart:
     model: Path
     options: Mapping[str, Any]
     extension: str | type | None
+    stages: bool = False
 
     @property
     def address(self) -> str:
         return f"ipc://{self.folder}/rank{self.rank}"
+
+    @property
+    def answers(self) -> str:
+        return f"{self.address}.answers"
 
     @property
     def stacks(self) -> Path:
@@ -78,13 +86,14 @@ def main(start: RankStart) -> None:
     import torch.distributed as dist
     import zmq
 
-    if sys.platform.startswith("linux"):  # a parent that is killed takes its ranks along
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, args=(start.folder,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     faulthandler.register(signal.SIGUSR1, start.stacks.open("w"), all_threads=True)
     torch.set_num_threads(start.threads)
-    socket = zmq.Context().socket(zmq.PAIR)
-    socket.connect(start.address)
+    sockets: list[Any] = [zmq.Context.instance().socket(zmq.PAIR) for _ in range(2)]
+    asked, socket = sockets
+    asked.connect(start.address)
+    socket.connect(start.answers)
 
     def load() -> tuple[Worker, Any]:
         device = str(start.options.get("device", "auto"))
@@ -93,7 +102,8 @@ def main(start: RankStart) -> None:
             "nccl" if kind == "cuda" else "gloo", init_method=f"file://{start.folder}/meeting", rank=start.rank,
             world_size=start.ranks, timeout=timedelta(seconds=start.timeout_s),
         )  # fmt: skip
-        runner = ModelRunner.load(start.model, tensor_parallel_size=start.ranks, **start.options)
+        shared: dict[str, Any] = {"pipeline_parallel_size" if start.stages else "tensor_parallel_size": start.ranks}
+        runner = ModelRunner.load(start.model, **shared, **start.options)
         worker = make_worker(runner, str(start.model), start.extension, start.rank)
         return worker, (runner.config, runner.options, runner.kv_spec, runner.startup_s, runner.program)
 
@@ -102,10 +112,11 @@ def main(start: RankStart) -> None:
     if not answered:
         return
     worker, shelf = loaded[0], Shelf(start.folder)
+    step = Stage(worker, shelf, start.ranks) if start.stages else partial(_step, worker, shelf)
     while True:
-        kind, *frames = socket.recv_multipart()
+        kind, *frames = asked.recv_multipart()
         if kind == b"step":
-            answer = _attempt(lambda frames=frames: _step(worker, frames, shelf))
+            answer = _attempt(lambda frames=frames: step(frames))
         elif kind == b"call":
             answer = _attempt(lambda frames=frames: call_worker(worker, *pickle.loads(frames[0])))
         else:
@@ -113,7 +124,51 @@ def main(start: RankStart) -> None:
         socket.send_multipart(_answer(*answer))
 
 
-def _step(worker: Worker, frames: list[bytes], shelf: Shelf) -> Any:
+def _end_with_parent(folder: Path) -> None:
+    """Wait for the end of the process that started this one, remove the folder that it would have, and end."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stage:
+    """Steps of one stage: take from the one before, compute, give to the next; the last puts logits on the shelf.
+
+    What is given on is sent while the next step is computed. Results stay until as many more steps as there are stages
+    were begun.
+    """
+
+    def __init__(self, worker: Worker, shelf: Shelf, stages: int) -> None:
+        self._worker, self._shelf, self._stages, self._count = worker, shelf, stages, 0
+        self._sent: list[Any] = []
+
+    def __call__(self, frames: list[bytes]) -> Any:
+        import torch.distributed as dist
+
+        batch, rank, runner = from_frames(frames), self._worker.rank, self._worker.model_runner
+        carried = []
+        for told in runner.program.carried:
+            shape = [batch.num_tokens if size is None else size for size in told["shape"]]
+            carried.append(torch.empty(shape, dtype=getattr(torch, told["dtype"]), device=runner.options.device))
+            dist.recv(carried[-1], rank - 1)
+        began = time.perf_counter()
+        results = runner.step_stage(batch, carried)
+        self._worker.trace.append((began, time.perf_counter()))
+        for sent in self._sent:
+            sent.wait()
+        if rank + 1 < self._stages:
+            self._sent = [dist.isend(result.contiguous(), rank + 1) for result in results]
+            return None
+        self._count += 1
+        turn = self._count % (self._stages + 1)
+        logits, *hidden = results
+        wanted = self._shelf.put(f"hidden{turn}_", hidden[0]) if batch.hidden_states else None
+        return self._shelf.put(f"logits{turn}_", logits), wanted
+
+
+def _step(worker: Worker, shelf: Shelf, frames: list[bytes]) -> Any:
     output: StepOutput = worker.model_runner.step(from_frames(frames))
     if worker.rank:
         return None  # every rank has the same logits

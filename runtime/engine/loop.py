@@ -41,7 +41,7 @@ class Loop:
     ) -> None:
         self.scheduler = scheduler
         self.worker = worker
-        self._depth = depth
+        self.depth = depth
         self.owners: dict[int, tuple[Request, Completion]] = {}
         self.events: deque[Event] = deque()
         self.flights: list[Flight] = []
@@ -56,7 +56,7 @@ class Loop:
         """Whether a further step may be planned beside those under way."""
         if not self.flights:
             return True
-        if len(self.flights) >= self._depth or any(flight.step.proposed for flight in self.flights):
+        if len(self.flights) >= self.depth or any(flight.step.proposed for flight in self.flights):
             return False  # how many of its guesses stand is not known before a step has ended
         return not self.drafting.wanted(self.scheduler, self.owners)
 
@@ -96,7 +96,7 @@ class Loop:
         ended = [e.completion.sequence for e in self._committed if e.reason is not None]
         self.absorb()
         complete(self.scheduler, step, ended, given)
-        self.drafting.note(step, result.ended - result.began, given)
+        self.drafting.note(step, result.ended, given)
         self.flights.pop(0)
 
     def undo(self) -> None:

@@ -7,6 +7,7 @@ where the next step reads them. Torch and our kernels run without the interprete
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +27,14 @@ class Steps(Protocol):
     """What computes steps: a ModelRunner, or anything that stands for one."""
 
     def step(self, batch: StepInput) -> StepOutput: ...
+
+
+class StagedSteps(Steps, Protocol):
+    """What computes steps in stages: several may be begun before the first is finished, in the same order."""
+
+    def begin(self, batch: StepInput) -> None: ...
+
+    def finish(self) -> StepOutput: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +60,17 @@ class Flight:
 
 
 class Worker:
-    """Runs jobs one after the other, in a thread of its own or, not `threaded`, where they are submitted."""
+    """Runs jobs one after the other, in a thread of its own or, not `threaded`, where they are submitted.
 
-    def __init__(self, steps: Steps, *, threaded: bool, mode: str, pooling: Pooling | None = None) -> None:
+    stages  what begins steps at once and finishes them in the thread, where steps go through stages
+    """
+
+    def __init__(
+        self, steps: Steps, *, threaded: bool, mode: str, pooling: Pooling | None = None,
+        stages: StagedSteps | None = None,
+    ) -> None:  # fmt: skip
         self.steps, self.pooling = steps, pooling
+        self.stages = stages if threaded else None
         self._mode = mode
         self._pool = ThreadPoolExecutor(1, "seamwise-step") if threaded else None
         self._last: Future[Result] | None = None
@@ -62,7 +78,9 @@ class Worker:
     def submit(self, batch: Batch, history: np.ndarray) -> Future[Result]:
         """Run a step after those submitted before; one that comes after a failed one fails as well."""
         before = self._last
-        if self._pool is not None:
+        if self.stages is not None:
+            future = self._begun(self.stages, batch, history, before)
+        elif self._pool is not None:
             future = self._pool.submit(self._run, batch, history, before)
         else:
             future = Future()
@@ -72,6 +90,20 @@ class Worker:
                 future.set_exception(error)
         self._last = future
         return future
+
+    def _begun(
+        self, stages: StagedSteps, batch: Batch, history: np.ndarray, before: Future[Any] | None
+    ) -> Future[Result]:  # fmt: skip
+        """Begin a step at once, beside those under way: all its tokens are known, for none of theirs is in it."""
+        assert self._pool is not None
+        batch.fill_tokens(history)
+        try:
+            stages.begin(batch.inputs)
+        except Exception as error:
+            future: Future[Result] = Future()
+            future.set_exception(error)
+            return future
+        return self._pool.submit(self._run, batch, history, before, stages.finish)
 
     def drain(self) -> None:
         """Wait until nothing runs; what failed does not matter any more."""
@@ -84,12 +116,20 @@ class Worker:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _run(self, batch: Batch, history: np.ndarray, before: Future[Any] | None) -> Result:
+    def _run(
+        self, batch: Batch, history: np.ndarray, before: Future[Any] | None,
+        finish: Callable[[], StepOutput] | None = None,
+    ) -> Result:  # fmt: skip
         if before is not None and before.exception() is not None:
+            if finish is not None:
+                finish()  # what it gave is nobody's
             raise RuntimeError("the step before this one failed")
         began = time.perf_counter()
-        batch.fill_tokens(history)
-        output = self.steps.step(batch.inputs)
+        if finish is None:
+            batch.fill_tokens(history)
+            output = self.steps.step(batch.inputs)
+        else:
+            output = finish()
         if self.pooling is not None:
             assert output.hidden_states is not None
             pooled = self.pooling.take(output.hidden_states, batch.step)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Sequence
 
 from seamwise.runtime.build.kv_groups import Groups
 
@@ -15,7 +14,7 @@ def name_in(name: BlockName, group: int) -> BlockName:
     return name + group.to_bytes(1, "little") if group else name
 
 
-def longest_hit(groups: Groups, block_size: int, names: Sequence[BlockName], found: Mapping[BlockName, Any]) -> int:
+def longest_hit(groups: Groups, block_size: int, names: Sequence[BlockName], found: Container[BlockName]) -> int:
     """Return the most blocks whose tokens need not be computed: behind them every group has what the next one reads."""
     runs = [0] * len(groups)  # blocks found, without a gap, up to here
     best = 0

@@ -6,6 +6,8 @@ free ──────► held ────────────────
   ├────────────┤                              │
   └── fenced ◄─┘ release while a step may still touch it; free or resting when that step is done
 
+A resting block that is copied elsewhere is *leaving* meanwhile: still found by its name, handed out to nobody.
+
 A held block's name is *promised* from when a step that fills it is planned until that step is committed: sequences of
 the same step and of later ones may share it, nobody else sees it. Then it is *published*. A lease holds blocks for
 somebody who is no sequence (a copy in flight, a session that may go on).
@@ -27,7 +29,7 @@ NULL_BLOCK = 0  # padding points here; it is never handed out
 
 @dataclass(slots=True, kw_only=True)
 class BlockPool:
-    """All blocks of the cache; each but the null block is in exactly one of free, resting, fenced, holders.
+    """All blocks of the cache; each but the null block is in exactly one of free, resting, leaving, fenced, holders.
 
     groups    of layers, which all take their blocks from here
     holders   block -> how many sequences and leases hold it
@@ -35,6 +37,8 @@ class BlockPool:
     names     block -> name of its contents, promised or published; by_name is the inverse
     promised  blocks whose names are promised
     leases    lease -> its blocks
+    copying   blocks whose contents are being read; leaving: those of them that nobody holds -> used since copying began
+    kept      blocks that were copied since they were last used: once is enough, wherever the copy is by now
     """
 
     num_blocks: int
@@ -49,6 +53,9 @@ class BlockPool:
     by_name: dict[BlockName, int] = field(init=False, default_factory=dict)
     promised: set[int] = field(init=False, default_factory=set)
     leases: dict[str, list[int]] = field(init=False, default_factory=dict)
+    copying: set[int] = field(init=False, default_factory=set)
+    leaving: dict[int, bool] = field(init=False, default_factory=dict)
+    kept: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         if self.num_blocks < 2:
@@ -62,13 +69,16 @@ class BlockPool:
 
     def check(self) -> None:
         """Assert that every block is in exactly one state and that names are where they may be."""
-        states = [*self.free, *self.resting, *self.holders, *self.fenced]
+        states = [*self.free, *self.resting, *self.leaving, *self.holders, *self.fenced]
         assert sorted(states) == list(range(1, self.num_blocks)), "a block is lost or in two states"
         assert all(count > 0 for count in self.holders.values())
         assert {b: n for n, b in self.by_name.items()} == self.names
         assert not set(self.free) & self.names.keys(), "a free block has a name"
         assert self.promised <= self.names.keys() and not self.promised & self.resting.keys()
         assert self.resting.keys() <= self.names.keys(), "a resting block cannot be found"
+        assert self.leaving.keys() <= self.copying, "a block leaves and is not copied"
+        assert self.kept <= self.names.keys()
+        assert not self.copying & {*self.free, *self.resting, *self.promised}, "a block may be written while it is read"
         assert list(self.fenced.values()) == sorted(self.fenced.values())
         leased = Counter(b for blocks in self.leases.values() for b in blocks)
         assert all(count <= self.holders.get(b, 0) for b, count in leased.items()), "a leased block is not held"
@@ -90,8 +100,9 @@ class BlockPool:
     def hold(self, block: int) -> None:
         """Let one more sequence hold a named block, wherever it is."""
         assert block in self.names, "a block without a name is shared"
-        self.resting.pop(block, None)
-        self.fenced.pop(block, None)
+        for state in (self.resting, self.leaving, self.fenced):
+            state.pop(block, None)
+        self.kept.discard(block)
         self.holders[block] = self.holders.get(block, 0) + 1
 
     def release(self, blocks: Sequence[int], fence: int | None = None) -> None:
@@ -132,11 +143,14 @@ class BlockPool:
         """Return how many blocks of the first group, promised ones included, an admission with these names adopts."""
         return longest_hit(self.groups, self.block_size, names, self.by_name)
 
-    def adopted(self, names: Sequence[BlockName], hits: int) -> dict[tuple[int, int], int]:
-        """Return, by group and index, the blocks found of those that a request behind `hits` blocks holds."""
+    def adopted(self, names: Sequence[BlockName], hits: int, end: int = 0) -> dict[tuple[int, int], int]:
+        """Return, by group and index, the blocks found of those that a request behind `hits` blocks holds.
+
+        end  or behind any number of blocks up to this
+        """
         found = {}
         for g, group in enumerate(self.groups):
-            for index in range(int(group.first_needed(hits * self.block_size)) // self.block_size, hits):
+            for index in range(int(group.first_needed(hits * self.block_size)) // self.block_size, max(hits, end)):
                 block = self.by_name.get(name_in(names[index], g))
                 if block is not None:
                     found[g, index] = block
@@ -165,6 +179,7 @@ class BlockPool:
         self.names.clear()
         self.by_name.clear()
         self.promised.clear()
+        self.kept.clear()
         self.free += self.resting
         self.resting.clear()
 
@@ -178,6 +193,30 @@ class BlockPool:
             self.hold(block)
         self.leases[lease] = list(blocks)
 
+    def take_leased(self, lease: str, kept: Sequence[int], count: int) -> list[int]:
+        """Hold named blocks and hand out `count` more, all under a lease; return these. Their contents are undefined
+        until they are published."""
+        assert lease not in self.leases
+        for block in kept:  # first: taking could evict them
+            self.hold(block)
+        self.leases[lease] = [*kept, *(taken := self.take(count))]
+        return taken
+
+    def copy(self, block: int) -> None:
+        """Let a resting block's contents be read: it is handed out to nobody until copied()."""
+        del self.resting[block]
+        self.copying.add(block)
+        self.leaving[block] = False
+
+    def copied(self, block: int) -> None:
+        """Say that a block's contents were read. What nobody used meanwhile is the next to be handed out."""
+        self.copying.remove(block)
+        if (used := self.leaving.pop(block, None)) is not None:
+            self._settle(block)
+            if not used and block in self.resting:
+                self.resting.move_to_end(block, last=False)
+                self.kept.add(block)
+
     def end_lease(self, lease: str) -> None:
         """Give a lease's blocks back. Raises KeyError for one that does not exist."""
         self.release(self.leases.pop(lease))
@@ -185,11 +224,14 @@ class BlockPool:
     def _settle(self, block: int) -> None:
         if block in self.promised:  # what was to fill it did not
             self._unname(block)
-        if block in self.names:
+        if block in self.copying:
+            self.leaving[block] = True
+        elif block in self.names:
             self.resting[block] = None
         else:
             self.free.append(block)
 
     def _unname(self, block: int) -> None:
         del self.by_name[self.names.pop(block)]
+        self.kept.discard(block)
         self.promised.discard(block)

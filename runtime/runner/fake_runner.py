@@ -7,6 +7,7 @@ what it answers, and reading what was never written fails.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,6 +93,33 @@ class FakeRunner:
             logits=torch.from_numpy(stacked), request_slots=batch.request_slots,
             request_generations=batch.request_generations,
         )  # fmt: skip
+
+    @property
+    def num_weight_updates(self) -> int:
+        """How often the weights were changed."""
+        return self.weights
+
+    def weights_digest(self) -> str:
+        """Return what names the weights."""
+        return f"weights {self.weights}"
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of a block: what it holds, and which weights wrote it."""
+        return 2 * self.cache[0].nbytes
+
+    @property
+    def kv_layout(self) -> str:
+        """What these bytes are."""
+        return f"fake {self.block_size} {self.kv_groups}"
+
+    def read_kv_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        """Return the bytes of blocks, (n, kv_block_bytes) uint8."""
+        return np.concatenate([self.cache[[*blocks]], self.written_by[[*blocks]]], axis=1).view(np.uint8)
+
+    def write_kv_blocks(self, blocks: Sequence[int], data: np.ndarray) -> None:
+        """Write what read_kv_blocks gave."""
+        self.cache[[*blocks]], self.written_by[[*blocks]] = np.split(data.view(np.int64), 2, axis=1)
 
     def check_adapter(self, adapter: Adapter) -> None:
         """Take any adapter: its digest is all that is used of it."""

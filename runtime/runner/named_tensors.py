@@ -29,6 +29,8 @@ def named_tensors(weights: Iterable[Any] | Mapping[str, Any]) -> dict[str, Tenso
             problems.append(f"{name} is {_described(value)}, wanted a tensor or an array of floats")
         elif tensor.is_meta:
             problems.append(f"{name} is on the device meta, which holds no values; load it first")
+        elif tensor.layout is not torch.strided:
+            problems.append(f"{name} is {tensor.layout}, wanted a dense tensor; call to_dense() first")
         else:
             found[name] = tensor
     if problems:

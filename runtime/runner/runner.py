@@ -7,12 +7,15 @@ logits = runner.step(StepInput(...)).logits
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -22,11 +25,12 @@ from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.record.recorder import Recording
+from seamwise.runtime.build.hidden_states import without_head
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.kv_spec import KVCacheSpec
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
-from seamwise.runtime.build.packs import load_program, open_pack, with_recorded
+from seamwise.runtime.build.packs import load_program, open_pack, pack_parts, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
@@ -34,7 +38,9 @@ from seamwise.runtime.distributed.group import smallest
 from seamwise.runtime.weights.adapters import Adapter
 
 from .adapters import AdapterSlots
+from .balance import Balancer
 from .data_ranks import agree, halves
+from .kv_blocks import read_blocks, write_blocks
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
@@ -63,14 +69,21 @@ class ModelRunner:
         self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
+        self.all_idle = True  # no rank had tokens in the last step that ranks took together
         self._recordings = self._new_recordings()
         self.weights = WeightUpdates(executable, options, buffers)
         self.adapters = AdapterSlots(executable)
+        groups = config.raw.get("n_group") or 1
+        self.balancer = None if options.eplb is None else Balancer(executable, options, groups)
         self._num_blocks = 0
         self._shapes = [torch.empty_like(w, device="meta") for w in executable.weights]
         self._asleep: set[str] = set()
         self._saved: SavedWeights | None = None
         self._refusal: str | None = None  # why no step may run
+        # On a GPU nothing else may reach the device while a step is captured.
+        self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if torch.device(options.device).type == "cuda":
+            self._turn = threading.Lock()
 
     def _new_recordings(self) -> Recordings:
         ranks = self.options.tensor_parallel_size > 1
@@ -145,8 +158,11 @@ class ModelRunner:
         """Allocate the KV cache. Raises ValueError for fewer than 2 blocks (block 0 is the null block)."""
         if num_blocks < 2:
             raise ValueError(f"allocate_kv: got num_blocks={num_blocks}, wanted at least 2 (block 0 holds padding)")
-        self._num_blocks = num_blocks
-        self.kv_caches = self.kv_spec.allocate(num_blocks, self.options.device)
+        self.use_kv(self.kv_spec.allocate(num_blocks, self.options.device), num_blocks)
+
+    def use_kv(self, kv_caches: list[list[Tensor]], num_blocks: int) -> None:
+        """Use a KV cache that is there: each layer's tensors, as allocate_kv makes them, of another runner too."""
+        self._num_blocks, self.kv_caches = num_blocks, kv_caches
         self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
         self._recordings.clear()
 
@@ -156,27 +172,31 @@ class ModelRunner:
 
         A step that cudagraph_mode has recorded is replayed; its recording is made when its size is first seen.
         """
-        if self._refusal is not None:
-            raise RuntimeError(f"step: {self._refusal}")
-        if not self.kv_caches:
-            raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
-        batch.check()
-        self._check_served(batch)
+        self._check_ready(batch)
+        if self.options.pipeline_parallel_size > 1:
+            raise RuntimeError("step: this runner is one stage of several (pipeline_parallel_size); call step_stage")
         rows, given = batch.logit_rows.shape[0], batch
         if self.options.data_parallel_size > 1:
             batch, *second = agree(batch, self.options)
+            self.all_idle = not batch.num_tokens
+            if self.balancer is not None and batch.num_tokens:
+                try:
+                    self.balancer.between_steps()
+                finally:
+                    self._refusal = self._why_not()
             if second:
                 return self._in_turns(batch, *second, given=given)
         if self.adapters.in_step:
             of_rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
             batch = replace(batch, token_adapters=of_rows)
-        match self._recordings.kind_of(batch):
-            case Empty():
-                results = self._empty()
-            case Eager():
-                results = self.executable(*self._flat(self._on_device(batch)))
-            case Full() | Piecewise() as key:
-                results = self._recordings.run(key, self.executable, batch, self._flat)
+        with self._turn:
+            match self._recordings.kind_of(batch):
+                case Empty():
+                    results = self._empty()
+                case Eager():
+                    results = self.executable(*self._flat(self._on_device(batch)))
+                case Full() | Piecewise() as key:
+                    results = self._recordings.run(key, self.executable, batch, self._flat)
         logits, hidden = self._parts(results)
         if self.options.data_parallel_size > 1:
             logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
@@ -184,6 +204,19 @@ class ModelRunner:
             logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
             request_generations=batch.request_generations,
         )  # fmt: skip
+
+    @torch.inference_mode()
+    def step_stage(self, batch: StepInput, carried: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Run this stage of a step (pipeline_parallel_size) on what the stage before gave, `program.carried`.
+
+        Returns what the next stage takes; of the last one the logits, and hidden states where it was loaded for them.
+        """
+        self._check_ready(batch)
+        results = self.executable(*self._flat(self._on_device(batch)), *carried)
+        stage, stages = self.options.pipeline.stage
+        if stage + 1 == stages:
+            return tuple(part for part in self._parts(results) if part is not None)
+        return results if isinstance(results, tuple) else (results,)
 
     def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
         """Run a step as two that take turns, op by op."""
@@ -213,15 +246,20 @@ class ModelRunner:
         What the KV cache holds was computed with the old ones. What is joined with others (q with k and v) waits for
         them, and no step runs until they are given. See WeightUpdates.write for what is refused.
         """
+        self._check_in_place("update_weights")
         if "weights" in self._asleep:
             raise RuntimeError("update_weights: the weights are asleep; call wake(['weights']) first")
+        named = named_tensors(weights)
+        if self.options.pooler is not None:
+            named = without_head(named)
         try:
-            self.weights.write(named_tensors(weights).items())
+            self.weights.write(named.items())
         finally:
             self._refusal = self._why_not()
 
     def start_weight_update(self) -> None:
         """Begin an update in any number of update_weights calls: no step runs until finish_weight_update."""
+        self._check_in_place("start_weight_update")
         self.weights.start()
         self._refusal = self._why_not()
 
@@ -229,6 +267,12 @@ class ModelRunner:
         """End an update. Raises RuntimeError that lists what lacks; weight_version is then what it was."""
         self.weights.finish(weight_version)
         self._refusal = self._why_not()
+
+    def _check_in_place(self, what: str) -> None:
+        if self.balancer is not None:
+            raise ValueError(
+                f"{what}: experts move between ranks (enable_eplb), new weights have no place; leave it out"
+            )
 
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise ValueError that lists all in which an adapter does not fit, or where enable_lora was not asked for."""
@@ -248,12 +292,47 @@ class ModelRunner:
         self.adapters.write(slot, adapter)
 
     @property
+    def num_weight_updates(self) -> int:
+        """How often weights were written since the runner was made."""
+        return self.weights.updates
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of a block of the KV cache, of all layers that share it."""
+        return self.kv_spec.bytes_per_block
+
+    @property
+    def kv_layout(self) -> str:
+        """What keys and values depend on besides weights and tokens, and how a block holds them: equal text, equal
+        bytes."""
+        return f"{pack.key_of(pack_parts(self.config, self.options))} {self.kv_spec}"
+
+    def read_kv_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        """Return a copy of the bytes of blocks, (n, kv_block_bytes) uint8, layer after layer.
+
+        Nothing may be written to them meanwhile. May be called beside a step, as write_kv_blocks.
+        """
+        with self._turn:
+            return read_blocks(self._stored_kv, blocks)
+
+    def write_kv_blocks(self, blocks: Sequence[int], data: np.ndarray) -> None:
+        """Write to blocks what read_kv_blocks gave. No step may touch them meanwhile."""
+        with self._turn:
+            write_blocks(self._stored_kv, blocks, data)
+
+    @property
+    def _stored_kv(self) -> list[Tensor]:
+        """The tensors of the KV cache, each once: groups of layers share theirs."""
+        return [*{id(cache): cache for cache in self._caches_flat}.values()]
+
+    @property
     def weight_version(self) -> str:
         """Which weights these are: what finish_weight_update was told, else how often they were updated."""
         return self.weights.version
 
     def weights_digest(self, weights: Iterable[tuple[str, Tensor]] | None = None) -> str:
         """Return a digest of all weights, or of what they would be with these; see WeightUpdates.digest."""
+        self._check_in_place("weights_digest")
         return self.weights.digest(weights)
 
     @property
@@ -269,6 +348,8 @@ class ModelRunner:
         """
         if level not in (1, 2):
             raise ValueError(f"sleep: level={level!r}; wanted 1 (weights come back) or 2 (weights are given anew)")
+        if level == 2:
+            self._check_in_place("sleep(2)")
         if "weights" not in self._asleep:
             if level == 1:
                 self._saved = SavedWeights(self.executable.weights, self.options.pack_dir)
@@ -314,6 +395,8 @@ class ModelRunner:
         return frozenset(self._asleep)
 
     def _why_not(self) -> str | None:
+        if self.balancer is not None and self.balancer.failure:
+            return self.balancer.failure
         if self._asleep:
             return f"{' and '.join(t for t in TAGS if t in self._asleep)} asleep; call wake first"
         return self.weights.problem()
@@ -331,8 +414,13 @@ class ModelRunner:
         """How steps ran until now, and what is recorded."""
         return self._recordings.stats
 
-    def _check_served(self, batch: StepInput) -> None:
-        """Raise ValueError for what a step may ask for and this model does not have."""
+    def _check_ready(self, batch: StepInput) -> None:
+        """Raise RuntimeError where no step may run; ValueError for what it may ask for and this model does not have."""
+        if self._refusal is not None:
+            raise RuntimeError(f"step: {self._refusal}")
+        if not self.kv_caches:
+            raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
+        batch.check()
         check_plain(batch, max(1, len(self.kv_spec.groups)), self.adapters.max_loras)
         if batch.hidden_states and not (self.options.return_hidden_states or self.options.pooler):
             raise ValueError("the step asks for hidden states; load the runner with return_hidden_states=True")

@@ -32,6 +32,7 @@ class WeightUpdates:
     waiting   parameters given whose partners are not given yet: name -> a copy
     session   whether an update was started that is not finished: no step runs meanwhile
     version   of the weights: what finish was told, else the number of updates until now
+    updates   how often weights were written
     """
 
     def __init__(self, executable: Executable, options: RunnerConfig, buffers: Mapping[str, Tensor]) -> None:
@@ -44,7 +45,7 @@ class WeightUpdates:
         self.waiting: dict[str, StoredTensor] = {}
         self.session = False
         self.version = "0"
-        self._updates = 0
+        self.updates = 0
 
     def start(self) -> None:
         """Begin an update of any number of calls. Raises RuntimeError where one was begun."""
@@ -59,7 +60,7 @@ class WeightUpdates:
         if problem := self._incomplete():
             raise RuntimeError(f"finish_weight_update: {problem}")
         self.session = False
-        self.version = str(self._updates) if version is None else str(version)
+        self.version = str(self.updates) if version is None else str(version)
 
     def problem(self) -> str | None:
         """Return why no step may run on these weights, naming what is to be given; None where they are whole."""
@@ -118,9 +119,9 @@ class WeightUpdates:
         for name in ready:
             places[name].copy_(evaluate(program.recipes[name], *readers))
             self.lost.discard(name)
-        self._updates += 1
+        self.updates += 1
         if not self.session:
-            self.version = str(self._updates)
+            self.version = str(self.updates)
 
     @torch.inference_mode()
     def restore_computed(self) -> None:

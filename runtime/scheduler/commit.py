@@ -71,7 +71,7 @@ def commit(scheduler: Scheduler, plan: Plan) -> Step | None:
     for i in (missing > 0).nonzero()[0].tolist():
         running = slots.sequences[rows[i]]
         assert running is not None
-        slots.extend(running, _take(pool, int(missing[i])))
+        slots.extend(running, take_blocks(pool, int(missing[i])))
     fills: list[tuple[int, BlockName]] = []
     for i in (counts > 1).nonzero()[0].tolist():
         _promise(scheduler, slots.sequences[rows[i]], int(slots.scheduled[rows[i]] + counts[i]), fills)
@@ -126,7 +126,7 @@ def _start(
         scheduler.counters[s.tenant] += scheduler.policy.cost(np.array([len(s.prompt)]), np.zeros(1))[0]
     missing = -(-(computed + count) // pool.block_size) - hits
     if missing > 0:
-        scheduler.slots.extend(s, _take(pool, missing))
+        scheduler.slots.extend(s, take_blocks(pool, missing))
     _promise(scheduler, s, computed + count, fills)
 
 
@@ -153,7 +153,7 @@ def _named(s: Sequence, names: list[BlockName], start: int) -> Iterator[tuple[in
             yield blocks[index], name_in(names[index], g)
 
 
-def _take(pool: BlockPool, count: int) -> list[list[int]]:
+def take_blocks(pool: BlockPool, count: int) -> list[list[int]]:
     """Take as many blocks for each group."""
     taken = pool.take(count * len(pool.groups))
     return [taken[g * count : (g + 1) * count] for g in range(len(pool.groups))]

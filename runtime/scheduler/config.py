@@ -21,6 +21,8 @@ class SchedulerConfig:
     max_num_queued_reqs, max_num_queued_tokens  sequences and prompt tokens that may wait; None: any number
     scheduling_policy             name of a policy: scheduler/policies
     async_scheduling              plan a step while the one before it runs
+    pipeline_parallel_size        stages that a step goes through: as many are under way, each with its part of those
+                                  that run; who waits for a token of an earlier one is in none
     """
 
     max_num_batched_tokens: int = 2048
@@ -32,6 +34,7 @@ class SchedulerConfig:
     max_num_queued_tokens: int | None = None
     scheduling_policy: str = "fcfs"
     async_scheduling: bool = True
+    pipeline_parallel_size: int = 1
 
     @property
     def longest_chunk(self) -> int:

@@ -67,6 +67,10 @@ def _serve(
     run, size = view.progress, view.block_size
     wanted = np.minimum(run.pending, run.max_chunk)
     wanted = np.minimum(wanted, limits.long_prefill_token_threshold or NO_LIMIT)
+    if (stages := limits.pipeline_parallel_size) > 1:
+        wanted[run.flying & (run.pending <= 1)] = 0  # their last token is not known yet
+        ready = order[wanted[order] > 0]
+        wanted[ready[-(-len(order) // stages) :]] = 0
     available, coming = view.available, view.coming
     preempted: list[int] = []
     victims: list[int] | None = None
@@ -124,7 +128,7 @@ def _admit(
         if needed + (spare if running or started else 0) > available:
             return tuple(started), "blocks"
         started.append(Admission(arrival=candidate.arrival, hits=hits, count=count))
-        promised.update(candidate.names[: (hits * size + count) // size])
+        promised.update(candidate.names[hits : (hits * size + count) // size])  # of earlier ones its windows need few
         available -= needed
         budget, seats = budget - count, seats - 1
     return tuple(started), None

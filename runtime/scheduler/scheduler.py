@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from seamwise.runtime.build.kv_groups import blocks_of, most_tokens
+from seamwise.runtime.kv.offload import REASON, Offload
 from seamwise.runtime.kv.pool import BlockPool
 
 from .commit import Step, commit, release, requeue
 from .config import QueueFullError, SchedulerConfig
+from .loads import begin_loads, count_hits, settle_loads
 from .plan import plan
 from .policies import Policy, find_policy
 from .queue import Queue
@@ -27,6 +29,7 @@ class Scheduler:
     """Sequences in, steps out.
 
     longest   the most tokens that a sequence may have computed: as the caller says, and as the cache holds
+    offload   tiers behind the cache, where there are any
     flying    steps that were planned and are not committed, the earliest first
     clock     tokens scheduled until now; counters: what each tenant was charged
     refusal   why the next waiting sequence does not start, as of the last plan
@@ -36,9 +39,10 @@ class Scheduler:
 
     def __init__(
         self, *, config: SchedulerConfig, pool: BlockPool, longest: int, policy: Policy | None = None,
-        recorder: Recorder | None = None,
+        recorder: Recorder | None = None, offload: Offload | None = None,
     ) -> None:  # fmt: skip
         self.config = config
+        self.offload = offload
         self.pool = pool
         self.policy = policy or find_policy(config.scheduling_policy)
         self.recorder = recorder
@@ -180,15 +184,23 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Plan the next step and commit the plan; None when nothing can be computed now."""
+        if self.offload is not None:
+            settle_loads(self)
+            self.offload.store_ahead(self.pool)
         view = take_view(self)
+        while self.offload is not None and begin_loads(self, view.candidates):
+            view = take_view(self)
         decided = plan(view, self.config, self.policy)
+        if self.offload is not None:
+            count_hits(self, decided.admissions)
         if self.recorder is not None:
             self.recorder(view, decided)
         self.refusal = decided.refusal
         step = commit(self, decided)
         self.stalled = step is None and not self.flying and not decided.preemptions
         stuck = step is None and not self.flying and view.candidates and not self.running
-        assert not stuck or self.pool.leases, f"nothing runs, and nothing can start for want of {self.refusal}"
+        theirs = self.pool.leases or self.pool.leaving  # what is held by others than sequences
+        assert not stuck or theirs, f"nothing runs, and nothing can start for want of {self.refusal}"
         return step
 
     def preempt(self, sequences: Iterable[Sequence]) -> None:
@@ -202,6 +214,8 @@ class Scheduler:
         Their tokens are all that must survive an exception in the middle of a change. Leases keep their blocks.
         """
         old = self.pool
+        for lease in () if self.offload is None else self.offload.forget(old):
+            del old.leases[lease]
         self.pool = BlockPool(
             num_blocks=old.num_blocks, block_size=old.block_size, caching=old.caching, groups=old.groups
         )
@@ -218,4 +232,5 @@ class Scheduler:
         for s in sequences:
             s.slot = s.place = -1
             s.let_go()
+            s.blocked = None if s.blocked == REASON else s.blocked
             self._wait(s)

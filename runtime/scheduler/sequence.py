@@ -31,6 +31,7 @@ class Sequence:
     blocks      cache blocks it holds, in order, of each group of layers; 0 where what they held is needed no more.
                 The first num_promised have been promised, the first num_published published
     num_cached  tokens found in the cache when it first started
+    num_loaded  tokens that tiers behind the cache gave it before it started; asks_tiers: they may be asked
     publishes   False: its keys and values are of weights that are no more, so nobody else may find them
     done        no step will be planned for it again
     """
@@ -56,6 +57,8 @@ class Sequence:
     num_promised: int = 0
     num_published: int = 0
     num_cached: int | None = None
+    num_loaded: int = 0
+    asks_tiers: bool = True
     num_preemptions: int = 0
     charged: bool = False
     publishes: bool = True
@@ -100,5 +103,5 @@ class Sequence:
         """Start over: return the blocks that were held, the first tokens' first."""
         held, self.blocks = self.held_blocks, []
         self.num_promised = self.num_published = 0
-        self.publishes = True
+        self.num_loaded, self.asks_tiers, self.publishes = 0, True, True
         return held

@@ -29,7 +29,10 @@ def take_view(scheduler: Scheduler) -> View:
     missing = np.maximum(-(-(scheduled + wanted) // pool.block_size) - held, 0)
     if missing.sum() * len(pool.groups) > pool.num_available:
         running = [slots.sequences[slot] for slot in active.tolist()]
-        own[:] = [sum(pool.holders[b] == 1 for b in s.held_blocks) for s in running if s is not None]
+        freed = [
+            [pool.holders[b] == 1 and b not in pool.copying for b in s.held_blocks] for s in running if s is not None
+        ]
+        own[:] = [sum(blocks) for blocks in freed]
     progress = Progress(
         slot=frozen(active), pending=frozen(pending), scheduled=frozen(scheduled),
         computed=frozen(slots.computed[active]), held=frozen(held), own=frozen(own), max_chunk=frozen(max_chunk),
@@ -46,8 +49,8 @@ def take_view(scheduler: Scheduler) -> View:
     view = View(
         step=scheduler.num_steps, clock=scheduler.clock, counters=frozen(scheduler.counters),
         block_size=pool.block_size, groups=pool.groups, num_blocks=pool.num_blocks,
-        available=pool.num_available, coming=len(pool.fenced), running=slots.rows(active), progress=progress,
-        waiting=waiting, candidates=(),
+        available=pool.num_available, coming=len(pool.fenced) + len(pool.leaving), running=slots.rows(active),
+        progress=progress, waiting=waiting, candidates=(),
     )  # fmt: skip
     if may_start <= 0:
         return view
@@ -71,13 +74,13 @@ def _candidates(scheduler: Scheduler, sequences: list[Sequence], budget: int) ->
             break
         names = s.names_of_full_blocks(s.num_known - 1, pool.block_size) if pool.caching and s.reads_cache else []
         adopts = hits = pool.hit_length(names)
+        while hits < len(names) and names[hits] in promised:
+            hits += 1
         resting = [0] * len(pool.groups)
-        for (group, _), block in pool.adopted(names, hits).items():
+        for (group, _), block in pool.adopted(names, adopts, hits).items():  # behind a gap that another fills, too
             if block in pool.resting and block not in counted:
                 resting[group] += 1
                 counted.add(block)
-        while hits < len(names) and names[hits] in promised:
-            hits += 1
         promised.update(names)
         budget -= min(s.num_known - hits * pool.block_size, s.max_chunk)
         candidate = Candidate(

@@ -24,8 +24,8 @@ from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 
-from .process.client import EngineClient
-from .process.messages import Add, Delta, Ready
+from .process.engines import Engines
+from .process.messages import Add, Delta, Ready, TokenLogprob
 from .process.streams import EngineError, RequestFailed, Stream
 from .prompts import Prompts
 
@@ -39,17 +39,19 @@ class AsyncLLM:
     step_timeout_s   longest step; a longer one is a hang: its requests get an error, and the engine starts again
     start_timeout_s  longest stage of start-up
     engine_factory   "module:function" that makes the LLM in its process; for engines other than LLM
+    data_parallel_size  engines, each a process with all of the model and requests of its own
 
     Errors: ValueError for what the caller asked, EngineError (a RuntimeError) for an engine that cannot answer.
     """
 
     def __init__(
         self, model: str | Path, *, step_timeout_s: float = 60.0, start_timeout_s: float = 3600.0,
-        engine_factory: str = OWN_FACTORY, **options: Any,
+        engine_factory: str = OWN_FACTORY, data_parallel_size: int = 1, **options: Any,
     ) -> None:  # fmt: skip
-        plain = {name: _plain(name, value) for name, value in options.items()}
-        sent = {"model": str(model), "engine_factory": engine_factory, **plain}
-        self.engine = EngineClient(sent, step_timeout_s=step_timeout_s, start_timeout_s=start_timeout_s)
+        sent = {"model": str(model), "engine_factory": engine_factory, **plain(options)}
+        self.engine = Engines(
+            sent, data_parallel_size, step_timeout_s=step_timeout_s, start_timeout_s=start_timeout_s
+        )  # fmt: skip
         self._prompts: Prompts | None = None
         self._ids = itertools.count()
 
@@ -60,8 +62,8 @@ class AsyncLLM:
 
     @property
     def world_size(self) -> int:
-        """Ranks that hold the model."""
-        return self.engine.info.world_size if self.engine.info else 1
+        """Ranks that hold the model, or a part of it."""
+        return self.engine.world_size
 
     @property
     def is_running(self) -> bool:
@@ -122,7 +124,7 @@ class AsyncLLM:
         try:
             while deltas := await stream.take():
                 for delta in deltas:
-                    _grow(output, delta)
+                    grow(output, delta)
                 yield output
         finally:
             self.engine.drop(stream)
@@ -231,6 +233,10 @@ class AsyncLLM:
         """Raise EngineError when the engine does not take requests."""
         self.engine.check()
 
+    async def scale_elastic_ep(self, new_data_parallel_size: int, drain_timeout: float = 300) -> None:
+        """Serve with another number of engines from now on; no request fails for it. Raises as Engines.scale does."""
+        await self.engine.scale(new_data_parallel_size, drain_timeout)
+
     async def shutdown(self) -> None:
         """End the engine process; unfinished requests get an error."""
         await self.engine.stop()
@@ -253,6 +259,11 @@ def params_sent(params: SamplingParams) -> dict[str, Any]:
     return given
 
 
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as plain data. Raises ValueError for one that is none."""
+    return {name: _plain(name, value) for name, value in options.items()}
+
+
 def _plain(name: str, value: Any) -> Any:
     if type(value).__module__ == "torch":  # a dtype or device
         return str(value).removeprefix("torch.")
@@ -267,7 +278,8 @@ def _plain(name: str, value: Any) -> Any:
     raise ValueError(f"{name}={value!r}: another process cannot be given it; wanted plain data")
 
 
-def _grow(output: RequestOutput, delta: Delta) -> None:
+def grow(output: RequestOutput, delta: Delta) -> None:
+    """Add to an output what it got."""
     completion = output.outputs[delta.index]
     completion.text += delta.text
     completion.token_ids += delta.token_ids
@@ -275,10 +287,16 @@ def _grow(output: RequestOutput, delta: Delta) -> None:
     if delta.logprobs is not None:
         completion.logprobs = completion.logprobs or []
         for row in delta.logprobs:
-            completion.logprobs.append({one.token_id: Logprob(one.logprob, one.rank, one.text) for one in row})
+            completion.logprobs.append(_row(row))
             completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + row[0].logprob
+    if delta.prompt_logprobs is not None:
+        output.prompt_logprobs = [None if row is None else _row(row) for row in delta.prompt_logprobs]
     metrics, now = output.metrics, time.perf_counter()
     metrics.num_cached_tokens, metrics.num_preemptions = delta.num_cached_tokens, delta.num_preemptions
     metrics.first_token_time = metrics.first_token_time or now
     if delta.request_finished:
         output.finished, metrics.finished_time = True, now
+
+
+def _row(row: list[TokenLogprob]) -> dict[int, Logprob]:
+    return {one.token_id: Logprob(one.logprob, one.rank, one.text) for one in row}

@@ -15,16 +15,19 @@ from typing import Any
 import torch
 
 from seamwise import caches
+from seamwise.extras import pip_install
 from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options, entry_of
+from seamwise.runtime.distributed.group import meet
 from seamwise.runtime.engine.adapters import Adapters
 from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
-from seamwise.runtime.engine.executor import InProcess, starts_ranks
+from seamwise.runtime.engine.executor import InProcess, starts_engines, starts_ranks
 from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
+from seamwise.runtime.kv.offload_options import make_offload
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -34,6 +37,7 @@ from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
 from seamwise.runtime.speculation.config import SpeculativeConfig
 from seamwise.runtime.speculation.drafter import find_drafter
+from seamwise.runtime.speculation.model_drafter import ModelDrafter
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
@@ -68,11 +72,21 @@ class LLM(ModelControl, Pools):
     kv_cache_memory_bytes  memory for the KV cache; default: what max_num_seqs requests of max_model_len need, at most
                    what is left of gpu_memory_utilization (0.9) of a GPU's memory, 1/4 of the machine's on a CPU
     num_gpu_blocks_override  blocks of the KV cache, instead
+    kv_offloading_size  GiB of the machine's memory for blocks that the KV cache evicts, to be loaded instead of
+                   computed again; kv_offloading_backend: "native"
+    kv_offloading_folder, kv_offloading_folder_size  a folder, and GiB of it, for blocks that are evicted from there,
+                   and for all of them at shutdown(): a later start with the same model finds them
+    kv_offloading_min_tokens  fewer tokens than this are computed rather than loaded (32)
     enable_sleep_mode  False: sleep() is refused
     enable_lora    requests may have adapters (lora_request): max_loras in a step, max_cpu_loras in memory, PEFT's files
     speculative_config  guess tokens that a step of the model then confirms, by vLLM's names, as {"method": "ngram",
-                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}: outputs are the same, and come faster where
-                   guesses stand; see runtime/speculation/config.py
+                   "num_speculative_tokens": 4, "prompt_lookup_max": 5}, {"model": "a smaller one"} or {"method":
+                   "first_layers", "num_layers": 6}: outputs are the same, and come faster where guesses stand; see
+                   runtime/speculation/config.py
+    data_parallel_size  engines, each a process with requests of its own (`seamwise[serve]`) and all of the model, or
+                   with enable_expert_parallel its share of the experts; torchrun's processes are that many already
+    data_parallel_rank, data_parallel_address, data_parallel_timeout_s  which of them this process is, the file where
+                   those that share out experts meet, how long they wait for each other: given by what starts them
     worker_extension_cls  class whose methods collective_rpc calls on every worker, or its "package.module.Class"
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
@@ -93,14 +107,39 @@ class LLM(ModelControl, Pools):
         num_gpu_blocks_override: int | None = None, scheduling_policy: str = "fcfs", async_scheduling: bool = True,
         long_prefill_token_threshold: int = 0, scheduler_reserve_full_isl: bool = True, watermark: float = 0.0,
         logprobs_mode: str = "raw_logprobs", generation_config: str = "auto", skip_tokenizer_init: bool = False,
+        kv_offloading_size: float | None = None, kv_offloading_backend: str | None = None,
+        kv_offloading_folder: str | Path | None = None, kv_offloading_folder_size: float | None = None,
+        kv_offloading_min_tokens: int | None = None,
         enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
-        cache_dir: str | Path | None = None, **options: Any,
+        cache_dir: str | Path | None = None, data_parallel_size: int = 1, data_parallel_rank: int | None = None,
+        data_parallel_address: str | None = None, data_parallel_timeout_s: float = 300.0, **options: Any,
     ) -> None:  # fmt: skip
+        given = {
+            name: value for name, value in {**locals(), **options}.items() if name not in ("self", "model", "options")
+        }
+        ranks = starts_engines(data_parallel_size, data_parallel_rank, options.get("enable_expert_parallel", False))
+        self.takes_steps_together = ranks == "joined"
+        if ranks == "joined":
+            options["data_parallel_size"] = data_parallel_size
+            if data_parallel_rank is not None:
+                if data_parallel_address is None:
+                    raise ValueError(
+                        f"data_parallel_rank={data_parallel_rank} needs data_parallel_address, where it meets"
+                    )
+                meet(data_parallel_address, data_parallel_rank, data_parallel_size, device, data_parallel_timeout_s)
         _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
-        processes = starts_ranks(distributed_executor_backend, options.get("tensor_parallel_size", 1))
+        stages = options.get("pipeline_parallel_size", 1)
+        processes = starts_ranks(
+            distributed_executor_backend, stages if stages != 1 else options.get("tensor_parallel_size", 1)
+        )  # fmt: skip
+        if stages != 1 and not processes:
+            raise ValueError(
+                f"pipeline_parallel_size={stages}: stages are processes that this one starts; leave out"
+                f" distributed_executor_backend={distributed_executor_backend!r}, and torchrun"
+            )
         if trust_remote_code:
             check_options(["trust_remote_code"])
         if model_impl != "auto":
@@ -112,7 +151,7 @@ class LLM(ModelControl, Pools):
             max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, watermark=watermark,
             scheduling_policy=scheduling_policy, async_scheduling=async_scheduling,
             long_prefill_token_threshold=long_prefill_token_threshold,
-            scheduler_reserve_full_isl=scheduler_reserve_full_isl,
+            scheduler_reserve_full_isl=scheduler_reserve_full_isl, pipeline_parallel_size=stages,
         )  # fmt: skip
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
@@ -127,14 +166,22 @@ class LLM(ModelControl, Pools):
         if skip_tokenizer_init and tokenizer is not None:
             raise ValueError(f"skip_tokenizer_init and tokenizer={str(tokenizer)!r} contradict; leave one out")
         self.tokenizer = Tokenizer(home) if not skip_tokenizer_init and has_tokenizer(home) else None
+        self._policy, self.enable_sleep_mode = scheduling_policy, enable_sleep_mode
+        self._ids = itertools.count()
+        if ranks == "start":
+            changed = {n: v for n, v in given.items() if n not in _DEFAULTS or v != _DEFAULTS[n].default}
+            self.engine = self.executor = _engines(model, changed, self.tokenizer is not None)
+            return
         options |= {"dtype": dtype, "device": device, "seed": seed}
         options["max_model_len"] = None if max_model_len == "auto" else max_model_len
         runner: Any  # after the tokenizer: what reading that frees is used again
         if processes:
             from seamwise.runtime.engine.executor_processes import RankProcesses
 
-            ranks = options.pop("tensor_parallel_size")
-            runner = self.executor = RankProcesses(directory, ranks, options, extension=worker_extension_cls)
+            ranks = options.pop("pipeline_parallel_size" if stages != 1 else "tensor_parallel_size")
+            runner = self.executor = RankProcesses(
+                directory, ranks, options, extension=worker_extension_cls, stages=stages != 1
+            )  # fmt: skip
         else:
             runner = ModelRunner.load(directory, **options)
             self.executor = InProcess(runner, str(model), worker_extension_cls)
@@ -144,11 +191,22 @@ class LLM(ModelControl, Pools):
             warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
         if num_gpu_blocks_override is not None:
             kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
+        drafter = None
+        if speculation is not None:
+            drafter = find_drafter(speculation, runner, self.tokenizer, max_num_batched_tokens)
+        planned = {
+            "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
+            "fit_model_len": max_model_len == "auto",
+        }  # fmt: skip
         plan = runner.plan(
             kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-            fit_model_len=max_model_len == "auto",
+            **planned,
         )  # fmt: skip
+        self.drafter = drafter if isinstance(drafter, ModelDrafter) else None
+        if self.drafter is not None and self.drafter.bytes_per_block and num_gpu_blocks_override is None:
+            # both caches in what one was to have
+            ours, theirs = runner.kv_spec.bytes_per_block, self.drafter.bytes_per_block
+            plan = runner.plan(kv_cache_memory_bytes=plan.kv_bytes * ours // (ours + theirs), **planned)
         blocks, length = plan.num_blocks, plan.max_model_len
         if runner.options.tensor_parallel_size > 1 and not processes:
             from seamwise.runtime.distributed.group import smallest
@@ -157,22 +215,35 @@ class LLM(ModelControl, Pools):
         if length < runner.options.max_model_len:
             runner.limit_model_len(length)
         runner.allocate_kv(blocks)
-        self.enable_sleep_mode = enable_sleep_mode
         adapters, drafting = None, None
         if options.get("enable_lora"):
             adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
         elif max_cpu_loras is not None:
             raise ValueError("max_cpu_loras needs enable_lora=True")
+        if self.drafter is not None:
+            self.drafter.allocate(blocks)
         if speculation is not None:
-            drafter = find_drafter(speculation, runner)
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
+        offload = make_offload(
+            runner, ahead=2 * -(-max_num_batched_tokens // runner.block_size) * len(runner.kv_groups),
+            num_ranks=runner.options.num_ranks, enable_prefix_caching=enable_prefix_caching,
+            kv_offloading_size=kv_offloading_size, kv_offloading_backend=kv_offloading_backend,
+            kv_offloading_folder=kv_offloading_folder, kv_offloading_folder_size=kv_offloading_folder_size,
+            kv_offloading_min_tokens=kv_offloading_min_tokens,
+        )  # fmt: skip
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
             logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters, pooler=runner.options.pooler,
+            offload=offload,
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))
-        self._ids = itertools.count()
+
+    def scale_elastic_ep(self, new_data_parallel_size: int) -> None:
+        """Serve with another number of engines. Raises ValueError where data_parallel_size was not given."""
+        if not hasattr(self.engine, "scale"):
+            raise ValueError("scale_elastic_ep: there is one engine, in this process; give LLM data_parallel_size")
+        self.engine.scale(new_data_parallel_size)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the options of a request that brings none: the model's recommended ones, see generation_config."""
@@ -181,6 +252,14 @@ class LLM(ModelControl, Pools):
     def reset_prefix_cache(self) -> None:
         """Forget what the KV cache holds. Raises RuntimeError while requests run."""
         self.engine.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """End the threads and processes of this model, which answers nothing afterwards.
+
+        What the KV cache holds is written to kv_offloading_folder, where there is one.
+        """
+        self.engine.close()
+        self.executor.shutdown()
 
     def get_tokenizer(self) -> Any:
         """Return the transformers tokenizer of the model."""
@@ -212,7 +291,7 @@ class LLM(ModelControl, Pools):
             priority = [0] * len(requests)
         elif len(priority) != len(requests):
             raise ValueError(f"got {len(priority)} priorities for {len(requests)} prompts; wanted one for each")
-        elif self.engine.scheduler.policy.name != "priority":
+        elif self._policy != "priority":
             raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
         if lora_request is None or isinstance(lora_request, LoRARequest):
             lora_request = [lora_request] * len(many)
@@ -300,6 +379,18 @@ class LLM(ModelControl, Pools):
                 self.engine.abort_request(request_id)
             raise
         return [done[request_id] for request_id in ids]
+
+
+_DEFAULTS = inspect.signature(LLM).parameters
+
+
+def _engines(model: str | Path, options: dict[str, Any], has_tokenizer: bool) -> Any:
+    try:
+        from .data_parallel import DataParallel
+    except ImportError as error:
+        what = f"data_parallel_size={options['data_parallel_size']} needs pyzmq and msgspec"
+        raise ValueError(f"{what}: {pip_install('serve')}") from error
+    return DataParallel(model, options, has_tokenizer)
 
 
 def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:

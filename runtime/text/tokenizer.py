@@ -88,6 +88,11 @@ class Tokenizer:
             return frozenset(self.full.all_special_ids)
         return frozenset(i for i, token in self._light.get_added_tokens_decoder().items() if token.special)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, added ones too."""
+        return dict(self._light.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return ids, with the special tokens the tokenizer adds by itself where they are wanted."""
         if self._light is None:

@@ -12,6 +12,8 @@ https://github.com/NVIDIA/TensorRT-Model-Optimizer (NVFP4), https://github.com/v
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -45,12 +47,25 @@ class Published:
     symmetric: bool = False
     zeros_less_one: bool = False
 
-    def read(self, found: Tensors, parameters: Container[str]) -> dict[str, StoredTensor]:
+    def read(self, found: Tensors, parameters: Container[str], dtype: torch.dtype) -> dict[str, StoredTensor]:
         """Return a checkpoint's tensors by the names of the layouts that are read. Raises ValueError naming a layer.
 
         parameters  of the model: GPTQ's files have biases of zeros for layers without
+        dtype       of the model: a warning says what weights take that are dequantized
         """
         tensors = _READERS[self.method](self, found)
+        if self.plain:
+            made = {n: t for n, t in tensors.items() if t is not found.get(n)}
+            stored = [t for n, t in found.items() if n in made or n not in tensors]
+            held, taken = (
+                sum(math.prod(t.shape) * (of or t.dtype or torch.uint8).itemsize for t in several) / 1e9
+                for several, of in ((stored, None), (made.values(), dtype))
+            )
+            warnings.warn(
+                f"{self.method}: no kernel reads this form; {len(made)} weights are dequantized at load and take"
+                f" {taken:.3g} GB in {dtype}, {held:.3g} GB in the files",
+                stacklevel=2,
+            )
         for name in [n.removesuffix(".qweight") + ".bias" for n in found if n.endswith(".qweight")]:
             if name in tensors and name not in parameters and not tensors[name].load().any():
                 del tensors[name]

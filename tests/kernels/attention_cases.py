@@ -18,7 +18,7 @@ flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
 requests = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), min_size=1, max_size=4)
 features = st.fixed_dictionaries(
     {
-        "window": st.sampled_from([0, 0, 1, 9, 70]),
+        "window": st.sampled_from([0, 0, 1, 9, 70, -1, -6, -40]),
         "softcap": st.sampled_from([0.0, 2.0]),
         "sinks": st.booleans(),
         "alibi": st.booleans(),
@@ -28,6 +28,13 @@ features = st.fixed_dictionaries(
 heads = st.fixed_dictionaries(
     {"kv_heads": st.integers(1, 2), "group": st.sampled_from([1, 3, 4]), "width": st.sampled_from([16, 24, 64])}
 )
+
+
+def sees(query: Any, key: Any, window: int) -> Any:
+    """Return whether the query at a position sees a key: of the last `window`, or of its chunk of -window."""
+    if window < 0:
+        return (key <= query) & (key // -window == query // -window)
+    return (key <= query) & (key > query - window) if window else key <= query
 
 
 def batch(
@@ -48,7 +55,7 @@ def batch(
     table = torch.zeros(len(requests), max(1, *owned), dtype=torch.int32)
     caches = torch.full((2, sum(owned) + 1, kv_heads, block, width), torch.nan)
     for r, blocks in enumerate(order.split(owned)):
-        first = max(0, requests[r][0] - window + 1) if window else 0
+        first = next(i for i in range(requests[r][0] + 1) if sees(requests[r][0], i, window))
         table[r, first // block : owned[r]] = blocks[first // block :]
         values = torch.randn(lengths[r], 2, kv_heads, width, generator=generator)
         for position in range(first, lengths[r]):
@@ -99,7 +106,7 @@ def by_flex(args: tuple[Any, ...]) -> Tensor:
             score = softcap * torch.tanh(score / softcap) if softcap else score
             away = j - i - context
             score = score if slopes_H is None else score + slopes_H.double()[h] * away
-            seen = (away <= 0) & (away > -window) if window else away <= 0
+            seen = sees(i + context, j, window)
             return torch.where(seen, score, -torch.inf)
 
         keys, values = keys_values(args, r)
@@ -116,8 +123,7 @@ def by_transformers(module: Any, args: tuple[Any, ...], **options: Any) -> Tenso
     """Return the first request's attention by the eager_attention_forward of a transformers' model's module."""
     q, _, _, _, lengths, starts, scale, window, _, sinks_H, *_ = args
     count, length = int(starts[1]), int(lengths[0])
-    away = torch.arange(length) - torch.arange(length - count, length)[:, None]
-    seen = (away <= 0) & (away > -window) if window else away <= 0
+    seen = sees(torch.arange(length - count, length)[:, None], torch.arange(length), window)
     mask = torch.zeros(1, 1, count, length, dtype=torch.float64).masked_fill(~seen, -torch.inf)
     keys, values = keys_values(args, 0)
     groups = SimpleNamespace(num_key_value_groups=q.shape[1] // len(keys), training=False, sinks=sinks_H)

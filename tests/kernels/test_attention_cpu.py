@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import sees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -97,7 +98,7 @@ def make_step(
     v_cache = k_cache.clone()
     for r, (length, ids) in enumerate(zip(lengths, order.split(blocks), strict=True)):
         table[r, : len(ids)] = ids
-        unseen = max(0, length - requests[r][1] - window + 1) if window else 0
+        unseen = next(i for i in range(requests[r][0] + 1) if sees(requests[r][0], i, window))
         table[r, : unseen // block_size] = -1
         position = torch.arange(unseen, length)
         for cache in (k_cache, v_cache):
@@ -155,7 +156,7 @@ steps = st.builds(
     dtype=st.sampled_from(DTYPES),
     size=st.sampled_from([0.1, 1.0]),
     seed=st.integers(0, 2**31),
-    window=st.sampled_from([0, 0, 1, 20, 64, 130]),
+    window=st.sampled_from([0, 0, 1, 20, 64, 130, -1, -30, -128]),
     softcap=st.sampled_from([0.0, 0.0, 1.5, 50.0]),
     sinks=st.sampled_from([None, torch.float32, torch.bfloat16]),
     float8=st.sampled_from(["", "", "tensor", "head"]),
@@ -376,7 +377,7 @@ def test_what_it_cannot_serve_goes_to_the_meaning_with_a_reason() -> None:
     with pytest.raises(ValueError, match="the caches of that dtype or float8_e4m3fn"):
         replace(mixed, v_cache=mixed.v_cache.bfloat16()).run()
     for step, reason in (
-        (make_step([(5, 2)], window=-1), "wanted window, softcap >= 0"),
+        (make_step([(5, 2)], softcap=-1.0), "wanted softcap >= 0"),
         (make_step([(5, 2)], sinks=torch.float64), "sinks must be float32 or bfloat16"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -12,7 +12,7 @@ from wrong import of_tensors, other_shapes, strided_calls
 
 import seamwise.kernels as k
 from seamwise.kernels.contract import CONTRACTS, contract
-from seamwise.kernels.signature import Parameter, WrongArguments
+from seamwise.kernels.signature import Parameter, Signature, WrongArguments
 
 NAMES = sorted(CONTRACTS)
 
@@ -140,3 +140,23 @@ def test_a_declaration_of_no_argument_is_refused() -> None:
 
     with pytest.raises(ValueError, match="nothing_at_all has no tensor 'y'; it has: x_TD"):
         contract(args={"y": "T D"})(nothing_at_all)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_seen_before_are_not_checked_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists among them too; but other numbers in a list are other arguments."""
+    record = CONTRACTS[name]
+    args = record.make_inputs(record.examples[0], dtype=torch.float32, device="cpu")
+    first = record.signature.judge(*args)
+    checked: list[Any] = []
+    monkeypatch.setattr(Signature, "check", lambda *given: checked.append(given))
+    assert record.signature.judge(*args) == first and not checked
+
+
+def test_other_numbers_in_a_list_are_other_arguments() -> None:
+    args = k.lora_expand.make_inputs({"T": 2, "D": 6, "R": 4, "L": 1}, dtype=torch.float32, device="cpu")
+    k.lora_expand(*args)
+    with pytest.raises(ValueError, match=r"widths \[3, 4\] are 7 columns, b has 6"):
+        k.lora_expand(*args[:-1], [3, 4])
+    with pytest.raises(ValueError, match="s has 8 columns and scaling 2, wanted 3 slices"):
+        k.lora_expand(*args[:-1], [2, 2, 2])

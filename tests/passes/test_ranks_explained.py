@@ -94,3 +94,15 @@ def test_what_ranks_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert report == report | {"collectives": explained(tmp_path, capsys, "--ep", "2")["collectives"]}
     assert main([*command, "--ep", "2"]) == 0
     assert "meanwhile linear_packed silu_mul linear_packed" in capsys.readouterr().out
+
+
+def test_memory_of_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four layers in two stages: least is sent where the next layer has its latents, the query's quantized: these, a
+    scale for each 128 columns, and the residual; caches are shared out, and so are all weights."""
+    few = saved(tmp_path, num_hidden_layers=4, vocab_size=1024, first_k_dense_replace=2, n_routed_experts=16)
+    whole, stages = explained(few, capsys), explained(few, capsys, "--pp", "2")["stages"]
+    assert [s["layers"] for s in stages] == [2, 2] and [s["kv_bytes_per_token"] for s in stages] == [2 * 576 * 2] * 2
+    assert [s["taken_bytes_per_token"] for s in stages] == [0, 7168 * 2 + 1536 + 12 * 4 + 576 * 2]
+    assert sum(s["weight_bytes"] for s in stages) == pytest.approx(whole["weight_bytes"], rel=1e-3)
+    assert main(["explain", "--model", str(few), "--device", "cpu", "--no-pack", "--pp", "5"]) == 2
+    assert "pipeline_parallel_size=5: the model has 4 layers" in capsys.readouterr().err

@@ -8,8 +8,13 @@ import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .options import Commands, add_command, loading, model_options
+
+if TYPE_CHECKING:
+    from seamwise.compile.ledger import Ledger
+    from seamwise.runtime.build.model_config import ModelConfig
 
 
 def add(commands: Commands) -> None:
@@ -30,6 +35,7 @@ def add(commands: Commands) -> None:
         "--sp", type=int, nargs="?", const=1, default=0, metavar="TOKENS",
         help="with --tp: each rank norms its share of the rows, in steps of at least as many tokens",
     )  # fmt: skip
+    parser.add_argument("--pp", type=int, default=1, help="of as many stages: memory of each, and what is sent on")
     parser.add_argument("--async-tp", action="store_true", help="with --sp: rows travel while others are multiplied")
 
 
@@ -42,6 +48,11 @@ def run(options: argparse.Namespace) -> int:
     if options.validate and max(options.tp, options.dp) > 1:
         raise ValueError(
             "--validate runs the graph, and there are no other ranks to run it with; leave out one of both"
+        )
+
+    if options.pp > 1 and (options.validate or options.html or options.source or max(options.tp, options.dp) > 1):
+        raise ValueError(
+            "--pp tells of each stage its memory; leave out --tp, --dp, --ep, --validate, --html and --source"
         )
 
     from seamwise.compile import pack
@@ -58,15 +69,17 @@ def run(options: argparse.Namespace) -> int:
 
     model, given = resolve_model(options.model), loading(options)
     packed = pack.is_pack(model)
-    if packed and (options.validate or max(options.tp, options.dp) > 1):
+    if packed and (options.validate or max(options.tp, options.dp, options.pp) > 1):
         raise ValueError(
-            f"{model} is a pack, as it was made; --validate, --tp, --dp and --ep need the model's directory"
+            f"{model} is a pack, as it was made; --validate, --tp, --dp, --ep and --pp need the model's directory"
         )
     if packed:
         model, given = open_pack(model, given)
     with shown_ledger("compile") as ledger:
         config = ModelConfig.from_directory(model)
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
+        if options.pp > 1:
+            return _stages(config, options, given, ledger)
         ranks = {"tensor_parallel_size": options.tp, "enable_expert_parallel": options.ep is not None}
         ranks["data_parallel_size"] = options.dp
         ranks |= {"enable_sequence_parallel": options.sp != 0, "enable_async_tp": options.async_tp}
@@ -87,4 +100,27 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(as_json(program, ledger.seconds), indent=1))
     else:
         print(as_text(program, ledger.seconds), CapturePlan.of(program, settings), sep="\n")
+    return 0
+
+
+def _stages(config: ModelConfig, options: argparse.Namespace, given: dict[str, Any], ledger: Ledger) -> int:
+    """Compile each stage, and say what it holds and what it takes from the one before."""
+    from seamwise.compile.explain.text import as_json
+    from seamwise.compile.pipeline import PipelineConfig
+    from seamwise.runtime.build.packs import load_program
+    from seamwise.runtime.build.runner_config import RunnerConfig
+
+    found = []
+    for stage in range(options.pp):
+        chosen = PipelineConfig(stage=(stage, options.pp))
+        settings = RunnerConfig.for_model(config, **({"pipeline": chosen} | given))
+        program, _ = load_program(config, settings, ledger)
+        found.append(as_json(program, ledger.seconds) | {"stage": stage, "layers": len(program.kv_layers)})
+    if options.json:
+        print(json.dumps({"stages": found}, indent=1))
+        return 0
+    print(f"{'stage':>5} {'layers':>6} {'weights':>12} {'a cached token':>15} {'taken a token':>14}")
+    for each in found:
+        weights, cached, taken = each["weight_bytes"] / 1e6, each["kv_bytes_per_token"], each["taken_bytes_per_token"]
+        print(f"{each['stage']:5} {each['layers']:6} {weights:9.1f} MB {cached:13} B {taken:12} B")
     return 0

@@ -43,8 +43,13 @@ _LOADING = (
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
-    "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int,
+    "pipeline_parallel_size": int, "eplb_config": json_object,
+    "kv_offloading_size": float, "kv_offloading_backend": str, "kv_offloading_folder": str,
+    "kv_offloading_folder_size": float, "kv_offloading_min_tokens": int,
+    "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int, "data_parallel_size": int,
 }  # fmt: skip
+
+_SWITCHES = ("enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel")
 
 
 def add_command(
@@ -92,14 +97,14 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine", "as LLM's; see its description")
     for name, kind in _ENGINE.items():
         group.add_argument(flag(name), type=kind)
-    group.add_argument("--enforce-eager", action="store_true", default=None)
-    group.add_argument("--enable-lora", action="store_true", default=None)
+    for name in _SWITCHES:
+        group.add_argument(flag(name), action="store_true", default=None)
     group.add_argument("--no-prefix-caching", action="store_true", default=None)
 
 
 def engine_loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return what engine_options and model_options asked for, as LLM's options."""
-    given = {name: getattr(options, name) for name in (*_ENGINE, "enforce_eager", "enable_lora", "cache_dir")}
+    given = {name: getattr(options, name) for name in (*_ENGINE, *_SWITCHES, "cache_dir")}
     if options.no_prefix_caching:
         given["enable_prefix_caching"] = False
     return loading(options) | {name: value for name, value in given.items() if value is not None}

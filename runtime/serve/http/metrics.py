@@ -6,13 +6,14 @@ Source: the names are listed in https://docs.vllm.ai/en/latest/usage/metrics
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.process.client import EngineClient
+from seamwise.runtime.serve.process.engines import Engines
 from seamwise.runtime.serve.process.messages import Delta, Stats
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
@@ -23,9 +24,10 @@ _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 class RequestTimes:
     """When one request's tokens came, for the histograms."""
 
-    __slots__ = ("arrival_s", "cached", "first_s", "last_s", "prompt_tokens", "tokens")
+    __slots__ = ("arrival_s", "cached", "first_s", "last_s", "prompt_tokens", "rank", "tokens")
 
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, rank: int) -> None:
+        self.rank = rank
         self.arrival_s = time.perf_counter()
         self.first_s = self.last_s = 0.0
         self.tokens = self.cached = 0
@@ -35,32 +37,36 @@ class RequestTimes:
 class Metrics:
     """All metrics of one server, in a registry of their own."""
 
-    def __init__(self, engine: EngineClient, model: str, aliases: bool) -> None:
+    def __init__(self, engine: Engines, model: str, aliases: bool) -> None:
         self.registry = CollectorRegistry()
-        self._engine, self._label, self._aliases = engine, {"model_name": model, "engine": "0"}, aliases
-        self._last = Stats()
-        names = tuple(self._label)
+        self._model = model
+        self._last: dict[int, Stats] = {}
+        names = ("model_name", "engine")
 
         def counter(name: str, what: str, *more: str) -> Counter:
-            return Counter(f"vllm:{name}", what, (*names, *more), registry=self.registry)
+            home = "seamwise" if name.startswith("kv_offload_") else "vllm"
+            return Counter(f"{home}:{name}", what, (*names, *more), registry=self.registry)
 
         def histogram(name: str, what: str, buckets: Iterable[float]) -> Histogram:
-            made = Histogram(f"vllm:{name}", what, names, registry=self.registry, buckets=tuple(buckets))
-            return made.labels(**self._label)
+            return Histogram(f"vllm:{name}", what, names, registry=self.registry, buckets=tuple(buckets))
 
-        label = self._label
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests.").labels(**label)
-        self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens served from the cache.").labels(**label)
-        self.generation_tokens = counter("generation_tokens", "Tokens generated.").labels(**label)
-        self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.").labels(**label)
-        self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.").labels(**label)
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests.")
+        self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens served from the cache.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
+        self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
         self.counted = {  # fields of Stats
             "num_preemptions": counter("num_preemptions", "Requests that gave their blocks back."),
             "num_drafts": counter("spec_decode_num_drafts", "Guesses of a sequence's next tokens."),
             "num_draft_tokens": counter("spec_decode_num_draft_tokens", "Tokens guessed."),
             "num_accepted_tokens": counter("spec_decode_num_accepted_tokens", "Guessed tokens that stood."),
+            "kv_queries": counter("external_prefix_cache_queries", "Tokens that the KV cache did not have."),
+            "kv_hits": counter("external_prefix_cache_hits", "Tokens of these that tiers behind it gave."),
+            "kv_stored": counter("kv_offload_stored_blocks", "Blocks copied out of the KV cache."),
+            "kv_loaded": counter("kv_offload_loaded_blocks", "Blocks brought back into it."),
+            "kv_lost": counter("kv_offload_lost_blocks", "Blocks that a tier had, and that were gone or damaged."),
+            "kv_failed": counter("kv_offload_failed_blocks", "Blocks that a tier could not take or give."),
         }
-        self.counted = {name: made.labels(**label) for name, made in self.counted.items()}
         self.accepted_at = counter(
             "spec_decode_num_accepted_tokens_per_pos", "Guessed tokens that stood, by their place.", "position"
         )
@@ -81,65 +87,77 @@ class Metrics:
         self.of_output = histogram("request_generation_tokens", "Tokens generated for a request.", _COUNTS)
         self.of_n = histogram("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
         self.of_max = histogram("request_params_max_tokens", "max_tokens of a request.", _COUNTS)
-        self.registry.register(_Now(engine, label, aliases))
+        for rank in range(len(engine.members)):  # they are there from the start
+            for made in vars(self).values():
+                if isinstance(made, (Counter, Histogram)) and made._labelnames == names:
+                    made.labels(*self._of(rank))
+        self.registry.register(_Now(engine, self._of, aliases))
         engine.watch = self.progress
 
-    def progress(self, stats: Stats, deltas: list[Delta]) -> None:
-        """Take the engine's word after a step."""
+    def _of(self, rank: int) -> tuple[str, str]:
+        return self._model, str(rank)
+
+    def progress(self, rank: int, stats: Stats, deltas: list[Delta]) -> None:
+        """Take an engine's word after a step."""
+        last, of = self._last.setdefault(rank, Stats()), self._of(rank)
         for name, counter in self.counted.items():
-            now, before = getattr(stats, name), getattr(self._last, name)
-            counter.inc(now - before if now >= before else now)  # less: another process, its counters start anew
+            now, before = getattr(stats, name), getattr(last, name)
+            # less: another process, its counters start anew
+            counter.labels(*of).inc(now - before if now >= before else now)
         places = stats.num_accepted_tokens_per_pos
-        before_at = self._last.num_accepted_tokens_per_pos
+        before_at = last.num_accepted_tokens_per_pos
         for place, count in enumerate(places):
             before = before_at[place] if place < len(before_at) and before_at[place] <= count else 0
-            self.accepted_at.labels(**self._label, position=str(place)).inc(count - before)
-        self._last = Stats(**{name: getattr(stats, name) for name in self.counted}, num_accepted_tokens_per_pos=places)
+            self.accepted_at.labels(*of, str(place)).inc(count - before)
+        self._last[rank] = Stats(
+            **{name: getattr(stats, name) for name in self.counted}, num_accepted_tokens_per_pos=places
+        )
         if deltas:
-            self.iteration.observe(sum(len(delta.token_ids) for delta in deltas))
+            self.iteration.labels(*of).observe(sum(len(delta.token_ids) for delta in deltas))
 
     def reject(self, reason: str) -> None:
-        self.rejections.labels(**self._label, reason=reason).inc()
+        self.rejections.labels(*self._of(0), reason).inc()
 
-    def arrived(self, prompt_tokens: int, params: SamplingParams) -> RequestTimes:
-        """Note a request that was queued."""
-        self.prompt_tokens.inc(prompt_tokens)
-        self.prefix_queries.inc(prompt_tokens)
-        self.of_prompt.observe(prompt_tokens)
-        self.of_n.observe(params.n)
+    def arrived(self, prompt_tokens: int, params: SamplingParams, rank: int) -> RequestTimes:
+        """Note a request that was queued at an engine."""
+        of = self._of(rank)
+        self.prompt_tokens.labels(*of).inc(prompt_tokens)
+        self.prefix_queries.labels(*of).inc(prompt_tokens)
+        self.of_prompt.labels(*of).observe(prompt_tokens)
+        self.of_n.labels(*of).observe(params.n)
         if params.max_tokens is not None:
-            self.of_max.observe(params.max_tokens)
-        return RequestTimes(prompt_tokens)
+            self.of_max.labels(*of).observe(params.max_tokens)
+        return RequestTimes(prompt_tokens, rank)
 
     def got(self, times: RequestTimes, deltas: Iterable[Delta]) -> None:
         """Note what a request got."""
-        now = time.perf_counter()
+        now, of = time.perf_counter(), self._of(times.rank)
         for delta in deltas:
             count = len(delta.token_ids)
             if not times.tokens and count:
                 times.first_s = now
-                self.ttft.observe(now - times.arrival_s)
+                self.ttft.labels(*of).observe(now - times.arrival_s)
                 times.cached = delta.num_cached_tokens
-                self.cached_tokens.inc(times.cached)
-                self.prefix_hits.inc(times.cached)
+                self.cached_tokens.labels(*of).inc(times.cached)
+                self.prefix_hits.labels(*of).inc(times.cached)
             elif count:
-                self.itl.observe((now - times.last_s) / count)
+                self.itl.labels(*of).observe((now - times.last_s) / count)
             times.last_s = now
             times.tokens += count
-            self.generation_tokens.inc(count)
+            self.generation_tokens.labels(*of).inc(count)
             if delta.finish_reason is not None:
-                self.success.labels(**self._label, finished_reason=delta.finish_reason).inc()
+                self.success.labels(*of, delta.finish_reason).inc()
             if delta.request_finished:
-                self.e2e.observe(now - times.arrival_s)
-                self.of_output.observe(times.tokens)
+                self.e2e.labels(*of).observe(now - times.arrival_s)
+                self.of_output.labels(*of).observe(times.tokens)
                 if delta.times_s:
                     queued_s, prefill_s, decode_s = delta.times_s
-                    self.queue.observe(queued_s)
-                    self.prefill.observe(prefill_s)
-                    self.decode.observe(decode_s)
-                    self.inference.observe(prefill_s + decode_s)
+                    self.queue.labels(*of).observe(queued_s)
+                    self.prefill.labels(*of).observe(prefill_s)
+                    self.decode.labels(*of).observe(decode_s)
+                    self.inference.labels(*of).observe(prefill_s + decode_s)
                 if times.tokens > 1:
-                    self.tpot.observe((now - times.first_s) / (times.tokens - 1))
+                    self.tpot.labels(*of).observe((now - times.first_s) / (times.tokens - 1))
 
     def values(self) -> dict[str, float]:
         """Return each counter's value by its name in the exposition."""
@@ -152,8 +170,11 @@ class Metrics:
 
     def total_of(self, histogram: str) -> tuple[int, float]:
         """Return how many values a histogram of this object has, and their sum."""
-        samples = {s.name.rpartition("_")[2]: s.value for m in getattr(self, histogram).collect() for s in m.samples}
-        return int(samples["count"]), samples["sum"]
+        found = {"count": 0.0, "sum": 0.0}
+        for sample in (s for m in getattr(self, histogram).collect() for s in m.samples):
+            if (what := sample.name.rpartition("_")[2]) in found:
+                found[what] += sample.value
+        return int(found["count"]), found["sum"]
 
     def text(self) -> bytes:
         """Return the exposition."""
@@ -163,43 +184,49 @@ class Metrics:
 class _Now:
     """Gauges that are read when they are asked for."""
 
-    def __init__(self, engine: EngineClient, label: dict[str, str], aliases: bool) -> None:
-        self._engine, self._label, self._aliases = engine, label, aliases
+    def __init__(self, engine: Engines, of: Callable[[int], tuple[str, str]], aliases: bool) -> None:
+        self._engine, self._of, self._aliases = engine, of, aliases
 
     def collect(self) -> Iterator[Metric]:
-        stats, info = self._engine.stats, self._engine.info
-        asleep = self._engine.stats.sleeping
+        """Yield each gauge, with what every engine has of it."""
+        found: dict[str, GaugeMetricFamily] = {}
+        for member in (*self._engine.members, *self._engine.leaving):
+            for name, what, rows in self._of_engine(member):
+                keys = ("model_name", "engine", *(rows[0][0] if rows else ()))
+                family = found.setdefault(name, GaugeMetricFamily(name, what, labels=keys))
+                for more, value in rows:
+                    family.add_metric([*self._of(member.rank), *more.values()], value)
+        yield from found.values()
+
+    def _of_engine(self, member: EngineClient) -> Iterator[tuple[str, str, list[tuple[dict[str, str], float]]]]:
+        stats, info, asleep = member.stats, member.info, member.stats.sleeping
         values = {
             "num_requests_running": ("Requests in the batch.", stats.num_running),
             "num_requests_waiting": ("Requests that wait for a place in it.", stats.num_waiting),
             "kv_cache_usage_perc": ("Share of KV cache blocks in use, 0 to 1.", stats.kv_cache_usage),
+            "spec_decode_active": (
+                "Whether tokens are guessed: 0 where that is measured to be slower.",
+                stats.speculating,
+            ),
+            "spec_decode_gain": ("Tokens a second with guesses, of those without.", stats.speculation_gain),
         }
         if self._aliases:
             values["gpu_cache_usage_perc"] = ("As kv_cache_usage_perc.", stats.kv_cache_usage)
         for name, (what, value) in values.items():
-            yield self._gauge(f"vllm:{name}", what, [({}, value)])
+            yield f"vllm:{name}", what, [({}, value)]
         states = {"awake": not asleep, "weights_offloaded": asleep == 1, "discard_all": asleep == 2}
         rows = [({"sleep_state": name}, float(on)) for name, on in states.items()]
-        yield self._gauge("vllm:engine_sleep_state", "Which of the states the engine is in.", rows)
-        yield self._gauge(
-            "seamwise:engine_up", "Whether the engine takes requests.", [({}, self._engine.state == "ready")]
-        )
-        yield self._gauge("seamwise:engine_restarts", "Times it was started again.", [({}, self._engine.num_restarts)])
+        yield "vllm:engine_sleep_state", "Which of the states the engine is in.", rows
+        yield "seamwise:engine_up", "Whether the engine takes requests.", [({}, member.state == "ready")]
+        yield "seamwise:engine_restarts", "Times it was started again.", [({}, member.num_restarts)]
         if info is None:
             return
         cache = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks), "cache_dtype": info.dtype}
-        yield self._gauge("vllm:cache_config_info", "The KV cache.", [(cache, 1)])
+        yield "vllm:cache_config_info", "The KV cache.", [(cache, 1)]
         stages = [({"stage": name}, seconds) for name, seconds in info.startup_s.items()]
-        yield self._gauge("seamwise:startup_seconds", "Seconds of start-up by stage.", stages)
+        yield "seamwise:startup_seconds", "Seconds of start-up by stage.", stages
         passes: dict[str, int] = {}
         for one in info.explain.get("passes", ()):
             passes[one["name"]] = passes.get(one["name"], 0) + one["matched"]
         rows = [({"pass": name}, float(count)) for name, count in passes.items()]
-        yield self._gauge("seamwise:pass_matches", "How often each compiler pass fired.", rows)
-
-    def _gauge(self, name: str, what: str, rows: list[tuple[dict[str, str], float]]) -> Metric:
-        keys = [*self._label, *(rows[0][0] if rows else ())]
-        family = GaugeMetricFamily(name, what, labels=keys)
-        for more, value in rows:
-            family.add_metric([*self._label.values(), *more.values()], value)
-        return family
+        yield "seamwise:pass_matches", "How often each compiler pass fired.", rows

@@ -167,7 +167,6 @@ class Work:
         self._state.admit(self._llm, len(prompts))
         for text, ids in prompts:
             name = uuid.uuid4().hex  # a client's own id may come twice
-            self._times.append(self._metrics.arrived(len(ids), params))
             try:
                 stream = self._llm.submit(
                     name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval or _UNSEEN,
@@ -177,6 +176,7 @@ class Work:
                 self.close()
                 raise
             self._streams.append(stream)
+            self._times.append(self._metrics.arrived(len(ids), params, stream.rank))
             self._state.remember(self._name, name)
             self._state.num_in_work += 1
 

@@ -29,11 +29,14 @@ logger = logging.getLogger("seamwise.engine")
 
 
 class Ended(EngineError):
-    """Why an engine process ended. kind: "caller" where the same options would end it again, else "machine"."""
+    """Why an engine process ended. kind: "caller" where the same options would end it again, else "machine".
 
-    def __init__(self, message: str, kind: str = "machine", detail: str = "") -> None:
+    told  the process said so itself
+    """
+
+    def __init__(self, message: str, kind: str = "machine", detail: str = "", *, told: bool = False) -> None:
         super().__init__(message)
-        self.kind, self.detail = kind, detail
+        self.kind, self.detail, self.told = kind, detail, told
 
 
 class Child:
@@ -49,16 +52,31 @@ class Child:
         self.stage = "starting the process"
         self.ready = False
         self.pid = 0
+        self._given_up = asyncio.Event()
         self._options, self._handle = options, handle
         self._step_timeout_s, self._start_timeout_s = step_timeout_s, start_timeout_s
         self._commands: zmq.Socket[bytes] | None = None
+        self._unsent: deque[bytes] = deque()
         self._heard_s = time.monotonic()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
+    def give_up(self) -> None:
+        """End the process; run() returns as where it ended by itself."""
+        self._given_up.set()
+
     def send(self, command: Command) -> None:
-        """Send a command; it waits in memory until the process reads it."""
+        """Send a command; it waits in memory until the process reads it, or ends."""
         if self._commands is not None:
-            self._commands.send(encode(command))
+            self._unsent.append(encode(command))
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what waits. A send would block for ever where the process is gone and nobody has said so yet."""
+        assert self._commands is not None
+        with contextlib.suppress(zmq.Again):
+            while self._unsent:
+                self._commands.send(self._unsent[0], zmq.NOBLOCK)
+                self._unsent.popleft()
 
     async def run(self) -> Ended:
         """Start the process, pass on what it says, and return why it ended; it is gone then."""
@@ -80,7 +98,7 @@ class Child:
         assert process.stdin is not None and process.stdout is not None
         tasks = [
             asyncio.create_task(work)
-            for work in (self._listen(events), self._watch(process.pid), self._exited(process, events))
+            for work in (self._listen(events), self._watch(process.pid), self._exited(process, events), self._left())
         ]
         reading = asyncio.create_task(self._read_lines(process.stdout))
         try:
@@ -106,7 +124,7 @@ class Child:
             event = decode_event(await events.recv())
             self._heard_s = time.monotonic()
             if isinstance(event, Failed):
-                return Ended(event.message, event.kind, event.detail)
+                return Ended(event.message, event.kind, event.detail, told=True)
             if isinstance(event, Stage):
                 self.stage = event.name
             elif isinstance(event, Ready):
@@ -114,6 +132,10 @@ class Child:
                 for line in self._lines:
                     logger.info("%s", line)
             self._handle(event)
+
+    async def _left(self) -> Ended:
+        await self._given_up.wait()
+        return Ended("the engine process was ended with the others of its group", told=True)
 
     async def _exited(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
         code = await process.wait()
@@ -131,6 +153,7 @@ class Child:
         looked = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK_S)
+            self._flush()
             now = time.monotonic()
             if now - looked > 1 + _LOOK_S:  # this process itself stood still: nothing can be said of the other
                 self._heard_s, stopped_s = now, 0.0

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from .child import Child, Ended
-from .messages import Abort, Add, Call, Delta, Event, Progress, Ready, Refused, Result, Stage, Stats
+from .messages import Abort, Add, Call, Delta, Event, Progress, Ready, Refused, Result, Stage, Stats, Wave
 from .streams import CallFailed, EngineError, QueueFull, RequestRefused, Stream, Unsupported
 
+logger = logging.getLogger("seamwise.engine")
 _MOST_RESTARTS = 5  # starts that fail one after the other before it is given up
 _LONGEST_PAUSE_S = 16.0
 
@@ -25,11 +27,15 @@ class EngineClient:
     info     what the engine said of itself when it was ready
     stats    its last word
     watch    is called with every event that carries progress, for metrics
+    rank     of the engine, where several serve one model
+    on_wave, settle  of an engine that takes steps with others: hears of waves; says why all of them end, when all have
+    only_start  why it is not started again when it ends, nothing where it is
     """
 
     def __init__(
-        self, options: Mapping[str, Any], *, step_timeout_s: float = 60.0, start_timeout_s: float = 3600.0
-    ) -> None:
+        self, options: Mapping[str, Any], *, rank: int = 0, step_timeout_s: float = 60.0,
+        start_timeout_s: float = 3600.0,
+    ) -> None:  # fmt: skip
         for name, value in (("step_timeout_s", step_timeout_s), ("start_timeout_s", start_timeout_s)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r}: wanted seconds above 0")
@@ -38,10 +44,13 @@ class EngineClient:
         self.info: Ready | None = None
         self.stats = Stats()
         self.num_restarts = 0
+        self.rank, self.only_start = rank, ""
+        self.on_wave: Callable[[Wave], None] | None = None
+        self.settle: Callable[[EngineClient, Ended], Awaitable[Ended]] | None = None
         self.failure: Ended | None = None
         self.started_s = time.monotonic()
         self.watch: Callable[[Stats, list[Delta]], None] = lambda stats, deltas: None
-        self._options, self._timeouts = dict(options), (step_timeout_s, start_timeout_s)
+        self.options, self._timeouts = dict(options), (step_timeout_s, start_timeout_s)
         self._child: Child | None = None
         self._streams: dict[str, Stream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -63,6 +72,15 @@ class EngineClient:
     def num_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have not ended, and that nobody has asked to end."""
+        return sum(not stream.aborted for stream in self._streams.values())
+
+    def has(self, request_id: str) -> bool:
+        """Return whether an unfinished request has this id."""
+        return request_id in self._streams
 
     def start(self) -> None:
         """Start the engine process, in the running event loop."""
@@ -89,24 +107,26 @@ class EngineClient:
             raise EngineError(self.reason)
 
     def add(self, request: Add) -> Stream:
-        """Send a request; its deltas come by the stream. Raises EngineError, or ValueError for an id in use."""
+        """Send a request whose id is not in use; its deltas come by the stream. Raises EngineError."""
         self.check()
-        if request.request_id in self._streams:
-            raise ValueError(f"request id {request.request_id!r} is in use by an unfinished request")
-        stream = self._streams[request.request_id] = Stream(request.request_id)
+        stream = self._streams[request.request_id] = Stream(request.request_id, self.rank)
         assert self._child is not None
         self._child.send(request)
         return stream
 
     def abort(self, request_ids: Iterable[str] | None = None) -> None:
         """End requests, without ids all of them; what they produced still comes by their streams."""
-        if self._child is not None:
-            self._child.send(Abort(None if request_ids is None else list(request_ids)))
+        named = None if request_ids is None else [name for name in request_ids if name in self._streams]
+        for name in self._streams if named is None else named:
+            self._streams[name].aborted = True
+        if self._child is not None and named != []:
+            self._child.send(Abort(named))
 
     def drop(self, stream: Stream) -> None:
         """End a request whose reader is gone."""
-        if self._streams.pop(stream.request_id, None) is not None:
+        if self._streams.get(stream.request_id) is stream:
             self.abort([stream.request_id])
+            del self._streams[stream.request_id]
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method in the engine process.
@@ -123,8 +143,24 @@ class EngineClient:
         finally:
             self._calls.pop(call_id, None)
 
+    def give_up(self) -> None:
+        """End the process; it is supervised as if it had ended by itself."""
+        if self._child is not None:
+            self._child.give_up()
+
+    def tell(self, wave: Wave) -> None:
+        """Send what is to be done with a wave."""
+        if self._child is not None:
+            self._child.send(wave)
+
     async def stop(self) -> None:
-        """End the engine process and every stream."""
+        """End the engine process and every stream; what its KV cache holds is kept where it was told so."""
+        if self.state == "ready" and self.options.get("kv_offloading_folder"):
+            self.abort()
+            try:
+                await asyncio.wait_for(self.call("shutdown"), self._timeouts[0])
+            except (EngineError, TimeoutError, CallFailed) as error:
+                logger.warning("the KV cache was not written to kv_offloading_folder: %s", str(error) or "timeout")
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -135,11 +171,16 @@ class EngineClient:
     async def _supervise(self) -> None:
         pause_s, failed_starts = 0.0, 0
         while True:
-            self._child = Child(self._options, self._handle, *self._timeouts)
+            self._child = Child(self.options, self._handle, *self._timeouts)
             ended = await self._child.run()
             was_ready, self._child = self._child.ready, None
+            if self.settle is not None:
+                self._enter("restarting", f"the engine ended: {ended}")
+                ended = await self.settle(self, ended)
             failed_starts = 0 if was_ready else failed_starts + 1
-            if self.info is None or failed_starts > _MOST_RESTARTS:
+            if self.only_start:
+                ended = Ended(f"{ended}; it is not started again: {self.only_start}", ended.kind, ended.detail)
+            if self.info is None or failed_starts > _MOST_RESTARTS or self.only_start:
                 self.failure = ended
                 self._enter("failed", str(ended))
                 self._end_streams(str(ended))
@@ -182,6 +223,9 @@ class EngineClient:
         elif isinstance(event, Ready):
             self.info = event
             self._enter("ready", "")
+        elif isinstance(event, Wave):
+            assert self.on_wave is not None
+            self.on_wave(event)
         elif isinstance(event, Stage):
             self._changed.set()
 

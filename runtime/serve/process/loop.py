@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from seamwise.runtime.distributed.waves import RankWave
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
-from .messages import Abort, Add, Call, Command, Event, Progress, Refused, Result, Stats
+from .messages import Abort, Add, Call, Command, Event, Progress, Refused, Result, Stats, Wave
 
 if TYPE_CHECKING:
     from seamwise.runtime.engine.engine import Engine
@@ -21,6 +24,11 @@ METHODS = (  # what the other process may call: of the loop, else of the LLM
     "pause_generation", "resume_generation", "is_paused", "reset_prefix_cache", "sleep", "wake_up", "is_sleeping",
     "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update", "abort_weight_update",
     "weight_version", "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
+    "shutdown",
+)  # fmt: skip
+BETWEEN_WAVES = (  # these change what steps compute with: no rank may do so while others wait for its step
+    "sleep", "wake_up", "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update",
+    "weights_digest", "reset_prefix_cache",
 )  # fmt: skip
 
 
@@ -39,6 +47,8 @@ class EngineLoop:
         self._stats = Stats()
         self._closed: str | None = None  # why nothing can be generated now
         self._waiting_call: Call | None = None  # a pause that waits for running requests
+        self._wave = RankWave() if getattr(llm, "takes_steps_together", False) else None
+        self._put_off: Call | None = None  # until the wave has ended: it may not be between two steps of one
 
     def run(self) -> None:
         """Serve until the process ends. An exception of a step is the caller's: what it wrote is not trusted."""
@@ -47,20 +57,40 @@ class EngineLoop:
 
     def turn(self) -> None:
         """Take every command that is there, then compute one step or say that there is nothing to do."""
-        wait_s = 0.0 if self._runnable() else IDLE_BEAT_S
-        while (command := self._receive(wait_s)) is not None:
+        in_wave = self._wave is not None and self._wave.running
+        wait_s = 0.0 if self._may_step() or in_wave else IDLE_BEAT_S
+        while self._put_off is None and (command := self._receive(wait_s)) is not None:
             self._take(command)
             wait_s = 0.0
         deltas = []
-        if self._runnable():
+        if self._may_step():
             for output in self.engine.step():
                 deltas += self._deltas.of(output)
             self._stats.num_steps += 1
+            if self._wave is not None:
+                self._say("ended", *self._wave.stepped(empty=self.llm.engine.runner.all_idle))
+        elif self._wave is not None and self._runnable():
+            if self.engine.scheduler.stalled:  # all wait for a grammar, say: look again a hundred times a second
+                time.sleep(0.01)
+            self._say("wants", *self._wave.wants())
         self._update_stats()
         self._send(Progress(self._stats, deltas))
         if self._waiting_call and self.engine.is_paused:
             self._send(Result(self._waiting_call.call_id))
             self._waiting_call = None
+
+    def _say(self, what: str, known: RankWave, wave: int | None) -> None:
+        """Go on in another state of the wave, and tell the front end."""
+        self._wave, self.engine.together = known, known.running
+        if wave is not None:
+            self._send(Wave(what, wave))
+        if self._put_off is not None and not known.running:
+            call, self._put_off = self._put_off, None
+            self._call(call)
+
+    def _may_step(self) -> bool:
+        """Return whether to take a step now: in a wave always, outside one never where ranks take them together."""
+        return self._runnable() if self._wave is None else self._wave.running
 
     def _runnable(self) -> bool:
         return self.engine.has_unfinished_requests() and not self.engine.is_paused
@@ -70,6 +100,11 @@ class EngineLoop:
             self._add(command)
         elif isinstance(command, Abort):
             self._abort(command.request_ids)
+        elif isinstance(command, Wave):
+            assert self._wave is not None
+            self._say("start", self._wave.start(command.wave), None)
+        elif self._wave is not None and self._wave.running and command.method in BETWEEN_WAVES:
+            self._put_off = command
         else:
             self._call(command)
 
@@ -172,6 +207,11 @@ class EngineLoop:
         stats.num_drafts, stats.num_draft_tokens = drafts.num_drafts, drafts.num_draft_tokens
         stats.num_accepted_tokens = drafts.num_accepted_tokens
         stats.num_accepted_tokens_per_pos = drafts.num_accepted_tokens_per_pos
+        stats.speculating = drafts.active and bool(drafts.num_accepted_tokens_per_pos)
+        stats.speculation_gain = drafts.gain
+        if self.engine.offload is not None:
+            for field in fields(self.engine.offload.stats):
+                setattr(stats, f"kv_{field.name}", getattr(self.engine.offload.stats, field.name))
 
 
 def _params(add: Add) -> SamplingParams:

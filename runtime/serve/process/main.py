@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -42,7 +44,8 @@ def main(arguments: list[str]) -> int:
     status = 0
     try:
         options = msgspec.json.decode(sys.stdin.buffer.readline())
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        used = (arguments[0].removeprefix("ipc://"), options.get("data_parallel_address"))
+        threading.Thread(target=_end_with_parent, args=(used,), daemon=True).start()
 
         def entered(name: str) -> None:
             nonlocal stage
@@ -64,8 +67,12 @@ def main(arguments: list[str]) -> int:
     return status
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(used: Iterable[str | None]) -> None:
+    """Wait for the end of the process that started this one, and remove the folders it made for files like these."""
     sys.stdin.buffer.read()
+    for folder in {Path(file).parent for file in used if file}:
+        if folder.name.startswith("seamwise-"):
+            shutil.rmtree(folder, ignore_errors=True)
     os._exit(_LEFT)
 
 

@@ -82,6 +82,8 @@ class Stats(Struct, array_like=True):
     sleeping  0: awake; 1: weights are kept elsewhere; 2: they are gone
     num_drafts, num_draft_tokens, num_accepted_tokens  guesses of speculation: how often, their tokens, what stood;
               the last by position too
+    speculating, speculation_gain  whether guessing pays, and tokens a second with it of those without
+    kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed  see OffloadStats
     """
 
     num_running: int = 0
@@ -95,6 +97,21 @@ class Stats(Struct, array_like=True):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    speculating: bool = False
+    speculation_gain: float = 1.0
+    kv_queries: int = 0
+    kv_hits: int = 0
+    kv_stored: int = 0
+    kv_loaded: int = 0
+    kv_lost: int = 0
+    kv_failed: int = 0
+
+
+class Wave(Struct, tag=True, array_like=True):
+    """Ranks that take steps together: a wave is to "start", a rank "wants" it, or it has "ended"; see waves.py."""
+
+    what: str
+    wave: int
 
 
 class Progress(Struct, tag=True, array_like=True):
@@ -163,8 +180,8 @@ class Failed(Struct, tag=True, array_like=True):
     detail: str = ""
 
 
-Command = Add | Abort | Call
-Event = Progress | Refused | Result | Stage | Ready | Failed
+Command = Add | Abort | Call | Wave
+Event = Wave | Progress | Refused | Result | Stage | Ready | Failed
 
 encode = msgpack.Encoder().encode
 decode_command = msgpack.Decoder(Command).decode

@@ -18,13 +18,21 @@ from .file import GgufHeader, read_gguf_header
 from .quants import KINDS
 from .weights import ROPE_FACTORS, huggingface_name
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
 _KEYS = {
     "embedding_length": "hidden_size", "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.key_length": "head_dim",
     "context_length": "max_position_embeddings", "rope.freq_base": "rope_theta",
 }  # fmt: skip
+_GEMMA_KEYS = {
+    "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}  # fmt: skip
+_BY_WIDTH = {"gemma2": 46, "gemma3": 62}  # layers of the one size that scales scores by its width, not by its heads'
 _HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")  # all the same here
 _SCALING = {"type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings"}
 # Keys whose usual value changes nothing; None: no value does.
@@ -51,16 +59,17 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             " safetensors"
         )
     own = {key.removeprefix(f"{kind}."): v for key, v in metadata.items() if key.startswith(f"{kind}.")}
-    known = {*_KEYS, *_HEAD_WIDTHS, *(f"rope.scaling.{key}" for key in _SCALING)}
+    keys = _KEYS | (_GEMMA_KEYS if kind in _BY_WIDTH else {})
+    known = {*keys, *_HEAD_WIDTHS, *(f"rope.scaling.{key}" for key in _SCALING)}
     for key, value in own.items():
         if key not in known and not (key in _HARMLESS and _HARMLESS[key] in (None, value)):
             raise ValueError(f"{path}: {kind}.{key} is {value!r:.80}, which is not served; convert it to safetensors")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: has no token_embd.weight; wanted a whole model")
-    raw = {name: own[key] for key, name in _KEYS.items() if key in own}
+    raw = {name: own[key] for key, name in keys.items() if key in own}
     raw |= {
         "architectures": [_ARCHITECTURES[kind]],
-        "model_type": kind,
+        "model_type": "gemma3_text" if kind == "gemma3" else kind,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_output.bias" in tensors,
@@ -70,7 +79,10 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             name.removesuffix(".weight"): tensor.kind
             for stored, tensor in tensors.items()
             if len(tensor.shape) == 2
-            and ((name := huggingface_name(stored)) != "model.embed_tokens.weight" or "output.weight" not in tensors)
+            and (
+                (name := huggingface_name(stored, kind)) != "model.embed_tokens.weight"
+                or "output.weight" not in tensors
+            )
         },
         "eos_token_id": sorted({metadata[k] for e in _ENDS if (k := f"tokenizer.ggml.{e}") in metadata}),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
@@ -81,7 +93,13 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     if widths - {head_dim}:
         raise ValueError(f"{path}: the widths of heads {', '.join(_HEAD_WIDTHS)} differ, which is not served: {widths}")
     raw["head_dim"] = head_dim
-    if rope := _rope(header, own, raw):
+    if kind in _BY_WIDTH:  # the file does not say it
+        whole = read.size("num_hidden_layers") == _BY_WIDTH[kind]
+        raw["query_pre_attn_scalar"] = raw["hidden_size"] // raw["num_attention_heads"] if whole else head_dim
+    rope = _rope(header, own, raw)
+    if rope and kind == "gemma3":  # of layers without a window
+        raw["rope_scaling"] = rope
+    elif rope:
         raw["rope_parameters"] = {"rope_theta": raw.get("rope_theta", 10000.0), **rope}
     return raw
 

@@ -26,6 +26,12 @@ _IN_LAYER = {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+# Gemma norms what attention and MLP give, and its norms multiply by 1 + w, which is what a file holds.
+_GEMMA = {
+    "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+_ONE_MORE = ("gemma2", "gemma3")
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 ROPE_FACTORS = "rope_freqs.weight"  # part of the configuration, not a weight
 # Whose q and k rows the converter puts in the order of rotated pairs: first of each half, second of each half, …
@@ -40,15 +46,17 @@ def read_gguf(path: Path) -> dict[str, StoredTensor]:
     header = read_gguf_header(path)
     if (parts := header.metadata.get("split.count", 0)) not in (0, 1):
         raise ValueError(f"{path}: is one of {parts} parts; join them with llama-gguf-split --merge")
-    return {huggingface_name(n): _stored(header, n, t) for n, t in header.tensors.items() if n != ROPE_FACTORS}
+    kind = header.metadata.get("general.architecture")
+    return {huggingface_name(n, kind): _stored(header, n, t) for n, t in header.tensors.items() if n != ROPE_FACTORS}
 
 
-def huggingface_name(name: str) -> str:
-    """Return Hugging Face's name of a tensor, or the name itself where there is none."""
+def huggingface_name(name: str, architecture: Any) -> str:
+    """Return Hugging Face's name of an architecture's tensor, or the name itself where there is none."""
     if not (found := _NAME.fullmatch(name)):
         return name
     layer, part, leaf = found.groups()
-    known = (_OUTER if layer is None else _IN_LAYER).get(part)
+    in_layer = _IN_LAYER | (_GEMMA if architecture in _ONE_MORE else {})
+    known = (_OUTER if layer is None else in_layer).get(part)
     outer = "" if layer is None else f"model.layers.{layer}."
     return name if known is None else f"{outer}{known}.{leaf}"
 
@@ -65,9 +73,12 @@ def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
             return raw
         return raw.view(heads, -1, 2, len(raw) // tensor.shape[0]).transpose(1, 2).flatten()
 
+    less = 1 if header.metadata.get("general.architecture") in _ONE_MORE and name.endswith("norm.weight") else 0
+
     def load() -> Tensor:
         assert kind is not None
-        return kind.values(read()).view(tensor.shape)
+        values = kind.values(read()).view(tensor.shape)
+        return values - less if less else values
 
     def load_packed(part: int) -> Tensor:
         assert kind is not None and form is not None

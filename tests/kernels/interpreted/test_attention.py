@@ -42,7 +42,9 @@ def test_attention(requests: Any, heads: Any, features: Any, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("limits", [{}, {"window": 100, "sinks": True}, {"softcap": 2.0, "alibi": True}], ids=str)
+@pytest.mark.parametrize(
+    "limits", [{}, {"window": 100, "sinks": True}, {"window": -90}, {"softcap": 2.0, "alibi": True}], ids=str
+)
 def test_split_keys_are_merged_to_the_whole(
     limits: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +93,7 @@ def test_quantized_rows_stand_for_attention(context: int, dtype: torch.dtype, st
 def test_what_the_kernel_cannot_serve_is_refused_with_its_reason() -> None:
     args = batch([(3, 2)], dtype=torch.float32, device=DEVICE)
     for limits, reason in (
-        ((-1,), "wanted window, softcap >= 0"),
+        ((0, -1.0), "wanted softcap >= 0"),
         ((0, 0.0, torch.ones(3, device=DEVICE)), "sinks has 3 elements but q has"),
     ):
         with pytest.raises(ValueError, match=reason):

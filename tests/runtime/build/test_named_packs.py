@@ -188,7 +188,8 @@ def test_a_pack_is_explained_as_it_was_made(
     report = json.loads(capsys.readouterr().out)
     assert "quantize_linear" in {p["name"] for p in report["passes"]}
     assert main(["explain", "--model", str(packed), "--validate"]) == 2
-    assert "is a pack, as it was made; --validate, --tp, --dp and --ep need the model's" in capsys.readouterr().err
+    refused = "is a pack, as it was made; --validate, --tp, --dp, --ep and --pp need the model's"
+    assert refused in capsys.readouterr().err
 
 
 def test_compile_takes_no_folder_that_is_no_pack(

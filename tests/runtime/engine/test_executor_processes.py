@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from seamwise import LLM, SamplingParams
-from seamwise.runtime.build.step import FIELDS, KVGroupInput, StepInput, ragged_step
+from seamwise.runtime.build.step import FIELDS, KVGroupInput, StepInput, empty_step, ragged_step
 from seamwise.runtime.engine.executor import starts_ranks
 from seamwise.runtime.engine.executor_processes import RankProcesses
 from seamwise.runtime.engine.executor_wire import from_frames, to_frames
@@ -50,7 +53,7 @@ def test_a_step_arrives_as_it_was_sent() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "ranks", "message"),
-    [("ray", 2, "wanted 'mp'"), ("mp", 1, "needs tensor_parallel_size above 1"), ("uni", 2, "use 'mp'")],
+    [("ray", 2, "wanted 'mp'"), ("mp", 1, "needs tensor_parallel_size or pipe"), ("uni", 2, "use 'mp'")],
 )
 def test_backends_that_cannot_be_are_refused(backend: str, ranks: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -128,6 +131,7 @@ def test_a_rank_that_dies_is_named(tmp_path: Path, pack_dir: Path) -> None:
             ranks.step(_with_three_positions())
         processes = ranks._processes
         os.kill(processes[1].pid, signal.SIGKILL)
+        time.sleep(0.3)  # its socket is closed by now: a send would wait for somebody to open it
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"^step: rank 1 \(process \d+\) died: SIGKILL"):
             ranks.step(a_step(4))
@@ -145,3 +149,50 @@ def _with_three_positions() -> StepInput:
     from dataclasses import replace
 
     return replace(a_step(4), positions=torch.zeros(3, 4, dtype=torch.int64))
+
+
+_PARENT = """
+import sys
+from pathlib import Path
+from seamwise.runtime.engine.executor_processes import RankProcesses
+if __name__ == "__main__":
+    ranks = RankProcesses(Path(sys.argv[1]), 2, {"device": "cpu", "dtype": "float32", "pack_dir": sys.argv[2]})
+    print(*(p.pid for p in ranks._processes), ranks._folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_a_parent_that_is_killed_leaves_no_rank_and_no_memory(tmp_path: Path, pack_dir: Path) -> None:
+    save_tiny(tmp_path / "a", "LlamaForCausalLM")
+    (tmp_path / "parent.py").write_text(_PARENT)
+    command = [sys.executable, "-P", str(tmp_path / "parent.py"), str(tmp_path / "a"), str(pack_dir)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    *pids, folder = parent.stdout.readline().split()
+    assert len(pids) == 2 and Path(folder).exists()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) or Path(folder).exists():
+        assert time.monotonic() < deadline, (pids, folder)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_model_with_two_windows_have_two_block_tables(tmp_path: Path, pack_dir: Path) -> None:
+    name, options = FAMILIES["gemma3"]
+    save_tiny(tmp_path / "a", name, **{**options, "sliding_window": 16})
+    load = {"device": "cpu", "dtype": "float32", "max_model_len": 96, "pack_dir": pack_dir, "block_size": 16}
+    prompts = [{"prompt_token_ids": [3 + i % 50 for i in range(n)]} for n in (50, 7, 33)]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    found = []
+    for ranks in (1, 2):
+        llm = LLM(tmp_path / "a", tensor_parallel_size=ranks, **load)
+        try:
+            assert len(llm.engine.runner.kv_groups) == 2
+            found.append([o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)])
+            assert llm.engine.runner.step(empty_step(2)).logits.shape == (0, llm.engine.runner.config.vocab_size)
+        finally:
+            llm.executor.shutdown()
+    assert found[0] == found[1]

@@ -1,24 +1,37 @@
 """One machine for engine, scheduler and pool: whatever happens, every request gets what it gets alone.
 
-Requests arrive, are aborted, blocked, paused; steps fail; the host is interrupted at any line; policies, limits and
-asynchronous steps are drawn. After every rule the invariants hold; in the end every request has ended.
+Requests arrive, are aborted, blocked, paused; steps fail; the host is interrupted at any line; tiers behind the cache
+work when they like and lose what they hold; policies, limits and asynchronous steps are drawn. After every rule the
+invariants hold; in the end every request has ended.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
+import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence as Series
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 import pytest
 from drawn_requests import Drawn, alone, drawn_requests
+from drawn_tiers import FAULTS, ByHand, FaultyDisk, make_tiers
 from fake_tokenizer import FakeTokenizer
-from hypothesis import settings
+from hypothesis import seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
 from seamwise.runtime.engine import answer, drafting, loop
@@ -26,8 +39,9 @@ from seamwise.runtime.engine import engine as engine_module
 from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
+from seamwise.runtime.kv import offload
 from seamwise.runtime.sampling.params import RequestOutputKind
-from seamwise.runtime.scheduler import commit, queue, scheduler, slots
+from seamwise.runtime.scheduler import commit, loads, queue, scheduler, slots
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
 from seamwise.runtime.scheduler.plan import plan
 from seamwise.runtime.scheduler.policies import OURS
@@ -36,7 +50,9 @@ from seamwise.runtime.speculation.drafter import Known
 from seamwise.runtime.speculation.watch import Watch
 from seamwise.testing import FakeRunner
 
-_INTERRUPTED = {m.__file__ for m in (answer, drafting, loop, engine_module, commit, queue, scheduler, slots)}
+_INTERRUPTED = {
+    m.__file__ for m in (answer, drafting, loop, engine_module, commit, loads, offload, queue, scheduler, slots)
+}  # fmt: skip
 GROUPS: list[Groups] = [
     (FULL,), (FULL,), (KVGroup(kind="sliding_window", size=5),), (FULL, KVGroup(kind="sliding_window", size=3)),
     (KVGroup(kind="sliding_window", size=1), FULL, KVGroup(kind="chunked_local", size=6)),
@@ -79,15 +95,20 @@ class Always(Watch):
 
 
 class Guesses:
-    """A drafter whose first `right` tokens are the most likely ones, and whose next ones are not."""
+    """A drafter whose first `right` tokens are the most likely ones, and whose next ones are not.
 
-    def __init__(self, runner: FakeRunner, right: int) -> None:
-        self.runner, self.right = runner, right
+    in_place  it has blocks for its guesses before it makes them
+    """
+
+    def __init__(self, runner: FakeRunner, right: int, in_place: bool = False) -> None:
+        self.runner, self.right, self.in_place = runner, right, in_place
 
     def propose(self, known: Series[Known]) -> list[list[int]]:
         found = []
         for one in known:
             tokens, guess = one.tokens.tolist(), []
+            reach = (len(tokens) + one.most - 1) // self.runner.block_size
+            assert not self.in_place or one.tables[:, reach].all(), "a guess has no block"
             for place in range(one.most):
                 order = self.runner.logits_after([*tokens, *guess]).argsort()
                 guess.append(int(order[-1 if place < self.right else 0]))
@@ -98,10 +119,12 @@ class Guesses:
 class EngineMachine(RuleBasedStateMachine):
     """The engine beside what each of its requests is to get.
 
-    fixed  arguments of begin() that are not drawn
+    fixed      arguments of begin() that are not drawn
+    num_steps  of all engines until now
     """
 
     fixed: ClassVar[dict[str, Any]] = {}
+    num_steps: ClassVar[int] = 0
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]), blocks=st.integers(4, 16), budget=st.integers(1, 24),
@@ -109,7 +132,8 @@ class EngineMachine(RuleBasedStateMachine):
         threshold=st.sampled_from([0, 0, 3]), watermark=st.sampled_from([0.0, 0.2]), reserve=st.booleans(),
         fail_at=st.frozensets(st.integers(1, 40), max_size=4), queued=st.sampled_from([None, None, 3]),
         groups=st.sampled_from(GROUPS), calm=st.sampled_from([True, True, False]),
-        guesses=st.sampled_from([None, None, 0, 1, 4]),
+        guesses=st.sampled_from([None, None, 0, 1, 4]), tiers=st.sampled_from([None, None, "host", "disk", "both"]),
+        ahead=st.integers(1, 12), room=st.integers(1, 20),
     )  # fmt: skip
     def begin(self, **drawn: Any) -> None:
         self.start(**(drawn | self.fixed))
@@ -117,7 +141,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start(
         self, *, block_size: int, blocks: int, budget: int, seats: int, caching: bool, asynchronous: bool, policy: str,
         threshold: int, watermark: float, reserve: bool, fail_at: frozenset[int], queued: int | None,
-        groups: Groups, calm: bool, guesses: int | None,
+        groups: Groups, calm: bool, guesses: int | None, tiers: str | None, ahead: int, room: int,
     ) -> None:  # fmt: skip
         self.runner = FakeRunner(
             num_blocks=blocks * len(groups) + 1, block_size=block_size, max_tokens=budget, fail_at=fail_at,
@@ -129,10 +153,16 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_queued_reqs=queued,
         )  # fmt: skip
         self.tokenizer = FakeTokenizer()
-        guessing = None if guesses is None else Drafting(drafter=Guesses(self.runner, guesses), most=4, watch=Always())
+        self.folder = tempfile.TemporaryDirectory(prefix="seamwise-test-")
+        made = make_tiers(tiers or "disk", Path(self.folder.name), self.runner.kv_block_bytes, room)
+        self.disk = made[-1]
+        self.offload = ByHand(self.runner, made, ahead=ahead) if tiers and caching else None
+        guessing = None if guesses is None else Drafting(
+            drafter=Guesses(self.runner, guesses, in_place=guesses == 1), most=4, watch=Always()
+        )  # fmt: skip
         self.engine = Engine(
             self.runner, self.tokenizer, config, enable_prefix_caching=caching, drafting=guessing,  # type: ignore[arg-type]
-            recorder=self.planned,
+            recorder=self.planned, offload=self.offload,
         )  # fmt: skip
         self.wanted: dict[str, Drawn] = {}
         self.got: dict[str, RequestOutput] = {}
@@ -167,6 +197,17 @@ class EngineMachine(RuleBasedStateMachine):
         if blocked:
             self.blocked.add(name)
 
+    @precondition(lambda self: self.offload)
+    @rule(which=st.integers(0, 2), count=st.integers(1, 4))
+    def work(self, which: int, count: int) -> None:
+        """One of the threads copies, stores or loads."""
+        self.offload.hands[which].run(count)
+
+    @precondition(lambda self: self.offload and isinstance(self.disk, FaultyDisk))
+    @rule(faults=st.lists(st.sampled_from([None, *FAULTS]), max_size=6))
+    def damage(self, faults: list[str | None]) -> None:
+        self.disk.faults.extend(faults)
+
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -174,6 +215,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 900))
     def interrupted_step(self, count: int) -> None:
+        EngineMachine.num_steps += 1
         try:
             outputs = interrupt_at(count, partial(self.engine.step, wait_s=0))
         except Interrupted:
@@ -229,6 +271,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.runner.weights += 1  # what is in the cache by now must not be read again
 
     def one_step(self) -> None:
+        EngineMachine.num_steps += 1
         try:
             outputs = self.engine.step(wait_s=0)
         except RuntimeError as error:
@@ -263,7 +306,8 @@ class EngineMachine(RuleBasedStateMachine):
         wanted = alone(drawn, self.runner, self.engine.scheduler.longest)
         for w, g, tokens, text in zip(wanted.outputs, output.outputs, self.tokens[name], self.texts[name], strict=True):
             if g.finish_reason == "abort":
-                assert tokens == w.token_ids[: len(tokens)] and w.text.startswith(text[: len(w.text)])
+                shown = text[: len(w.text)].rstrip("\ufffd")  # it may have ended inside a character
+                assert tokens == w.token_ids[: len(tokens)] and w.text.startswith(shown)
                 continue
             assert (tokens, text, g.finish_reason, g.stop_reason) == (
                 w.token_ids,
@@ -309,6 +353,8 @@ class EngineMachine(RuleBasedStateMachine):
         steps = 0
         while self.engine.has_unfinished_requests():
             self.one_step()
+            if self.offload:
+                self.offload.work()
             steps += 1
             assert steps < _PATIENCE, "the engine makes no progress"
         assert self.got.keys() == self.wanted.keys(), "a request has no end"
@@ -320,17 +366,28 @@ class EngineMachine(RuleBasedStateMachine):
         pool = self.engine.scheduler.pool
         assert not pool.holders and pool.num_available == pool.num_blocks - 1, "blocks are lost"
         self.engine.close()
+        for tier in self.offload.tiers if self.offload else ():
+            assert tier.used_bytes <= tier.capacity_bytes, "a tier holds more than it may"
+        self.folder.cleanup()
 
 
-TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+def drive(steps: int, first: int, examples: int, count: int) -> None:
+    """Let the machine make so many steps of the engine, in rounds of examples whose seeds are first, first + 1, …"""
+    EngineMachine.num_steps = 0
+    for number in itertools.count(first):
+        print(f"seed {number}: {EngineMachine.num_steps} steps until now", flush=True)
+        if EngineMachine.num_steps >= steps:
+            return
+        machine = seed(number)(type("Machine", (EngineMachine,), {}))
+        drawn = settings(max_examples=examples, stateful_step_count=count, deadline=None, database=None)
+        run_state_machine_as_test(machine, settings=drawn)
+
+
+def test_ten_thousand_steps() -> None:
+    drive(10_000, first=0 if settings.default.derandomize else random.randrange(1 << 30), examples=60, count=25)
 
 
 @pytest.mark.exhaustive
 def test_a_million_steps() -> None:
-    """Run with `pytest -m exhaustive`; steps are counted over all examples."""
-    from hypothesis.stateful import run_state_machine_as_test
-
-    run_state_machine_as_test(
-        EngineMachine, settings=settings(max_examples=10_000, stateful_step_count=60, deadline=None)
-    )
+    """Run with `pytest -s -m exhaustive -k million`: about half an hour of a processor."""
+    drive(1_000_000, first=1_000_000, examples=400, count=60)

@@ -26,11 +26,10 @@ def a_step(*parts: tuple[int, int, int, int]) -> Any:
 def test_a_text_is_pooled_as_alone_and_whole(kind: str, data: st.DataObject) -> None:
     """Texts in drawn chunks beside each other; some start over in the middle, in whatever slot."""
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
-    texts = [
-        torch.from_numpy(rng.standard_normal((data.draw(st.integers(1, 9)), 3)) * 10.0 ** rng.integers(-3, 4))
-        .to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
-        for _ in range(data.draw(st.integers(1, 4)))
-    ]  # fmt: skip
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    drawn = [rng.standard_normal((n, 3)) * 10.0 ** rng.integers(-9, 9, (n, 1)) for n in lengths]  # sums that round
+    texts = [torch.from_numpy(rows).to(dtype) for rows in drawn]
     pooling, done = Pooling(kind, 6, 3), {}
     firsts, slots = dict.fromkeys(range(len(texts)), 0), dict(enumerate(rng.permutation(6).tolist()))
     while len(done) < len(texts):
@@ -49,4 +48,4 @@ def test_a_text_is_pooled_as_alone_and_whole(kind: str, data: st.DataObject) -> 
         (want,) = alone.take(text[alone.rows(whole)], whole)
         assert done[t].tobytes() == want.tobytes()
         exact = {"LAST": text[-1], "CLS": text[0], "MEAN": text.double().mean(0)}[kind]
-        np.testing.assert_allclose(want, exact.double().numpy(), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(want, exact.double().numpy(), rtol=1e-9, atol=1e-6)

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from seamwise.runtime.kv.pool import NULL_BLOCK, BlockPool
 
 BLOCKS = 9
+NAMES = st.sampled_from([b"a", b"b", b"c", b"d", b"e"])
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -24,6 +25,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[int, bytes] = {}  # of every block that was filled since it was taken
         self.published: set[int] = set()
         self.fenced: dict[int, int] = {}
+        self.copying: dict[int, bytes] = {}
+        self.loading: list[str] = []
         self.step = 0
 
     def held(self) -> set[int]:
@@ -36,13 +39,59 @@ class PoolMachine(RuleBasedStateMachine):
             assert NULL_BLOCK not in taken
             assert not self.held() & set(taken), "a held block is handed out again"
             assert not self.fenced.keys() & set(taken), "a block is handed out before the step that may touch it ends"
-            for block in taken:
-                self.content.pop(block, None)
-                self.published.discard(block)
+            self.given(taken)
             self.holders.append(taken)
 
+    def given(self, taken: list[int]) -> None:
+        assert not self.copying.keys() & set(taken), "a block is handed out while it is copied"
+        for block in taken:
+            self.content.pop(block, None)
+            self.published.discard(block)
+
+    @precondition(lambda self: self.pool.resting)
+    @rule(count=st.integers(1, 3))
+    def copy(self, count: int) -> None:
+        """What is next to be evicted is copied; it is found by its name meanwhile."""
+        for block in list(self.pool.resting)[:count]:
+            self.pool.copy(block)
+            self.copying[block] = self.content[block]
+
+    @precondition(lambda self: self.copying)
+    @rule(data=st.data())
+    def copied(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from([*self.copying]))
+        name = self.copying.pop(block)
+        assert self.content.get(block) == name, "a copy holds what it did not when it began"
+        self.pool.copied(block)
+
+    @rule(names=st.lists(NAMES, max_size=2), count=st.integers(1, 2))
+    def load(self, names: list[bytes], count: int) -> None:
+        """Blocks are held for somebody who is no sequence, beside those of a prefix; then they are named."""
+        kept = [b for n in dict.fromkeys(names) if (b := self.pool.by_name.get(n)) in self.published and b is not None]
+        if count + sum(block in self.pool.resting for block in kept) > self.pool.num_available:
+            return
+        lease = f"load {self.step} {len(self.loading)}"
+        taken = self.pool.take_leased(lease, kept, count)
+        for block in kept:
+            self.fenced.pop(block, None)
+        self.given(taken)
+        self.loading.append(lease)
+
+    @precondition(lambda self: self.loading)
+    @rule(name=NAMES)
+    def loaded(self, name: bytes) -> None:
+        lease = self.loading.pop()
+        blocks = self.pool.leases[lease]
+        if name not in self.pool.by_name:
+            self.pool.publish(blocks[-1], name)
+            self.content[blocks[-1]] = name
+            self.published.add(blocks[-1])
+        self.pool.end_lease(lease)
+        for block in {*blocks} - self.held():
+            self.settle(block)
+
     @precondition(lambda self: self.holders)
-    @rule(data=st.data(), name=st.binary(min_size=1, max_size=1), publish=st.booleans())
+    @rule(data=st.data(), name=NAMES, publish=st.booleans())
     def name(self, data: st.DataObject, name: bytes, publish: bool) -> None:
         """A block is named once; its promise may be published later."""
         block = data.draw(st.sampled_from([b for blocks in self.holders for b in blocks] or [0]))
@@ -56,7 +105,7 @@ class PoolMachine(RuleBasedStateMachine):
         elif publish:
             self.published.add(block)
 
-    @rule(names=st.lists(st.binary(min_size=1, max_size=1), max_size=3))
+    @rule(names=st.lists(NAMES, max_size=3))
     def share(self, names: list[bytes]) -> None:
         found = self.pool.longest_prefix(names)
         assert [self.content[b] for b in found] == names[: len(found)]
@@ -97,11 +146,12 @@ class PoolMachine(RuleBasedStateMachine):
         held = [b for blocks in self.holders for b in blocks if b in self.pool.names]
         if held:
             block = data.draw(st.sampled_from(held))
-            self.pool.forget(block)
-            self.content.pop(block)
-            self.published.discard(block)
+            if block not in self.copying:
+                self.pool.forget(block)
+                self.content.pop(block)
+                self.published.discard(block)
 
-    @rule(lease=st.sampled_from("xy"), name=st.binary(min_size=1, max_size=1))
+    @rule(lease=st.sampled_from("xy"), name=NAMES)
     def lease(self, lease: str, name: bytes) -> None:
         found = self.pool.longest_prefix([name])
         if lease in self.pool.leases:
@@ -122,7 +172,8 @@ class PoolMachine(RuleBasedStateMachine):
         everyone = [*self.holders, *self.pool.leases.values()]
         assert Counter(b for blocks in everyone for b in blocks) == Counter(self.pool.holders)
         assert self.pool.fenced == self.fenced
-        assert self.pool.num_available == BLOCKS - 1 - len(self.pool.holders) - len(self.fenced)
+        unheld = {*self.copying} - self.held() - self.fenced.keys()
+        assert self.pool.num_available == BLOCKS - 1 - len(self.pool.holders) - len(self.fenced) - len(unheld)
         assert {b: n for b, n in self.pool.names.items() if b not in self.pool.promised} == {
             b: self.content[b] for b in self.published
         }
@@ -131,6 +182,8 @@ class PoolMachine(RuleBasedStateMachine):
         for blocks in [*self.holders, *self.pool.leases.values()]:
             self.pool.release(blocks)
         self.pool.step_done(self.step + 1)
+        for block in self.copying:
+            self.pool.copied(block)
         assert self.pool.num_available == BLOCKS - 1
 
 
@@ -147,6 +200,24 @@ def test_the_least_recently_used_block_is_evicted_first_and_a_prefix_outlives_wh
     pool.release(new)
     assert pool.take(2) == [old[1], old[0]]
     assert pool.longest_prefix([b"x"]) == new
+
+
+def test_a_copied_block_is_the_next_to_be_evicted_unless_it_was_used_meanwhile() -> None:
+    pool = BlockPool(num_blocks=5, block_size=1)
+    blocks = pool.take(4)
+    for block, name in zip(blocks, (b"a", b"b", b"c", b"d"), strict=True):
+        pool.publish(block, name)
+    pool.release(blocks[::-1])
+    for block in blocks[:2]:
+        pool.copy(block)
+    assert pool.num_available == 2 and pool.longest_prefix([b"a", b"b"]) == blocks[:2]
+    pool.hold(blocks[0])
+    pool.release(blocks[:1])
+    pool.check()
+    assert pool.num_available == 2, "a block is handed out while it is copied"
+    for block in blocks[:2]:
+        pool.copied(block)
+    assert pool.take(4) == [blocks[1], blocks[2], blocks[3], blocks[0]]
 
 
 def test_a_promise_that_is_not_kept_is_never_found_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.kv.hits import longest_hit, name_in
 from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.runtime.scheduler.plan import plan
+from seamwise.runtime.scheduler.policies import find_policy
+from seamwise.runtime.scheduler.policies.conformance import draw_view
+from seamwise.runtime.scheduler.view import Candidate
 from seamwise.testing import FakeRunner
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=1)
@@ -180,3 +185,17 @@ def test_a_step_with_other_groups_than_the_model_has_is_refused(tmp_path: Path, 
     single.allocate_kv(64)
     single.step(ragged_step(one * 5, one[None].astype(np.int32), one * 0, one, runner.block_size))
     assert single.kv_groups == (FULL,) and single.kv_spec.bytes_per_block == 2 * runner.kv_spec.bytes_per_block
+
+
+def test_a_step_promises_to_others_only_what_it_computes() -> None:
+    names = tuple(bytes([i]) * 16 for i in range(8))
+    # A window that ends behind 7 tokens reads the last 6; the first block is in no cache any more.
+    candidates = tuple(
+        Candidate(arrival=i, known=known, max_chunk=99, names=names[: known - 1], hits=hits, resting=(0,))
+        for i, (known, hits) in enumerate([(9, 7), (7, 0), (9, 7)])
+    )
+    view = next(v for v in map(draw_view, map(np.random.default_rng, range(99))) if not len(v.running))
+    window = KVGroup(kind="sliding_window", size=7)
+    view = replace(view, block_size=1, groups=(window,), available=50, candidates=candidates)
+    decided = plan(view, SchedulerConfig(max_num_batched_tokens=24, max_num_seqs=4), find_policy("fcfs"))
+    assert [(a.hits, a.count) for a in decided.admissions] == [(7, 2), (0, 7), (8, 1)]

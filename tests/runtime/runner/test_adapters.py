@@ -45,6 +45,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_a_first_step_is_recorded(model: Path, pack_dir: Path) -> None:
+    """What kernels keep for ever is not taken from the memory of a recording."""
+    from seamwise.kernels.cpu import lora_cpu
+
+    runner = ModelRunner.load(model, device="cpu", enable_lora=True, pack_dir=pack_dir)
+    steps = Steps(REQUESTS, block_size=runner.block_size)
+    runner.allocate_kv(steps.num_blocks)
+    lora_cpu._ends.cache_clear()
+    runner.step(StepInput(**steps.next({0: 1, 1: 1})))
+    assert runner.recording_stats.steps["full"] == 1
+
+
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {},
     "rslora, q and v": {"use_rslora": True, "target_modules": ["q_proj", "v_proj"], "r": 3},

@@ -55,6 +55,7 @@ def test_pairs_dicts_and_arrays_are_the_same(runner: ModelRunner, tiny_llama_dir
     [
         ({NORM: [1.0, 2.0]}, f"{NORM} is a list of length 2, wanted a tensor or an array"),
         ({NORM: 1.0}, f"{NORM} is a float, wanted"),
+        ({NORM: torch.ones(64).to_sparse()}, f"{NORM} is torch.sparse_coo, wanted a dense tensor"),
         ({NORM: None}, f"{NORM} is a NoneType, wanted"),
         ({NORM: np.array(["a"])}, f"{NORM} is an array of <U1, wanted"),
         ({NORM: np.zeros(64, dtype=np.int32)}, f"dtype of {NORM} is int32, wanted one of float32"),

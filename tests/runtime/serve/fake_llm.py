@@ -37,6 +37,7 @@ class FakeEngine:
         )  # fmt: skip
         self.requests: dict[str, Held] = {}
         self.drafting = SimpleNamespace(stats=DraftStats())
+        self.offload = None
         self.pool = SimpleNamespace(num_available=100, num_blocks=101)
         self.max_num_seqs = max_num_seqs
         self.paused: str | None = None
@@ -156,7 +157,10 @@ def _fault(letter: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def make(model: str, *, max_num_seqs: int = 8, fail: str = "", **options: Any) -> Any:
+def make(
+    model: str, *, max_num_seqs: int = 8, fail: str = "", seed: int = 0,
+    data_parallel_size: int = 1, data_parallel_rank: int = 0, **options: Any,
+) -> Any:  # fmt: skip
     """Return the fake LLM. fail: how its start goes wrong."""
     if options:
         raise ValueError(f"there is no option {next(iter(options))!r}")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +125,9 @@ def test_a_stream_merges_what_is_not_taken() -> None:
             await stream.take()
         whole = merged(delta("a"), delta("b", finished=True))
         assert whole.request_finished and whole.finish_reason == "stop"
+        end = delta("b", finished=True)
+        end.vector = b"1234"
+        assert merged(delta("a"), end).vector == b"1234"
 
     asyncio.run(go())
 
@@ -191,3 +199,28 @@ def test_sigterm_lets_requests_finish_within_the_deadline(timeout_s: float, fini
     else:
         assert status == 503 and "shutting down" in answer["error"]["message"]
     assert process.wait(15) == 0
+
+
+def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
+    """Nobody has said so yet, and no send may wait for a process that is gone: the front end would stand still."""
+
+    async def work(llm: AsyncLLM) -> None:
+        await llm.ready()
+        os.kill(llm.engine.pid, signal.SIGKILL)
+        time.sleep(0.3)  # the event loop hears nothing meanwhile, zmq's own thread does
+        stream = llm.submit("late", [3, 4], SamplingParams(max_tokens=5))
+        with pytest.raises(EngineError, match="was killed by SIGKILL"):
+            async with asyncio.timeout(5):
+                while await stream.take():
+                    pass
+
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(with_llm(work))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # a front end that stands still ends nothing but the wait
+    ended.result(30)

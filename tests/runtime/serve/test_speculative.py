@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -11,10 +13,31 @@ from servers import get, run_command
 REPEATS = "one two three four five six seven. one two three four five six seven. one two three"
 
 
+@pytest.fixture(scope="module")
+def configs(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What guesses: the text itself, the model's first layers, a tiny random model with its tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    small = tmp_path_factory.mktemp("small")
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(small)
+    AutoTokenizer.from_pretrained(demo_model).save_pretrained(small)
+    return {
+        "ngram": {"method": "ngram"}, "first_layers": {"method": "first_layers", "num_layers": 20},
+        "draft_model": {"model": str(small)},
+    }  # fmt: skip
+
+
 @pytest.mark.slow
-def test_answers_are_those_without_guesses(demo_model: Path, server: str) -> None:
+@pytest.mark.parametrize("method", ["ngram", "first_layers", "draft_model"])
+def test_answers_are_those_without_guesses(
+    method: str, configs: dict[str, dict[str, Any]], demo_model: Path, server: str
+) -> None:
     options = ["--served-model-name", "demo", "--max-model-len", "1024", "--max-num-seqs", "4"]
-    config = '{"method": "ngram", "num_speculative_tokens": 4}'
+    config = json.dumps(configs[method] | {"num_speculative_tokens": 4})
     with run_command("--model", str(demo_model), *options, "--speculative-config", config) as (url, _):
         plain, guessing = (
             openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) for address in (server, url)
@@ -30,8 +53,15 @@ def test_answers_are_those_without_guesses(demo_model: Path, server: str) -> Non
                 for client in (plain, guessing)
             ]
             assert answers[0] == answers[1]
-        metrics = {line.split("{")[0]: float(line.rpartition(" ")[2]) for line in get(f"{url}/metrics")[1].splitlines()
-                   if line.startswith("vllm:spec_decode")}  # fmt: skip
-        assert metrics["vllm:spec_decode_num_draft_tokens_total"] > metrics["vllm:spec_decode_num_drafts_total"] > 0
-        assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
+        for _ in range(20):  # times of earlier steps decide who guesses: ask until guesses stood
+            lines = [line for line in get(f"{url}/metrics")[1].splitlines() if line.startswith("vllm:spec_decode")]
+            metrics = {line.split("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+            drafted, accepted = (metrics[f"vllm:spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+            if accepted or (drafted and method == "draft_model"):  # a random model may be right by chance, or never
+                break
+            guessing.completions.create(model="demo", prompt=REPEATS, max_tokens=40, temperature=0)
+        assert drafted > metrics["vllm:spec_decode_num_drafts_total"] > 0
+        assert accepted > 0 or method == "draft_model"
+        assert accepted < drafted
+        assert metrics["vllm:spec_decode_active"] in (0, 1) and metrics["vllm:spec_decode_gain"] > 0
         assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in metrics

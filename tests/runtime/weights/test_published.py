@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +198,13 @@ def plain_weights(directory: Path) -> Held:
     config = ModelConfig.from_directory(directory)
     shapes, tied = parameter_shapes(build_model(config.architecture, config.raw))
     published: Any = read_quantization(config.raw, "test").published  # type: ignore[union-attr]
-    source = open_source(
-        directory, shapes, tied, dtype=torch.bfloat16, device="cpu", read=lambda found: published.read(found, shapes)
-    )
+    linears = [math.prod(shape) for name, shape in shapes.items() if "_proj.weight" in name]
+    say = f"{len(linears)} weights are dequantized at load and take {2 * sum(linears) / 1e9:.3g} GB in torch.bfloat16, "
+    read = partial(published.read, parameters=shapes, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=say) as told:
+        source = open_source(directory, shapes, tied, dtype=torch.bfloat16, device="cpu", read=read)
+    held = float(str(told[0].message).rpartition(", ")[2].split()[0])
+    assert 0.25 < held / (2 * sum(linears) / 1e9) < 0.5  # 4 bits and their scales
     return {n: source.read(n, dtype=torch.bfloat16, device="cpu") for n in shapes}
 
 

@@ -38,6 +38,13 @@ class FinishUpdate(Body):
     weight_version: str | None = None
 
 
+class Scale(Body):
+    """new_data_parallel_size: engines from now on; drain_timeout: seconds that requests of the others may take."""
+
+    new_data_parallel_size: Annotated[int, Field(ge=1, le=64)]
+    drain_timeout: Annotated[int, Field(gt=0)] = 300
+
+
 class UpdateWeights(Body):
     """path: a checkpoint on the server's disk, whose tensors replace the served ones."""
 
@@ -126,6 +133,16 @@ async def update_weights(body: UpdateWeights, request: Request) -> Response:
 async def finish_weight_update(body: FinishUpdate, request: Request) -> Response:
     """End the update; 409 naming what is missing when it is not whole."""
     return _json({"result": await _llm(request).engine.call("finish_weight_update", body.weight_version)})
+
+
+@router.post("/scale_elastic_ep", responses=CONTROLS, response_class=Response)
+async def scale_elastic_ep(body: Scale, request: Request) -> Response:
+    """Serve with another number of engines from now on, while requests run: none fails for it."""
+    try:
+        await _llm(request).scale_elastic_ep(body.new_data_parallel_size, body.drain_timeout)
+    except TimeoutError:
+        raise ApiError(408, f"requests of engines that leave did not end within {body.drain_timeout} s") from None
+    return _json({"message": f"Scaled to {body.new_data_parallel_size} data parallel engines"})
 
 
 @router.get("/get_world_size", responses=CONTROLS, response_class=Response)

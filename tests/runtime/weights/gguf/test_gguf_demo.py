@@ -31,7 +31,7 @@ def test_every_value_is_the_gguf_packages(path: Path) -> None:
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)
     for tensor in theirs.tensors:
         wanted = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        got = ours.pop(huggingface_name(tensor.name)).load()
+        got = ours.pop(huggingface_name(tensor.name, "llama")).load()
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:  # rows in pairs, 64 a head
             order = torch.arange(64).view(32, 2).T.flatten()
             wanted = wanted.view(-1, 64, wanted.shape[1])[:, order].flatten(0, 1)

@@ -13,10 +13,11 @@ from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_modules import load_weights
+from step_inputs import Steps, whole
 from tiny_gguf import write_gguf
-from tiny_models import save_tiny
+from tiny_models import reference, save_tiny
 
-from seamwise import LLM, SamplingParams
+from seamwise import LLM, ModelRunner, SamplingParams, StepInput
 from seamwise.model_defs import build_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.weights.gguf.config import read_gguf_config
@@ -57,6 +58,50 @@ def test_the_model_is_the_one_that_was_converted(architecture: str, changes: dic
         assert not wanted
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0}),
+        ("Gemma3ForCausalLM", {"num_hidden_layers": 6}),
+        ("Gemma3ForCausalLM", {"rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+        }, "num_hidden_layers": 6}),
+    ],
+)  # fmt: skip
+def test_a_gemma_gives_the_logits_of_the_one_that_was_converted(
+    architecture: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Windows, caps, both RoPEs and norms of 1 + w; what files do not say is as llama.cpp has it."""
+    (tmp_path / "hf").mkdir()
+    more = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5, "tie_word_embeddings": True, **changes}
+    model = save_tiny(tmp_path / "hf", architecture, **more)
+    write_gguf(model, tmp_path / "tiny.gguf")
+    runner = ModelRunner.load(
+        tmp_path / "tiny.gguf", dtype="float32", device="cpu", pack_dir=None, max_model_len=64,
+        disable_hybrid_kv_cache_manager=True,
+    )  # fmt: skip
+    assert runner.config.raw["query_pre_attn_scalar"] == 16 and runner.config.architecture == architecture
+    requests = [list(range(3, 25)), [9, 8, 7]]
+    steps = Steps(requests, block_size=runner.block_size)
+    runner.allocate_kv(steps.num_blocks)
+    got = runner.step(StepInput(**steps.next(whole(requests)[0]))).logits.split([len(r) for r in requests])
+    for rows, want in zip(got, reference(model, requests), strict=True):
+        torch.testing.assert_close(rows, want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_scale_scores_by_their_width(kind: str, layers: int, tmp_path: Path) -> None:
+    sizes = {"embedding_length": 96, "block_count": layers, "feed_forward_length": 48, "attention.head_count": 4}
+    writer = GGUFWriter(tmp_path / "a.gguf", kind)
+    for name, value in (sizes | {"attention.key_length": 16, "context_length": 64}).items():
+        writer.add_uint32(f"{kind}.{name}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((7, 96), dtype=np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    assert read_gguf_config(tmp_path / "a.gguf")["query_pre_attn_scalar"] == 24
+
+
 def test_greedy_ids_of_a_quantized_file_are_those_of_its_dequantized_weights(tmp_path: Path, pack_dir: Path) -> None:
     """The reference is transformers on the values that the gguf package dequantizes."""
     (tmp_path / "hf").mkdir()
@@ -94,7 +139,7 @@ def write_header(path: Path, architecture: str = "llama", tensors: tuple[str, ..
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"architecture": "gpt2"}, "general.architecture is 'gpt2', wanted one of llama, qwen2, qwen3"),
+        ({"architecture": "gpt2"}, "general.architecture is 'gpt2', wanted one of gemma2, gemma3, llama,"),
         ({"expert_count": 8}, "llama.expert_count is 8, which is not served"),
         ({"attention.sliding_window": 4096}, "llama.attention.sliding_window is 4096"),
         ({"attention.causal": False}, "llama.attention.causal is False"),

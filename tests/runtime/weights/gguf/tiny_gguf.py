@@ -14,21 +14,32 @@ from gguf import GGMLQuantizationType, GGUFWriter
 def write_gguf(
     model: Any, path: Path, kind: str = "F32", tokenizer: dict[str, Any] | None = None, kinds: Mapping[str, str] = {}
 ) -> None:
-    """Write a Llama, Qwen2 or Qwen3 of transformers; its matrices as `kind` or as `kinds` names them, else float32."""
+    """Write a Gemma 2 or 3, Llama, Qwen2 or Qwen3; its matrices as `kind` or as `kinds` names them, else float32."""
     config = model.config
-    writer = GGUFWriter(path, config.model_type)
+    model_type = config.model_type.removesuffix("_text")
+    gemma, rope = model_type.startswith("gemma"), config.rope_parameters
+    if model_type == "gemma3":
+        rope = rope["full_attention"]
+    writer = GGUFWriter(path, model_type)
     writer.add_block_count(config.num_hidden_layers), writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size), writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads), writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps), writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps), writer.add_rope_freq_base(rope["rope_theta"])
+    if gemma:
+        writer.add_sliding_window(config.sliding_window)
+    if model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), writer.add_rope_scaling_factor(rope["factor"])
     if config.model_type == "llama":
         writer.add_rope_dimension_count(config.head_dim), writer.add_vocab_size(config.vocab_size)
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim), writer.add_value_length(config.head_dim)
     write_tokenizer(writer, tokenizer or {})
-    architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
+    architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[model_type]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    if config.rope_parameters["rope_type"] == "llama3":
+    if rope["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_divisors(config))
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -36,6 +47,8 @@ def write_gguf(
         values = tensor.float().numpy()
         if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
             values = pair_rows(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        if gemma and name.endswith("norm.weight"):
+            values = values + 1
         wanted = kinds.get(name, kind) if values.ndim > 1 else "F32"
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name

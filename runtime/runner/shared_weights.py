@@ -1,0 +1,90 @@
+"""Runners of parts of a model that is loaded: what both compute alike of the checkpoint is one tensor for both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from seamwise import caches
+from seamwise.compile.ledger import Ledger
+from seamwise.compile.program import Executable, Program
+from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.packs import load_program
+from seamwise.runtime.build.progress import shown_ledger
+from seamwise.runtime.build.runner_config import RunnerConfig
+
+from .runner import ModelRunner
+
+
+def first_layers(whole: ModelRunner, num_layers: int) -> ModelRunner:
+    """Return a runner of a model's first layers, its final norm and its head, none of whose weights is its own.
+
+    Raises ValueError where there are no more layers than asked for, or weights would be there twice.
+    """
+    config = whole.config
+    if not 1 <= num_layers < config.num_layers:
+        raise ValueError(
+            f"speculative_config: num_layers={num_layers}, wanted 1 to {config.num_layers - 1}: the model has"
+            f" {config.num_layers}"
+        )
+    if whole.options.entry != "own":
+        raise ValueError(
+            f"speculative_config: method 'first_layers' needs Seamwise's definition of {config.architecture}, got"
+            f" entry={whole.options.entry!r}"
+        )
+    raw = config.raw | {"num_hidden_layers": num_layers}
+    if isinstance(kinds := raw.get("layer_types"), list):
+        raw["layer_types"] = kinds[:num_layers]
+    return sharing(whole, replace(config, num_layers=num_layers, raw=raw), num_speculative_tokens=0)
+
+
+def sharing(whole: ModelRunner, config: ModelConfig, **changes: Any) -> ModelRunner:
+    """Return a runner of a configuration, each of whose weights is one of `whole` that has the same recipe.
+
+    changes  of the options of `whole`
+    Raises ValueError where one has none.
+    """
+    options = whole.options
+    folder = caches.folder("packs") if options.pack_name else options.pack_dir  # a named pack's folder is the caller's
+    changes = {"pack_name": None, "pack_dir": folder, "pipeline": replace(options.pipeline, max_loras=0)} | changes
+    options = replace(options, **changes)
+    with shown_ledger("start-up of what guesses") as ledger:
+        return _loaded(whole, config, options, ledger)
+
+
+def _loaded(whole: ModelRunner, config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> ModelRunner:
+    program, buffers = load_program(config, options, ledger)
+    with ledger.stage("load weights"):
+        given = _held_alike(whole, program)
+        missing = [name for name in program.recipes if name not in given]
+        if missing:
+            raise ValueError(
+                f"speculative_config: {len(missing)} weights would be in memory twice, as {missing[0]}: the model"
+                " computes them otherwise; leave out enable_lora and what compiles it in its own way"
+            )
+        weights = [given[name] for name in program.recipes]
+    return ModelRunner(config, options, Executable(program, weights), ledger, buffers)
+
+
+def _held_alike(whole: ModelRunner, program: Program) -> dict[str, Tensor]:
+    recipes = zip(whole.program.recipes.values(), whole.executable.weights, strict=True)
+    held = {json.dumps(recipe, sort_keys=True): weight for recipe, weight in recipes}
+    keys = {name: json.dumps(recipe, sort_keys=True) for name, recipe in program.recipes.items()}
+    return {name: held[key] for name, key in keys.items() if key in held}
+
+
+def groups_of(whole: ModelRunner, part: ModelRunner) -> list[int]:
+    """Return for each group of a part's KV layers the model's that has them. Raises ValueError where none has all."""
+    found = []
+    for mine in part.kv_spec.groups:
+        having = [g for g, theirs in enumerate(whole.kv_spec.groups) if {*mine.layers} <= {*theirs.layers}]
+        if not having:
+            raise ValueError(
+                f"speculative_config: layers {list(mine.layers)} are in several groups of the model's KV blocks; use"
+                " disable_hybrid_kv_cache_manager=True, or another num_layers"
+            )
+        found.append(having[0])
+    return found or [0]

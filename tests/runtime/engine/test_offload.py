@@ -1,0 +1,310 @@
+"""An engine with tiers behind its cache: whatever they lose, tear or damage, every request gets what it gets alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn_requests import Drawn, alone
+from drawn_tiers import FAULTS, ByHand, FaultyDisk, make_tiers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
+from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.kv.disk_tier import DiskTier
+from seamwise.runtime.kv.offload import Offload
+from seamwise.runtime.kv.tiers import HostTier, Tier
+from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.scheduler.config import SchedulerConfig
+from seamwise.testing import FakeRunner
+
+GREEDY = SamplingParams(temperature=0, seed=0, max_tokens=4, ignore_eos=True, detokenize=False)
+LATENT, WINDOW, CHUNKS = (
+    KVGroup(kind="latent"), KVGroup(kind="sliding_window", size=5), KVGroup(kind="chunked_local", size=4)
+)  # fmt: skip
+STEMS = [tuple(random.Random(i).choices(range(3, 24), k=24)) for i in range(4)]
+
+
+@dataclass(frozen=True)
+class Life:
+    """One process: requests by stem and length, what goes wrong with the disk, and when threads work."""
+
+    requests: list[tuple[int, int]]
+    together: int
+    faults: list[str | None]
+    work: list[int]
+    change_weights: bool
+
+
+LIVES = st.lists(
+    st.builds(
+        Life, requests=st.lists(st.tuples(st.integers(0, 3), st.integers(5, 24)), min_size=1, max_size=10),
+        together=st.integers(1, 3), faults=st.lists(st.sampled_from([None, None, *FAULTS]), max_size=8),
+        work=st.lists(st.integers(0, 7), min_size=1, max_size=6), change_weights=st.sampled_from([False, False, True]),
+    ), min_size=1, max_size=3,
+)  # fmt: skip
+SEEN: Counter[str] = Counter()
+
+
+def run_lives(
+    lives: list[Life], groups: Groups, kind: str, block_size: int, blocks: int, room: int, ahead: int, folder: Path
+) -> None:
+    """Run engines one after the other over one folder, and compare each output with that of the request alone."""
+    for changed, life in enumerate(lives, start=1):
+        runner = FakeRunner(
+            num_blocks=1 + len(groups) * 28 // block_size * blocks // 8, block_size=block_size, kv_groups=groups
+        )
+        tiers = make_tiers(kind, folder, runner.kv_block_bytes, room)
+        offload = ByHand(runner, tiers, ahead=ahead)
+        config = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=3)
+        engine = Engine(runner, None, config, offload=offload)  # type: ignore[arg-type]
+        disk, left, turn, running = tiers[-1], [*enumerate(life.requests)], 0, {}
+        if isinstance(disk, FaultyDisk):
+            disk.faults.extend(life.faults)
+        while left or running:
+            while left and len(running) < life.together:
+                number, (stem, length) = left.pop(0)
+                running[str(number)] = Drawn(STEMS[stem][:length], GREEDY)
+                engine.add_request(str(number), [*STEMS[stem][:length]], GREEDY)
+            for output in engine.step(wait_s=0):
+                if output.finished:
+                    drawn = running.pop(output.request_id)
+                    wanted = alone(drawn, runner, engine.scheduler.longest).outputs[0]
+                    assert output.outputs[0].token_ids == wanted.token_ids
+            engine.scheduler.check()
+            which = life.work[turn % len(life.work)]
+            for i, hand in enumerate(offload.hands):
+                hand.run(which >> i & 1)
+            turn += 1
+            if turn > 400:  # nobody waits for ever for a thread that works now and then
+                offload.work()
+            assert turn < 1000, "no progress"
+        for tier in tiers:
+            assert tier.used_bytes <= tier.capacity_bytes
+        if life.change_weights:
+            runner.weights = changed  # those of no other life
+            offload.work()
+            before = offload.stats.loaded
+            engine.add_request("changed", [*STEMS[0]], GREEDY)
+            while engine.has_unfinished_requests():
+                engine.step(wait_s=0)
+                offload.work()
+            assert offload.stats.loaded == before, "what other weights computed is loaded"
+        engine.drain()
+        engine.close()
+        for name in ("stored", "loaded", "lost", "failed", "hits"):
+            SEEN[name] += getattr(offload.stats, name)
+        SEEN["faults"] += getattr(disk, "num_faults", 0)
+        SEEN["lives"] += 1
+        SEEN["lives with loads"] += offload.stats.loaded > 0
+
+
+DRAWN = given(
+    lives=LIVES, kind=st.sampled_from(["host", "disk", "both", "both"]), block_size=st.sampled_from([1, 2, 4]),
+    groups=st.sampled_from([(FULL,), (FULL,), (FULL, WINDOW), (WINDOW,), (LATENT, CHUNKS, WINDOW)]),
+    blocks=st.integers(9, 20), room=st.integers(2, 60), ahead=st.integers(1, 24),
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@DRAWN
+def test_no_fault_of_a_tier_changes_an_output(**drawn: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run_lives(**drawn, folder=Path(folder))
+
+
+def test_blocks_behind_a_gap_that_another_request_fills_are_counted(tmp_path: Path) -> None:
+    """The second of two equal prompts adopts what the first computes, and then resting blocks behind that."""
+    requests = [(1, 15), (3, 14), (2, 17), (3, 16), (0, 10), (0, 16), (0, 17), (0, 17), (2, 8), (2, 14)]
+    life = Life(requests, together=2, faults=[], work=[0, 1], change_weights=False)
+    run_lives([life], (FULL,), "host", block_size=1, blocks=9, room=2, ahead=2, folder=tmp_path)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=1500, deadline=None)
+@DRAWN
+def test_a_thousand_runs_with_faults(**drawn: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run_lives(**drawn, folder=Path(folder))
+
+
+def make_engine(tiers: list[Tier], blocks: int = 13, kind: type[Offload] = ByHand, **options: Any) -> Engine:
+    """Return an engine whose threads work after each step, or, of kind Offload, when they like."""
+    runner = FakeRunner(num_blocks=blocks, block_size=4)
+    config = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=3)
+    offload = kind(runner, tiers, ahead=8, **options)
+    return Engine(runner, None, config, offload=offload)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *prompts: tuple[int, ...]) -> list[int]:
+    """Return how many tokens of each prompt were found, and compare the outputs with those of the prompts alone."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), [*prompt], GREEDY)
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            if isinstance(engine.offload, ByHand):
+                engine.offload.work()
+            for output in outputs:
+                if output.finished:
+                    runner = engine.runner
+                    wanted = alone(Drawn(prompt, GREEDY), runner, engine.scheduler.longest)  # type: ignore[arg-type]
+                    assert output.outputs[0].token_ids == wanted.outputs[0].token_ids
+                    assert output.metrics is not None
+                    found.append(output.metrics.num_cached_tokens)
+    engine.drain()
+    engine.scheduler.check()
+    return found
+
+
+def test_what_is_evicted_comes_back_and_nothing_is_copied_before() -> None:
+    roomy = make_engine([HostTier(1 << 20)], blocks=40)
+    assert run(roomy, *STEMS, *STEMS) == [0, 0, 0, 0, 20, 20, 20, 20]
+    assert roomy.offload is not None and roomy.offload.stats.stored == 0, "nothing was near its eviction"
+    roomy.close()
+    engine = make_engine([HostTier(1 << 20)])
+    assert engine.offload is not None
+    stats = engine.offload.stats
+    assert run(engine, *STEMS[:3]) == [0, 0, 0] and stats.stored > 0 and stats.loaded == 0
+    stored = stats.stored
+    assert run(engine, STEMS[0]) == [20] and stats.loaded == 5 and stats.hits == 20
+    assert run(engine, STEMS[1], STEMS[2], STEMS[0], STEMS[1]) == [20] * 4
+    assert stats.stored < stored + 12, "a block that a tier has is copied again"
+    engine.close()
+
+
+def test_a_request_is_blocked_while_its_blocks_are_loaded_and_others_go_on() -> None:
+    runner = FakeRunner(num_blocks=17, block_size=4)
+    offload = ByHand(runner, [HostTier(1 << 20)], ahead=8)
+    config = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=3)
+    engine = Engine(runner, None, config, offload=offload)  # type: ignore[arg-type]
+    for name in ("a", "b", "c", "d"):
+        engine.add_request(name, [*STEMS["abcd".index(name)]], GREEDY)
+        while engine.has_unfinished_requests():
+            engine.step(wait_s=0)
+            offload.work()
+    engine.add_request("again", [*STEMS[0]], GREEDY)
+    engine.add_request("twin", [*STEMS[0]], GREEDY)
+    engine.step(wait_s=0)
+    assert engine.scheduler.reasons() == {"kv load": 2} and len(offload.loads) == 1
+    engine.add_request("other", [*STEMS[3]], GREEDY)
+    ended = []
+    while "other" not in ended:
+        ended += [output.request_id for output in engine.step(wait_s=0) if output.finished]
+    assert ended == ["other"] and engine.scheduler.reasons() == {"kv load": 2}
+    engine.abort_request("again")
+    offload.work()
+    while engine.has_unfinished_requests():
+        outputs = engine.step(wait_s=0)
+    assert outputs[0].request_id == "twin" and outputs[0].metrics.num_cached_tokens == 20
+    engine.close()
+
+
+def test_a_tier_that_keeps_nothing_keeps_no_block_from_use() -> None:
+    """Copied blocks are handed out though the tier has lost them: copying them again and again, nobody would run."""
+    runner = FakeRunner(num_blocks=9, block_size=4)
+    tier = HostTier(runner.kv_block_bytes + 64)
+    offload = ByHand(runner, [tier], ahead=99)
+    engine = Engine(runner, None, SchedulerConfig(max_num_batched_tokens=16), offload=offload)  # type: ignore[arg-type]
+    for i, stem in enumerate(STEMS):
+        engine.add_request(str(i), [*stem], GREEDY)
+    for _ in range(60):
+        engine.step(wait_s=0)
+        offload.work()
+    assert not engine.has_unfinished_requests() and len(tier.blocks) == 1
+    engine.close()
+
+
+def test_short_hits_are_computed() -> None:
+    engine = make_engine([HostTier(1 << 20)], min_tokens=13)
+    run(engine, *STEMS)
+    assert run(engine, STEMS[0][:16]) == [0] and run(engine, STEMS[0][:17]) == [16]
+    engine.close()
+
+
+def test_other_weights_find_nothing_and_the_same_ones_do(tmp_path: Path) -> None:
+    engine = make_engine([HostTier(1 << 20), DiskTier(tmp_path, 1 << 20)])
+    run(engine, *STEMS)
+    assert run(engine, STEMS[0]) == [20]
+    engine.runner.weights = 1  # type: ignore[misc, assignment]  # whoever did it, and without saying so
+    assert run(engine, STEMS[1], STEMS[2]) == [0, 0]
+    engine.close()
+    engine = make_engine([DiskTier(tmp_path, 1 << 20)])
+    assert run(engine, STEMS[1], STEMS[3]) == [20, 20], "these are the first weights again"
+    engine.close()
+
+
+LIFE = """
+import os, random, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_offload import STEMS, make_engine, run
+from seamwise.runtime.kv.disk_tier import DiskTier
+from seamwise.runtime.kv.offload import Offload
+
+random.seed(int(sys.argv[3]))
+left = random.randrange(1, 40)
+whole = Path.open
+
+class Dying:
+    def __init__(self, file): self.file = file
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def write(self, data):
+        global left
+        left -= 1
+        if not left:
+            self.file.write(bytes(data)[: random.randrange(len(data) + 1)])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.file.write(data)
+
+Path.open = lambda self, mode="r", **options: Dying(whole(self, mode)) if mode == "xb" else whole(self, mode, **options)
+while True:
+    engine = make_engine([DiskTier(Path(sys.argv[1]), 20_000)], kind=Offload)
+    run(engine, *random.choices(STEMS, k=6))
+    engine.close()
+    for path in Path(sys.argv[1]).glob("*.kv"):
+        if random.random() < 0.4:
+            path.unlink()
+"""
+
+
+def test_a_killed_process_costs_no_answer(tmp_path: Path) -> None:
+    for seed in range(2):
+        command = [sys.executable, "-c", LIFE, str(tmp_path), os.path.dirname(__file__), str(seed)]
+        died = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        engine = make_engine([DiskTier(tmp_path, 20_000)])
+        run(engine, *STEMS)
+        assert engine.offload is not None and engine.offload.stats.lost == 0, "half a block was found"
+        engine.close()
+
+
+def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+    """Both evict, remove and write at once, in a folder that holds a quarter of what they use."""
+    script = (
+        "import random, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from test_offload import STEMS, make_engine, run; from seamwise.runtime.kv.disk_tier import DiskTier\n"
+        "from seamwise.runtime.kv.offload import Offload\n"
+        "engine = make_engine([DiskTier(Path(sys.argv[1]), 1200)], kind=Offload)\n"
+        "random.seed(sys.argv[3])\n"
+        "for _ in range(40): run(engine, random.choice(STEMS))\n"
+        "engine.close(); print(engine.offload.stats.loaded, engine.offload.stats.failed)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__)]
+    both = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    for process in both:
+        loaded, failed = map(int, process.communicate(timeout=120)[0].split())
+        assert process.returncode == 0 and loaded > 0 and failed == 0
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1200 * (1 + 2 / 16) + 2 * 128
