@@ -12,7 +12,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "attention_cpu_shared.h"
+#include "attention_cpu_cascade.h"
 #include "attention_cpu_state.h"
 #include "cpu_float8.h"
 
@@ -234,8 +234,6 @@ class Worker {
     }
 };
 
-thread_local int64_t shared_queries = 0;  // of the last call
-
 template <class Element, class Words>
 void run_tasks(const Call& c, int64_t num_threads, const std::vector<Task>& tasks) {
     int64_t work = 0;
@@ -252,11 +250,10 @@ void run_tasks(const Call& c, int64_t num_threads, const std::vector<Task>& task
 template <class Element, class Words>
 int64_t run(const Call& c, int64_t num_threads) {
     static thread_local Plan first, rest;
-    static thread_local Shared shared;
-    plan_shared(c, num_threads, shared, first);
-    shared_queries = int64_t(shared.tokens.size());
+    static thread_local Cascade found;
+    plan_shared(c, num_threads, found, first);
     run_tasks<Element, Words>(c, num_threads, first.tasks);
-    plan_own(c, num_threads, shared, rest);
+    plan_own(c, num_threads, found, rest);
     run_tasks<Element, Words>(c, num_threads, rest.tasks);
     const int64_t row = c.heads * c.dim, used = c.query_starts[c.requests];
     std::memset((Element*)c.out + used * row, 0, (c.tokens - used) * row * sizeof(Element));
@@ -268,7 +265,7 @@ int64_t run(const Call& c, int64_t num_threads) {
 // dtype: 0 float32, 1 bfloat16, 2 float16; 4 more where the caches hold float8_e4m3fn. Strides count elements; out and
 // each (block, head) tile of a cache are contiguous, dim is a multiple of 16, scale > 0, num_threads is torch's; softcap
 // is a float's bits; sinks and the caches' scales may be null; scale_steps: 1 where each KV head has a scale of its own for
-// keys, and 2 for values.
+// keys, and 2 for values; spared, where not null, gains the tiles that were read once for several requests, less one each.
 // Returns first_error, and then has written nothing; -1 for a dtype that this machine cannot convert.
 extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, const void* k_cache, const void* v_cache,
                                       const int32_t* block_table, const int32_t* seq_lens, const int32_t* query_starts,
@@ -278,11 +275,11 @@ extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, c
                                       int64_t k_block_stride, int64_t k_head_stride, int64_t v_block_stride,
                                       int64_t v_head_stride, int64_t window, int64_t softcap, const void* sinks,
                                       int64_t narrow_sinks, const float* k_scale, const float* v_scale,
-                                      int64_t scale_steps, double scale, int64_t num_threads) {
+                                      int64_t scale_steps, double scale, int64_t num_threads, int64_t* spared) {
     Call c{out, q, k_cache, v_cache, block_table, seq_lens, query_starts, tokens, heads, kv_heads, num_blocks,
                  block_size, dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
                  {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale), 0.f, window, sinks,
-           narrow_sinks != 0, {k_scale, scale_steps & 1}, {v_scale, scale_steps >> 1}};
+           narrow_sinks != 0, {k_scale, scale_steps & 1}, {v_scale, scale_steps >> 1}, spared};
     std::memcpy(&c.softcap, &softcap, sizeof(float));
     if (const int64_t error = first_error(c)) return error;
     if (dtype == 0) return run<float, FloatWords>(c, num_threads);
@@ -305,6 +302,3 @@ extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, c
 extern "C" void seamwise_exp2_nonpositive(const float* in, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i += kLanes) store(out + i, exp2_nonpositive(load(in + i)));
 }
-
-// How many queries of this thread's last call were attended to together with other requests', for its test.
-extern "C" int64_t seamwise_shared_queries() { return shared_queries; }

@@ -9,7 +9,6 @@
 constexpr int kTile = 64;         // keys of one softmax tile: part of the arithmetic
 constexpr int kTaskRows = 192;    // query rows that share one packed tile; packing is then 2 % of a prefill's time
 constexpr int kMinTaskRows = 24;  // queries are not cut below this many rows to keep threads busy
-constexpr int kSharedTiles = 1;   // fewest tiles that requests attend to together
 constexpr int64_t kMaxKept = int64_t(4) << 20;  // floats of kept states above which only a single query is split
 
 // What a cache's keys or values are to be multiplied with: one for all KV heads, one for each (step 1), or none (null).
@@ -30,6 +29,7 @@ struct Call {
     const void* sinks;  // of each head, or null
     bool narrow_sinks;  // bfloat16, else float
     Scales k_scale, v_scale;
+    int64_t* spared;  // gains the tiles that requests share and need not read again; null: they share none
 
     int group() const { return int(heads / kv_heads); }  // query heads that share a KV head
     int64_t state() const { return dim + 2 * kLanes; }   // floats of a row's state: o[dim], l in kLanes parts, m
@@ -109,4 +109,3 @@ inline void split(const Call& c, int64_t num_threads, Plan& plan) {
         }
     }
 }
-

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -81,12 +80,11 @@ class Step:
 def make_step(
     requests: list[tuple[int, int]], *, kv_heads: int = 3, group: int = 3, dim: int = 64, block_size: int = 16,
     padding: int = 0, dtype: torch.dtype = torch.bfloat16, size: float = 1.0, seed: int = 0, window: int = 0,
-    softcap: float = 0.0, sinks: torch.dtype | None = None, float8: str = "", shared: int = 0,
+    softcap: float = 0.0, sinks: torch.dtype | None = None, float8: str = "",
 ) -> Step:  # fmt: skip
     """`requests` are (tokens already in the cache, queries); zero queries is a padded request.
 
     float8  caches are of it, with one scale for a "tensor" or for each "head"
-    shared  tokens that requests with as many in the cache begin with, in whole blocks; without a window
     """
     generator = torch.Generator().manual_seed(seed)
     heads, tokens = kv_heads * group, sum(n for _, n in requests) + padding
@@ -104,8 +102,6 @@ def make_step(
         for cache in (k_cache, v_cache):
             rows = torch.randn(length - unseen, kv_heads, dim, generator=generator)
             cache[ids[position // block_size], :, position % block_size] = (rows * size).to(dtype)
-    alike = [r for r, (known, n) in enumerate(requests) if n and known >= shared and not window]
-    table[alike, : shared // block_size] = table[alike[:1], : shared // block_size]
     if float8:
         k_cache, v_cache = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
     scales = torch.rand(2, kv_heads if float8 == "head" else 1, generator=generator) + 0.5
@@ -160,7 +156,6 @@ steps = st.builds(
     softcap=st.sampled_from([0.0, 0.0, 1.5, 50.0]),
     sinks=st.sampled_from([None, torch.float32, torch.bfloat16]),
     float8=st.sampled_from(["", "", "tensor", "head"]),
-    shared=st.sampled_from([0, 64, 200]),
 )
 
 
@@ -197,38 +192,6 @@ def test_a_context_spread_over_threads_has_the_same_bits(
     assert_within_budget(step, out)
     for threads in (2, 3, 8):
         assert torch.equal(out, step.run(threads))
-
-
-def sharing(step: Step, threads: int) -> int:
-    """Run a step on requests that share tiles; hold it to each request alone in bits; return how many queries share."""
-    out, library = step.run(threads), cpp.load(Path(attention_cpu.__file__).with_name("attention_cpu.cpp"))
-    number = int(library.seamwise_shared_queries())
-    assert_within_budget(step, out)
-    for r, (start, end) in enumerate(pairwise(step.query_starts_S.tolist())):
-        if start < end:
-            assert torch.equal(out[start:end], step.cut(r, 0, end - start).run())
-    return number
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("float8", ["", "head"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_of_requests_that_share_a_prefix_are_attended_to_together(
-    dtype: torch.dtype, float8: str, threads: int
-) -> None:
-    """Decoding ones and those with a few drafts; not a prompt's chunk, nor who has another prefix or none."""
-    options: Any = {"dtype": dtype, "float8": float8, "sinks": torch.float32, "softcap": 2.0}
-    requests = [(300, 1), (210, 1), (64, 1), (0, 0), (700, 5), (250, 40), (256, 1), (255, 8)]
-    assert sharing(make_step(requests, shared=200, **options), threads) == 1 + 1 + 5 + 1 + 8
-    assert sharing(make_step(requests, shared=63, **options), threads) == 0  # not a whole tile
-    assert sharing(make_step([(300, 1)] * 3, shared=200, window=90, **options), threads) == 0
-    many = make_step([(900, 1)] * 12, shared=880, **options)
-    assert sharing(many, threads) == 12
-    table = many.block_table_RB
-    table[6:, :55] = table[0, :55].flip(0)  # a second prefix
-    assert sharing(many, threads) == 12
-    table[3, :55] = table[0, :55].roll(1)  # the same blocks, but not from the start
-    assert sharing(many, threads) == 11
 
 
 @pytest.mark.parametrize("group", [7, 48, 200])
