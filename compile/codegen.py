@@ -163,7 +163,8 @@ def calls_of(text: str, contracts: Collection[str]) -> list[dict[str, Any]]:
     for line in tree.body:
         match line:
             case ast.Assign(
-                targets=[ast.Name(name)], value=ast.Call(func=ast.Name("provider"), args=[ast.Constant(contract), _])
+                targets=[ast.Name(name)],
+                value=ast.Call(func=ast.Name("provider"), args=[ast.Constant(str(contract)), _]),
             ) if contract in contracts:
                 providers[name] = contract
     found = []
