@@ -85,7 +85,8 @@ class Child:
             at_end.callback(shutil.rmtree, home, ignore_errors=True)
             context = zmq.asyncio.Context()
             at_end.callback(context.destroy, linger=0)
-            commands = context.socket(zmq.PUSH, zmq.Socket)
+            commands: zmq.Socket[bytes] = zmq.Socket(context, zmq.PUSH)  # which does not wait, so no task's matter
+            at_end.callback(commands.close, linger=0)
             commands.setsockopt(zmq.SNDHWM, 0)
             events = context.socket(zmq.PULL)
             addresses = [f"ipc://{Path(home) / name}" for name in ("commands", "events")]
