@@ -50,7 +50,7 @@ _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
 }  # fmt: skip
 
 _SWITCHES = (
-    "enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel", "disable_cascade_attn",
+    "enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel", "disable_cascade_attn", "batch_invariant",
 )  # fmt: skip
 
 
