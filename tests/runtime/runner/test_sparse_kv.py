@@ -186,6 +186,7 @@ def test_what_it_does_not_work_with_is_refused(loaded: ModelRunner, tiny_llama_d
     for options, wrong in (
         ({"cudagraph_mode": "full_and_piecewise"}, "sparse_kv with cudagraph_mode='full_and_piecewise'"),
         ({"tensor_parallel_size": 2}, "sparse_kv with tensor_parallel_size=2: a function is this process's"),
+        ({"batch_invariant": True}, "sparse_kv with batch_invariant=True"),
         ({"data_parallel_size": 2}, "sparse_kv with data_parallel_size=2"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
         ({"kv_offloading_folder": tmp_path, "kv_offloading_folder_size": 1}, "kv_offloading_folder"),
