@@ -68,16 +68,12 @@ def measure(model: Path, tokens: int, chunk: int, **options: Any) -> dict[str, A
     """Return the chunks of a prompt, with their times and flops as multiples of the first's, and bytes by the plan and
     as they were."""
     given = {"device": "cpu", "max_model_len": tokens, "disable_hybrid_kv_cache_manager": True, **options}
-
-    def load() -> ModelRunner:
-        return ModelRunner.load(model, **given)
-
-    first = load()
-    first.allocate_kv(1 + -(-chunk // first.block_size))
-    prefill(first, chunk, chunk)
-    del first
+    runner = ModelRunner.load(model, **given)
+    runner.allocate_kv(1 + -(-chunk // runner.block_size))
+    prefill(runner, chunk, chunk)
+    del runner
     before = forget_peak()
-    runner = load()
+    runner = ModelRunner.load(model, **given)
     cache_bytes = (1 + -(-tokens // runner.block_size)) * runner.kv_spec.bytes_per_block
     plan = runner.plan(max_num_batched_tokens=chunk, max_num_seqs=1, kv_cache_memory_bytes=cache_bytes)
     runner.allocate_kv(plan.num_blocks)
@@ -106,11 +102,9 @@ def main(arguments: list[str]) -> int:
     print(f"{label()}, one prompt of {options.tokens} tokens in chunks of {options.chunk}; × is of the first chunk's")
     print(f"{'from token':>10} {'ms a token':>10} {'×':>6} {'MFLOP':>8} {'×':>6} {'GFLOP/s':>8}")
     for row in found["chunks"]:
-        rate = row["flops"] / row["seconds"] / 1e9
-        print(
-            f"{row['first']:10} {1e3 * row['seconds']:10.3f} {row['times']:6.2f} {row['flops'] / 1e6:8.0f}"
-            f" {row['work']:6.2f} {rate:8.1f}"
-        )
+        seconds, flops = row["seconds"], row["flops"]
+        shown = f"{row['first']:10} {1e3 * seconds:10.3f} {row['times']:6.2f} {flops / 1e6:8.0f} {row['work']:6.2f}"
+        print(f"{shown} {flops / seconds / 1e9:8.1f}", flush=True)
     planned, taken = found["planned_bytes"], found["measured_bytes"]
     print(f"memory: planned {planned / 1e6:.1f} MB, measured {taken / 1e6:.1f} MB ({taken / planned:.3f})")
     if options.json:
