@@ -188,10 +188,10 @@ def check_hidden(root: Path, rank: int, ranks: int) -> None:
         seconds = {}
         requests = draw_tokens(5, *[9] * 8)
         for dbo in (False, True):
+            two = {"enable_dbo": True, "dbo_prefill_token_threshold": 4} if dbo else {}
             runner = ModelRunner.load(
-                root / "qwen3", data_parallel_size=ranks, enable_expert_parallel=True, enable_dbo=dbo,
-                dbo_prefill_token_threshold=4, enforce_eager=True, **LOAD,
-            )  # fmt: skip
+                root / "qwen3", data_parallel_size=ranks, enable_expert_parallel=True, enforce_eager=True, **two, **LOAD
+            )
             steps = Steps(requests, block_size=runner.block_size)
             runner.allocate_kv(steps.num_blocks)
             for timed in (False, True):
