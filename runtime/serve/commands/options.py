@@ -50,7 +50,9 @@ _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int, "data_parallel_size": int,
 }  # fmt: skip
 
-_SWITCHES = ("enforce_eager", "enable_eplb", "enable_dbo", "enable_lora", "enable_expert_parallel")
+_SWITCHES = (
+    "enforce_eager", "enable_eplb", "enable_dbo", "enable_lora", "enable_expert_parallel", "disable_cascade_attn",
+)  # fmt: skip
 
 
 def add_command(
