@@ -12,6 +12,7 @@ import hashlib
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
@@ -35,12 +36,13 @@ def check_awaited(module: GraphModule) -> None:
     """Raise BrokenGraph naming a node: begun and not awaited, awaited twice, read before, or awaited and not begun."""
     for node in module.graph.nodes:
         what = ""
-        ends = [user for user in node.users if _begun_by(user) is node]
+        ends = [user for user in node.users if _awaits(user) and user.args[0] is node]
+        begun: Any = node.args[0] if _awaits(node) else None
         if begins(node) and len(ends) != 1:
             what = f"is begun and awaited {len(ends)} times, wanted once"
         elif begins(node) and len(node.users) > 1:
             what = f"is read by {next(u for u in node.users if u not in ends).name} before it is awaited"
-        elif _awaits(node) and not (isinstance(begun := _begun_by(node), Node) and begins(begun)):
+        elif _awaits(node) and not (isinstance(begun, Node) and begins(begun)):
             what = f"awaits {begun}, which begins nothing"
         elif _awaits(node) and not is_op(node, _WAIT) and node.args[1:] != begun.args[:-1]:
             what = f"awaits {begun.name}, which was begun with other arguments"
@@ -54,7 +56,8 @@ def order_of(module: GraphModule) -> str:
     for node in module.graph.nodes:
         record = contract_of(node.target)
         if begins(node) or (record is not None and "comm" in record.meaning.__module__.split(".")):
-            shapes = [(str(v.dtype), [n if isinstance(n, int) else "T" for n in v.shape]) for v in _tensors(node)]
+            given = [v for n in node.all_input_nodes if isinstance(v := value(n), Tensor)]
+            shapes = [(str(v.dtype), [n if isinstance(n, int) else "T" for n in v.shape]) for v in given]
             plain = [a for a in tree_leaves(node.args) if isinstance(a, str)]
             said.append((str(node.target), node.meta.get("provider"), plain, shapes))
     return hashlib.sha256(str(said).encode()).hexdigest()[:16] if said else ""
@@ -62,12 +65,3 @@ def order_of(module: GraphModule) -> str:
 
 def _awaits(node: Node) -> bool:
     return is_op(node, _WAIT) or (str(node.target).startswith("seamwise_exchange.") and not begins(node))
-
-
-def _begun_by(node: Node) -> Any:
-    """Return what a node awaits, None where it awaits nothing."""
-    return node.args[0] if _awaits(node) else None
-
-
-def _tensors(node: Node) -> list[torch.Tensor]:
-    return [v for n in node.all_input_nodes if isinstance(v := value(n), torch.Tensor)]
