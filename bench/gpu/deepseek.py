@@ -36,7 +36,8 @@ TINY = ((2, 40),)
 
 def rows(context: Context) -> Iterator[Row]:
     """Yield the memory ledger, then steps by sequences, context and MTP, with the modelled network."""
-    rank = Lazy(partial(Rank, context.device, context.tiny), 120)  # with tracing, and the compilation of its kernels
+    # With tracing, and the compilation of its kernels.
+    rank = Lazy(partial(Rank, context.device, context.tiny), 30 if context.tiny else 120)
     yield from context.take("deepseek/memory", 2 + rank.pending_s, lambda: rank().ledger())
     for mtp in (False, True):
         for sequences, length in TINY if context.tiny else REAL:
