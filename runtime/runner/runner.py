@@ -55,13 +55,14 @@ class ModelRunner:
     program    what was compiled: passes' reports, pieces, generated source
     startup_s  seconds by stage of start-up
     buffers    what recipes read that no checkpoint holds
+    checkpoint  where the weights were read
     """
 
     def __init__(
         self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger,
-        buffers: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor], checkpoint: Path | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
+        self.config, self.checkpoint = config, checkpoint
         self.buffers = buffers
         self.options = options
         self.executable = executable
@@ -117,7 +118,7 @@ class ModelRunner:
                 executable = Executable(program, weights)
                 if settings.enable_dbo and not executable.takes_turns:
                     raise ValueError("enable_dbo: nothing is begun in this program; do not disable begin_exchanges")
-        return cls(config, settings, executable, ledger, buffers)
+        return cls(config, settings, executable, ledger, buffers, path)
 
     @property
     def program(self) -> Program:
