@@ -79,22 +79,28 @@ class Child:
                 self._unsent.popleft()
 
     async def run(self) -> Ended:
-        """Start the process, pass on what it says, and return why it ended; it is gone then."""
-        home = tempfile.mkdtemp(prefix="seamwise-")  # readable by this user alone, as the sockets in it
-        context = zmq.Context()
-        commands = context.socket(zmq.PUSH)
-        commands.setsockopt(zmq.SNDHWM, 0)
-        events = zmq.asyncio.Context.shadow(context.underlying).socket(zmq.PULL)
-        addresses = [f"ipc://{Path(home) / name}" for name in ("commands", "events")]
-        commands.bind(addresses[0])
-        events.bind(addresses[1])
-        self._commands = commands
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "seamwise.runtime.serve.process.main", *addresses,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        self.pid = process.pid
+        """Start the process, pass on what it says, and return why it ended; it is gone then, and at a cancellation."""
+        with contextlib.ExitStack() as at_end:  # wherever this is cancelled: a context left behind stops a later thread
+            home = tempfile.mkdtemp(prefix="seamwise-")  # readable by this user alone, as the sockets in it
+            at_end.callback(shutil.rmtree, home, ignore_errors=True)
+            context = zmq.asyncio.Context()
+            at_end.callback(context.destroy, linger=0)
+            commands: zmq.Socket[bytes] = zmq.Socket(context, zmq.PUSH)  # which does not wait, so no task's matter
+            at_end.callback(commands.close, linger=0)
+            commands.setsockopt(zmq.SNDHWM, 0)
+            events = context.socket(zmq.PULL)
+            addresses = [f"ipc://{Path(home) / name}" for name in ("commands", "events")]
+            commands.bind(addresses[0])
+            events.bind(addresses[1])
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "seamwise.runtime.serve.process.main", *addresses,
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            self.pid, self._commands = process.pid, commands
+            return await self._until_it_ends(process, events)
+
+    async def _until_it_ends(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
         assert process.stdin is not None and process.stdout is not None
         tasks = [
             asyncio.create_task(work)
@@ -109,15 +115,11 @@ class Child:
             self._commands = None
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await process.wait()
             await reading
-            events.close(linger=0)
-            commands.close(linger=0)
-            context.term()
-            shutil.rmtree(home, ignore_errors=True)
 
     async def _listen(self, events: zmq.asyncio.Socket) -> Ended:
         while True:
