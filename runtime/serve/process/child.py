@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ from .streams import EngineError
 
 _LOOK_S = 0.1  # how often the process is looked at
 _STOPPED_S = 0.4  # so long stopped by a signal is taken for dead; a debugger's stop is another state
+_LAST_WORDS_S = 2.0  # after its end, its own processes have so long to end and to let go of its output
 _KEPT_LINES = 200
 logger = logging.getLogger("seamwise.engine")
 
@@ -118,8 +120,12 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await process.wait()
+            await _exit_of(process)
+            await asyncio.wait([reading], timeout=_LAST_WORDS_S)
+            with contextlib.suppress(ProcessLookupError):  # ranks that are stuck where they do not see its end
+                os.killpg(process.pid, signal.SIGKILL)
             await reading
+            await process.wait()
 
     async def _listen(self, events: zmq.asyncio.Socket) -> Ended:
         while True:
@@ -140,7 +146,7 @@ class Child:
         return Ended("the engine process was ended with the others of its group", told=True)
 
     async def _exited(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
-        code = await process.wait()
+        code = await _exit_of(process)
         await asyncio.sleep(0.2)  # what it said at its end may still be on its way to _listen
         doing = "while serving" if self.ready else f"in {self.stage}"
         if code < 0:
@@ -181,6 +187,13 @@ class Child:
             self._lines.append(line)
             if self.ready:
                 logger.info("%s", line)
+
+
+async def _exit_of(process: asyncio.subprocess.Process) -> int:
+    """Return the exit code. asyncio's own wait() goes on while any other process holds what this one wrote to."""
+    while process.returncode is None:
+        await asyncio.sleep(_LOOK_S / 2)
+    return process.returncode
 
 
 def _state(pid: int) -> str:

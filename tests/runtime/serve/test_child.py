@@ -1,9 +1,10 @@
-"""An engine process' start and end, cancelled at every await: nothing of it stays behind."""
+"""An engine process' start, cancelled at every await, and its end: nothing of it stays behind."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,30 @@ def test_a_cancelled_start_leaves_no_context_folder_or_process(
     assert [context.closed for context in contexts] == [True]
     assert not list(tmp_path.iterdir())
     assert all(process.returncode is not None for process in processes)
+
+
+def test_processes_of_an_engine_that_outlive_it_are_ended_and_its_end_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank may be stuck where it does not see the engine's end; it holds the pipe that the engine wrote to."""
+    (tmp_path / "stuck.py").write_text(
+        "import os, subprocess, sys\n"
+        "def make(model):\n"
+        "    rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "    print('rank', rank.pid, flush=True)\n"
+        "    os._exit(7)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    async def work() -> str:
+        async with asyncio.timeout(30):
+            ended = await Child({"engine_factory": "stuck:make", "model": "x"}, lambda event: None, 60, 60).run()
+        assert "ended with status 7" in str(ended)
+        return ended.detail
+
+    pid = int(asyncio.run(work()).partition("rank ")[2])
+    state = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 5
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
