@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from seamwise import caches
+from seamwise.compile.derive import evaluate
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.runtime.build.loading import load_step_weights
@@ -63,6 +64,8 @@ def _loaded(
     program, buffers = load_program(config, options, ledger)
     with ledger.stage("load weights"):
         given = _held_alike(whole, program)
+        own = {name: recipe for name, recipe in program.recipes.items() if "state" in recipe}  # what a runner changes
+        given |= {name: evaluate(recipe, given.__getitem__).to(options.device) for name, recipe in own.items()}
         missing = [name for name in program.recipes if name not in given]
         if checkpoint is not None:
             weights = load_step_weights(checkpoint, options, program, buffers, given)
