@@ -243,13 +243,6 @@ class RunnerConfig:
         stored = read_quantization(config.raw, config.architecture)
         if quantization == "gguf":
             stored, quantization = packed_gguf(config.raw), None
-        if experts := config.raw.get("gguf_experts"):
-            held, taken = experts["bytes"] / 1e9, experts["values"] * dtype.itemsize / 1e9
-            warnings.warn(
-                f"experts are dequantized at load, for no kernel reads their blocks in a GGUF file: they take"
-                f" {taken:.3g} GB in {dtype}, {held:.3g} GB in the file",
-                stacklevel=2,
-            )
         scaled = stored is not None and stored.has_kv_scales
         kv_dtype = dtype if kv_cache_dtype == "auto" and not scaled else torch.float8_e4m3fn
         own = has_definition(config.architecture)

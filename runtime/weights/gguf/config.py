@@ -83,7 +83,6 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
                 or "output.weight" not in tensors
             )
         },
-        "gguf_experts": _experts_in_blocks(header),
         "eos_token_id": sorted({metadata[k] for e in _ENDS if (k := f"tokenizer.ggml.{e}") in metadata}),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     }
@@ -95,6 +94,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     if kind in _BY_WIDTH:  # the file does not say it
         whole = read.size("num_hidden_layers") == _BY_WIDTH[kind]
         raw["query_pre_attn_scalar"] = raw["hidden_size"] // raw["num_attention_heads"] if whole else raw["head_dim"]
+    _warn_of_experts(header)
     if _experts_in_mxfp4(header):
         raw["quantization_config"] = {"quant_method": "mxfp4"}
     rope = _longrope(header, own) if kind == "phi3" else _rope(header, own, raw)
@@ -133,11 +133,8 @@ def _set_latents(read: Reader, raw: dict[str, Any], own: Mapping[str, Any]) -> N
     if raw["model_type"] == "deepseek_v2":
         raw["topk_method"] = "greedy" if raw["n_group"] == 1 else "group_limited_greedy"
     if "expert_group_count" not in own:
-        warnings.warn(
-            f"{read.where}: says nothing of groups of experts, as files of older llama.cpp; each token's are chosen"
-            " among all, as llama.cpp does then. A model that was trained with groups wants a new file",
-            stacklevel=2,
-        )
+        older = "says nothing of groups of experts: each token's are chosen among all, as llama.cpp does then"
+        warnings.warn(f"{read.where}: {older}; convert a model that was trained with groups again", stacklevel=2)
 
 
 def _experts_in_mxfp4(header: GgufHeader) -> bool:
@@ -146,12 +143,14 @@ def _experts_in_mxfp4(header: GgufHeader) -> bool:
     return header.metadata["general.architecture"] == "gpt-oss" and kinds == {"MXFP4"}
 
 
-def _experts_in_blocks(header: GgufHeader) -> dict[str, int]:
-    """Return how many values experts have that are quantized, and their bytes; none that a kernel reads as they are."""
+def _warn_of_experts(header: GgufHeader) -> None:
+    """Say what experts take that are quantized: no kernel reads them as they are."""
     blocks = [t for n, t in header.tensors.items() if "_exps." in n and t.kind in KINDS and KINDS[t.kind].block > 1]
-    if not blocks or _experts_in_mxfp4(header):
-        return {}
-    return {"values": sum(math.prod(t.shape) for t in blocks), "bytes": sum(t.where.num_bytes for t in blocks)}
+    if blocks and not _experts_in_mxfp4(header):
+        taken, held = 2e-9 * sum(math.prod(t.shape) for t in blocks), 1e-9 * sum(t.where.num_bytes for t in blocks)
+        what = "experts are dequantized at load, for no kernel reads their blocks"
+        says = f"{header.path}: {what}: {taken:.3g} GB in 16 bits, {held:.3g} GB in the file"
+        warnings.warn(says, stacklevel=3)
 
 
 def _dtype(header: GgufHeader) -> str:

@@ -23,7 +23,6 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_HAN = r"[一-龥ࠀ-一가-퟿]+"
 _LETTERS = (  # with case
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
     "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -36,8 +35,7 @@ _LETTERS = (  # with case
     "\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-"
     "\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
-_DEEPSEEK = (r"[\r\n]", rf"\s?[{_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _HAN)
-_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN)
+_DEEPSEEK = (r"[\r\n]", rf"\s?[{_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", r"[一-龥ࠀ-一가-퟿]+")
 
 
 def _cut(*patterns: str, digits: bool = False) -> pre_tokenizers.PreTokenizer:
@@ -57,7 +55,6 @@ _SPLITS = {
     "gpt-4o": _cut(_GPT_4O),
     "deepseek-v3": _cut(r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
     "deepseek-llm": _cut(*_DEEPSEEK, digits=True),
-    "deepseek-coder": _cut(*_CODER, digits=True),
 }
 # Phi-3's special tokens, but for these, take the white space behind them along, which its files do not say.
 _NOT_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
