@@ -33,7 +33,7 @@ YARN = {
     "beta_fast": 32, "beta_slow": 1,
 }  # fmt: skip
 DEEPSEEK_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
-GROUPS = {"n_group": 4, "topk_group": 2}
+GROUPS = {"n_group": 4, "topk_group": 1}  # of which the two best experts need not be
 V2: dict[str, Any] = LATENTS | GROUPS | {"q_lora_rank": None, "topk_method": "group_limited_greedy"}
 GPT_OSS = {
     "head_dim": 16, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64,
