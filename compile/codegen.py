@@ -23,19 +23,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from seamwise.compile.check.awaited import begins
 from seamwise.kernels.contract import CONTRACTS, contract_of
 from seamwise.kernels.cpu import tape
 from seamwise.passes.graph import value
 
 from .split import Piece, Seam
-
-
-def begins(node: Node) -> bool:
-    """Return whether a node begins what is waited for later: until then another batch may compute."""
-    space, _, name = str(node.target).partition(".")
-    return name.startswith("ep_") and "_begin" in name if space == "seamwise_exchange" else (
-        space == "_c10d_functional" and not name.startswith("wait_tensor")
-    )  # fmt: skip
 
 
 class Source:

@@ -25,7 +25,7 @@ class TokenRange:
 
     function  of the program; calls: the function at each piece, in order
     turning  those of the functions that are written as generators too
-    collectives  op, calls a step and bytes a row, of what ranks say to each other
+    collectives  op, calls a step and bytes a row, of what ranks say to each other; said: a digest of it in its order
     """
 
     first: int
@@ -33,6 +33,7 @@ class TokenRange:
     calls: list[str]
     collectives: list[dict[str, Any]]
     turning: list[str] = field(default_factory=list)
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

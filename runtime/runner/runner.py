@@ -33,9 +33,10 @@ from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program, open_pack, pack_parts, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
+from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
-from seamwise.runtime.distributed.group import smallest
+from seamwise.runtime.distributed.group import check_alike, smallest
 from seamwise.runtime.weights.adapters import Adapter
 
 from .adapters import AdapterSlots
@@ -108,7 +109,7 @@ class ModelRunner:
                 options = with_recorded(options)
             with ledger.stage("read config"):
                 config = ModelConfig.from_directory(Path(path))
-                settings = RunnerConfig.for_model(config, **options)
+                settings = placed(RunnerConfig.for_model(config, **options))
             if torch.device(settings.device).index is not None:
                 torch.cuda.set_device(settings.device)  # where kernels are launched
             program, buffers = load_program(config, settings, ledger)
@@ -118,6 +119,9 @@ class ModelRunner:
                 executable = Executable(program, weights)
                 if settings.enable_dbo and not executable.takes_turns:
                     raise ValueError("enable_dbo: nothing is begun in this program; do not disable begin_exchanges")
+                if settings.pipeline.parallel is not None:
+                    said = " ".join(each.said for each in program.ranges)
+                    check_alike(said, "the collectives of a step, or their order,")
         return cls(config, settings, executable, ledger, buffers)
 
     @property

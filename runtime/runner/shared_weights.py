@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from seamwise import caches
+from seamwise.compile.derive import evaluate
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.runtime.build.model_config import ModelConfig
@@ -59,6 +60,8 @@ def _loaded(whole: ModelRunner, config: ModelConfig, options: RunnerConfig, ledg
     program, buffers = load_program(config, options, ledger)
     with ledger.stage("load weights"):
         given = _held_alike(whole, program)
+        own = {name: recipe for name, recipe in program.recipes.items() if "state" in recipe}  # what a runner changes
+        given |= {name: evaluate(recipe, given.__getitem__).to(options.device) for name, recipe in own.items()}
         missing = [name for name in program.recipes if name not in given]
         if missing:
             raise ValueError(

@@ -12,7 +12,6 @@ from torch import Tensor
 from seamwise.kernels import (
     add_rms_norm,
     add_rms_norm_quant,
-    dual_rms_norm,
     gelu_mul,
     layer_norm,
     lora_expand,
@@ -93,17 +92,6 @@ def test_qk_norm_rope_is_its_ops_composed() -> None:
     heads = qkv.unflatten(1, (-1, D))
     for got, part, weight in ((q, heads[:, :H], weights[0]), (k, heads[:, H : H + K], weights[1])):
         assert torch.equal(got, rope(rms_norm.meaning(part, weight, 1e-6), angles.cos(), angles.sin()))
-
-
-def test_dual_rms_norm_norms_the_latents_of_deepseek() -> None:
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
-
-    x, norms = draw(3, 1536 + 512 + 64), [DeepseekV3RMSNorm(n, eps=1e-6) for n in (1536, 512)]
-    for i, norm in enumerate(norms):
-        norm.weight.data = draw(norm.weight.shape[0], seed=i)
-    q, kv = dual_rms_norm(x, *(norm.weight.data for norm in norms), 1e-6)
-    torch.testing.assert_close(q, norms[0](x[:, :1536]))
-    torch.testing.assert_close(kv, norms[1](x[:, 1536:2048]))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -223,8 +211,6 @@ def test_what_does_not_fit_is_refused() -> None:
         gelu_mul(x, "fast")
     with pytest.raises(ValueError, match="x has 40 columns, wanted a multiple of 32"):
         quantize_mxfp4(x)
-    with pytest.raises(ValueError, match="x has 40 columns, wanted at least the weights' 30 \\+ 20"):
-        dual_rms_norm(x, torch.ones(30), torch.ones(20), 1e-6)
     with pytest.raises(ValueError, match=r"qkv has 40 columns, wanted at least .* heads of 8"):
         qk_norm_rope(x, torch.ones(8), torch.ones(8), x[:, :8], x[:, :8], 4, 2, 1e-6)
     with pytest.raises(ValueError, match=r"row is torch\.bool, wanted torch.int32 or torch.int64"):
