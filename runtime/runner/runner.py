@@ -58,13 +58,14 @@ class ModelRunner:
     program    what was compiled: passes' reports, pieces, generated source
     startup_s  seconds by stage of start-up
     buffers    what recipes read that no checkpoint holds
+    checkpoint  where the weights were read
     """
 
     def __init__(
         self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger,
-        buffers: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor], checkpoint: Path | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
+        self.config, self.checkpoint = config, checkpoint
         self.buffers = buffers
         self.options = options
         self.executable = executable
@@ -125,7 +126,7 @@ class ModelRunner:
                 if settings.pipeline.parallel is not None:
                     said = " ".join(each.said for each in program.ranges)
                     check_alike(said, "the collectives of a step, or their order,")
-        return cls(config, settings, executable, ledger, buffers)
+        return cls(config, settings, executable, ledger, buffers, path)
 
     @property
     def program(self) -> Program:

@@ -170,7 +170,10 @@ class LLM(ModelControl, Pools):
         self.profiler_config = None if profiler_config is None else ProfilerConfig.of(profiler_config)
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
+            speculation.check_ranks(2 if processes else 1)
             options["num_speculative_tokens"] = speculation.num_speculative_tokens
+            if speculation.method == "mtp":
+                options["return_hidden_states"] = True
         find_policy(scheduling_policy)
         check_mode(logprobs_mode)
         if cache_dir is not None:
