@@ -279,7 +279,7 @@ def converting(path: Path, options: RunnerConfig, shapes: Mapping[str, tuple[int
         return None
 
     def convert(found: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-        config = ModelConfig.from_directory(path)
+        config = ModelConfig.from_directory(path, options.hf_overrides)
         return as_transformers_reads(found, shapes, config.architecture, config.raw)
 
     return convert
