@@ -60,6 +60,7 @@ class RunnerConfig:
                    it is so
     disable_cascade_attn  on a CPU, attend to each request alone; else blocks that several begin with are read once for
                    all, where that is measured to be faster; results are the same in bits
+    hf_overrides   values in place of config.json's, by its keys, as {"rope_parameters": {"rope_type": "yarn", …}}
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
     stored         how the checkpoint holds quantized weights, where the graph reads them so
@@ -90,6 +91,7 @@ class RunnerConfig:
     block_size: int = 16
     disable_hybrid_kv_cache_manager: bool = False
     disable_cascade_attn: bool = False
+    hf_overrides: Mapping[str, Any] | None = None
     load_format: str = "auto"
     seed: int = 0
     stored: Quantization | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .sleep import TAGS, SavedWeights, discard
+from .sparse_kv import Pick, SparseKV, check_sparse_kv
 from .update_weights import WeightUpdates
 
 
@@ -57,13 +58,14 @@ class ModelRunner:
     program    what was compiled: passes' reports, pieces, generated source
     startup_s  seconds by stage of start-up
     buffers    what recipes read that no checkpoint holds
+    checkpoint  where the weights were read
     """
 
     def __init__(
         self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger,
-        buffers: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor], checkpoint: Path | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
+        self.config, self.checkpoint = config, checkpoint
         self.buffers = buffers
         self.options = options
         self.executable = executable
@@ -71,6 +73,8 @@ class ModelRunner:
         self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
+        self._pick: Pick | None = None
+        self._run: Callable[..., Any] = executable
         self.all_idle = True  # no rank had tokens in the last step that ranks took together
         self._recordings = self._new_recordings()
         self.weights = WeightUpdates(executable, options, buffers)
@@ -108,7 +112,7 @@ class ModelRunner:
             elif options.get("pack_name"):
                 options = with_recorded(options)
             with ledger.stage("read config"):
-                config = ModelConfig.from_directory(Path(path))
+                config = ModelConfig.from_directory(Path(path), options.get("hf_overrides"))
                 settings = placed(RunnerConfig.for_model(config, **options))
             if torch.device(settings.device).index is not None:
                 torch.cuda.set_device(settings.device)  # where kernels are launched
@@ -122,7 +126,7 @@ class ModelRunner:
                 if settings.pipeline.parallel is not None:
                     said = " ".join(each.said for each in program.ranges)
                     check_alike(said, "the collectives of a step, or their order,")
-        return cls(config, settings, executable, ledger, buffers)
+        return cls(config, settings, executable, ledger, buffers, path)
 
     @property
     def program(self) -> Program:
@@ -170,6 +174,22 @@ class ModelRunner:
         self._num_blocks, self.kv_caches = num_blocks, kv_caches
         self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
         self._recordings.clear()
+        if self._pick is not None:
+            self.set_sparse_kv(self._pick)
+
+    def set_sparse_kv(self, pick: Pick | None) -> None:
+        """Let a function pick the pages of the KV cache that each layer attends to in a step; None: all of them.
+
+        See sparse_kv.py. What the cache holds was computed with what was picked before. Raises ValueError for what it
+        does not work with: decode recorded in full, several ranks, windows, ALiBi, MLA.
+        """
+        if pick is not None:
+            check_sparse_kv(self.program, self.options)
+        self._pick = pick
+        self._run = self.executable
+        if pick is not None:
+            self._run = self.executable.around(SparseKV(pick, self.kv_caches).around)
+        self._recordings.clear()
 
     @torch.inference_mode()
     def step(self, batch: StepInput) -> StepOutput:
@@ -199,9 +219,9 @@ class ModelRunner:
                 case Empty():
                     results = self._empty()
                 case Eager():
-                    results = self.executable(*self._flat(self._on_device(batch)))
+                    results = self._run(*self._flat(self._on_device(batch)))
                 case Full() | Piecewise() as key:
-                    results = self._recordings.run(key, self.executable, batch, self._flat)
+                    results = self._recordings.run(key, self._run, batch, self._flat)
         logits, hidden = self._parts(results)
         if self.options.data_parallel_size > 1:
             logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,6 +185,16 @@ def test_lora_is_a_loop_over_tokens(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours[t], y[t] if l < 0 else y[t] + update.to(dtype))
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
     assert torch.equal(ours[adapter < 0].view(bits), y[adapter < 0].view(bits)) and not bool(s[adapter < 0].any())
+
+
+@pytest.mark.parametrize("provider", [None, "cpp"])
+def test_lora_of_no_row_computes_nothing(provider: str | None) -> None:
+    x, a, b, y = draw(3, 8), draw(2, 8, 8, seed=1), draw(2, 4, 12, seed=2), draw(3, 12, seed=3)
+    none, scaling = torch.empty(0, dtype=torch.int32), torch.ones(2, 2)
+    ops = lora_shrink, lora_expand
+    shrink, expand = (op.meaning if provider is None else partial(op.run, provider) for op in ops)
+    s = shrink(x, a, none)
+    assert s.shape == (0, 8) and torch.equal(expand(y, s, b, none, scaling, [5, 7]), y)
 
 
 def test_an_adapter_that_is_not_there_is_refused() -> None:

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if packed:
         model, given = open_pack(model, given)
     with shown_ledger("compile") as ledger:
-        config = ModelConfig.from_directory(model)
+        config = ModelConfig.from_directory(model, given.get("hf_overrides"))
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
         if options.pp > 1:
             return _stages(config, options, given, ledger)

@@ -39,6 +39,7 @@ _LOADING = (
     "runner",
     "convert",
     "pooler_config",
+    "hf_overrides",
 )
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
@@ -88,6 +89,7 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument("--runner", default="auto", help="pooling: give vectors of texts; generate: continue them")
     parser.add_argument("--convert", default="auto", help="embed: let a generating model pool")
     parser.add_argument("--pooler-config", type=json_object, metavar="JSON", help="how: see PoolerConfig")
+    parser.add_argument("--hf-overrides", type=json_object, metavar="JSON", help="values in place of config.json's")
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 
