@@ -116,7 +116,6 @@ class Contract:
     sizes: Mapping[str, tuple[int, int] | list[Any]] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
-    fp4: tuple[int, ...] = ()
     _builds: Callable[[str], Iterable[Build]] | None = None
     _key: Callable[..., Sequence[Any]] | None = None
 
@@ -203,7 +202,7 @@ class Contract:
     def inputs(
         self, *, examples: Iterable[Mapping[str, Any]], shapes: Mapping[str, Mapping[str, Any]] | None = None,
         sizes: Mapping[str, tuple[int, int] | list[Any]] | None = None, rows: tuple[int, ...] = (),
-        dtypes: tuple[torch.dtype, ...] = (), fp4: tuple[int, ...] = (),
+        dtypes: tuple[torch.dtype, ...] = (),
     ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:  # fmt: skip
         """Register `make(draw, sizes…) -> args`, whose tensors come from `draw` (draw.py).
 
@@ -213,12 +212,11 @@ class Contract:
         rows      indices of the arguments whose first dimension is the row; every result then has rows first, and a
                   row's result does not depend on the other rows, in bits
         dtypes    those that the generic tests draw, where not all of them have a bound that these know
-        fp4       indices of the results that hold two float4 e2m1 codes a byte
         """
 
         def register(make: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
             self._inputs, self.examples, self.shapes = make, tuple(examples), dict(shapes or {})
-            self.sizes, self.rows, self.dtypes, self.fp4 = dict(sizes or {}), rows, dtypes, fp4
+            self.sizes, self.rows, self.dtypes = dict(sizes or {}), rows, dtypes
             return make
 
         return register
