@@ -12,7 +12,6 @@ if __name__ != "kernels":
     from .attn.attention_partial import attention_partial as attention_partial
     from .attn.attention_quant import attention_quant as attention_quant
     from .attn.kv_append import kv_append as kv_append
-    from .attn.kv_copy_blocks import kv_copy_blocks as kv_copy_blocks
     from .attn.merge_states import merge_states as merge_states
     from .attn.mla_append import mla_append as mla_append
     from .attn.mla_decode import mla_decode as mla_decode

@@ -260,14 +260,13 @@ class Contract:
 
 def contract(
     *, args: Mapping[str, str] | None = None, limits: Callable[..., str | None] | Sequence[Callable[..., Any]] = (),
-    one_device: bool = True, seam: bool = False, opaque: bool = False, mutates: tuple[str, ...] = (),
+    seam: bool = False, opaque: bool = False, mutates: tuple[str, ...] = (),
     fake: Callable[..., Any] | None = None, reads_values: bool = False, flops: Callable[..., int] = lambda *args: 0,
 ) -> Callable[[Callable[..., Any]], Contract]:  # fmt: skip
     """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
 
     args    what names do not say of the tensors' shapes and dtypes, as signature.py has it
     limits  one function or several that return what else is wrong with the arguments, for every provider, or None
-    one_device  whether all tensors lie on one device
     fake    replaces the meaning for shape propagation, where the meaning reads values (a seam's block table)
     The op must return fresh tensors, never views of its arguments. `limits`, `fake` and `flops` name the parameters
     that they read.
@@ -281,7 +280,7 @@ def contract(
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         limited = by_name(meaning, *((limits,) if callable(limits) else limits))
         record = Contract(
-            name=name, meaning=meaning, signature=Signature(meaning, args or {}, limited, one_device), seam=seam,
+            name=name, meaning=meaning, signature=Signature(meaning, args or {}, limited), seam=seam,
             mutates=mutates, opaque=opaque, flops=by_name(meaning, flops),
             fake=meaning if fake is None else by_name(meaning, fake), reads_values=reads_values,
         )  # fmt: skip

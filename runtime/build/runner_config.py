@@ -16,7 +16,8 @@ import torch
 from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.runtime.weights.formats import check_load_format
-from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
+from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization
+from seamwise.runtime.weights.quantization_rules import Quantization
 
 from .eplb_config import EPLBConfig
 from .model_config import ModelConfig
