@@ -96,6 +96,8 @@ def _ready(llm: Any, model: str) -> Ready:
 
     Raises ValueError for a tokenizer that the tokenizers library cannot read.
     """
+    from seamwise.runtime.serve.async_llm import params_sent
+
     runner, tokenizer, explain = llm.engine.runner, llm.tokenizer, dict[str, Any]()
     read: dict[str, Any] = {
         "tokenizer": None, "chat_templates": {}, "special_tokens": {}, "split_special_tokens": False,
@@ -109,6 +111,7 @@ def _ready(llm: Any, model: str) -> Ready:
         from seamwise.compile.explain.text import as_json
 
         explain = as_json(runner.program, runner.startup_s)
+    defaults = getattr(llm, "get_default_sampling_params", None)
     eos_ids = list(getattr(llm.engine, "eos_ids", runner.config.eos_ids))
     return Ready(
         model=model, max_model_len=runner.options.max_model_len, vocab_size=runner.config.vocab_size,
@@ -116,6 +119,7 @@ def _ready(llm: Any, model: str) -> Ready:
         dtype=str(getattr(runner.options, "dtype", "")).removeprefix("torch."), device=str(runner.options.device),
         startup_s=dict(runner.startup_s), explain=explain,
         world_size=int(getattr(runner.options, "tensor_parallel_size", 1)), **read,
+        default_sampling={} if defaults is None else params_sent(defaults()),
     )  # fmt: skip
 
 

@@ -192,3 +192,13 @@ def test_batch_invariance_is_of_the_whole_engine(tiny_llama_dir: Path, pack_dir:
             found.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
         llm.engine.close()
     assert all(other == found[0] for other in found[1:])
+
+
+def test_a_server_is_told_what_the_models_maker_recommends(tiny_llama_dir: Path, make: Make, tmp_path: Path) -> None:
+    from seamwise.runtime.serve.process.main import _ready
+
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "max_new_tokens": 7}))
+    wanted = {"temperature": 0.6, "top_k": 20, "max_tokens": 7}
+    assert _ready(make(model), "model").default_sampling == wanted
+    assert _ready(make(model, generation_config="vllm"), "model").default_sampling == {}
