@@ -125,7 +125,7 @@ def plot(runs: dict[str, list[Measured]], target: Path) -> None:
     with picture(target, 9, 3.5, columns=2) as axes:
         for name, done in runs.items():
             good = [m for m in done if m.events_s and not m.error]
-            series = {
+            series: dict[str, list[float]] = {
                 "time to first token": [m.events_s[0] - m.sent_s for m in good],
                 "time between tokens": [gap for m in good for gap in np.diff(m.events_s)],
             }

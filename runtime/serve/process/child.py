@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import signal
 import sys
 import tempfile
@@ -80,20 +79,31 @@ class Child:
 
     async def run(self) -> Ended:
         """Start the process, pass on what it says, and return why it ended; it is gone then."""
-        home = tempfile.mkdtemp(prefix="seamwise-")  # readable by this user alone, as the sockets in it
-        context = zmq.Context()
-        commands = context.socket(zmq.PUSH)
-        commands.setsockopt(zmq.SNDHWM, 0)
-        events = zmq.asyncio.Context.shadow(context.underlying).socket(zmq.PULL)
-        addresses = [f"ipc://{Path(home) / name}" for name in ("commands", "events")]
-        commands.bind(addresses[0])
-        events.bind(addresses[1])
-        self._commands = commands
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "seamwise.runtime.serve.process.main", *addresses,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        with contextlib.ExitStack() as ended:
+            # readable by this user alone, as the sockets in it
+            home = Path(
+                ended.enter_context(tempfile.TemporaryDirectory(prefix="seamwise-", ignore_cleanup_errors=True))
+            )
+            context = zmq.Context()
+            ended.callback(context.term)  # waits for ever while a socket is open
+            commands = context.socket(zmq.PUSH)
+            ended.callback(commands.close, linger=0)
+            commands.setsockopt(zmq.SNDHWM, 0)
+            events = zmq.asyncio.Context.shadow(context.underlying).socket(zmq.PULL)
+            ended.callback(events.close, linger=0)
+            addresses = [f"ipc://{home / name}" for name in ("commands", "events")]
+            commands.bind(addresses[0])
+            events.bind(addresses[1])
+            ended.callback(setattr, self, "_commands", None)
+            self._commands = commands
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "seamwise.runtime.serve.process.main", *addresses,
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            return await self._follow(process, events)
+
+    async def _follow(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
         self.pid = process.pid
         assert process.stdin is not None and process.stdout is not None
         tasks = [
@@ -106,7 +116,6 @@ class Child:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return next(iter(done)).result()
         finally:
-            self._commands = None
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -114,10 +123,6 @@ class Child:
                 process.kill()
             await process.wait()
             await reading
-            events.close(linger=0)
-            commands.close(linger=0)
-            context.term()
-            shutil.rmtree(home, ignore_errors=True)
 
     async def _listen(self, events: zmq.asyncio.Socket) -> Ended:
         while True:
