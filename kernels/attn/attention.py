@@ -108,7 +108,11 @@ def attend(
 
 def first_seen(query: Any, window: int) -> Any:
     """Return the first position that the query at one sees, of a number or a tensor; below 0 where it sees all."""
-    return query - window + 1 if window > 0 else query // -window * -window if window else query - query
+    if window > 0:
+        return query - window + 1
+    if window < 0:
+        return query // -window * -window
+    return query * 0
 
 
 def key_ranges(length: int, count: int, window: int, splits: int) -> list[tuple[int, int]]:

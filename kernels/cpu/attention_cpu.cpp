@@ -12,7 +12,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "attention_cpu_plan.h"
+#include "attention_cpu_cascade.h"
 #include "attention_cpu_state.h"
 #include "cpu_float8.h"
 
@@ -56,6 +56,7 @@ class Worker {
     void run(const Task& t, const Task* next) {
         const int rows = t.num_queries * group;
         pack_queries(t);
+        if (begun(t)) std::memcpy(merged, t.states, rows * state * sizeof(float));
         locate(t, t.tile_begin, *ahead);
         for (int tile = t.tile_begin; tile < t.tile_end; ++tile) {
             std::swap(now, ahead);
@@ -67,7 +68,7 @@ class Worker {
                 const int block = std::min(kRows, rows - row);
                 float* const so_far = merged + row * state;
                 if (t.parts > 1) attend(t, tile, row, block, rows, kept(t, tile, rows, row));
-                else if (tile == t.first_tile) attend(t, tile, row, block, rows, so_far);
+                else if (tile == t.first_tile && !begun(t)) attend(t, tile, row, block, rows, so_far);
                 else if (attend(t, tile, row, block, rows, fresh)) merge(so_far, fresh, block, state);
             }
         }
@@ -75,6 +76,9 @@ class Worker {
     }
 
    private:
+    // Whether the rows have a state already, of the tiles that their request shares.
+    static bool begun(const Task& t) { return t.states && !t.tokens; }
+
     // Keys of the tile that this row sees; may be negative, or more than there are.
     int visible_in(const Task& t, int tile, int row) const {
         return c.visible(t.request, t.first_query + row / group) - tile * kTile;
@@ -94,12 +98,12 @@ class Worker {
     }
 
     void pack_queries(const Task& t) {
-        const Element* base = (const Element*)c.q + (c.query_starts[t.request] + t.first_query) * c.q_strides[0] +
-                              t.kv_head * group * c.q_strides[1];
         for (int i = 0; i < t.num_queries; ++i)
             for (int h = 0; h < group; ++h) {
                 float* to = queries + (i * group + h) * words;
-                const Element* from = base + i * c.q_strides[0] + h * c.q_strides[1];
+                const int64_t token = t.tokens ? t.tokens[i] : c.query_starts[t.request] + t.first_query + i;
+                const Element* from =
+                    (const Element*)c.q + token * c.q_strides[0] + (t.kv_head * group + h) * c.q_strides[1];
                 if constexpr (Words::kPerWord == 1) widen(from, to, int(dim));
                 else std::memcpy(to, from, words * sizeof(float));
             }
@@ -202,14 +206,15 @@ class Worker {
 
     void write(const Task& t, int rows) {
         if (t.parts > 1) {
-            std::memcpy(merged, t.kept, rows * state * sizeof(float));
-            for (int tile = t.first_tile + 1; visible_in(t, tile, rows - 1) > 0; ++tile)
+            if (!begun(t)) std::memcpy(merged, t.kept, rows * state * sizeof(float));
+            for (int tile = t.first_tile + !begun(t); tile < t.last_tile; ++tile)
                 for (int row = 0; row < rows; row += kRows) {
                     const int block = std::min(kRows, rows - row);
                     if (sees(t, tile, row, block))
                         merge(merged + row * state, kept(t, tile, rows, row), block, state);
                 }
         }
+        if (t.tokens) return (void)std::memcpy(t.states, merged, rows * state * sizeof(float));
         const float scale = c.v_scale.of(t.kv_head);
         for (int i = 0; i < rows; ++i) {
             float *const o = merged + i * state, l = horizontal_sum(load(o + dim));
@@ -230,11 +235,7 @@ class Worker {
 };
 
 template <class Element, class Words>
-int64_t run(const Call& c, int64_t num_threads) {
-    static thread_local std::vector<Task> tasks;
-    static thread_local std::vector<int> unfinished;
-    static thread_local Scratch kept;
-    plan(c, num_threads, tasks, unfinished, kept);
+void run_tasks(const Call& c, int64_t num_threads, const std::vector<Task>& tasks) {
     int64_t work = 0;
     for (const Task& t : tasks) work += t.work();
     if (work <= kSerialWork) num_threads = 1;
@@ -244,6 +245,16 @@ int64_t run(const Call& c, int64_t num_threads) {
         static thread_local Scratch scratch;
         Worker<Element, Words>(c, scratch).run(list[i], i + num_threads < count ? list + i + num_threads : nullptr);
     });
+}
+
+template <class Element, class Words>
+int64_t run(const Call& c, int64_t num_threads) {
+    static thread_local Plan first, rest;
+    static thread_local Cascade found;
+    plan_shared(c, num_threads, found, first);
+    run_tasks<Element, Words>(c, num_threads, first.tasks);
+    plan_own(c, num_threads, found, rest);
+    run_tasks<Element, Words>(c, num_threads, rest.tasks);
     const int64_t row = c.heads * c.dim, used = c.query_starts[c.requests];
     std::memset((Element*)c.out + used * row, 0, (c.tokens - used) * row * sizeof(Element));
     return 0;
@@ -254,7 +265,7 @@ int64_t run(const Call& c, int64_t num_threads) {
 // dtype: 0 float32, 1 bfloat16, 2 float16; 4 more where the caches hold float8_e4m3fn. Strides count elements; out and
 // each (block, head) tile of a cache are contiguous, dim is a multiple of 16, scale > 0, num_threads is torch's; softcap
 // is a float's bits; sinks and the caches' scales may be null; scale_steps: 1 where each KV head has a scale of its own for
-// keys, and 2 for values.
+// keys, and 2 for values; spared, where not null, gains the tiles that were read once for several requests, less one each.
 // Returns first_error, and then has written nothing; -1 for a dtype that this machine cannot convert.
 extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, const void* k_cache, const void* v_cache,
                                       const int32_t* block_table, const int32_t* seq_lens, const int32_t* query_starts,
@@ -264,11 +275,11 @@ extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, c
                                       int64_t k_block_stride, int64_t k_head_stride, int64_t v_block_stride,
                                       int64_t v_head_stride, int64_t window, int64_t softcap, const void* sinks,
                                       int64_t narrow_sinks, const float* k_scale, const float* v_scale,
-                                      int64_t scale_steps, double scale, int64_t num_threads) {
+                                      int64_t scale_steps, double scale, int64_t num_threads, int64_t* spared) {
     Call c{out, q, k_cache, v_cache, block_table, seq_lens, query_starts, tokens, heads, kv_heads, num_blocks,
                  block_size, dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
                  {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale), 0.f, window, sinks,
-           narrow_sinks != 0, {k_scale, scale_steps & 1}, {v_scale, scale_steps >> 1}};
+           narrow_sinks != 0, {k_scale, scale_steps & 1}, {v_scale, scale_steps >> 1}, spared};
     std::memcpy(&c.softcap, &softcap, sizeof(float));
     if (const int64_t error = first_error(c)) return error;
     if (dtype == 0) return run<float, FloatWords>(c, num_threads);

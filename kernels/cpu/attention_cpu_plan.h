@@ -29,6 +29,7 @@ struct Call {
     const void* sinks;  // of each head, or null
     bool narrow_sinks;  // bfloat16, else float
     Scales k_scale, v_scale;
+    int64_t* spared;  // gains the tiles that requests share and need not read again; null: they share none
 
     int group() const { return int(heads / kv_heads); }  // query heads that share a KV head
     int64_t state() const { return dim + 2 * kLanes; }   // floats of a row's state: o[dim], l in kLanes parts, m
@@ -40,14 +41,20 @@ struct Call {
     }
 };
 
-// Consecutive queries of one request, for the heads of one KV head, on some tiles of its keys.
+// Consecutive queries of one request, for the heads of one KV head, on some tiles of its keys; or queries of several
+// requests whose first tiles are those of `request`, all of which they see.
 struct Task {
     int request, kv_head, first_query, num_queries, tile_begin, tile_end;
-    int first_tile;   // the first that its first query sees: tile_begin of the first part
-    int parts;        // tasks over which these queries' tiles are spread; if more than one, they keep their tiles
-    int* unfinished;  // parts still at work
-    float* kept;      // the states of every tile and row
+    int first_tile, last_tile;    // tile_begin of the first part, tile_end of the last
+    int parts;                    // tasks over which these tiles are spread; if more than one, they keep their tiles
+    int* unfinished;              // parts still at work
+    float* kept;                  // the states of every tile and row
+    const int* tokens = nullptr;  // the queries' rows, where they are of several requests
+    float* states = nullptr;      // where these leave their states, and the requests' own tasks begin from; or null
 
+    static Task of(int request, int kv_head, int first, int count, int begin, int end) {
+        return {request, kv_head, first, count, begin, end, begin, end, 1, nullptr, nullptr};
+    }
     int64_t work() const { return int64_t(num_queries) * (tile_end - tile_begin); }
 };
 
@@ -68,9 +75,15 @@ inline int64_t first_error(const Call& c) {
     return 0;
 }
 
+struct Plan {
+    std::vector<Task> tasks;
+    std::vector<int> unfinished;
+    Scratch kept;
+};
+
 // Spreads the tiles of each task over several: a long context in a small batch.
-inline void split(const Call& c, int64_t num_threads, std::vector<Task>& tasks, std::vector<int>& unfinished,
-                  Scratch& kept) {
+inline void split(const Call& c, int64_t num_threads, Plan& plan) {
+    auto& [tasks, unfinished, kept] = plan;
     const size_t num_groups = tasks.size();
     const auto kept_size = [&c](const Task& t) {
         const int64_t floats = int64_t(t.tile_end - t.first_tile) * t.num_queries * c.group() * c.state();
@@ -95,32 +108,4 @@ inline void split(const Call& c, int64_t num_threads, std::vector<Task>& tasks, 
             else tasks.push_back(t);
         }
     }
-}
-
-// Cuts the call into tasks by request, KV head and queries, and by tiles where that leaves threads idle.
-inline void plan(const Call& c, int64_t num_threads, std::vector<Task>& tasks, std::vector<int>& unfinished,
-                 Scratch& kept) {
-    const int64_t wanted = 4 * num_threads;
-    int queries = std::max(1, kTaskRows / c.group()), most = 0;
-    const auto num_tasks = [&] {
-        int64_t n = 0;
-        for (int r = 0; r < c.requests; ++r) n += (c.num_queries(r) + queries - 1) / queries * c.kv_heads;
-        return n;
-    };
-    while (num_tasks() < wanted && queries / 2 * c.group() >= kMinTaskRows) queries /= 2;
-    tasks.clear();
-    for (int r = 0; r < c.requests; ++r) {
-        const int n = c.num_queries(r);
-        most = std::max(most, n);
-        for (int first = 0; first < n; first += queries)
-            for (int h = 0; h < c.kv_heads; ++h) {
-                const int count = std::min(queries, n - first);
-                const int begin = c.first_seen(r, first) / kTile;
-                const int tiles = (c.visible(r, first + count - 1) + kTile - 1) / kTile;
-                tasks.push_back({r, h, first, count, begin, tiles, begin, 1, nullptr, nullptr});
-            }
-    }
-    if (num_threads > 1 && int64_t(tasks.size()) < wanted) split(c, num_threads, tasks, unfinished, kept);
-    if (most > 1)  // the largest first, so that the threads end together
-        std::sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work() > b.work(); });
 }

@@ -58,6 +58,8 @@ class RunnerConfig:
     disable_hybrid_kv_cache_manager  one group of KV blocks for all layers, whatever their windows: steps have one block
                    table, for schedulers that keep one; every token takes memory in every layer; with data_parallel_size
                    it is so
+    disable_cascade_attn  on a CPU, attend to each request alone; else blocks that several begin with are read once for
+                   all, where that is measured to be faster; results are the same in bits
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
     stored         how the checkpoint holds quantized weights, where the graph reads them so
@@ -87,6 +89,7 @@ class RunnerConfig:
     max_model_len: int
     block_size: int = 16
     disable_hybrid_kv_cache_manager: bool = False
+    disable_cascade_attn: bool = False
     load_format: str = "auto"
     seed: int = 0
     stored: Quantization | None = None

@@ -128,11 +128,17 @@ class CapturePlan:
 @dataclass(slots=True, kw_only=True)
 class RecordingStats:
     """How steps ran: "full", "piecewise", "eager" (no recording serves them), "over_budget" (eager for want of memory),
-    "empty"; the keys recorded, in order; and the bytes that their recorder holds."""
+    "empty"; the keys recorded, in order; the bytes that their recorder holds; and what cascade attention spares."""
 
     steps: Counter[str] = field(default_factory=Counter)
     recorded: list[Key] = field(default_factory=list)
     num_bytes: int = 0
+    spared: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def cascade_tiles(self) -> int:
+        """Tiles of 64 keys, of all layers, that were attended to with other requests' queries and not read again."""
+        return int(self.spared)
 
 
 class Recordings:

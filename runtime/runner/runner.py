@@ -25,6 +25,7 @@ from seamwise.compile import pack
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.record.recorder import Recording
+from seamwise.kernels.cpu.attention_cpu import cascade
 from seamwise.runtime.build.hidden_states import without_head
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.kv_spec import KVCacheSpec
@@ -189,7 +190,7 @@ class ModelRunner:
         if self.adapters.in_step:
             of_rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
             batch = replace(batch, token_adapters=of_rows)
-        with self._turn:
+        with self._turn, self._cascade():
             match self._recordings.kind_of(batch):
                 case Empty():
                     results = self._empty()
@@ -212,7 +213,8 @@ class ModelRunner:
         Returns what the next stage takes; of the last one the logits, and hidden states where it was loaded for them.
         """
         self._check_ready(batch)
-        results = self.executable(*self._flat(self._on_device(batch)), *carried)
+        with self._cascade():
+            results = self.executable(*self._flat(self._on_device(batch)), *carried)
         stage, stages = self.options.pipeline.stage
         if stage + 1 == stages:
             return tuple(part for part in self._parts(results) if part is not None)
@@ -221,7 +223,8 @@ class ModelRunner:
     def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
         """Run a step as two that take turns, op by op."""
         self._recordings.stats.steps["in_turns"] += 1
-        results = self.executable.in_turns(*(self._flat(self._on_device(part)) for part in parts))
+        with self._cascade():
+            results = self.executable.in_turns(*(self._flat(self._on_device(part)) for part in parts))
         found = halves(given, self.options)
         wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
         logits, hidden = (
@@ -233,6 +236,9 @@ class ModelRunner:
             logits=logits, hidden_states=hidden if given.hidden_states else None, request_slots=given.request_slots,
             request_generations=given.request_generations,
         )  # fmt: skip
+
+    def _cascade(self) -> contextlib.AbstractContextManager[None]:
+        return cascade(None if self.options.disable_cascade_attn else self.recording_stats.spared)
 
     def _parts(self, results: Any) -> tuple[Tensor, Tensor | None]:
         """Return the logits and the hidden states of a step's results; a model that pools has logits of width 0."""

@@ -49,7 +49,7 @@ _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int, "data_parallel_size": int,
 }  # fmt: skip
 
-_SWITCHES = ("enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel")
+_SWITCHES = ("enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel", "disable_cascade_attn")
 
 
 def add_command(

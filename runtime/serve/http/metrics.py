@@ -44,7 +44,7 @@ class Metrics:
         names = ("model_name", "engine")
 
         def counter(name: str, what: str, *more: str) -> Counter:
-            home = "seamwise" if name.startswith("kv_offload_") else "vllm"
+            home = "seamwise" if name.startswith(("kv_offload_", "cascade_")) else "vllm"
             return Counter(f"{home}:{name}", what, (*names, *more), registry=self.registry)
 
         def histogram(name: str, what: str, buckets: Iterable[float]) -> Histogram:
@@ -66,6 +66,9 @@ class Metrics:
             "kv_loaded": counter("kv_offload_loaded_blocks", "Blocks brought back into it."),
             "kv_lost": counter("kv_offload_lost_blocks", "Blocks that a tier had, and that were gone or damaged."),
             "kv_failed": counter("kv_offload_failed_blocks", "Blocks that a tier could not take or give."),
+            "cascade_tiles": counter(
+                "cascade_attention_tiles", "Tiles of 64 keys, of all layers, that several requests attended to at once."
+            ),
         }
         self.accepted_at = counter(
             "spec_decode_num_accepted_tokens_per_pos", "Guessed tokens that stood, by their place.", "position"

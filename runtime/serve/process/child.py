@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from .streams import EngineError
 
 _LOOK_S = 0.1  # how often the process is looked at
 _STOPPED_S = 0.4  # so long stopped by a signal is taken for dead; a debugger's stop is another state
+_LAST_WORDS_S = 2.0  # after its end, its own processes have so long to end and to let go of its output
 _KEPT_LINES = 200
 logger = logging.getLogger("seamwise.engine")
 
@@ -78,33 +81,28 @@ class Child:
                 self._unsent.popleft()
 
     async def run(self) -> Ended:
-        """Start the process, pass on what it says, and return why it ended; it is gone then."""
-        with contextlib.ExitStack() as ended:
-            # readable by this user alone, as the sockets in it
-            home = Path(
-                ended.enter_context(tempfile.TemporaryDirectory(prefix="seamwise-", ignore_cleanup_errors=True))
-            )
-            context = zmq.Context()
-            ended.callback(context.term)  # waits for ever while a socket is open
-            commands = context.socket(zmq.PUSH)
-            ended.callback(commands.close, linger=0)
+        """Start the process, pass on what it says, and return why it ended; it is gone then, and at a cancellation."""
+        with contextlib.ExitStack() as at_end:  # wherever this is cancelled: a context left behind stops a later thread
+            home = tempfile.mkdtemp(prefix="seamwise-")  # readable by this user alone, as the sockets in it
+            at_end.callback(shutil.rmtree, home, ignore_errors=True)
+            context = zmq.asyncio.Context()
+            at_end.callback(context.destroy, linger=0)
+            commands: zmq.Socket[bytes] = zmq.Socket(context, zmq.PUSH)  # which does not wait, so no task's matter
+            at_end.callback(commands.close, linger=0)
             commands.setsockopt(zmq.SNDHWM, 0)
-            events = zmq.asyncio.Context.shadow(context.underlying).socket(zmq.PULL)
-            ended.callback(events.close, linger=0)
-            addresses = [f"ipc://{home / name}" for name in ("commands", "events")]
+            events = context.socket(zmq.PULL)
+            addresses = [f"ipc://{Path(home) / name}" for name in ("commands", "events")]
             commands.bind(addresses[0])
             events.bind(addresses[1])
-            ended.callback(setattr, self, "_commands", None)
-            self._commands = commands
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "seamwise.runtime.serve.process.main", *addresses,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-            return await self._follow(process, events)
+            self.pid, self._commands = process.pid, commands
+            return await self._until_it_ends(process, events)
 
-    async def _follow(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
-        self.pid = process.pid
+    async def _until_it_ends(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
         assert process.stdin is not None and process.stdout is not None
         tasks = [
             asyncio.create_task(work)
@@ -116,13 +114,18 @@ class Child:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             return next(iter(done)).result()
         finally:
+            self._commands = None
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await _exit_of(process)
+            await asyncio.wait([reading], timeout=_LAST_WORDS_S)
+            with contextlib.suppress(ProcessLookupError):  # ranks that are stuck where they do not see its end
+                os.killpg(process.pid, signal.SIGKILL)
             await reading
+            await process.wait()
 
     async def _listen(self, events: zmq.asyncio.Socket) -> Ended:
         while True:
@@ -143,7 +146,7 @@ class Child:
         return Ended("the engine process was ended with the others of its group", told=True)
 
     async def _exited(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
-        code = await process.wait()
+        code = await _exit_of(process)
         await asyncio.sleep(0.2)  # what it said at its end may still be on its way to _listen
         doing = "while serving" if self.ready else f"in {self.stage}"
         if code < 0:
@@ -184,6 +187,13 @@ class Child:
             self._lines.append(line)
             if self.ready:
                 logger.info("%s", line)
+
+
+async def _exit_of(process: asyncio.subprocess.Process) -> int:
+    """Return the exit code. asyncio's own wait() goes on while any other process holds what this one wrote to."""
+    while process.returncode is None:
+        await asyncio.sleep(_LOOK_S / 2)
+    return process.returncode
 
 
 def _state(pid: int) -> str:

@@ -30,6 +30,7 @@ class EngineClient:
     rank     of the engine, where several serve one model
     on_wave, settle  of an engine that takes steps with others: hears of waves; says why all of them end, when all have
     only_start  why it is not started again when it ends, nothing where it is
+    given_up    it has ended and is not started again; a group decides so for all of its engines
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class EngineClient:
         self.info: Ready | None = None
         self.stats = Stats()
         self.num_restarts = 0
-        self.rank, self.only_start = rank, ""
+        self.rank, self.only_start, self.given_up = rank, "", False
         self.on_wave: Callable[[Wave], None] | None = None
         self.settle: Callable[[EngineClient, Ended], Awaitable[Ended]] | None = None
         self.failure: Ended | None = None
@@ -174,13 +175,14 @@ class EngineClient:
             self._child = Child(self.options, self._handle, *self._timeouts)
             ended = await self._child.run()
             was_ready, self._child = self._child.ready, None
+            failed_starts = 0 if was_ready else failed_starts + 1
+            self.given_up = self.info is None or failed_starts > _MOST_RESTARTS or bool(self.only_start)
             if self.settle is not None:
                 self._enter("restarting", f"the engine ended: {ended}")
                 ended = await self.settle(self, ended)
-            failed_starts = 0 if was_ready else failed_starts + 1
             if self.only_start:
                 ended = Ended(f"{ended}; it is not started again: {self.only_start}", ended.kind, ended.detail)
-            if self.info is None or failed_starts > _MOST_RESTARTS or self.only_start:
+            if self.given_up:
                 self.failure = ended
                 self._enter("failed", str(ended))
                 self._end_streams(str(ended))

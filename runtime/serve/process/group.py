@@ -71,8 +71,9 @@ class Group:
                 await asyncio.sleep(0.05)
             self._ends, self._cause, self._front = {}, None, FrontWave()
             meeting = self._meeting()
+            given_up = any(each.given_up for each in self._members)  # the others would wait for it at their meeting
             for each in self._members:
-                each.options["data_parallel_address"] = meeting
+                each.options["data_parallel_address"], each.given_up = meeting, given_up
             cause.set_result(self._why(said))
         return await asyncio.shield(cause)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from seamwise.runtime.distributed.waves import RankWave
 from seamwise.runtime.engine.lora_request import LoRARequest
+from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 from seamwise.runtime.scheduler.config import QueueFullError
@@ -212,6 +213,8 @@ class EngineLoop:
         if self.engine.offload is not None:
             for field in fields(self.engine.offload.stats):
                 setattr(stats, f"kv_{field.name}", getattr(self.engine.offload.stats, field.name))
+        if isinstance(self.engine.runner, ModelRunner):
+            stats.cascade_tiles = self.engine.runner.recording_stats.cascade_tiles
 
 
 def _params(add: Add) -> SamplingParams:

@@ -84,6 +84,7 @@ class Stats(Struct, array_like=True):
               the last by position too
     speculating, speculation_gain  whether guessing pays, and tokens a second with it of those without
     kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed  see OffloadStats
+    cascade_tiles  see RecordingStats; of a model on one rank
     """
 
     num_running: int = 0
@@ -105,6 +106,7 @@ class Stats(Struct, array_like=True):
     kv_loaded: int = 0
     kv_lost: int = 0
     kv_failed: int = 0
+    cascade_tiles: int = 0
 
 
 class Wave(Struct, tag=True, array_like=True):

@@ -224,22 +224,3 @@ def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
 
     threading.Thread(target=run, daemon=True).start()  # a front end that stands still ends nothing but the wait
     ended.result(30)
-
-
-def test_a_start_that_is_left_leaves_no_socket_open(tmp_path: Path) -> None:
-    """A context of zmq that is collected with an open socket stands still for ever, and with it who collects it."""
-    program = """
-import asyncio
-from seamwise.runtime.serve.process.child import Child
-
-async def leave():
-    starting = asyncio.create_task(Child({}, print, 1, 1).run())
-    await asyncio.sleep(0)  # as far as the making of the process
-    starting.cancel()
-    await asyncio.wait([starting])
-
-asyncio.run(leave())
-"""
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=20)
-    assert not list(tmp_path.iterdir())
