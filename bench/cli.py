@@ -17,6 +17,7 @@ BENCHES = {
     "lora": "a batch with adapters, beside the same batch without",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
+    "policies": "how long requests wait under each scheduling policy, beside SGLang's rules, without a model",
     "eplb": "how balanced experts are over ranks on a drifting trace, by placement, beside the bound",
     "gpu": "every stage of the GPU proof, within the minutes given",
     "report": "the pages bench/results/README.md (GPUs) and CPU.md from the files of the benches",

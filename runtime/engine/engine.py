@@ -26,6 +26,7 @@ from seamwise.runtime.build.step import empty_step
 from seamwise.runtime.kv.names import Namespace
 from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
+from seamwise.runtime.runner.profile import span
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
@@ -257,7 +258,7 @@ class Engine(Control):
             self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
         if self._paused != "keep" and self._requests:
             while self._loop.may_launch:
-                with self._change:
+                with self._change, span("plan"):
                     launched = self._loop.launch()
                 if not launched:
                     break
@@ -324,7 +325,7 @@ class Engine(Control):
             with self._change:
                 self._loop.undo()
             raise result
-        with self._change:
+        with self._change, span("answer"):
             self._loop.commit(result)
             self._answer()
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.runner.profile import ProfilerConfig, start_profile, stop_profile
 from seamwise.runtime.runner.runner import ModelRunner
 
 
@@ -56,10 +57,15 @@ class Worker:
         self.device = torch.device(runner.options.device)
         self.rank = self.local_rank = rank
         self.trace: deque[tuple[float, float]] = deque(maxlen=1024)
-        self.model_config = WorkerModelConfig(
-            model=model, dtype=runner.options.dtype, max_model_len=runner.options.max_model_len,
-            hf_config=runner.config.raw,
-        )  # fmt: skip
+        self._model = model
+
+    @property
+    def model_config(self) -> WorkerModelConfig:
+        """The model as it is now: max_model_len is what the plan affords once that is known."""
+        options, raw = self.model_runner.options, self.model_runner.config.raw
+        return WorkerModelConfig(
+            model=self._model, dtype=options.dtype, max_model_len=options.max_model_len, hf_config=raw
+        )
 
     def load_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Write new values of parameters; see ModelRunner.update_weights."""
@@ -72,6 +78,14 @@ class Worker:
     def weights_digest(self) -> str:
         """Return a digest of this rank's weights."""
         return self.model_runner.weights_digest()
+
+    def start_profile(self, config: ProfilerConfig, prefix: str) -> None:
+        """Record what this rank's process does, as prefix_rank0 or rank0; see runtime/runner/profile.py."""
+        start_profile(config, "_".join(filter(None, (prefix, f"rank{self.rank}"))))
+
+    def stop_profile(self) -> None:
+        """End the profile and write it."""
+        stop_profile()
 
 
 def make_worker(runner: ModelRunner, model: str, extension: str | type | None = None, rank: int = 0) -> Worker:

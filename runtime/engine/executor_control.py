@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from seamwise.runtime.runner.profile import ProfilerConfig
 from seamwise.runtime.speculation.model_drafter import ModelDrafter
 
-from .executor import Executor
+from .executor import Executor, WorkerModelConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelExecutorPath:
     """The first step of TRL's way to a model: llm.llm_engine.model_executor.driver_worker.model_runner.model."""
 
-    model_executor: Executor
+    model_executor: Any
+
+    @property
+    def model_config(self) -> WorkerModelConfig:
+        """What TRL asks of the model: llm.llm_engine.model_config.max_model_len."""
+        config: WorkerModelConfig = self.model_executor.driver_worker.model_config
+        return config
 
 
 class ModelControl:
@@ -30,6 +38,8 @@ class ModelControl:
     engine: Any
     drafter: ModelDrafter | None = None
     enable_sleep_mode: bool | None = None
+    profiler_config: ProfilerConfig | None = None
+    data_parallel_rank: int | None = None
 
     @property
     def llm_engine(self) -> ModelExecutorPath:
@@ -100,3 +110,23 @@ class ModelControl:
         """Return a digest of rank 0's weights; ModelRunner.weights_digest(weights) is a trainer's."""
         digest: str = self.executor.collective_rpc("weights_digest")[0]
         return digest
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Let every rank record what it does, until stop_profile(); profile_prefix is what files' names begin with.
+
+        Raises ValueError without profiler_config or for a prefix that is a path, RuntimeError while one is taken.
+        """
+        if self.profiler_config is None:
+            raise ValueError(
+                "profiles are taken with LLM(profiler_config={'profiler': 'torch', 'torch_profiler_dir': …}) or"
+                " --profiler-config"
+            )
+        if profile_prefix and Path(profile_prefix).name != profile_prefix:
+            raise ValueError(f"profile_prefix={profile_prefix!r}: wanted the beginning of a file's name, no folder")
+        engine = "" if self.data_parallel_rank is None else f"dp{self.data_parallel_rank}"
+        prefix = "_".join(filter(None, (profile_prefix, engine)))
+        self.executor.collective_rpc("start_profile", None, (self.profiler_config, prefix))
+
+    def stop_profile(self) -> None:
+        """Write what was recorded to torch_profiler_dir. Raises RuntimeError where nothing is."""
+        self.executor.collective_rpc("stop_profile")

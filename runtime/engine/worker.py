@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.runner.profile import span
 from seamwise.runtime.sampling.report import Found, prompt_logprobs
 from seamwise.runtime.sampling.sampler import Sampled, sample
 from seamwise.runtime.scheduler.commit import Step
@@ -81,11 +82,11 @@ class Worker:
         if self.stages is not None:
             future = self._begun(self.stages, batch, history, before)
         elif self._pool is not None:
-            future = self._pool.submit(self._run, batch, history, before)
+            future = self._pool.submit(self._spanned, batch, history, before)
         else:
             future = Future()
             try:
-                future.set_result(self._run(batch, history, before))
+                future.set_result(self._spanned(batch, history, before))
             except Exception as error:
                 future.set_exception(error)
         self._last = future
@@ -103,7 +104,7 @@ class Worker:
             future: Future[Result] = Future()
             future.set_exception(error)
             return future
-        return self._pool.submit(self._run, batch, history, before, stages.finish)
+        return self._pool.submit(self._spanned, batch, history, before, stages.finish)
 
     def drain(self) -> None:
         """Wait until nothing runs; what failed does not matter any more."""
@@ -115,6 +116,10 @@ class Worker:
         """End the thread, when what it runs has ended."""
         if self._pool is not None:
             self._pool.shutdown()
+
+    def _spanned(self, *given: Any) -> Result:
+        with span("step"):
+            return self._run(*given)
 
     def _run(
         self, batch: Batch, history: np.ndarray, before: Future[Any] | None,

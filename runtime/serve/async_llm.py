@@ -222,6 +222,12 @@ class AsyncLLM:
             got = await self.engine.call("collective_rpc", method, args=list(args), kwargs=dict(kwargs or {}))
         return list(got)
 
+    async def start_profile(self, profile_prefix: str | None = None) -> None:
+        await self.engine.call("start_profile", profile_prefix)
+
+    async def stop_profile(self) -> None:
+        await self.engine.call("stop_profile")
+
     async def check_health(self) -> None:
         """Raise EngineError when the engine does not take requests."""
         self.engine.check()

@@ -140,6 +140,8 @@ class DataParallel:
             raise ValueError(f"collective_rpc: {method!r} cannot be sent to another process; name a method of workers")
         if method in ("sleep", "wake", "start_weight_update", "finish_weight_update"):  # LLM's, which engines note
             return [self._wait(self._llm.engine.call({"wake": "wake_up"}.get(method, method), *args))]
+        if method in ("start_profile", "stop_profile"):  # engines have the configuration
+            return [self._wait(self._llm.engine.call(method, *args[1:]))]
         if method == "load_weights":
             self._load_weights(*args)
             return [None]

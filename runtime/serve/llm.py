@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from seamwise import caches
+from seamwise.compile.check.batch_invariant import check_batch_invariant
 from seamwise.extras import pip_install
 from seamwise.runtime.build.arguments import named_arguments
 from seamwise.runtime.build.packs import model_of
@@ -28,6 +29,7 @@ from seamwise.runtime.engine.executor_control import ModelControl
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.kv.offload_options import make_offload
+from seamwise.runtime.runner.profile import ProfilerConfig
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
@@ -83,6 +85,9 @@ class LLM(ModelControl, Pools):
                    "num_speculative_tokens": 4, "prompt_lookup_max": 5}, {"model": "a smaller one"} or {"method":
                    "first_layers", "num_layers": 6}: outputs are the same, and come faster where guesses stand; see
                    runtime/speculation/config.py
+    batch_invariant  True: refused by name where a row may have other bits in another batch; on a CPU, our kernels' rows
+                   have the same bits in any batch, chunking, order and preemption, asked for or not, at no cost
+    profiler_config  {"profiler": "torch", "torch_profiler_dir": "traces"}: where start_profile() … stop_profile() write
     data_parallel_size  engines, each a process with requests of its own (`seamwise[serve]`) and all of the model, or
                    with enable_expert_parallel its share of the experts; torchrun's processes are that many already
     data_parallel_rank, data_parallel_address, data_parallel_timeout_s  which of them this process is, the file where
@@ -112,6 +117,7 @@ class LLM(ModelControl, Pools):
         kv_offloading_min_tokens: int | None = None,
         enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
+        profiler_config: Mapping[str, Any] | ProfilerConfig | None = None, batch_invariant: bool | None = None,
         worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, data_parallel_size: int = 1, data_parallel_rank: int | None = None,
@@ -153,6 +159,8 @@ class LLM(ModelControl, Pools):
             long_prefill_token_threshold=long_prefill_token_threshold,
             scheduler_reserve_full_isl=scheduler_reserve_full_isl, pipeline_parallel_size=stages,
         )  # fmt: skip
+        self.data_parallel_rank = data_parallel_rank
+        self.profiler_config = None if profiler_config is None else ProfilerConfig.of(profiler_config)
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
             options["num_speculative_tokens"] = speculation.num_speculative_tokens
@@ -185,6 +193,7 @@ class LLM(ModelControl, Pools):
         else:
             runner = ModelRunner.load(directory, **options)
             self.executor = InProcess(runner, str(model), worker_extension_cls)
+        check_batch_invariant(batch_invariant, runner.program, torch.device(runner.options.device))
         on_cpu = torch.device(runner.options.device).type == "cpu"
         if gpu_memory_utilization is not None and on_cpu:
             what = f"gpu_memory_utilization={gpu_memory_utilization} has no effect on a CPU"

@@ -1,7 +1,7 @@
 """Fewest uncached prompt tokens first, with aging: requests that share a prefix run while it is in the cache.
 
 SGLang's longest-prefix-match order has no aging, and its shared prefixes can keep a stranger waiting for ever. Here the
-bound is that of aging.py, with the prompt's tokens that were not cached when it arrived as work.
+bound is that of aging.py with the whole prompt as w_i: what is cached of it may be evicted while it waits.
 """
 
 from __future__ import annotations

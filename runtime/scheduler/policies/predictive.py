@@ -1,7 +1,8 @@
 """The shortest expected work first, with aging.
 
 Expected work is the tokens of the prompt that are not cached and the predicted tokens of output; a prediction is given
-with the request, else it is the mean of what has ended, at most max_tokens. The bound is that of aging.py.
+with the request, else it is the mean of what has ended, at most max_tokens. The bound is that of aging.py, with all of
+the prompt and the prediction as w_i.
 """
 
 from __future__ import annotations

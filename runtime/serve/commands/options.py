@@ -43,13 +43,15 @@ _LOADING = (
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
-    "pipeline_parallel_size": int, "eplb_config": json_object,
+    "profiler_config": json_object, "pipeline_parallel_size": int, "eplb_config": json_object,
     "kv_offloading_size": float, "kv_offloading_backend": str, "kv_offloading_folder": str,
     "kv_offloading_folder_size": float, "kv_offloading_min_tokens": int,
     "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int, "data_parallel_size": int,
 }  # fmt: skip
 
-_SWITCHES = ("enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel", "disable_cascade_attn")
+_SWITCHES = (
+    "enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel", "disable_cascade_attn", "batch_invariant",
+)  # fmt: skip
 
 
 def add_command(

@@ -11,6 +11,7 @@ from typing import Any
 
 from seamwise.extras import pip_install
 from seamwise.runtime.serve.http.settings import ServeSettings
+from seamwise.runtime.serve.stderr import unhurried_stderr
 
 from .options import (
     Commands,
@@ -39,6 +40,11 @@ def add(commands: Commands[Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal. Status 2: the options are wrong; 3: something failed; the first line says which."""
     settings = ServeSettings(**dataclass_given(options, ServeSettings))
+    with unhurried_stderr():
+        return _run(options, settings)
+
+
+def _run(options: argparse.Namespace, settings: ServeSettings) -> int:
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s %(message)s", stream=sys.stderr
     )

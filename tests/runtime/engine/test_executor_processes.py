@@ -82,10 +82,16 @@ def test_two_ranks_give_what_one_gives_until_one_hangs(tmp_path: Path, pack_dir:
     for seed, name in enumerate("ab"):
         save_tiny(tmp_path / name, "LlamaForCausalLM", seed=seed)
     options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "pack_dir": pack_dir}
-    llm = LLM(tmp_path / "a", tensor_parallel_size=2, **options)
+    traces = tmp_path / "traces"
+    llm = LLM(tmp_path / "a", tensor_parallel_size=2, profiler_config={"torch_profiler_dir": traces}, **options)
     try:
         first = tokens(LLM(tmp_path / "a", **options))
+        llm.start_profile()
         assert tokens(llm) == first
+        llm.stop_profile()
+        assert sorted(f.name.partition(".")[0] for f in traces.iterdir()) == ["rank0", "rank1"]
+        with pytest.raises(RuntimeError, match="no profile is being taken"):
+            llm.stop_profile()
         assert llm.collective_rpc(_rank_and_size) == [(0, 2), (1, 2)]
         weights = load_file(tmp_path / "b/model.safetensors")
         llm.start_weight_update()

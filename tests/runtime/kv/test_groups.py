@@ -22,10 +22,13 @@ from seamwise.runtime.build.step import ragged_step
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.kv.hits import longest_hit, name_in
+from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.plan import plan
 from seamwise.runtime.scheduler.policies import find_policy
 from seamwise.runtime.scheduler.policies.conformance import draw_view
+from seamwise.runtime.scheduler.scheduler import Scheduler
+from seamwise.runtime.scheduler.sequence import Sequence
 from seamwise.runtime.scheduler.view import Candidate
 from seamwise.testing import FakeRunner
 
@@ -199,3 +202,21 @@ def test_a_step_promises_to_others_only_what_it_computes() -> None:
     view = replace(view, block_size=1, groups=(window,), available=50, candidates=candidates)
     decided = plan(view, SchedulerConfig(max_num_batched_tokens=24, max_num_seqs=4), find_policy("fcfs"))
     assert [(a.hits, a.count) for a in decided.admissions] == [(7, 2), (0, 7), (8, 1)]
+
+
+def test_a_block_that_one_group_has_is_counted_for_whom_a_promise_lets_adopt_it() -> None:
+    groups = (KVGroup(kind="chunked_local", size=4), KVGroup(kind="sliding_window", size=7))
+    pool = BlockPool(num_blocks=9, block_size=1, groups=groups)
+    scheduler = Scheduler(config=SchedulerConfig(async_scheduling=False), pool=pool, longest=8)
+    first, second = (
+        Sequence(id=str(i), prompt=np.array([3, 4, 5], dtype=np.int32), max_tokens=1, arrival=i) for i in range(2)
+    )
+    (block,) = pool.take(1)
+    pool.publish(block, name_in(first.names_of_full_blocks(1, 1)[0], 0))  # the other group's is gone: no hit
+    pool.release([block])
+    scheduler.add(first)
+    scheduler.add(second)
+    step = scheduler.schedule()
+    # The first takes six of eight. The second shares two tokens with it and takes two, and the resting block as well.
+    assert step is not None and step.sequences == [first] and scheduler.refusal == "blocks"
+    scheduler.check()

@@ -143,7 +143,7 @@ def test_a_small_container_gives_a_small_cache(runner: ModelRunner, monkeypatch:
 def test_auto_is_what_the_cache_has_room_for(tiny_llama_dir: Path, pack_dir: Path) -> None:
     options = {"device": "cpu", "block_size": 4, "pack_dir": pack_dir}
     llm = LLM(tiny_llama_dir, max_model_len="auto", num_gpu_blocks_override=21, **options)
-    assert llm.engine.runner.options.max_model_len == 80
+    assert llm.engine.runner.options.max_model_len == llm.llm_engine.model_config.max_model_len == 80
     with pytest.raises(ValueError, match="max_model_len is 80"):
         llm.generate({"prompt_token_ids": [3] * 80})
     params = SamplingParams(detokenize=False, ignore_eos=True, max_tokens=99)

@@ -170,6 +170,7 @@ def test_a_trainer_colocates_as_trl_does(model: Path, pack_dir: Path) -> None:
         max_num_batched_tokens=4096, quantization=None, trust_remote_code=False,
         dtype="float32", device="cpu", pack_dir=pack_dir,
     )  # fmt: skip
+    assert llm.llm_engine.model_config.max_model_len == 64
     llm.sleep(level=2)
     found = []
     for _ in range(3):  # as many steps of GRPO

@@ -83,7 +83,7 @@ def test_calls_and_refusals() -> None:
         await llm.check_health()
         assert llm.is_running and not llm.errored and llm.world_size == 1
         with pytest.raises(Unsupported, match="this engine has no"):
-            await llm.engine.call("start_profile")
+            await llm.start_profile()
         with pytest.raises(ValueError, match="has no embeddings"):
             await anext(llm.encode("abc"))
         for call in (llm.list_loras(), llm.add_lora(LoRARequest("x", 1, "directory")), llm.remove_lora(1)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gzip
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def trained(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_sleep_pause_and_new_weights(demo_model: Path, trained: Path, tmp_path: Path) -> None:
     options = ["--max-model-len", "256", "--max-num-seqs", "4", "--enable-control"]
+    options += ["--profiler-config", json.dumps({"profiler": "torch", "torch_profiler_dir": str(tmp_path / "traces")})]
     body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     with run_command("--model", str(demo_model), *options) as (url, _):
 
@@ -45,7 +48,12 @@ def test_sleep_pause_and_new_weights(demo_model: Path, trained: Path, tmp_path: 
             assert status == 200, answer
             return str(answer["choices"][0]["text"])
 
+        assert post(f"{url}/stop_profile", {})[0] == 409
+        assert post(f"{url}/start_profile?profile_prefix=served", {})[0] == 200
         before = text()
+        assert post(f"{url}/stop_profile", {})[0] == 200
+        (trace,) = (tmp_path / "traces").iterdir()
+        assert trace.name.startswith("served_rank0.") and b"seamwise step" in gzip.decompress(trace.read_bytes())
         assert before == offline(demo_model)
 
         assert post(f"{url}/sleep?level=1", {})[0] == 200 and get(f"{url}/is_sleeping") == (200, {"is_sleeping": True})

@@ -249,7 +249,7 @@ def test_sizes_and_ranks_that_are_none_are_refused(size: int, rank: int | None, 
     assert starts_engines(1, None, True) == "one" and starts_engines(2, None, False) == "start"
 
 
-def test_llm_with_two_engines_gives_what_one_gives(tiny_llama_dir: Path, pack_dir: Path) -> None:
+def test_llm_with_two_engines_gives_what_one_gives(tiny_llama_dir: Path, pack_dir: Path, tmp_path: Path) -> None:
     prompts = [{"prompt_token_ids": [3 + i, 5, 7 * (i % 3)]} for i in range(9)]
     params = [
         SamplingParams(
@@ -259,14 +259,23 @@ def test_llm_with_two_engines_gives_what_one_gives(tiny_llama_dir: Path, pack_di
     ]
     load = {"dtype": "float32", "device": "cpu", "pack_dir": str(pack_dir), "max_model_len": 64, "seed": 5}
     one = LLM(tiny_llama_dir, **load)
-    two = LLM(tiny_llama_dir, data_parallel_size=2, **load)
+    two = LLM(tiny_llama_dir, data_parallel_size=2, profiler_config={"torch_profiler_dir": str(tmp_path)}, **load)
     try:
+        two.start_profile("first")
         for _ in range(2):
             got, wanted = two.generate(prompts, params, use_tqdm=False), one.generate(prompts, params, use_tqdm=False)
             for g, w in zip(got, wanted, strict=True):
                 assert [c.token_ids for c in g.outputs] == [c.token_ids for c in w.outputs]
                 assert [c.finish_reason for c in g.outputs] == [c.finish_reason for c in w.outputs]
                 assert g.outputs[0].logprobs is not None and len(g.outputs[0].logprobs) == 8
+            if not any(tmp_path.iterdir()):
+                two.stop_profile()
+            assert sorted(f.name.partition(".")[0] for f in tmp_path.iterdir()) == [
+                "first_dp0_rank0",
+                "first_dp1_rank0",
+            ]
+        with pytest.raises(RuntimeError, match="stop_profile: no profile is being taken"):
+            two.stop_profile()
         with pytest.raises(ValueError, match="prompt 1: the prompt has no tokens"):
             two.generate([prompts[0], {"prompt_token_ids": []}], params[0])
         weights = {"model.norm.weight": torch.full((one.engine.runner.config.raw["hidden_size"],), 0.5)}

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from seamwise import LLM, SamplingParams
+from seamwise.compile.check.batch_invariant import check_batch_invariant, unpromised_ops
+from seamwise.runtime.scheduler.policies import OURS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
 Make = Callable[..., LLM]
@@ -170,28 +175,55 @@ def test_a_corrupt_file_an_unknown_architecture_and_a_missing_directory_are_clea
         make(copied / "nowhere")
 
 
-def test_batch_invariance_is_of_the_whole_engine(tiny_llama_dir: Path, pack_dir: Path) -> None:
+SEVERAL = [{"prompt_token_ids": [(7 * i + j * j) % 500 for j in range(4 + 9 * i)]} for i in range(5)]
+SAMPLED = [
+    SamplingParams(temperature=t, seed=i, max_tokens=9, logprobs=2, ignore_eos=True, detokenize=False)
+    for i, t in enumerate([0.0, 0.7, 1.3, 0.0, 0.9])
+]
+
+
+@pytest.fixture(scope="module")
+def each_alone(make: Make) -> list[Any]:
+    """What each of SEVERAL gets alone in an engine: tokens and log probabilities."""
+    llm = make(max_num_seqs=1, async_scheduling=False, enable_prefix_caching=False)
+    outputs = [llm.generate(p, q, use_tqdm=False)[0].outputs[0] for p, q in zip(SEVERAL, SAMPLED, strict=True)]
+    llm.engine.close()
+    return [(o.token_ids, o.logprobs) for o in outputs]
+
+
+@settings(max_examples=8)
+@given(
+    drawn=st.fixed_dictionaries({
+        "max_num_batched_tokens": st.sampled_from([7, 24, 64, 2048]), "max_num_seqs": st.integers(1, 8),
+        "scheduling_policy": st.sampled_from([*OURS]), "long_prefill_token_threshold": st.sampled_from([0, 5]),
+        "num_gpu_blocks_override": st.sampled_from([8, 8, 64]), "async_scheduling": st.booleans(),
+        "enable_prefix_caching": st.sampled_from([True, True, False]),
+    }),
+    order=st.permutations(range(5)),
+)  # fmt: skip
+def test_batch_invariance_is_of_the_whole_engine(
+    make: Make, each_alone: list[Any], drawn: dict[str, Any], order: list[int]
+) -> None:
     """Tokens and log probabilities are the same in bits for any batch, chunks, cache, policy, preemption and async."""
-    prompts = [{"prompt_token_ids": [(7 * i + j * j) % 500 for j in range(4 + 9 * i)]} for i in range(5)]
-    params = [
-        SamplingParams(temperature=t, seed=i, max_tokens=9, logprobs=2, ignore_eos=True, detokenize=False)
-        for i, t in enumerate([0.0, 0.7, 1.3, 0.0, 0.9])
-    ]
-    settings: list[dict[str, Any]] = [
-        {"max_num_seqs": 1, "async_scheduling": False, "enable_prefix_caching": False},
-        {"max_num_batched_tokens": 7},
-        {"max_num_batched_tokens": 64, "scheduling_policy": "predictive", "long_prefill_token_threshold": 5},
-        {"num_gpu_blocks_override": 8, "max_model_len": 64, "scheduling_policy": "fair"},
-        {"num_gpu_blocks_override": 8, "max_model_len": 64, "scheduling_policy": "priority", "async_scheduling": False},
-    ]
-    found = []
-    for options in settings:
-        llm = LLM(tiny_llama_dir, device="cpu", pack_dir=pack_dir, block_size=16, **{"max_model_len": 128, **options})
-        for _ in range(2):  # the second time from the prefix cache
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            found.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
-        llm.engine.close()
-    assert all(other == found[0] for other in found[1:])
+    llm = make(max_model_len=64, block_size=16, batch_invariant=True, **drawn)
+    for _ in range(2):  # the second time from the prefix cache
+        outputs = llm.generate([SEVERAL[i] for i in order], [SAMPLED[i] for i in order], use_tqdm=False)
+        got = [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs]
+        assert got == [each_alone[i] for i in order]
+    llm.engine.close()
+
+
+def test_what_is_not_batch_invariant_is_refused_by_name(make: Make, llm: LLM) -> None:
+    with pytest.raises(ValueError, match="batch_invariant=False: no kernel here is faster"):
+        make(batch_invariant=False)
+    program = llm.engine.runner.program
+    assert not unpromised_ops(program)
+    with pytest.raises(ValueError, match=r"=True: rms_norm:torch, aten\.bmm\.default, aten\.sum\.dim_IntList may give"):
+        source = "torch.ops.aten.bmm.default torch.ops.aten.sum.dim_IntList torch.ops.aten.mul.Tensor"
+        changed = replace(program, source=program.source + source, providers=program.providers | {"rms_norm:torch": 1})
+        check_batch_invariant(True, changed, torch.device("cpu"))
+    with pytest.raises(ValueError, match="on cuda products are chosen"):
+        check_batch_invariant(True, program, torch.device("cuda"))
 
 
 def test_a_server_is_told_what_the_models_maker_recommends(tiny_llama_dir: Path, make: Make, tmp_path: Path) -> None:
