@@ -109,14 +109,14 @@ async def reset_prefix_cache(request: Request, reset_running_requests: bool = Fa
 async def start_profile(request: Request, profile_prefix: str | None = None) -> Response:
     """Record what the engine does, where the server has --profiler-config."""
     await _llm(request).start_profile(profile_prefix)
-    return _json({"status": "profiling"})
+    return json_response({"status": "profiling"})
 
 
 @router.post("/stop_profile", responses=CONTROLS, response_class=Response)
 async def stop_profile(request: Request) -> Response:
     """End the profile and write it to torch_profiler_dir."""
     await _llm(request).stop_profile()
-    return _json({"status": "written"})
+    return json_response({"status": "written"})
 
 
 @router.post("/abort_requests", responses=CONTROLS, response_class=Response)
