@@ -13,6 +13,7 @@ BENCHES = {
     "company": "decode beside other busy processes",
     "json-schema": "what of JSON Schema a grammar holds to, by the JSON Schema Test Suite",
     "kv": "what the KV cache holds, and time to the first token computed and loaded from tiers",
+    "long-context": "a long prompt in chunks: time by position beside its flops, memory beside the plan",
     "speculation": "one stream with guessed tokens and without",
     "lora": "a batch with adapters, beside the same batch without",
     "step": "where a decode step's time goes",
@@ -29,6 +30,7 @@ HOMES = {
     "gpu": "gpu.command",
     "models": "models.survey",
     "json-schema": "json_schema",
+    "long-context": "long_context",
 }  # benches that are folders, or have another name
 
 

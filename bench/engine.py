@@ -97,6 +97,21 @@ def host_us(running: int, waiting: int, policy: str) -> dict[str, float]:
     return {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
 
 
+def abort_ms(waiting: int) -> float:
+    """Return the ms of processor time in which so many waiting requests are aborted one by one, the least of five."""
+    engine = Engine(NoModel(65, 256), None, SchedulerConfig(max_num_seqs=4))  # type: ignore[arg-type]
+    params, took = SamplingParams(temperature=0, detokenize=False, max_tokens=9), []
+    for _ in range(5):
+        for i in range(waiting):
+            engine.add_request(str(i), [3, 4, 5], params)
+        began = time.thread_time()
+        for i in range(waiting):
+            engine.abort_request(str(i))
+        took.append(1e3 * (time.thread_time() - began))
+    engine.close()
+    return min(took)
+
+
 def hidden(model: str, requests: int) -> dict[str, float]:
     """Return the medians, in us a step, of a model's decode step in its thread, and between two steps' starts."""
     from seamwise import LLM
@@ -142,6 +157,8 @@ def main(arguments: list[str]) -> int:
         f" {host['host'] / options.running:.1f} us a request  ({parts})"
     )
     report: dict[str, Any] = {"running": options.running, "waiting": options.waiting, "host_us": host}
+    report["abort_ms"] = abort_ms(options.waiting)
+    print(f"{options.waiting} waiting requests are aborted one by one in {report['abort_ms']:.1f} ms")
     if options.model:
         small = host_us(options.requests, 0, options.policy)
         report["model"] = measured = hidden(options.model, options.requests)

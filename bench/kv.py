@@ -23,7 +23,18 @@ from .machine import label
 
 Row = dict[str, Any]
 _TIERS = ("host", "disk")
-_GEMMA = (*(KVGroup(kind="sliding_window", size=512),) * 5, FULL)  # of 18 layers, 3 in each group
+
+
+def _window(size: int) -> KVGroup:
+    return KVGroup(kind="sliding_window", size=size)
+
+
+PUBLISHED: dict[str, Groups] = {  # models with windows, by their config.json; a group is of as many layers as the next
+    "Gemma 2 2B": (_window(4096), FULL),  # of 13 layers
+    "Gemma 3 270M": (*(_window(512),) * 5, FULL),  # of 3
+    "Mistral 7B v0.1": (_window(4096),),  # of 32
+    "gpt-oss 20B": (_window(128), FULL),  # of 12
+}
 _BAR = 40  # characters of the longest bar
 
 
@@ -114,7 +125,8 @@ def main(arguments: list[str]) -> int:
         rows, groups = measure(resolve_model(options.model), lengths, options.rounds, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    blocks = {"this model": held(groups, 16, lengths), "Gemma 3 270M": held(_GEMMA, 16, [2048, 8192])}
+    blocks = {"this model": held(groups, 16, lengths)}
+    blocks |= {name: held(of, 16, [2048, 8192]) for name, of in PUBLISHED.items()}
     for name, of in blocks.items():
         print(f"blocks held by a request, {name}")
         print(bars([(f"{n} tokens", b, f"{b} (one group: {one})") for n, (b, one) in of.items()]))

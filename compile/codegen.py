@@ -15,27 +15,22 @@ The text is what runs, what a pack stores and what a person reads:
 
 from __future__ import annotations
 
+import ast
+import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from seamwise.compile.check.awaited import begins
 from seamwise.kernels.contract import CONTRACTS, contract_of
 from seamwise.kernels.cpu import tape
 from seamwise.passes.graph import value
 
 from .split import Piece, Seam
-
-
-def begins(node: Node) -> bool:
-    """Return whether a node begins what is waited for later: until then another batch may compute."""
-    space, _, name = str(node.target).partition(".")
-    return name.startswith("ep_") and "_begin" in name if space == "seamwise_exchange" else (
-        space == "_c10d_functional" and not name.startswith("wait_tensor")
-    )  # fmt: skip
 
 
 class Source:
@@ -151,16 +146,55 @@ def _last_uses(steps: Sequence[Piece | Seam], outputs: Sequence[str]) -> dict[st
     return {n: i for n, i in last.items() if n not in outputs}
 
 
-def load(text: str) -> dict[str, Any]:
-    """Execute generated text and return its functions by name."""
-    namespace: dict[str, Any] = {"torch": torch, "operator": operator, "provider": _provider}
+def calls_of(text: str, contracts: Collection[str]) -> list[dict[str, Any]]:
+    """Return the arguments of every call of some contracts in generated text, by their names: values, or expressions.
+
+    kv_caches_3_0 is the first cache of layer 3, as a string.
+    """
+    tree = ast.parse(text)
+    providers: dict[str, str] = {}
+    for line in tree.body:
+        match line:
+            case ast.Assign(
+                targets=[ast.Name(name)],
+                value=ast.Call(func=ast.Name("provider"), args=[ast.Constant(str(contract)), _]),
+            ) if contract in contracts:
+                providers[name] = contract
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in providers:
+            names = inspect.signature(CONTRACTS[providers[node.func.id]].meaning).parameters
+            found.append(dict(zip(names, map(_literal, node.args), strict=False)))
+    return found
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+Around = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
+
+def load(text: str, around: Around | None = None) -> dict[str, Any]:
+    """Execute generated text and return its functions by name.
+
+    around  is given each seam's contract and provider, and returns what the step calls in its place
+    """
+    namespace: dict[str, Any] = {"torch": torch, "operator": operator, "provider": partial(_provider, around)}
     exec(compile(text, "<seamwise generated>", "exec"), namespace)
     return namespace
 
 
-def _provider(contract: str, name: str) -> Any:
+def _provider(around: Around | None, contract: str, name: str) -> Any:
     record = CONTRACTS[contract]
     found = next(p for p in record.providers if p.name == name)
-    if not record.seam and (found.launches or not record.reads_values):
-        return found.call
-    return partial(tape.call, found.call, seam=contract if record.seam else "", launches=found.launches)
+    call, launches = found.call, found.launches
+    if around is not None and record.seam:
+        call = around(contract, found.call)
+        launches &= call is found.call
+    if not record.seam and (launches or not record.reads_values):
+        return call
+    return partial(tape.call, call, seam=contract if record.seam else "", launches=launches)

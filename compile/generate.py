@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from seamwise.compile.check.awaited import order_of
 from seamwise.compile.explain.collectives import collectives_of, kv_bytes, local_inputs, weight_bytes
 from seamwise.compile.explain.live_bytes import live_bytes
 from seamwise.passes import Report
@@ -53,7 +54,12 @@ def generate(made: Sequence[LoweredStep], *, in_turns: bool = False) -> Program:
         source.add_step(function, step.steps, step.graph.inputs, index, [n.name for n in output.args[0]])
         found = collectives_of(step.graph.module)
         turning = [name for name in calls if name in source.turning]
-        ranges.append(TokenRange(first=step.first, function=function, calls=calls, collectives=found, turning=turning))
+        ranges.append(
+            TokenRange(
+                first=step.first, function=function, calls=calls, collectives=found, turning=turning,
+                said=order_of(step.graph.module),
+            )
+        )  # fmt: skip
         news = [r for r in step.reports if (r.name, r.matched, r.expected) not in told]
         told |= {(r.name, r.matched, r.expected) for r in news}
         reports += news

@@ -14,6 +14,7 @@ from operator import or_
 from pathlib import Path
 
 from seamwise import passes
+from seamwise.compile.check.awaited import check_awaited
 from seamwise.compile.check.validate import Validator
 from seamwise.compile.check.verify import verify
 from seamwise.compile.explain.collectives import communicates, count_all_reduces, count_exchanges
@@ -174,6 +175,7 @@ def compile_graph(
 
     Raises ValueError when the configuration asks for validation and no validator is given.
     """
+    assert config.parallel is None or config.parallel.group, "this process has not joined the ranks that share a model"
     if config.validate and validator is None:
         raise ValueError("compile_graph: validate=True needs a validator, with step inputs to run the graph on")
     starts, made = range_starts(config), list[LoweredStep]()
@@ -185,6 +187,7 @@ def compile_graph(
             recipes = hoist(graph)  # before split: a derived weight belongs to no piece
             chosen = choose_providers(graph.module, config.providers)
             verify(graph.module, "lower", lowered=True)
+            check_awaited(graph.module)
             taken: list[str] = []
             if config.stage[1] > 1:
                 graph, taken = cut_stage(graph, recipes, *config.stage)

@@ -18,6 +18,8 @@ from seamwise.passes import Report
 from . import codegen
 from .derive import Recipe
 
+Steps = list[tuple[Callable[..., Any], list[Callable[..., Any]]]]  # of each range of tokens: the step, and its pieces
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRange:
@@ -25,7 +27,7 @@ class TokenRange:
 
     function  of the program; calls: the function at each piece, in order
     turning  those of the functions that are written as generators too
-    collectives  op, calls a step and bytes a row, of what ranks say to each other
+    collectives  op, calls a step and bytes a row, of what ranks say to each other; said: a digest of it in its order
     """
 
     first: int
@@ -33,6 +35,7 @@ class TokenRange:
     calls: list[str]
     collectives: list[dict[str, Any]]
     turning: list[str] = field(default_factory=list)
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,17 +109,16 @@ class Executable:
     """A program bound to its weights."""
 
     def __init__(self, program: Program, weights: Sequence[Tensor]) -> None:
-        functions = codegen.load(program.source)
+        self._packages: dict[str, Any] = {}
         if program.packages:
             from .inductor import load_piece
 
-            functions |= {name: load_piece(path) for name, path in program.packages.items()}
+            self._packages = {name: load_piece(path) for name, path in program.packages.items()}
         self.program = program
         self.weights = list(weights)
         self._firsts = [each.first for each in program.ranges]
-        self._steps: list[tuple[Callable[..., Any], list[Callable[..., Any]]]] = [
-            (functions[each.function], [functions[name] for name in each.calls]) for each in program.ranges
-        ]
+        functions = self._functions()
+        self._steps = self._bound(functions)
         self._turns = [
             (
                 functions.get(f"{each.function}_in_turns"),
@@ -125,6 +127,18 @@ class Executable:
             for each in program.ranges
         ]
         self._tokens = program.inputs.index("token_ids")
+
+    def _functions(self, around: codegen.Around | None = None) -> dict[str, Callable[..., Any]]:
+        return codegen.load(self.program.source, around) | self._packages
+
+    def _bound(self, functions: dict[str, Callable[..., Any]]) -> Steps:
+        return [(functions[each.function], [functions[name] for name in each.calls]) for each in self.program.ranges]
+
+    def around(self, wrap: codegen.Around) -> Callable[..., Any]:
+        """Return what runs a step as a call does, on the same weights, with what `wrap` makes of each seam's provider
+        in its place; see codegen.load."""
+        steps = self._bound(self._functions(wrap))
+        return lambda *inputs: self._run(steps, inputs)
 
     @property
     def takes_turns(self) -> bool:
@@ -165,7 +179,10 @@ class Executable:
 
         Raises ValueError for a number of tokens in no range.
         """
-        step, pieces = self._steps[self._range(inputs)]
+        return self._run(self._steps, inputs)
+
+    def _run(self, steps: Steps, inputs: Sequence[Tensor]) -> Any:
+        step, pieces = steps[self._range(inputs)]
         if (recording := tape.current()) is not None:
             pieces = [partial(recording.piece, p) for p in pieces]
         results = step(pieces, self.weights, *inputs)

@@ -35,6 +35,7 @@ def structure_of(model: nn.Module, *, foreign: bool = False) -> Structure:
             reads_embedding |= "input_layernorm" in own_norms
             after = _AFTER if "post_feedforward_layernorm" in children else _AFTER - {"post_attention_layernorm"}
             no_sum += len(own_norms & after)
+        no_sum += len(own_norms & {"enorm", "hnorm"})  # of a module that predicts a further token
         apart = {"q_proj", "k_proj", "v_proj"} <= children.keys()
         if apart or "qkv_proj" in children:
             count["attentions"] += apart

@@ -48,7 +48,6 @@ if __name__ != "kernels":
     from .moe.place_experts import place_experts as place_experts
     from .norm.add_rms_norm import add_rms_norm as add_rms_norm
     from .norm.add_rms_norm_quant import add_rms_norm_quant as add_rms_norm_quant
-    from .norm.dual_rms_norm import dual_rms_norm as dual_rms_norm
     from .norm.layer_norm import layer_norm as layer_norm
     from .norm.rms_norm import rms_norm as rms_norm
     from .norm.rms_norm_quant import rms_norm_quant as rms_norm_quant

@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .deepseek import deepseek_v2, deepseek_v3
+from .deepseek_mtp import ARCHITECTURE, deepseek_mtp
 from .gemma2 import gemma2
 from .gemma3 import gemma3
 from .gpt_oss import gpt_oss
@@ -34,6 +35,9 @@ DEFINITIONS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe,
 }
+PARTS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    ARCHITECTURE: deepseek_mtp
+}  # which no checkpoint is alone
 
 
 def has_definition(architecture: str) -> bool:
@@ -55,19 +59,20 @@ def build_model(
     """
     if entry not in ("own", "transformers", "auto"):
         raise ValueError(f"entry={entry!r}: wanted 'own', 'transformers' or 'auto'")
-    if entry == "own" and not has_definition(architecture):
+    definitions = DEFINITIONS | PARTS
+    if entry == "own" and architecture not in definitions:
         known = ", ".join(DEFINITIONS)
         raise ValueError(
             f"architecture {architecture!r}: Seamwise defines {known}; use entry='transformers' for any other"
         )
     if max_model_len is not None:
         raw = {**raw, "max_model_len": max_model_len}
-    if entry == "transformers" or not has_definition(architecture):
+    if entry == "transformers" or architecture not in definitions:
         from .hf import HuggingFaceDecoder
 
         return HuggingFaceDecoder(architecture, raw)
     with torch.device("meta"), _SkipInit():
-        return DEFINITIONS[architecture](completed(architecture, raw)).eval()
+        return definitions[architecture](completed(architecture, raw)).eval()
 
 
 class _SkipInit(TorchFunctionMode):

@@ -69,7 +69,7 @@ class Structure:
 class Parallel:
     """How ranks share a model.
 
-    size, rank, group  of the process group, which is known by its name
+    size, rank, group  of the process group, which is known by its name; "" where this process has not joined it yet
     experts  whole experts on each rank, rather than a part of every expert
     data     each rank has tokens of its own, and all of the model but the experts; every step has as many on each
     redundant  how many places there are for further copies of experts, which the runner moves by their load; None: it
@@ -81,8 +81,8 @@ class Parallel:
     """
 
     size: int
-    rank: int
-    group: str
+    rank: int = 0
+    group: str = ""
     experts: bool = False
     data: bool = False
     redundant: int | None = None

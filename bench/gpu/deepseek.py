@@ -3,7 +3,7 @@
 All layers have weights of their own, random. Attention is data-parallel: the rank has its own sequences and all heads.
 Of the experts it has its share, and one more for redundancy; its tokens go out and others' come in, uniformly routed:
 as many rows as it sends. Sending and receiving are local copies of the true size; the network's time is added from
-bytes over a stated bandwidth. `gpu_deepseek_rank` is the step.
+bytes over a stated bandwidth. `deepseek_rank` is the step.
 
 Model: DeepSeek-V3, https://arxiv.org/abs/2412.19437, table 1 and section 4.2; config.json of deepseek-ai/DeepSeek-R1.
 Network: what low-latency kernels reached at 32 ranks with one 400 Gb/s card a GPU, a row for each of a token's experts:
@@ -23,7 +23,7 @@ import torch
 from seamwise.bench.timing import median_us
 from seamwise.compile.record.recorders import recorder_for
 
-from .deepseek_rank import DEEPSEEK_R1, TINY_RANK, Rank, Step
+from .deepseek_rank import Rank, Step
 from .rows import Context, Lazy, Row
 from .steps import free_bytes
 
@@ -36,8 +36,8 @@ TINY = ((2, 40),)
 
 def rows(context: Context) -> Iterator[Row]:
     """Yield the memory ledger, then steps by sequences, context and MTP, with the modelled network."""
-    shape = TINY_RANK if context.tiny else DEEPSEEK_R1
-    rank = Lazy(partial(Rank, shape, context.device), 50)  # with the compilation of its kernels
+    # With tracing, and the compilation of its kernels.
+    rank = Lazy(partial(Rank, context.device, context.tiny), 30 if context.tiny else 120)
     yield from context.take("deepseek/memory", 2 + rank.pending_s, lambda: rank().ledger())
     for mtp in (False, True):
         for sequences, length in TINY if context.tiny else REAL:
@@ -49,7 +49,6 @@ def rows(context: Context) -> Iterator[Row]:
 def measure(lazy: Lazy[Rank], sequences: int, length: int, mtp: bool, device: str) -> Row:
     """Record a step, time its replays; add the network's time, alone and beside another batch of the same size."""
     rank = lazy()
-    shape = rank.shape
     free = free_bytes(device)
     step = Step(rank, sequences, length, 2 if mtp else 1)
     recorder = recorder_for(torch.device(device))
@@ -62,7 +61,8 @@ def measure(lazy: Lazy[Rank], sequences: int, length: int, mtp: bool, device: st
     compute_us, spread_us = median_us(recording.replay, device, repeats=7)
     if not bool(torch.isfinite(recording.results[1].float()).all()):
         raise RuntimeError("the step's hidden states are not finite")
-    row = network(compute_us, step.tokens, sequences, step.moe_layers, shape.hidden, shape.top_k, mtp)
+    width, top_k = rank.raw["hidden_size"], rank.raw["num_experts_per_tok"]
+    row = network(compute_us, step.tokens, sequences, step.moe_layers, width, top_k, mtp)
     held = {"cache_bytes": step.cache_bytes, "step_bytes": max(free - free_bytes(device) - step.cache_bytes, 0)}
     del step, recording, recorder
     gc.collect()

@@ -1,6 +1,7 @@
 """The models that `seamwise bench gpu` runs with random weights: configurations as published, and tiny ones.
 
-Source: https://huggingface.co/meta-llama/Meta-Llama-3-8B, https://huggingface.co/Qwen/Qwen3-30B-A3B, config.json.
+Source: https://huggingface.co/meta-llama/Meta-Llama-3-8B, https://huggingface.co/Qwen/Qwen3-30B-A3B,
+https://huggingface.co/deepseek-ai/DeepSeek-R1, config.json.
 """
 
 from __future__ import annotations
@@ -27,18 +28,38 @@ REAL: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
         "hidden_act": "silu", "tie_word_embeddings": False,
     },
+    "deepseek-r1": {  # with the module that predicts one token more (MTP) as a layer behind the 61
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16",
+        "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 62, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "first_k_dense_replace": 3, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "rope_theta": 10000, "max_position_embeddings": 163840,
+        "hidden_act": "silu", "tie_word_embeddings": False, "quantization_config": {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        },
+    },
 }  # fmt: skip
 _SMALL = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
 }  # fmt: skip
-_FEW_EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+_FEW = {
+    "llama-3-8b": {}, "qwen3-30b-a3b": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+    "deepseek-r1": {
+        "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 4,
+        "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 16, "v_head_dim": 64, "first_k_dense_replace": 1, "n_routed_experts": 16,
+        "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
+    },
+}  # fmt: skip
 
 
 def configuration(name: str, tiny: bool) -> dict[str, Any]:
     """Return a model's config.json, or one of its family that is tiny."""
     real = REAL[name]
-    return real | _SMALL | (_FEW_EXPERTS if "num_experts" in real else {}) if tiny else real
+    return real | _SMALL | _FEW[name] if tiny else real
 
 
 @contextmanager

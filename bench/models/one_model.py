@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# Sizes by the names that configurations have for them; a class gets those that it knows.
+# Sizes by the names that configurations have for them; a class gets those that it knows. What changes with the position
+# (windows, chunks, scales of queries, RoPE's original length) changes within the requests below.
 TINY: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 64, "d_model": 64, "n_embd": 64, "emb_dim": 64, "intermediate_size": 48,
     "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48, "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2,
@@ -26,7 +27,8 @@ TINY: dict[str, Any] = {
     "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2,
     "num_experts_per_token": 2, "n_shared_experts": 1, "moe_num_shared_experts": 1, "first_k_dense_replace": 1,
     "n_group": 1, "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8, "v_head_dim": 16, "sliding_window": 8, "attention_chunk_size": 8, "word_embed_proj_dim": 64,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "sliding_window": 8, "attention_chunk_size": 8, "local_attention": 8,
+    "floor_scale": 4, "word_embed_proj_dim": 64,
     "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 97, "global_head_dim": 32, "kv_channels": 16, "lora_rank": 8,
     "bos_token_id": 1, "eos_token_id": 2,
@@ -112,6 +114,9 @@ def tiny_config(config_class: Any, extra: dict[str, Any]) -> Any:
         inner = config_class.sub_configs.get("text_config")
         if isinstance(inner, type) and hasattr(inner, "model_type") and inner.model_type:
             sizes["text_config"] = tiny_config(inner, {}).to_dict()
+    rope = getattr(config_class(**{**sizes, **extra}), "rope_parameters", None)
+    if isinstance(rope, dict) and "original_max_position_embeddings" in rope:
+        extra = {"rope_parameters": rope | {"original_max_position_embeddings": 8}, **extra}
     return config_class(**{**sizes, **extra})
 
 

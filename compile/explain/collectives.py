@@ -1,10 +1,10 @@
-"""What ranks say to each other in a step, read from the lowered graph: counts and bytes, for `seamwise explain`."""
+"""What ranks say to each other in a step, from the lowered graph, and between steps: for `seamwise explain`."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from seamwise.kernels import (
 from seamwise.kernels.comm.collectives import group_size
 from seamwise.kernels.contract import contract_of
 from seamwise.passes.graph import VIEWS, is_getitem, is_op, place, value
+from seamwise.passes.shard.balance_experts import TABLE
+
+if TYPE_CHECKING:
+    from seamwise.compile.program import Program
 
 _OPS = torch.ops._c10d_functional
 _FUSED = (allreduce_rms_norm.op, allreduce_rms_norm_quant.op, reduce_scatter_rms_norm.op, norm_between_linears.op)
@@ -85,6 +89,21 @@ def _meanwhile(node: Node) -> list[str]:
             found.append(str(at.target).split(".")[1])
         at = at.next
     return found
+
+
+def balance_of(program: Program, dtype: torch.dtype) -> dict[str, int]:
+    """Return how many layers have experts that move, their experts and places for them; the bytes of an expert, of a
+    layer's table, and of a row on its way to an expert and back. dtype: of parameters that have none of their own.
+    """
+    tables = [recipe for recipe in program.recipes.values() if recipe.get("state") == TABLE]
+    experts, width = len(tables[0]["values"]), len(tables[0]["values"][0])
+    own = {n: shape for n, shape in program.parameters.items() if n.startswith(f"{tables[0]['layer']}.experts.")}
+    kept = {n: getattr(torch, program.kept_dtypes.get(n) or str(dtype).removeprefix("torch.")) for n in own}
+    return {
+        "layers": len(tables), "experts": experts, "places": experts + width - 2,
+        "expert_bytes": sum(math.prod(shape[1:]) * kept[n].itemsize for n, shape in own.items()),
+        "table_bytes": 4 * experts * width, "row_bytes": tables[0]["row_bytes"],
+    }  # fmt: skip
 
 
 def weight_bytes(module: GraphModule) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -10,15 +11,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from seamwise.compile.split import is_seam
 from seamwise.passes.graph import VIEWS, value
 
 
 def live_bytes(module: GraphModule) -> tuple[int, int]:
     """Return the most bytes alive between two ops: of values with a row a token, and with one a row of logits.
 
-    A view is alive with what it is a view of. Inside a kernel or a package there may be more.
+    A view is alive with what it is a view of, what a piece is given until it ends. Inside a kernel or a package there
+    may be more.
     """
     nodes = list(module.graph.nodes)
+    at, seams = {node: i for i, node in enumerate(nodes)}, [i for i, node in enumerate(nodes) if is_seam(node)]
     rows = {name: _first_size(module, name) for name in ("token_ids", "logit_rows")}
     base: dict[Node, Node] = {}
     last: dict[Node, int] = {}
@@ -29,7 +33,10 @@ def live_bytes(module: GraphModule) -> tuple[int, int]:
             last[base[used]] = i
     ends: dict[int, list[Node]] = {}
     for node, i in last.items():
-        ends.setdefault(i, []).append(node)
+        piece = bisect_left(seams, i)
+        given = piece > 0 and at[node] <= seams[piece - 1]
+        end = i if is_seam(nodes[i]) or not given else [*seams, len(nodes)][piece] - 1
+        ends.setdefault(end, []).append(node)
     live, most = {name: 0 for name in rows}, {name: 0 for name in rows}
     for i, node in enumerate(nodes):
         for sign, changed in ((1, [node] if base[node] is node and node in last else []), (-1, ends.get(i, []))):

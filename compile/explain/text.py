@@ -82,6 +82,15 @@ def _ranges(program: Program) -> list[tuple[int, int | None, TokenRange]]:
     return [(each.first, last, each) for each, last in zip(program.ranges, [*lasts, None], strict=True)]
 
 
+def balance_text(found: Mapping[str, int]) -> str:
+    """Return what `balance_of` found, for a terminal."""
+    return (
+        f"experts move: {found['experts']} at {found['places']} places in each of {found['layers']} layers, one layer"
+        f" between two steps, {found['expert_bytes']} B each; a row there and back is {found['row_bytes']} B\n"
+        f"    a layer's table of {found['table_bytes']} B is on every rank, read by place_experts before each dispatch"
+    )
+
+
 def _collective(sent: Mapping[str, Any]) -> str:
     meanwhile = f", meanwhile {' '.join(sent['meanwhile'])}" if "meanwhile" in sent else ""
     return f"{sent['op']:36} {sent['calls']:4} calls, {sent['row_bytes']} B a row{meanwhile}"

@@ -21,6 +21,8 @@ _EXPAND = Kernel("lora_cpu.cpp", "seamwise_lora_expand")
 @lora_shrink.provider("cpp", devices=("cpu",), refuses=lambda x_TD, a_LRD: one_dtype(x_TD, a_LRD), launches=True)
 def lora_shrink_cpp(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
     (tokens, width), (adapters, rank, _) = x_TD.shape, a_LRD.shape
+    if not adapter_T.shape[0]:
+        return empty((0, rank), x_TD.dtype)
     out = empty((tokens, rank), x_TD.dtype)
     wrong = launch(
         _SHRINK, DTYPES[x_TD.dtype], int(adapter_T.dtype == torch.int64), x_TD.data_ptr(), a_LRD.data_ptr(),
@@ -37,6 +39,8 @@ def lora_shrink_cpp(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
 def lora_expand_cpp(
     y_TN: Tensor, s_TS: Tensor, b_LRN: Tensor, adapter_T: Tensor, scaling_LP: Tensor, widths: list[int]
 ) -> Tensor:
+    if not adapter_T.shape[0]:
+        return y_TN
     (tokens, width), (adapters, rank, _) = y_TN.shape, b_LRN.shape
     out, size = empty((tokens, width), y_TN.dtype), y_TN.element_size()
     wrong = launch(

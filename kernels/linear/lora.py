@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, Cost, contract
@@ -23,37 +24,43 @@ from seamwise.kernels.lazy_triton import tl, triton
 _CHUNK = 512  # columns of x a program; fixed, so that the order of the sums is
 
 
-_ADAPTER = {"adapter_T": "int32|int64!"}
+_ADAPTER = {"adapter_T": "T or 0 int32|int64!"}
 
 
 @contract(args={**_ADAPTER, "a_LRD": "[L R D]"})
 def lora_shrink(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
     """Return x[t] · a[adapter[t]]ᵀ: (T, R) in x's dtype, sums in float32 or wider; zeros where the adapter is -1.
 
+    Adapters of no rows say that no row has one: there is nothing to compute then, (0, R).
     x is (T, D), a (L, R, D) in x's dtype, adapter_T int32 or int64 (T,) below L, in any order. Experts with adapters of
     their own are the same op: L adapters of E experts as a (L·E, R, D), adapter · E + expert as index, -1 kept.
     Moves T·D + T·R elements and the adapters in use.
     """
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    x_TD, wide = x_TD[: adapter_T.shape[0]], torch.promote_types(x_TD.dtype, torch.float32)
     a_TRD = a_LRD[adapter_T.clamp(min=0).long()].to(wide)
     s_TR = torch.bmm(a_TRD, x_TD.to(wide).unsqueeze(-1)).squeeze(-1)
     return s_TR.masked_fill((adapter_T < 0).unsqueeze(-1), 0).to(x_TD.dtype)
 
 
 @contract(
-    args={**_ADAPTER, "b_LRN": "[L R N]", "scaling_LP": "[L P] float32"},
-    limits=lambda s_TS, b_LRN, scaling_LP, widths: limits_slices(s_TS, b_LRN, scaling_LP, widths),
+    args={
+        **_ADAPTER, "s_TS": "T len(widths)*R or 0 len(widths)*R", "b_LRN": "[L R N]", "scaling_LP": "[L P] float32",
+    },
+    limits=lambda b_LRN, scaling_LP, widths: limits_slices(b_LRN, scaling_LP, widths),
 )  # fmt: skip
 def lora_expand(
     y_TN: Tensor, s_TS: Tensor, b_LRN: Tensor, adapter_T: Tensor, scaling_LP: Tensor, widths: list[int]
 ) -> Tensor:
     """Return y[t] + scaling[l, p] · (s[t] b[l]), l = adapter[t]: (T, N) in y's dtype; y, in bits, where l is -1.
 
+    Adapters of no rows say that no row has one: the result is y, by a provider y itself.
     The N columns are P slices of `widths`, layers that were joined: slice p reads columns pR to pR + R of s (T, PR).
     y is (T, N) and b (L, R, N) in y's dtype, scaling (L, P) float32, adapter_T and experts as for `lora_shrink`;
     float32 or wider until the one rounding. Moves 2·T·N + T·P·R elements and the adapters in use.
     """
     wide = torch.promote_types(y_TN.dtype, torch.float32)
+    missing = y_TN.shape[0] - adapter_T.shape[0]
+    adapter_T, s_TS = F.pad(adapter_T, (0, missing), value=-1), F.pad(s_TS, (0, 0, 0, missing))
     index_T = adapter_T.clamp(min=0).long()
     rank, parts, start = b_LRN.shape[1], [], 0
     for p, width in enumerate(widths):
@@ -65,15 +72,12 @@ def lora_expand(
     return torch.where((adapter_T < 0).unsqueeze(-1), y_TN, changed_TN)
 
 
-def limits_slices(s_TS: Tensor, b_LRN: Tensor, scaling_LP: Tensor, widths: list[int]) -> str | None:
+def limits_slices(b_LRN: Tensor, scaling_LP: Tensor, widths: list[int]) -> str | None:
     """Return why slices of columns do not fit the other arguments, or None."""
     if sum(widths) != b_LRN.shape[2]:
         return f"widths {list(widths)} are {sum(widths)} columns, b has {b_LRN.shape[2]}"
-    if s_TS.shape[1] != len(widths) * b_LRN.shape[1] or scaling_LP.shape[1] != len(widths):
-        return (
-            f"s has {s_TS.shape[1]} columns and scaling {scaling_LP.shape[1]}, wanted {len(widths)} slices of rank"
-            f" {b_LRN.shape[1]}, and {len(widths)}"
-        )
+    if scaling_LP.shape[1] != len(widths):
+        return f"scaling has {scaling_LP.shape[1]} columns, wanted one for each of {len(widths)} slices"
     return None
 
 
@@ -226,7 +230,7 @@ def refuses_dtypes(*rows: Tensor) -> str | None:
 
 @lora_shrink.provider("triton", devices=("cuda",), refuses=lambda x_TD, a_LRD: refuses_dtypes(x_TD, a_LRD), triton=True)
 def lora_shrink_triton(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor:
-    (tokens, width), rank = x_TD.shape, a_LRD.shape[1]
+    (tokens, width), rank = x_TD[: adapter_T.shape[0]].shape, a_LRD.shape[1]
     chunks = triton.cdiv(width, _CHUNK)
     out = torch.empty((tokens, rank), dtype=x_TD.dtype, device=x_TD.device)
     parts = torch.empty((chunks, tokens, rank), dtype=torch.float32, device=x_TD.device)
@@ -245,10 +249,12 @@ def lora_shrink_triton(x_TD: Tensor, a_LRD: Tensor, adapter_T: Tensor) -> Tensor
 def lora_expand_triton(
     y_TN: Tensor, s_TS: Tensor, b_LRN: Tensor, adapter_T: Tensor, scaling_LP: Tensor, widths: list[int]
 ) -> Tensor:
+    if not adapter_T.shape[0]:
+        return y_TN
     (tokens, columns), rank, first = y_TN.shape, b_LRN.shape[1], 0
     out = torch.empty((tokens, columns), dtype=y_TN.dtype, device=y_TN.device)
     chosen = config(rank, y_TN.element_size())
-    for p, width in enumerate(widths if tokens else []):
+    for p, width in enumerate(widths):
         _expand_kernel[(triton.cdiv(tokens, chosen["TOKENS"]), triton.cdiv(width, chosen["BLOCK"]))](
             y_TN, s_TS, b_LRN, adapter_T, scaling_LP, out, y_TN.stride(0), s_TS.stride(0), tokens, columns, rank,
             len(widths), p, first, width, **chosen,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seamwise.compile.program import CacheGroup, Program
 from seamwise.kernels.cpu import huge_pages
+from seamwise.model_defs.deepseek_mtp import ARCHITECTURE
 
 from .kv_groups import FULL, Groups, KVGroup
 from .model_config import ModelConfig
@@ -37,6 +38,8 @@ class KVCacheSpec:
         layer: tuple[tuple[int, ...], ...] = ((config.num_kv_heads, options.block_size, config.head_dim),) * 2
         if config.latent_dim and options.entry == "own":
             layer = ((options.block_size, config.latent_dim),)
+        if config.architecture == ARCHITECTURE:
+            layer = (*layer, (options.block_size, config.hidden_size))
         return cls(layers=(layer,) * config.num_layers, block_size=options.block_size, dtype=options.kv_cache_dtype)
 
     @classmethod

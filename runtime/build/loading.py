@@ -229,8 +229,14 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
     return program, {name: b for name, b in model.buffers.items() if name in needed}
 
 
-def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor]) -> list[Tensor]:
-    """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe."""
+def load_step_weights(
+    path: Path, options: RunnerConfig, program: Program, buffers: dict[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Evaluate every recipe of the program over the checkpoint, one at a time: memory is the model plus one recipe.
+
+    given  weights, by their recipes' names, that are there already
+    """
     shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
     source = open_source(
         path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
@@ -239,14 +245,15 @@ def load_step_weights(path: Path, options: RunnerConfig, program: Program, buffe
         read=reading(options, shapes),
     )  # fmt: skip
     readers = readers_of(source, buffers, options)
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {**(given or {})}
     freed_bytes = 0  # about as much is freed as is kept
 
     def size(name: str) -> int:
         return sum(math.prod(shapes.get(read, ())) for read in parameters_of(program.recipes[name]))
 
     with torch.inference_mode():  # the largest first: what is read and then freed comes beside little else
-        for name in show_progress(sorted(program.recipes, key=size, reverse=True), "loading weights"):
+        missing = program.recipes.keys() - weights.keys()
+        for name in show_progress(sorted(missing, key=size, reverse=True), "loading weights"):
             weights[name] = evaluate(program.recipes[name], *readers).to(options.device)
             freed_bytes += weights[name].nbytes
             if freed_bytes > _TRIM_BYTES:
@@ -272,7 +279,7 @@ def converting(path: Path, options: RunnerConfig, shapes: Mapping[str, tuple[int
         return None
 
     def convert(found: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-        config = ModelConfig.from_directory(path)
+        config = ModelConfig.from_directory(path, options.hf_overrides)
         return as_transformers_reads(found, shapes, config.architecture, config.raw)
 
     return convert

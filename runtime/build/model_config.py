@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 from seamwise.runtime.weights.tied import has_own_head
 
+from .arguments import refuse_unknown
 from .pooler import Pooler, read_pooler
 from .text_part import text_part
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _LENGTHS = ("max_seq_len", "seq_length", "max_target_positions")  # other names of the longest; without: vLLM's 2048
+_ROPE = {"rope_parameters", "rope_scaling"}  # transformers 5's name and 4's
 _MOST_PARAMETERS = 1 << 40  # no published model comes near
 
 
@@ -60,9 +63,10 @@ class ModelConfig:
     has_head: bool = True
 
     @classmethod
-    def from_directory(cls, directory: Path) -> ModelConfig:
+    def from_directory(cls, directory: Path, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
         """Read config.json and generation_config.json, or a GGUF file where there is no config.json.
 
+        hf_overrides  values in place of config.json's (of a multimodal model, of its text's), by its keys
         Raises ValueError naming the file and the wrong value.
         """
         if not directory.exists():
@@ -82,7 +86,10 @@ class ModelConfig:
         _check_causal(raw, str(path))
         names = [decoder := _with_head(raw["architectures"][0])]
         has_head = raw["architectures"] == [decoder]
-        raw = completed(names[0], raw) if has_definition(names[0]) else _completed_by_transformers(names[0], raw)
+        complete = completed if has_definition(names[0]) else _completed_by_transformers
+        raw = complete(names[0], raw)
+        if hf_overrides:
+            raw = complete(names[0], _overridden(raw, hf_overrides))
         if not gguf and raw.get("tie_word_embeddings") is not False and has_own_head(directory):
             raw["tie_word_embeddings"] = False  # the file counts
         if read_quantization(raw, str(path)) is not None and has_tensors(directory):
@@ -148,6 +155,31 @@ def _with_head(architecture: str) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return decoder if decoder in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else architecture
+
+
+def _overridden(raw: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a completed configuration with other values. A RoPE, by one of its two names, replaces the one there is,
+    whose base and share of columns stay where it names none."""
+    if not isinstance(overrides, Mapping):
+        raise ValueError(f"hf_overrides={overrides!r}: wanted keys of config.json with their values")
+    if (fixed := {"architectures", "quantization_config"} & {*overrides}) or len(_ROPE & {*overrides}) > 1:
+        what = " and ".join(sorted(fixed or _ROPE))
+        raise ValueError(
+            f"hf_overrides: {what}: " + ("is the checkpoint's" if fixed else "say the same; leave one out")
+        )
+    known = {*raw} | _ROPE
+    if not has_definition(raw["architectures"][0]):
+        from seamwise.model_defs.hf import class_and_config
+
+        known |= {*class_and_config(raw["architectures"][0], raw)[1].to_dict()}
+    refuse_unknown(overrides, known, {}, "key of config.json for hf_overrides:")
+    if not (given := _ROPE & {*overrides}):
+        return {**raw, **overrides}
+    (name,) = given
+    before, rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}, overrides[name]
+    kept = {key: before[key] for key in ("rope_theta", "partial_rotary_factor") if key in before}
+    rest = {key: value for key, value in {**raw, **overrides}.items() if key not in _ROPE}
+    return {**rest, name: {**kept, **rope} if isinstance(rope, Mapping) else rope}
 
 
 def _check_causal(raw: dict[str, Any], where: str) -> None:

@@ -25,6 +25,7 @@ from .runner_config import RunnerConfig
 _REMEDY = "make it again with `seamwise compile --model DIR -o PACK`"
 _RECORDED = (
     "quantization", "kv_cache_dtype", "max_model_len", "load_format", "runner", "convert", "pooler_config",
+    "hf_overrides",
 )  # fmt: skip
 _UNSAID = ("auto", None)
 
@@ -104,7 +105,7 @@ def write_pack(model: Path, target: Path, ledger: Ledger, **options: Any) -> Pro
     if target.exists() and not pack.is_pack(target):
         raise ValueError(f"{target} exists and is no pack; choose another path")
     model = model_of(model)
-    config = ModelConfig.from_directory(model)
+    config = ModelConfig.from_directory(model, options.get("hf_overrides"))
     settings = RunnerConfig.for_model(config, **options, pack_dir=target.parent, pack_name=target.name)
     if torch.device(settings.device).type == "cpu":
         compile_ahead()  # the pack's kernels, so that a start from it compiles nothing

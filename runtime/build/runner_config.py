@@ -14,6 +14,7 @@ import torch
 
 from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
+from seamwise.passes import Parallel
 from seamwise.runtime.weights.formats import check_load_format
 from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization
 from seamwise.runtime.weights.quantization_rules import Quantization
@@ -60,6 +61,7 @@ class RunnerConfig:
                    it is so
     disable_cascade_attn  on a CPU, attend to each request alone; else blocks that several begin with are read once for
                    all, where that is measured to be faster; results are the same in bits
+    hf_overrides   values in place of config.json's, by its keys, as {"rope_parameters": {"rope_type": "yarn", …}}
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
     stored         how the checkpoint holds quantized weights, where the graph reads them so
@@ -90,6 +92,7 @@ class RunnerConfig:
     block_size: int = 16
     disable_hybrid_kv_cache_manager: bool = False
     disable_cascade_attn: bool = False
+    hf_overrides: Mapping[str, Any] | None = None
     load_format: str = "auto"
     seed: int = 0
     stored: Quantization | None = None
@@ -199,6 +202,8 @@ class RunnerConfig:
     ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
 
+        Of ranks that share a model it says how; which of them this process is, `placed` adds.
+
         quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load; "gguf": keep
                       those of a GGUF file packed where a kernel reads them so
         kv_cache_dtype  "fp8" (or "fp8_e4m3"): keys and values in float8, by the checkpoint's scales or as they are;
@@ -222,6 +227,13 @@ class RunnerConfig:
         from seamwise.model_defs import has_definition
 
         check_options(options)
+        sizes = {
+            "tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}={size!r}: wanted a whole number of at least 1")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
@@ -281,8 +293,7 @@ class RunnerConfig:
         if enable_lora:
             rooms = {"max_loras": 1 if max_loras is None else max_loras}
             rooms["max_lora_rank"] = 16 if max_lora_rank is None else max_lora_rank
-            ranks = max(tensor_parallel_size, data_parallel_size, pipeline_parallel_size)
-            _check_adapters(pipeline.quantization, ranks, **rooms)
+            _check_adapters(pipeline.quantization, max(sizes.values()), **rooms)
             options["pipeline"] = pipeline = replace(pipeline, **rooms)
         elif max_loras is not None or max_lora_rank is not None:
             raise ValueError("max_loras and max_lora_rank need enable_lora=True, which they limit")
@@ -310,6 +321,8 @@ class RunnerConfig:
             raise ValueError(
                 "enable_dbo hides what ranks send to each other's experts; wanted data_parallel_size above 1"
             )
+        if not enable_dbo and (given := [name for name in options if name.startswith("dbo_")]):
+            raise ValueError(f"{given[0]} needs enable_dbo=True, whose batches it limits")
         if (eplb := EPLBConfig.of(enable_eplb, eplb_config)) is not None:
             if data_parallel_size == 1:
                 raise ValueError(
@@ -318,33 +331,21 @@ class RunnerConfig:
                 )
             options["eplb"] = eplb
         if pipeline_parallel_size != 1:
-            from seamwise.runtime.distributed.group import join_group
-
             if tensor_parallel_size != 1 or data_parallel_size != 1:
                 raise ValueError(
                     f"pipeline_parallel_size={pipeline_parallel_size} with tensor_parallel_size={tensor_parallel_size}"
                     f" and data_parallel_size={data_parallel_size}: ranks share a model in one way; leave others out"
                 )
-            parallel, device = join_group(pipeline_parallel_size, device, option="pipeline_parallel_size")
-            options["pipeline"] = pipeline = replace(pipeline, stage=(parallel.rank, parallel.size))
+            options["pipeline"] = pipeline = replace(pipeline, stage=(0, pipeline_parallel_size))
         if data_parallel_size != 1:
-            from seamwise.runtime.distributed.group import join_group
-
-            parallel, device = join_group(
-                data_parallel_size,
-                device,
-                option="data_parallel_size",
-                experts=True,
-                data=True,
-                two_batches=enable_dbo,
+            parallel = Parallel(
+                size=data_parallel_size, experts=True, data=True, two_batches=enable_dbo,
                 redundant=None if eplb is None else eplb.num_redundant_experts,
-            )
+            )  # fmt: skip
             options["pipeline"] = replace(pipeline, parallel=parallel)
         elif tensor_parallel_size != 1:
-            from seamwise.runtime.distributed.group import join_group
-
-            parallel, device = join_group(
-                tensor_parallel_size, device, experts=enable_expert_parallel, overlap=enable_async_tp,
+            parallel = Parallel(
+                size=tensor_parallel_size, experts=enable_expert_parallel, overlap=enable_async_tp,
                 sequence=sp_min_token_num if enable_sequence_parallel else 0, plan=tensor_parallel_plan,
             )  # fmt: skip
             options["pipeline"] = replace(pipeline, parallel=parallel)

@@ -1,6 +1,7 @@
 """The process group that ranks share a model over: every rank runs the same program on the same requests.
 
-`torchrun --nproc-per-node 2 script.py` starts the ranks; gloo carries them on CPUs, NCCL on GPUs. Source:
+`torchrun --nproc-per-node 2 script.py` starts the ranks, or LLM does, whose processes `meet`; gloo carries them on
+CPUs, NCCL on GPUs. Source:
 https://docs.pytorch.org/docs/stable/distributed.html, https://docs.pytorch.org/docs/stable/elastic/run.html.
 """
 
@@ -11,30 +12,25 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from seamwise.passes import Parallel
 
+def join_group(size: int, device: str, option: str) -> tuple[int, str, str]:
+    """Return this process's rank among `size`, the group's name, and its device: "cuda" becomes a GPU of its own.
 
-def join_group(size: int, device: str, option: str = "tensor_parallel_size", **chosen: Any) -> tuple[Parallel, str]:
-    """Return this process's part among `size` ranks, and its device: "cuda" becomes a GPU of its own.
-
-    option  what asked for them; chosen: how they share: other fields of Parallel
+    option  what asked for them
 
     The default process group is made where torchrun started this process and nothing made it yet. Raises ValueError
     where there is none, where it has another size, or where its backend does not serve the device.
     """
-    if not isinstance(size, int) or size < 2:
-        raise ValueError(f"{option}={size!r}: wanted a whole number of at least 1")
     kind = torch.device(device).type
     if not dist.is_initialized():
         if not dist.is_torchelastic_launched():
             raise ValueError(
                 f"{option}={size} needs {size} processes; start them with `torchrun --nproc-per-node {size}"
-                " …`, or call torch.distributed.init_process_group in each first"
+                " …`, or call torch.distributed.init_process_group in each first; LLM starts them by itself"
             )
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         atexit.register(leave_group)
@@ -48,7 +44,7 @@ def join_group(size: int, device: str, option: str = "tensor_parallel_size", **c
         torch.cuda.set_device(device)
     group = dist.group.WORLD
     assert group is not None
-    return Parallel(size=size, rank=rank, group=str(group.group_name), **chosen), device
+    return rank, str(group.group_name), device
 
 
 def meet(address: str, rank: int, size: int, device: str, timeout_s: float) -> None:
@@ -99,3 +95,11 @@ def smallest(value: int, device: str) -> int:
     agreed = torch.tensor(value, device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MIN)
     return int(agreed)
+
+
+def check_alike(value: str, what: str) -> None:
+    """Raise RuntimeError on every rank where they do not all have the same value."""
+    told: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(told, value)
+    if other := [rank for rank, theirs in enumerate(told) if theirs != told[0]]:
+        raise RuntimeError(f"{what} differ between rank 0 and ranks {other}: start all with the same model and options")

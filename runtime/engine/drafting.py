@@ -6,7 +6,7 @@ A grammar that leaves one token only is such a guess too, and a sure one: forced
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from seamwise.runtime.speculation.stats import DraftStats
 from seamwise.runtime.speculation.watch import Watch
 
 from .request import Completion, Request
+from .worker import Steps
 
 _LOG = logging.getLogger(__name__)
 _FORCED = 16  # tokens of a grammar that one step takes
@@ -42,11 +43,13 @@ class Drafting:
 
     drafter, most  what guesses, and how many tokens of a sequence at most; None: only grammars guess
     vocab_size     of the model, which the engine says: an id beyond it would be read past the embedding's end
+    names_ahead    tokens behind a block of the KV cache on which depends what the drafter keeps under its number
     """
 
     drafter: Drafter | None = None
     most: int = 0
     vocab_size: int = 0
+    names_ahead: int = field(init=False)
     watch: Watch = field(default_factory=Watch)
     stats: DraftStats = field(default_factory=DraftStats)
     _forced: set[int] = field(default_factory=set)  # slots of the next step whose guess is a grammar's
@@ -55,6 +58,12 @@ class Drafting:
 
     def __post_init__(self) -> None:
         self.stats.num_accepted_tokens_per_pos = [0] * self.most
+        self.names_ahead = getattr(self.drafter, "names_ahead", 0)
+
+    def watched(self, steps: Steps) -> Steps:
+        """Return what computes steps, with the drafter looking on where it has to."""
+        watching: Callable[[Steps], Steps] | None = getattr(self.drafter, "watching", None)
+        return steps if watching is None else watching(steps)
 
     def wanted(self, scheduler: Scheduler, owners: Owners) -> bool:
         """Return whether what runs is guessed on: a step is then planned only when the one before has ended."""

@@ -79,6 +79,11 @@ class Engine(Control):
         self.seed = seed
         self.namespace = Namespace()
         if offload is not None:
+            if drafting is not None and drafting.names_ahead:
+                raise ValueError(
+                    "kv_offloading_size and kv_offloading_folder: what speculative_config's method keeps beside the KV"
+                    " cache does not come back with blocks; leave one out"
+                )
             self.namespace = Namespace(layout=offload.layout)
             offload.ready = self.wake
         pool = BlockPool(
@@ -92,10 +97,11 @@ class Engine(Control):
         self.pooler = pooler
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
         stages: Any = runner if config.pipeline_parallel_size > 1 else None
-        worker = Worker(
-            runner, threaded=config.async_scheduling, mode=check_mode(logprobs_mode), pooling=pooling, stages=stages
-        )  # fmt: skip
         self.drafting, self.adapters = drafting or Drafting(), adapters
+        worker = Worker(
+            self.drafting.watched(runner), threaded=config.async_scheduling, mode=check_mode(logprobs_mode),
+            pooling=pooling, stages=stages,
+        )  # fmt: skip
         self.drafting.vocab_size = runner.config.vocab_size
         depth = max(2, config.pipeline_parallel_size) if config.async_scheduling else 1
         self._loop = Loop(
@@ -386,7 +392,8 @@ class Engine(Control):
         predicted = (params.extra_args or {}).get("predicted_tokens", self.scheduler.predict(max_tokens))
         s = Sequence(
             id=f"{request.request_id}/{index}", prompt=np.array(prompt, dtype=np.int32), max_tokens=max_tokens,
-            arrival=self._arrivals, root=self._root(request), predicted=predicted,
+            arrival=self._arrivals, root=self._root(request), names_ahead=self.drafting.names_ahead,
+            predicted=predicted,
             reads_cache=params.reads_prefix_cache and (self.pooler is None or self.pooler.reads_cache),
             max_chunk=NO_LIMIT if params.prompt_logprobs is None else _PROMPT_ROWS,
         )  # fmt: skip

@@ -70,6 +70,8 @@ class ModelControl:
         """
         if self.enable_sleep_mode is False:
             raise ValueError("sleep: enable_sleep_mode=False was asked for; leave it out to let the model sleep")
+        if self.drafter is not None and self.drafter.stays_awake:
+            raise ValueError("sleep: the module that guesses stays in memory; leave speculative_config out")
         self.engine.reset_prefix_cache()
         self.executor.collective_rpc("sleep", None, (level,))
         if self.drafter is not None:

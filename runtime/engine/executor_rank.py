@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from multiprocessing import connection, parent_process
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from seamwise.runtime.build.step import StepOutput
+from seamwise.runtime.distributed.group import meet
 from seamwise.runtime.runner.runner import ModelRunner
 
 from .executor import Worker, call_worker, make_worker
@@ -83,7 +83,6 @@ class Shelf:
 
 def main(start: RankStart) -> None:
     """Load, report, and serve; what goes wrong is an answer, with its traceback."""
-    import torch.distributed as dist
     import zmq
 
     threading.Thread(target=_end_with_parent, args=(start.folder,), daemon=True).start()
@@ -97,11 +96,7 @@ def main(start: RankStart) -> None:
 
     def load() -> tuple[Worker, Any]:
         device = str(start.options.get("device", "auto"))
-        kind = torch.device(device).type if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo", init_method=f"file://{start.folder}/meeting", rank=start.rank,
-            world_size=start.ranks, timeout=timedelta(seconds=start.timeout_s),
-        )  # fmt: skip
+        meet(f"{start.folder}/meeting", start.rank, start.ranks, device, start.timeout_s)
         shared: dict[str, Any] = {"pipeline_parallel_size" if start.stages else "tensor_parallel_size": start.ranks}
         runner = ModelRunner.load(start.model, **shared, **start.options)
         worker = make_worker(runner, str(start.model), start.extension, start.rank)

@@ -34,6 +34,7 @@ class AdapterSlots:
     def __init__(self, executable: Executable) -> None:
         self._executable = executable
         self.in_step = INPUT in executable.program.inputs
+        self._always = bool(executable.program.packages)  # Inductor's code is of rows that each say which they have
         self.sites = _sites(executable.program.recipes.values())
         self.held: dict[int, Adapter] = {}
         shapes = [executable.weights[site.places["b"]].shape for site in self.sites]
@@ -88,10 +89,11 @@ class AdapterSlots:
     def of_rows(self, slots_R: Tensor | None, starts_S: Tensor) -> Tensor:
         """Return the program's input for a step: (T,) int32, each row's slot less one, -1 without an adapter.
 
+        Where no row has one it is (0,), and what computes adapters is left out of the step and of its recording.
         Raises ValueError for a slot that holds none.
         """
-        if slots_R is None:
-            return torch.full((int(starts_S[-1]),), -1, dtype=torch.int32)
+        if slots_R is None or not slots_R.any():
+            return torch.full((int(starts_S[-1]) * self._always,), -1, dtype=torch.int32)
         if wrong := {*slots_R.tolist()} - {0, *self.held}:
             there = ", ".join(map(str, sorted(self.held))) or "none"
             raise ValueError(f"StepInput.adapter_slots names {min(wrong)}; slots that hold an adapter: {there}")

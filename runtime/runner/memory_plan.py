@@ -85,7 +85,7 @@ def plan_memory(
     recordings = CapturePlan.of(program, options).total_bytes
     rows, pooler = min(max_num_seqs, max_num_batched_tokens), options.pooler
     kept = pooler is not None and pooler.kind != "LAST" and torch.device(options.device).type == "cpu"
-    if pooler is not None and pooler.kind == "MEAN":
+    if options.return_hidden_states or (pooler is not None and pooler.kind == "MEAN"):
         rows = max_num_batched_tokens  # every state is wanted
     fixed = {
         "weight_bytes": program.weight_bytes - derived_bytes, "derived_bytes": derived_bytes,

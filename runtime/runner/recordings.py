@@ -33,10 +33,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class Full(NamedTuple):
-    """The recording of a step of `requests` requests, `tokens_each` of each."""
+    """The recording of a step of `requests` requests, `tokens_each` of each; `adapters`: some of them have one."""
 
     requests: int
     tokens_each: int = 1
+    adapters: bool = False
 
     @property
     def tokens(self) -> int:
@@ -44,9 +45,10 @@ class Full(NamedTuple):
 
 
 class Piecewise(NamedTuple):
-    """The recording of steps that are padded to `tokens` tokens."""
+    """The recording of steps that are padded to `tokens` tokens; `adapters`: some of which have one."""
 
     tokens: int
+    adapters: bool = False
 
 
 class Eager(NamedTuple):
@@ -194,11 +196,11 @@ class Recordings:
         match key:
             case Full():
                 if key not in self._filled:
-                    views = self._static.views(key.tokens, key.requests)
+                    views = self._static.views(key.tokens, key.requests, key.adapters)
                     self._filled[key] = views, flat(views)
                 views, arguments = self._filled[key]
                 self._static.fill(views, batch)
-            case Piecewise(tokens):
+            case Piecewise(tokens, _):
                 rows = min(tokens, self._options.max_recorded_requests)
                 arguments = flat(self._static.fill_padded(batch, tokens, rows))
                 further = 2 * len(batch.further_groups)  # each group's slots and block table, behind all others
@@ -228,16 +230,17 @@ class Recordings:
         if not tokens:
             return Empty()
         requests, blocks = batch.block_table.shape
+        adapters = batch.token_adapters is not None and len(batch.token_adapters) > 0
         modes, most = self._options.recorded_modes, self._options.max_recorded_requests
         if "full" in modes and rows == tokens and requests <= most and blocks <= self._options.max_blocks:
             each = tokens // requests
             if each <= 1 + self._options.num_speculative_tokens and _uniform(batch, each):
-                return Full(requests, each)
+                return Full(requests, each, adapters)
         sizes = self._options.capture_sizes
         if "piecewise" in modes and tokens <= sizes[-1]:
             size = sizes[bisect_left(sizes, tokens)]
             if rows <= min(size, most):
-                return Piecewise(size)
+                return Piecewise(size, adapters)
         return Eager()
 
 

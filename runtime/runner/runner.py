@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,10 @@ from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program, open_pack, pack_parts, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
+from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
-from seamwise.runtime.distributed.group import smallest
+from seamwise.runtime.distributed.group import check_alike, smallest
 from seamwise.runtime.weights.adapters import Adapter
 
 from .adapters import AdapterSlots
@@ -46,6 +47,7 @@ from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .sleep import TAGS, SavedWeights, discard
+from .sparse_kv import Pick, SparseKV, check_sparse_kv
 from .update_weights import WeightUpdates
 
 
@@ -56,13 +58,14 @@ class ModelRunner:
     program    what was compiled: passes' reports, pieces, generated source
     startup_s  seconds by stage of start-up
     buffers    what recipes read that no checkpoint holds
+    checkpoint  where the weights were read
     """
 
     def __init__(
         self, config: ModelConfig, options: RunnerConfig, executable: Executable, ledger: Ledger,
-        buffers: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor], checkpoint: Path | None = None,
     ) -> None:  # fmt: skip
-        self.config = config
+        self.config, self.checkpoint = config, checkpoint
         self.buffers = buffers
         self.options = options
         self.executable = executable
@@ -70,6 +73,8 @@ class ModelRunner:
         self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
         self.kv_caches: list[list[Tensor]] = []
         self._caches_flat: list[Tensor] = []
+        self._pick: Pick | None = None
+        self._run: Callable[..., Any] = executable
         self.all_idle = True  # no rank had tokens in the last step that ranks took together
         self._recordings = self._new_recordings()
         self.weights = WeightUpdates(executable, options, buffers)
@@ -107,8 +112,8 @@ class ModelRunner:
             elif options.get("pack_name"):
                 options = with_recorded(options)
             with ledger.stage("read config"):
-                config = ModelConfig.from_directory(Path(path))
-                settings = RunnerConfig.for_model(config, **options)
+                config = ModelConfig.from_directory(Path(path), options.get("hf_overrides"))
+                settings = placed(RunnerConfig.for_model(config, **options))
             if torch.device(settings.device).index is not None:
                 torch.cuda.set_device(settings.device)  # where kernels are launched
             program, buffers = load_program(config, settings, ledger)
@@ -118,7 +123,10 @@ class ModelRunner:
                 executable = Executable(program, weights)
                 if settings.enable_dbo and not executable.takes_turns:
                     raise ValueError("enable_dbo: nothing is begun in this program; do not disable begin_exchanges")
-        return cls(config, settings, executable, ledger, buffers)
+                if settings.pipeline.parallel is not None:
+                    said = " ".join(each.said for each in program.ranges)
+                    check_alike(said, "the collectives of a step, or their order,")
+        return cls(config, settings, executable, ledger, buffers, path)
 
     @property
     def program(self) -> Program:
@@ -166,6 +174,22 @@ class ModelRunner:
         self._num_blocks, self.kv_caches = num_blocks, kv_caches
         self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
         self._recordings.clear()
+        if self._pick is not None:
+            self.set_sparse_kv(self._pick)
+
+    def set_sparse_kv(self, pick: Pick | None) -> None:
+        """Let a function pick the pages of the KV cache that each layer attends to in a step; None: all of them.
+
+        See sparse_kv.py. What the cache holds was computed with what was picked before. Raises ValueError for what it
+        does not work with: decode recorded in full, several ranks, windows, ALiBi, MLA.
+        """
+        if pick is not None:
+            check_sparse_kv(self.program, self.options)
+        self._pick = pick
+        self._run = self.executable
+        if pick is not None:
+            self._run = self.executable.around(SparseKV(pick, self.kv_caches).around)
+        self._recordings.clear()
 
     @torch.inference_mode()
     def step(self, batch: StepInput) -> StepOutput:
@@ -195,9 +219,9 @@ class ModelRunner:
                 case Empty():
                     results = self._empty()
                 case Eager():
-                    results = self.executable(*self._flat(self._on_device(batch)))
+                    results = self._run(*self._flat(self._on_device(batch)))
                 case Full() | Piecewise() as key:
-                    results = self._recordings.run(key, self.executable, batch, self._flat)
+                    results = self._recordings.run(key, self._run, batch, self._flat)
         logits, hidden = self._parts(results)
         if self.options.data_parallel_size > 1:
             logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from seamwise import caches
+from seamwise.compile.derive import evaluate
 from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
+from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program
 from seamwise.runtime.build.progress import shown_ledger
@@ -41,31 +44,38 @@ def first_layers(whole: ModelRunner, num_layers: int) -> ModelRunner:
     return sharing(whole, replace(config, num_layers=num_layers, raw=raw), num_speculative_tokens=0)
 
 
-def sharing(whole: ModelRunner, config: ModelConfig, **changes: Any) -> ModelRunner:
-    """Return a runner of a configuration, each of whose weights is one of `whole` that has the same recipe.
+def sharing(whole: ModelRunner, config: ModelConfig, checkpoint: Path | None = None, **changes: Any) -> ModelRunner:
+    """Return a runner of a configuration, with the weights of `whole` wherever its recipe for one is the same.
 
-    changes  of the options of `whole`
-    Raises ValueError where one has none.
+    checkpoint  where the others are read; None: there must be none
+    changes     of the options of `whole`
     """
     options = whole.options
     folder = caches.folder("packs") if options.pack_name else options.pack_dir  # a named pack's folder is the caller's
     changes = {"pack_name": None, "pack_dir": folder, "pipeline": replace(options.pipeline, max_loras=0)} | changes
     options = replace(options, **changes)
     with shown_ledger("start-up of what guesses") as ledger:
-        return _loaded(whole, config, options, ledger)
+        return _loaded(whole, config, options, checkpoint, ledger)
 
 
-def _loaded(whole: ModelRunner, config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> ModelRunner:
+def _loaded(
+    whole: ModelRunner, config: ModelConfig, options: RunnerConfig, checkpoint: Path | None, ledger: Ledger
+) -> ModelRunner:
     program, buffers = load_program(config, options, ledger)
     with ledger.stage("load weights"):
         given = _held_alike(whole, program)
+        own = {name: recipe for name, recipe in program.recipes.items() if "state" in recipe}  # what a runner changes
+        given |= {name: evaluate(recipe, given.__getitem__).to(options.device) for name, recipe in own.items()}
         missing = [name for name in program.recipes if name not in given]
-        if missing:
+        if checkpoint is not None:
+            weights = load_step_weights(checkpoint, options, program, buffers, given)
+        elif missing:
             raise ValueError(
                 f"speculative_config: {len(missing)} weights would be in memory twice, as {missing[0]}: the model"
                 " computes them otherwise; leave out enable_lora and what compiles it in its own way"
             )
-        weights = [given[name] for name in program.recipes]
+        else:
+            weights = [given[name] for name in program.recipes]
     return ModelRunner(config, options, Executable(program, weights), ledger, buffers)
 
 

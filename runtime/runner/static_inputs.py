@@ -50,12 +50,17 @@ class StaticInputs:
         own = KVGroupInput(slot_mapping=self._buffers["slot_mapping"], block_table=self._buffers["block_table"])
         self._groups = [own.map(torch.zeros_like) for _ in range(num_groups - 1)]
 
-    def views(self, tokens: int, requests: int) -> StepInput:
-        """Return the starts of the buffers, as a step of so many tokens, all wanted, and requests."""
+    def views(self, tokens: int, requests: int, adapters: bool = False) -> StepInput:
+        """Return the starts of the buffers, as a step of so many tokens, all wanted, and requests.
+
+        adapters  some of its requests have one
+        """
         sizes = {"T": tokens, "R": requests, "S": requests + 1, "L": tokens}
         parts: dict[str, Any] = {
             name: buffer[: sizes[FIELDS[name].dims[0][0]]] for name, buffer in self._buffers.items()
         }
+        if not adapters and "token_adapters" in parts:
+            parts["token_adapters"] = parts["token_adapters"][:0]
         groups = [
             KVGroupInput(slot_mapping=g.slot_mapping[:tokens], block_table=g.block_table[:requests])
             for g in self._groups
@@ -81,7 +86,9 @@ class StaticInputs:
         sizes = {"T": tokens, "L": rows}
         for name, buffer in self._buffers.items():
             values: Tensor = getattr(batch, name)
-            if name in _OF_MODEL:
+            if name == "token_adapters" and not len(values):
+                filled[name] = buffer[:0]  # of no row
+            elif name in _OF_MODEL:
                 filled[name] = _padded(name, buffer[: sizes[_OF_MODEL[name]]], values)
             else:
                 filled[name] = values.to(buffer.device, non_blocking=True)

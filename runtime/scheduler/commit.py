@@ -143,7 +143,7 @@ def _promise(scheduler: Scheduler, s: Sequence | None, end: int, fills: list[tup
         for block, name in _named(s, names, s.num_promised):
             pool.promise(block, name)
             fills.append((block, name))
-        s.num_promised = full
+        s.num_promised = max(s.num_promised, len(names))
 
 
 def _named(s: Sequence, names: list[BlockName], start: int) -> Iterator[tuple[int, BlockName]]:
@@ -223,9 +223,8 @@ def _publish(scheduler: Scheduler, slot: int) -> None:
     names = s.names_of_full_blocks(full * pool.block_size, pool.block_size)
     for block, name in _named(s, names, s.num_published):
         pool.publish(block, name)
-    s.num_published = full
-    s.num_promised = max(s.num_promised, full)
-    slots.published[slot] = full
+    s.num_published = slots.published[slot] = max(s.num_published, len(names))
+    s.num_promised = max(s.num_promised, s.num_published)
 
 
 def undo(scheduler: Scheduler) -> None:

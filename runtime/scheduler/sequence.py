@@ -22,6 +22,7 @@ class Sequence:
     max_tokens  greatest length of output
     arrival     unique; the earlier goes first where a policy sees no difference
     root        name that its first block's follows from; images among the prompt's tokens
+    names_ahead tokens behind a block on which its contents depend too: it has a name only when they are known
     priority, tenant, predicted  read by policies: the lower priority goes first; index of whom it is charged to;
                 expected length of output
     max_chunk   tokens of it that a step computes at most
@@ -42,6 +43,7 @@ class Sequence:
     arrival: int
     root: BlockName = ROOT
     images: Series[ImageSpan] = ()
+    names_ahead: int = 0
     priority: int = 0
     tenant: int = 0
     predicted: float = 0.0
@@ -80,16 +82,17 @@ class Sequence:
         return np.concatenate([self.prompt, np.array(self.output, dtype=np.int32)])
 
     def names_of_full_blocks(self, num_tokens: int, block_size: int) -> list[BlockName]:
-        """Return the names of the blocks that the first `num_tokens` known tokens fill; each is computed once."""
-        count = num_tokens // block_size
+        """Return the names of the blocks that the first `num_tokens` known tokens fill, as far as they can have one."""
+        count = min(num_tokens, self.num_known - self.names_ahead) // block_size
         if len(self.names) < count:
             start = len(self.names) * block_size
             tokens = self.tokens[start:] if start < len(self.prompt) else self._tail(start)
             for first in range(start, count * block_size, block_size):
                 parent = self.names[-1] if self.names else self.root
-                images = images_within(self.images, first, first + block_size) if self.images else b""
-                self.names.append(name_after(parent, tokens[first - start : first - start + block_size], images))
-        return self.names[:count]
+                length = block_size + self.names_ahead
+                images = images_within(self.images, first, first + length) if self.images else b""
+                self.names.append(name_after(parent, tokens[first - start : first - start + length], images))
+        return self.names[: max(count, 0)]
 
     def _tail(self, start: int) -> np.ndarray:
         return np.array(self.output[start - len(self.prompt) :], dtype=np.int32)

@@ -31,6 +31,7 @@ from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.kv.offload_options import make_offload
 from seamwise.runtime.runner.profile import ProfilerConfig
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.runner.sparse_kv import Pick
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling import PoolingParams
@@ -85,6 +86,8 @@ class LLM(ModelControl, Pools):
                    "num_speculative_tokens": 4, "prompt_lookup_max": 5}, {"model": "a smaller one"} or {"method":
                    "first_layers", "num_layers": 6}: outputs are the same, and come faster where guesses stand; see
                    runtime/speculation/config.py
+    sparse_kv      a function that picks, for each layer and step, the pages of the KV cache that attention reads; see
+                   runtime/runner/sparse_kv.py. Recorded are then pieces between seams (cudagraph_mode "piecewise")
     batch_invariant  True: refused by name where a row may have other bits in another batch; on a CPU, our kernels' rows
                    have the same bits in any batch, chunking, order and preemption, asked for or not, at no cost
     profiler_config  {"profiler": "torch", "torch_profiler_dir": "traces"}: where start_profile() … stop_profile() write
@@ -96,8 +99,8 @@ class LLM(ModelControl, Pools):
     model_impl     "transformers": the checkpoint's own class; "vllm", "auto": Seamwise's definition where there is one
     cache_dir  where compiled kernels, packs and tokenizers are kept from now on, in this process; default:
                $XDG_CACHE_HOME/seamwise, else ~/.cache/seamwise
-    **options  further fields of RunnerConfig: entry, load_format, block_size, enforce_eager, quantization,
-               kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
+    **options  further fields of RunnerConfig: entry, hf_overrides, load_format, block_size, enforce_eager,
+               quantization, kv_cache_dtype, pipeline, pack_dir, offline, tensor_parallel_size
 
     distributed_executor_backend  with tensor_parallel_size above 1: "mp": this process decides and starts one for each
                    rank (`seamwise[serve]`); "external_launcher": it is one of as many (`torchrun --nproc-per-node N`)
@@ -118,7 +121,7 @@ class LLM(ModelControl, Pools):
         enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         profiler_config: Mapping[str, Any] | ProfilerConfig | None = None, batch_invariant: bool | None = None,
-        worker_extension_cls: str | type | None = None, model_impl: str = "auto",
+        sparse_kv: Pick | None = None, worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, data_parallel_size: int = 1, data_parallel_rank: int | None = None,
         data_parallel_address: str | None = None, data_parallel_timeout_s: float = 300.0, **options: Any,
@@ -148,6 +151,10 @@ class LLM(ModelControl, Pools):
             )
         if trust_remote_code:
             check_options(["trust_remote_code"])
+        if sparse_kv is not None:
+            _check_sparse(sparse_kv, given)
+            if not options.get("enforce_eager"):
+                options.setdefault("cudagraph_mode", "piecewise")
         if model_impl != "auto":
             options["entry"] = entry_of(model_impl, options.get("entry"))
         check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
@@ -163,7 +170,10 @@ class LLM(ModelControl, Pools):
         self.profiler_config = None if profiler_config is None else ProfilerConfig.of(profiler_config)
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
         if speculation is not None:
+            speculation.check_ranks(2 if processes else 1)
             options["num_speculative_tokens"] = speculation.num_speculative_tokens
+            if speculation.method == "mtp":
+                options["return_hidden_states"] = True
         find_policy(scheduling_policy)
         check_mode(logprobs_mode)
         if cache_dir is not None:
@@ -192,6 +202,7 @@ class LLM(ModelControl, Pools):
             )  # fmt: skip
         else:
             runner = ModelRunner.load(directory, **options)
+            runner.set_sparse_kv(sparse_kv)
             self.executor = InProcess(runner, str(model), worker_extension_cls)
         check_batch_invariant(batch_invariant, runner.program, torch.device(runner.options.device))
         on_cpu = torch.device(runner.options.device).type == "cpu"
@@ -400,6 +411,24 @@ def _engines(model: str | Path, options: dict[str, Any], has_tokenizer: bool) ->
         what = f"data_parallel_size={options['data_parallel_size']} needs pyzmq and msgspec"
         raise ValueError(f"{what}: {pip_install('serve')}") from error
     return DataParallel(model, options, has_tokenizer)
+
+
+_NOT_SPARSE = {  # options that sparse_kv does not work with, and why
+    **dict.fromkeys(
+        ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), "a function is this process's"
+    ),
+    "speculative_config": "a step that verifies guesses has pages picked for all of its tokens at once",
+    "batch_invariant": "pages are picked for what a step has of a prompt, so its chunks change rows",
+    "kv_offloading_folder": "a later start, with other pages picked, would find these blocks",
+}  # fmt: skip
+
+
+def _check_sparse(sparse_kv: Any, given: Mapping[str, Any]) -> None:
+    if not callable(sparse_kv):
+        raise ValueError(f"sparse_kv={sparse_kv!r}: wanted a function of a KVView (runtime/runner/sparse_kv.py)")
+    for name, why in _NOT_SPARSE.items():
+        if (value := given.get(name)) not in (None, False, 1) or value is True:
+            raise ValueError(f"sparse_kv with {name}={value!r}: {why}; leave one out")
 
 
 def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:

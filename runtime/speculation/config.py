@@ -13,6 +13,7 @@ from typing import Any
 
 _OPTIONS = {  # method -> the options that it alone reads
     "ngram": ("prompt_lookup_min", "prompt_lookup_max"), "draft_model": ("model",), "first_layers": ("num_layers",),
+    "mtp": (),
 }  # fmt: skip
 _DEFAULTS = {"prompt_lookup_min": 2, "prompt_lookup_max": 5}
 
@@ -22,8 +23,9 @@ class SpeculativeConfig:
     """How tokens are guessed.
 
     method                  "ngram": what followed the same tokens before, which is the default; "draft_model": a
-                            smaller model, the default with `model`; "first_layers": the model's own, and its head; or
-                            the name that another package's drafter has
+                            smaller model, the default with `model`; "first_layers": the model's own, and its head;
+                            "mtp" (or "deepseek_mtp"): the module that DeepSeek-V3 checkpoints have for it; or the name
+                            that another package's drafter has
     num_speculative_tokens  guesses of a sequence that one step verifies, at most; a request may ask for fewer by
                             SamplingParams(extra_args={"num_speculative_tokens": 2}), 0: none
     prompt_lookup_min, prompt_lookup_max  "ngram": the last so many tokens (2 to 5) are looked for among the earlier
@@ -40,6 +42,7 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         method = self.method or ("ngram" if self.model is None else "draft_model")
+        method = "mtp" if method == "deepseek_mtp" else method
         object.__setattr__(self, "method", method)
         for owner, names in _OPTIONS.items():
             for name in names:
@@ -60,6 +63,14 @@ class SpeculativeConfig:
             raise ValueError(
                 f"speculative_config: prompt_lookup_min={self.prompt_lookup_min} is above"
                 f" prompt_lookup_max={self.prompt_lookup_max}"
+            )
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raise ValueError where the model runs on several ranks and is guessed for by one that runs on one."""
+        if num_ranks > 1 and self.method in ("draft_model", "first_layers", "mtp"):
+            raise ValueError(
+                f"speculative_config: method {self.method!r} runs on one rank; leave it, or tensor_parallel_size,"
+                " pipeline_parallel_size and data_parallel_size, out"
             )
 
     @classmethod

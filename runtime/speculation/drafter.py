@@ -42,7 +42,8 @@ class Known:
 
 class Drafter(Protocol):
     """Guesses; called between steps. One with an attribute `in_place`, true, may write to what its `Known.tables` hold
-    behind the computed tokens: there are blocks for the last known one and for every guess.
+    behind the computed tokens: there are blocks for the last known one and for every guess. One that keeps something of
+    its own under the model's block numbers says by `names_ahead` on how many tokens behind a block that depends.
     """
 
     def propose(self, known: Sequence[Known]) -> list[list[int]]:
@@ -62,13 +63,13 @@ def find_drafter(
 
         assert config.prompt_lookup_min and config.prompt_lookup_max
         return NGram(config.prompt_lookup_min, config.prompt_lookup_max)
-    if config.method in ("draft_model", "first_layers"):
+    if config.method in ("draft_model", "first_layers", "mtp"):
         from .find_model import find_model_drafter
 
         return find_model_drafter(config, runner, tokenizer, max_num_batched_tokens)
     found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if config.method not in found:
-        known = ", ".join(sorted({"ngram", "draft_model", "first_layers", *found}))
+        known = ", ".join(sorted({"ngram", "draft_model", "first_layers", "mtp", *found}))
         raise ValueError(f"speculative_config: method {config.method!r} is not known; wanted one of {known}")
     make: Callable[[SpeculativeConfig, Any], Drafter] = found[config.method].load()
     return make(config, runner)

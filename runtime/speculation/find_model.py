@@ -9,6 +9,7 @@ from seamwise.runtime.weights.hub import resolve_model
 from .config import SpeculativeConfig
 from .draft_model import DraftModel
 from .first_layers import FirstLayers
+from .further_tokens import FurtherTokens
 from .model_drafter import ModelDrafter
 
 
@@ -16,14 +17,13 @@ def find_model_drafter(
     config: SpeculativeConfig, runner: object, tokenizer: Tokenizer | None, budget: int
 ) -> ModelDrafter:
     """Return the drafter. Raises ValueError for what does not go together."""
-    if not isinstance(runner, ModelRunner) or runner.options.num_ranks > 1:
-        raise ValueError(
-            f"speculative_config: method {config.method!r} runs on one rank; leave it, or tensor_parallel_size,"
-            " pipeline_parallel_size and data_parallel_size, out"
-        )
+    config.check_ranks(runner.options.num_ranks if isinstance(runner, ModelRunner) else 2)
+    assert isinstance(runner, ModelRunner)
     if config.method == "first_layers":
         assert config.num_layers is not None
         return FirstLayers(runner, config.num_layers, budget)
+    if config.method == "mtp":
+        return FurtherTokens(runner, config.num_speculative_tokens, budget)
     return DraftModel(_loaded(config, runner, tokenizer), budget)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from seamwise.runtime.build.step import ragged_step
 from seamwise.runtime.runner.runner import ModelRunner
@@ -27,13 +28,15 @@ class Place(NamedTuple):
 
 
 class ModelDrafter:
-    """A Drafter over a runner; what it differs in says where keys are (`places`) and how far it reaches (`most`).
+    """A Drafter over a runner; what it differs in says where keys are (`places`) and what is computed (`text`).
 
     budget           tokens of a step
     bytes_per_block  of a cache of its own; 0: it has none
+    stays_awake      it cannot give its memory back
     """
 
     bytes_per_block = 0
+    stays_awake = False
 
     def __init__(self, runner: ModelRunner, budget: int) -> None:
         self.runner, self.budget = runner, budget
@@ -52,6 +55,10 @@ class ModelDrafter:
         """Return the places of those that can be guessed on; at least the last token of a text is not computed."""
         raise NotImplementedError
 
+    def text(self, one: Known) -> np.ndarray:
+        """Return the tokens that are computed before the first guess."""
+        return one.tokens
+
     def most(self, one: Known) -> int:
         """Return how many guesses there may be."""
         return one.most
@@ -63,7 +70,7 @@ class ModelDrafter:
         places = self.places(known)
         if not places:
             return guesses
-        texts = [known[place.at].tokens for place in places]
+        texts = [self.text(known[place.at]) for place in places]
         ends = np.array([len(text) for text in texts])
         most = np.array([self.most(known[place.at]) for place in places])
         tables = np.stack([place.table for place in places])
@@ -76,7 +83,8 @@ class ModelDrafter:
             live, ids = live[goes_on], ids[goes_on]
             if not len(live):
                 break
-            ids = self._step(ids, tables[live], ends[live] + count - 1, np.ones_like(live))
+            ones = np.ones_like(live)
+            ids = self._step(ids, tables[live], ends[live] + count - 1, ones, ones.astype(bool))
         return guesses
 
     def _compute(
@@ -91,12 +99,18 @@ class ModelDrafter:
             counts = np.minimum(pending, np.maximum(self.budget - (pending.cumsum() - pending), 0))
             rows = counts.nonzero()[0]
             given = [texts[r][firsts[r] : firsts[r] + counts[r]] for r in rows.tolist()]
-            ids[rows] = self._step(np.concatenate(given), tables[rows], firsts[rows], counts[rows])
+            ended = (firsts + counts == ends)[rows]
+            ids[rows] = self._step(np.concatenate(given), tables[rows], firsts[rows], counts[rows], ended)
             firsts = firsts + counts
         return ids
 
-    def _step(self, ids: np.ndarray, tables: np.ndarray, firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Compute counts[r] tokens of each row after its first firsts[r]; return (R,) the likeliest next ones."""
+    def _step(
+        self, ids: np.ndarray, tables: np.ndarray, firsts: np.ndarray, counts: np.ndarray, ended: np.ndarray
+    ) -> np.ndarray:
+        """Compute counts[r] tokens of each row after its first firsts[r]; return (R,) the likeliest next ones.
+
+        ended  (R,) bool: the row's text is computed, and what comes next is guessed
+        """
         size = self.runner.block_size
         width = -(-int((firsts + counts).max()) // size)
         first, *further = (np.ascontiguousarray(tables[:, g, :width]) for g in range(tables.shape[1]))
@@ -107,7 +121,14 @@ class ModelDrafter:
         rows = np.arange(len(ids)) if every else last  # a step all of whose logits are wanted is recorded
         step = ragged_step(
             ids.astype(np.int64), first, firsts.astype(np.int32), counts.astype(np.int32), size, rows, further,
+            hidden_states=self.runner.options.return_hidden_states,
         )  # fmt: skip
         output = self.runner.step(step)
         wanted = torch.from_numpy(last if every else np.arange(len(counts))).to(output.logits.device)
+        if output.hidden_states is not None:
+            rows = ended.nonzero()[0]
+            self.carry(output.hidden_states[wanted[rows]], tables[rows], (firsts + counts)[rows])
         return output.logits[wanted].argmax(-1).cpu().numpy()
+
+    def carry(self, hidden_RD: Tensor, tables: np.ndarray, positions: np.ndarray) -> None:
+        """Take the hidden states of texts that end, on which guesses go on at these positions."""

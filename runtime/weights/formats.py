@@ -21,12 +21,14 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """file: the usual name in a directory; pattern: what another name may be; dtypes: those that `read` can load."""
+    """file: the usual name in a directory; pattern: what another name may be; dtypes: those that `read` can load;
+    joins: it finds the other shards by the first."""
 
     file: str
     pattern: str
     read: Callable[[Path], dict[str, StoredTensor]]
     dtypes: Iterable[object]
+    joins: bool = False
 
     def find(self, path: Path) -> Path | None:
         """Return the index or the one file of this format. Raises ValueError where there are several without index."""
@@ -61,7 +63,7 @@ FORMATS = {
     "npz": Format(
         file="model.npz", pattern="*.npz", read=checkpoint_npz.read_npz, dtypes=checkpoint_npz.DTYPES
     ),
-    "gguf": Format(file="model.gguf", pattern="*.gguf", read=read_gguf, dtypes=gguf_quants.KINDS),
+    "gguf": Format(file="model.gguf", pattern="*.gguf", read=read_gguf, dtypes=gguf_quants.KINDS, joins=True),
 }  # fmt: skip
 LOAD_FORMATS = ("auto", *FORMATS, "dummy")
 
@@ -96,7 +98,8 @@ def _read(path: Path, format: Format) -> tuple[dict[str, StoredTensor], list[str
     if path.suffix == ".json":
         return _indexed(path, format)
     found: dict[str, StoredTensor] = {}
-    for shard in _shards(sorted(path.parent.glob(format.pattern))) if _SHARD.search(path.name) else [path]:
+    several = _SHARD.search(path.name) and not format.joins
+    for shard in _shards(sorted(path.parent.glob(format.pattern))) if several else [path]:
         stored = format.read(shard)
         if twice := sorted(found.keys() & stored.keys()):
             raise ValueError(

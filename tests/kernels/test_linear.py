@@ -1,12 +1,13 @@
 """The packed linear layer in C++: its meaning in float64 is the truth, laws hold in bits."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from laws import on_instruction_sets, widen
+from laws import check_budget, on_instruction_sets, widen
 from torch import Tensor
 
 from seamwise.kernels import linear_int, linear_packed, pack_group_values, pack_int_panels, pack_linear, w4a16_linear
@@ -34,18 +35,24 @@ def rows(
 
 
 def check(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """Hold |kernel - f64| <= 2 (|torch at the dtype - f64| + eps max|f64|); return the kernel's result."""
+    """Hold laws.check_budget, where nothing cancels in the sum of the products' magnitudes; return the result."""
     packed = pack_linear.run("cpp", weight_NK)
     out = linear_packed.run("cpp", x_TK, packed, weight_NK.shape[0], bias_N)
     assert out.shape == (*x_TK.shape[:-1], weight_NK.shape[0]) and out.dtype == x_TK.dtype
     if out.numel():
         linear = torch.nn.functional.linear
-        exact = linear(x_TK.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
-        theirs = (linear(x_TK, weight_NK, bias_N) - exact).abs().max()
-        most = exact.abs().max()  # four roundings of it in float32: torch's own error may be 0 by luck
-        budget = 2 * (theirs + torch.finfo(out.dtype).eps * most) + 4 * torch.finfo(torch.float32).eps * most
-        assert (out - exact).abs().max() <= budget
+        x, weight, bias = widen((x_TK, weight_NK, bias_N))
+        near, far = linear(x_TK, weight_NK, bias_N).double(), linear(x, weight, bias)
+        terms = linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+        check_budget(out.double(), near, far, torch.finfo(out.dtype).eps, lambda: terms)
     return out
+
+
+def test_the_law_leaves_room_where_terms_cancel_and_no_more() -> None:
+    far, rounding = torch.tensor([1e-3], dtype=torch.float64), torch.finfo(torch.float32).eps * 1e4
+    for error, holds in ((3, True), (6, False)):
+        with nullcontext() if holds else pytest.raises(AssertionError):
+            check_budget(far + error * rounding, far, far, rounding / 1e4, lambda: torch.tensor([1e4]).double())
 
 
 sizes, dtypes = st.integers(1, 200), st.sampled_from([torch.float32, torch.bfloat16])

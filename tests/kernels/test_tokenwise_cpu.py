@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import on_instruction_sets
+from laws import check_budget, magnitudes, on_instruction_sets
 from torch import Tensor
 
 from seamwise.kernels import add_rms_norm, gather_rows, rms_norm, rope, rope_table, silu_mul
@@ -41,20 +41,21 @@ def tensors(result: Any) -> list[Tensor]:
 
 
 def check(contract: Contract, *args: Any, threads: int = 2) -> list[Tensor]:
-    """Hold |kernel - f64| <= 2 (|torch at the dtype - f64| + eps max|f64|), the same bits for any number of threads."""
+    """Hold laws.check_budget against float64, and the same bits for any number of threads."""
     torch.set_num_threads(1)
     got = tensors(contract.run("cpp", *args))
     torch.set_num_threads(threads)
     again = tensors(contract.run("cpp", *args))
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-    for kernel, other, same, exact in zip(
-        got, again, tensors(contract.meaning(*args)), tensors(contract.meaning(*wide)), strict=True
-    ):
+    near, far = tensors(contract.meaning(*args)), tensors(contract.meaning(*wide))
+    for i, (kernel, other, same, exact) in enumerate(zip(got, again, near, far, strict=True)):
         assert torch.equal(kernel, other)
         assert kernel.shape == exact.shape and kernel.dtype == same.dtype and kernel.is_contiguous()
         if exact.numel():
-            budget = 2 * ((same - exact).abs().max() + torch.finfo(kernel.dtype).eps * exact.abs().max())
-            assert (kernel - exact).abs().max() <= budget
+            check_budget(
+                kernel.double(), same.double(), exact, torch.finfo(kernel.dtype).eps,
+                lambda i=i: magnitudes(contract, args)[i],
+            )  # fmt: skip
     return got
 
 

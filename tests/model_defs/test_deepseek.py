@@ -149,7 +149,7 @@ def test_the_module_for_a_further_token_gives_transformers_logits(tmp_path: Path
     assert not any(name.startswith("model.layers.2.") for name in model.state_dict())
     with torch.device("meta"):
         further = deepseek_mtp(config.raw)
-    load_weights(further, tmp_path, dtype=torch.float32, device="cpu", within="model.layers.2.")
+    load_weights(further, tmp_path, dtype=torch.float32, device="cpu")
     (tokens,) = draw_tokens(5, 24)
     with torch.no_grad():
         hidden_TD = theirs.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
@@ -158,12 +158,14 @@ def test_the_module_for_a_further_token_gives_transformers_logits(tmp_path: Path
         exact = expected(double[0].double(), double[1].double(), hidden_TD.double(), tokens)
         steps = Steps([tokens[:-1]])
         (cache, *_) = poisoned_caches(config, "own", steps)
+        states = torch.full((*cache[0].shape[:2], config.hidden_size), float("nan"))
         got = []
         for count in (17, 1, 5):
             first, step = steps.computed[0], steps.next({0: count})
-            where = [step[n] for n in ("slot_mapping", "block_table", "seq_lens", "query_starts")]
-            ids, rows = torch.tensor(tokens[first + 1 : first + 1 + count]), slice(first, first + count)
-            got.append(further(ids, step["positions"], hidden_TD[rows], cache, where, step["logit_rows"])[0])
+            slots, rows = step["slot_mapping"], slice(first, first + count)
+            states[slots // states.shape[1], slots % states.shape[1]] = hidden_TD[rows]
+            step |= {"token_ids": torch.tensor(tokens[first + 1 : first + 1 + count]), "kv_caches": [[*cache, states]]}
+            got.append(further(**step))
     budget = 2 * ((same - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max())
     assert (torch.cat(got) - exact).abs().max() <= budget
 

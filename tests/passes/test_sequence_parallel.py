@@ -27,6 +27,7 @@ from seamwise.kernels import allreduce_rms_norm, dequantize_weight, norm_between
 from seamwise.passes import Structure
 from seamwise.runtime.build.loading import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.distributed.group import fake_group
 from seamwise.runtime.serve.cli import main
@@ -110,7 +111,7 @@ def test_a_threshold_splits_the_tokens_into_ranges(tiny_llama_dir: Path, capsys:
     options = {"dtype": "float32", "device": "cpu", "tensor_parallel_size": 2, "enable_sequence_parallel": True}
     with fake_group(2):
         both, small, large = (
-            compile_model(config, RunnerConfig.for_model(config, **options | changed), Ledger())[0]
+            compile_model(config, placed(RunnerConfig.for_model(config, **options | changed)), Ledger())[0]
             for changed in ({"sp_min_token_num": 9}, {"enable_sequence_parallel": False}, {})
         )
         with pytest.raises(ValueError, match="sp_min_token_num=0: wanted at least 1"):
@@ -160,9 +161,9 @@ def test_sequence_parallelism_is_in_effect_or_an_error(tmp_path: Path) -> None:
         save_tiny(tmp_path / family, FAMILIES[family][0], **FAMILIES[family][1])
         config = ModelConfig.from_directory(tmp_path / family)
         with fake_group(4):
-            chosen = RunnerConfig.for_model(config, **options)
+            chosen = placed(RunnerConfig.for_model(config, **options))
             assert calls(compile_model(config, chosen, Ledger())[0]) == shared | {"all_gather_into_tensor": 1}
             if family == "llama":  # an embedding that every rank has whole is a residual that every rank has whole
-                chosen = RunnerConfig.for_model(config, **options, tensor_parallel_plan=plan)
+                chosen = placed(RunnerConfig.for_model(config, **options, tensor_parallel_plan=plan))
                 with pytest.raises(BrokenPromise, match=r"matched 0 of 4(.|\n)*is whole on every rank"):
                     compile_model(config, chosen, Ledger())

@@ -23,6 +23,7 @@ from seamwise.passes import Parallel
 from seamwise.passes.shard.placement import Cut, Unplaceable
 from seamwise.runtime.build.loading import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
+from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.distributed.group import fake_group
 from seamwise.runtime.serve.cli import main
@@ -164,7 +165,10 @@ def test_quantized_weights_are_scaled_in_parts(tmp_path: Path) -> None:
         options = RunnerConfig.for_model(
             config, dtype="float32", device="cpu", quantization="int8", tensor_parallel_size=2
         )
-        program, _ = compile_model(config, options, Ledger())
+        program, _ = compile_model(config, placed(options), Ledger())
+    assert (options.pipeline.parallel, options.num_ranks) == (Parallel(size=2), 2)  # resolved, and nothing joined
+    with pytest.raises(AssertionError, match="has not joined"):
+        compile_model(config, options, Ledger())
     counts = {r.name: r.matched for r in program.reports}
     assert counts["quantize_linear"] == 8 and counts["fuse_allreduce_rms_norm_quant"] == 4
     assert calls(program)["allreduce_rms_norm_quant"] == 4

@@ -32,6 +32,9 @@ def add(commands: Commands) -> None:
         help="with --tp or --dp: each rank has whole experts; N: over N ranks with requests of their own, as --dp N",
     )  # fmt: skip
     parser.add_argument(
+        "--eplb", type=int, metavar="N", help="with --ep: experts move by their load, and have N places more than are"
+    )  # fmt: skip
+    parser.add_argument(
         "--sp", type=int, nargs="?", const=1, default=0, metavar="TOKENS",
         help="with --tp: each rank norms its share of the rows, in steps of at least as many tokens",
     )  # fmt: skip
@@ -45,6 +48,8 @@ def run(options: argparse.Namespace) -> int:
         if max(options.tp, options.dp) > 1:
             raise ValueError(f"--ep {options.ep} is --dp {options.ep} --ep; beside --tp or --dp, give --ep alone")
         options.dp = options.ep
+    if options.eplb is not None and options.dp == 1:
+        raise ValueError(f"--eplb {options.eplb} is of experts that ranks share out; give --ep N too")
     if options.validate and max(options.tp, options.dp) > 1:
         raise ValueError(
             "--validate runs the graph, and there are no other ranks to run it with; leave out one of both"
@@ -56,12 +61,14 @@ def run(options: argparse.Namespace) -> int:
         )
 
     from seamwise.compile import pack
+    from seamwise.compile.explain.collectives import balance_of
     from seamwise.compile.explain.html import as_html
-    from seamwise.compile.explain.text import as_json, as_text
+    from seamwise.compile.explain.text import as_json, as_text, balance_text
     from seamwise.compile.pipeline import PipelineConfig
     from seamwise.runtime.build.model_config import ModelConfig
     from seamwise.runtime.build.packs import load_program, open_pack
     from seamwise.runtime.build.progress import shown_ledger
+    from seamwise.runtime.build.ranks import placed
     from seamwise.runtime.build.runner_config import RunnerConfig
     from seamwise.runtime.distributed.group import fake_group
     from seamwise.runtime.runner.recordings import CapturePlan
@@ -76,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if packed:
         model, given = open_pack(model, given)
     with shown_ledger("compile") as ledger:
-        config = ModelConfig.from_directory(model)
+        config = ModelConfig.from_directory(model, given.get("hf_overrides"))
         chosen = PipelineConfig(validate=options.validate, diffs=options.html is not None)
         if options.pp > 1:
             return _stages(config, options, given, ledger)
@@ -84,10 +91,13 @@ def run(options: argparse.Namespace) -> int:
         ranks["data_parallel_size"] = options.dp
         ranks |= {"enable_sequence_parallel": options.sp != 0, "enable_async_tp": options.async_tp}
         ranks["sp_min_token_num"] = options.sp or 1
+        if options.eplb is not None:
+            ranks |= {"enable_eplb": True, "eplb_config": {"num_redundant_experts": options.eplb}}
         size = max(options.tp, options.dp)
         with fake_group(size) if size > 1 else nullcontext():
-            settings = RunnerConfig.for_model(config, **({"pipeline": chosen} | ranks | given))
+            settings = placed(RunnerConfig.for_model(config, **({"pipeline": chosen} | ranks | given)))
             program, _ = load_program(config, settings, ledger)
+    balance = None if options.eplb is None else balance_of(program, settings.dtype)
     if options.html:
         # The roofline is the benchmarks'.
         measure_ceilings = importlib.import_module("seamwise.bench.timing").measure_ceilings
@@ -97,9 +107,10 @@ def run(options: argparse.Namespace) -> int:
     if options.source:
         print(program.source)
     elif options.json:
-        print(json.dumps(as_json(program, ledger.seconds), indent=1))
+        print(json.dumps(as_json(program, ledger.seconds) | ({"balance": balance} if balance else {}), indent=1))
     else:
-        print(as_text(program, ledger.seconds), CapturePlan.of(program, settings), sep="\n")
+        print(as_text(program, ledger.seconds), *([balance_text(balance)] if balance else []), sep="\n")
+        print(CapturePlan.of(program, settings))
     return 0
 
 

@@ -39,18 +39,21 @@ _LOADING = (
     "runner",
     "convert",
     "pooler_config",
+    "hf_overrides",
 )
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
     "profiler_config": json_object, "pipeline_parallel_size": int, "eplb_config": json_object,
+    "dbo_decode_token_threshold": int, "dbo_prefill_token_threshold": int,
     "kv_offloading_size": float, "kv_offloading_backend": str, "kv_offloading_folder": str,
     "kv_offloading_folder_size": float, "kv_offloading_min_tokens": int,
     "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int, "data_parallel_size": int,
 }  # fmt: skip
 
 _SWITCHES = (
-    "enforce_eager", "enable_eplb", "enable_lora", "enable_expert_parallel", "disable_cascade_attn", "batch_invariant",
+    "enforce_eager", "enable_eplb", "enable_dbo", "enable_lora", "enable_expert_parallel", "disable_cascade_attn",
+    "batch_invariant",
 )  # fmt: skip
 
 
@@ -86,6 +89,7 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument("--runner", default="auto", help="pooling: give vectors of texts; generate: continue them")
     parser.add_argument("--convert", default="auto", help="embed: let a generating model pool")
     parser.add_argument("--pooler-config", type=json_object, metavar="JSON", help="how: see PoolerConfig")
+    parser.add_argument("--hf-overrides", type=json_object, metavar="JSON", help="values in place of config.json's")
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 

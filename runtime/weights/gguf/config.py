@@ -5,6 +5,9 @@ Source: the keys of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md an
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +17,30 @@ from seamwise.model_defs.hf_config import Reader
 from seamwise.model_defs.rope import Rope
 from seamwise.runtime.weights.formats import FORMATS
 
+from .families import family_of
 from .file import GgufHeader, read_gguf_header
 from .quants import KINDS
-from .weights import ROPE_FACTORS, huggingface_name
+from .weights import LONGROPE_FACTORS, ROPE_FACTORS, huggingface_name
 
-_ARCHITECTURES = {
-    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-}  # fmt: skip
-_KEYS = {
-    "embedding_length": "hidden_size", "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.key_length": "head_dim",
-    "context_length": "max_position_embeddings", "rope.freq_base": "rope_theta",
-}  # fmt: skip
-_GEMMA_KEYS = {
-    "attention.sliding_window": "sliding_window", "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}  # fmt: skip
 _BY_WIDTH = {"gemma2": 46, "gemma3": 62}  # layers of the one size that scales scores by its width, not by its heads'
 _HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")  # all the same here
-_SCALING = {"type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings"}
+_MLA_WIDTHS = ("attention.key_length_mla", "attention.value_length_mla")  # files before these have them as above
+_SCALING = {
+    "type": "rope_type", "factor": "factor", "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow",
+}  # fmt: skip
+_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+_OWN = {  # what only these mean something by
+    "deepseek2": (*_MLA_WIDTHS, "expert_gating_func", _LOG_MULTIPLIER),
+    "phi3": ("rope.scaling.attn_factor",),
+}
 # Keys whose usual value changes nothing; None: no value does.
 _HARMLESS = {
     "vocab_size": None, "rope.scaling.finetuned": None, "tensor_data_layout": "Meta AI original pth",
-    "attention.causal": True, "expert_count": 0, "expert_used_count": 0,
+    "attention.causal": True, "expert_count": 0, "expert_used_count": 0, "expert_gating_func": 1,
+    "expert_weights_scale": 1.0, "rope.scaling.yarn_ext_factor": 1.0,
 }  # fmt: skip
+_DERIVED = ("head_dim", "num_key_value_heads", "original_max_position_embeddings")
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -52,24 +53,22 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     """Return what config.json would hold. Raises ValueError for a model that Hugging Face's names do not describe."""
     header = read_gguf_header(path)
     metadata, tensors = header.metadata, header.tensors
-    kind = metadata.get("general.architecture")
-    if kind not in _ARCHITECTURES:
-        raise ValueError(
-            f"{path}: general.architecture is {kind!r}, wanted one of {', '.join(_ARCHITECTURES)}; convert the model to"
-            " safetensors"
-        )
+    family, kind = family_of(metadata, str(path)), metadata["general.architecture"]
     own = {key.removeprefix(f"{kind}."): v for key, v in metadata.items() if key.startswith(f"{kind}.")}
-    keys = _KEYS | (_GEMMA_KEYS if kind in _BY_WIDTH else {})
-    known = {*keys, *_HEAD_WIDTHS, *(f"rope.scaling.{key}" for key in _SCALING)}
+    keys = family.keys
+    known = {*keys, *_HEAD_WIDTHS, *(f"rope.scaling.{key}" for key in _SCALING), *_OWN.get(kind, ())}
     for key, value in own.items():
         if key not in known and not (key in _HARMLESS and _HARMLESS[key] in (None, value)):
             raise ValueError(f"{path}: {kind}.{key} is {value!r:.80}, which is not served; convert it to safetensors")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: has no token_embd.weight; wanted a whole model")
-    raw = {name: own[key] for key, name in keys.items() if key in own}
+    raw = {"rope_theta": 10000.0, **family.fixed, **{name: own[key] for key, name in keys.items() if key in own}}
+    for key, name in keys.items():  # else a class's default would stand for it
+        if name not in raw and name not in _DERIVED:
+            raise ValueError(f"{path}: has no {kind}.{key}; convert the model again, with a newer llama.cpp")
     raw |= {
-        "architectures": [_ARCHITECTURES[kind]],
-        "model_type": "gemma3_text" if kind == "gemma3" else kind,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_output.bias" in tensors,
@@ -80,7 +79,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             for stored, tensor in tensors.items()
             if len(tensor.shape) == 2
             and (
-                (name := huggingface_name(stored, kind)) != "model.embed_tokens.weight"
+                (name := huggingface_name(stored, family)) != "model.embed_tokens.weight"
                 or "output.weight" not in tensors
             )
         },
@@ -88,26 +87,89 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     }
     read = Reader(raw, str(path))
-    widths = {own[key] for key in _HEAD_WIDTHS if key in own}
-    head_dim = read.size("head_dim", read.size("hidden_size") // read.size("num_attention_heads"))
-    if widths - {head_dim}:
-        raise ValueError(f"{path}: the widths of heads {', '.join(_HEAD_WIDTHS)} differ, which is not served: {widths}")
-    raw["head_dim"] = head_dim
+    if kind == "deepseek2":
+        _set_latents(read, raw, own)
+    else:
+        _set_heads(read, raw, own, kind)
     if kind in _BY_WIDTH:  # the file does not say it
         whole = read.size("num_hidden_layers") == _BY_WIDTH[kind]
-        raw["query_pre_attn_scalar"] = raw["hidden_size"] // raw["num_attention_heads"] if whole else head_dim
-    rope = _rope(header, own, raw)
+        raw["query_pre_attn_scalar"] = raw["hidden_size"] // raw["num_attention_heads"] if whole else raw["head_dim"]
+    _warn_of_experts(header)
+    if _experts_in_mxfp4(header):
+        raw["quantization_config"] = {"quant_method": "mxfp4"}
+    rope = _longrope(header, own) if kind == "phi3" else _rope(header, own, raw)
     if rope and kind == "gemma3":  # of layers without a window
         raw["rope_scaling"] = rope
     elif rope:
-        raw["rope_parameters"] = {"rope_theta": raw.get("rope_theta", 10000.0), **rope}
+        raw["rope_parameters"] = {"rope_theta": raw["rope_theta"], **rope}
     return raw
 
 
+def _set_heads(read: Reader, raw: dict[str, Any], own: Mapping[str, Any], kind: str) -> None:
+    """Put what the file says of a head's width, which is one for keys, values and what turns (of Phi-3, a part)."""
+    heads = read.size("num_attention_heads")
+    raw.setdefault("num_key_value_heads", heads)
+    head_dim = raw["head_dim"] = read.size("head_dim", read.size("hidden_size") // heads)
+    widths = {key: own[key] for key in _HEAD_WIDTHS if key in own}
+    if kind == "phi3":
+        turned = Reader(widths, read.where).size("rope.dimension_count", head_dim)
+        raw["partial_rotary_factor"] = turned / head_dim
+        raw["sliding_window"] = raw["sliding_window"] or None  # 0: none
+        raw.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+        widths.pop("rope.dimension_count", None)
+    if any(width != head_dim for width in widths.values()):
+        raise ValueError(f"{read.where}: the widths of heads differ, which is not served: {widths}, wanted {head_dim}")
+
+
+def _set_latents(read: Reader, raw: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Put DeepSeek's widths of heads, and how it chooses experts."""
+    has_mla = all(key in own for key in _MLA_WIDTHS)
+    key, value = (Reader(own, read.where).size(one) for one in (_MLA_WIDTHS if has_mla else _HEAD_WIDTHS[:2]))
+    rotary = raw["head_dim"] = read.size("qk_rope_head_dim")
+    raw |= {"qk_nope_head_dim": key - rotary, "v_head_dim": value}
+    raw["num_key_value_heads"] = read.size("num_attention_heads")  # a file may say 1, for its one latent
+    if own.get("expert_gating_func", 1) not in (1, 2):
+        raise ValueError(f"{read.where}: deepseek2.expert_gating_func is {own['expert_gating_func']}, wanted 1 or 2")
+    if raw["model_type"] == "deepseek_v2":
+        raw["topk_method"] = "greedy" if raw["n_group"] == 1 else "group_limited_greedy"
+    if "expert_group_count" not in own:
+        older = "says nothing of groups of experts: each token's are chosen among all, as llama.cpp does then"
+        warnings.warn(f"{read.where}: {older}; convert a model that was trained with groups again", stacklevel=2)
+
+
+def _experts_in_mxfp4(header: GgufHeader) -> bool:
+    """Return whether gpt-oss's experts are all in MXFP4, which its definition reads as they are."""
+    kinds = {t.kind for name, t in header.tensors.items() if name.endswith("_exps.weight")}
+    return header.metadata["general.architecture"] == "gpt-oss" and kinds == {"MXFP4"}
+
+
+def _warn_of_experts(header: GgufHeader) -> None:
+    """Say what experts take that are quantized: no kernel reads them as they are."""
+    blocks = [t for n, t in header.tensors.items() if "_exps." in n and t.kind in KINDS and KINDS[t.kind].block > 1]
+    if blocks and not _experts_in_mxfp4(header):
+        taken, held = 2e-9 * sum(math.prod(t.shape) for t in blocks), 1e-9 * sum(t.where.num_bytes for t in blocks)
+        what = "experts are dequantized at load, for no kernel reads their blocks"
+        says = f"{header.path}: {what}: {taken:.3g} GB in 16 bits, {held:.3g} GB in the file"
+        warnings.warn(says, stacklevel=3)
+
+
 def _dtype(header: GgufHeader) -> str:
-    """Return the dtype of the matrices where they are not quantized, else bfloat16."""
+    """Return the dtype of the matrices where they are not quantized, else bfloat16; routers are always in F32."""
     kinds = {t.kind for t in header.tensors.values() if len(t.shape) > 1}
+    kinds = kinds - {"F32"} or kinds
     return {"F32": "float32", "F16": "float16"}.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16"
+
+
+def _longrope(header: GgufHeader, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Phi-3's scaling: a factor for each speed, of short requests and of long ones."""
+    found = [header.tensors.get(name) for name in LONGROPE_FACTORS]
+    if found == [None, None]:
+        return {}
+    if any(t is None or t.kind != "F32" for t in found):
+        raise ValueError(f"{header.path}: wanted {' and '.join(LONGROPE_FACTORS)}, both in F32; download it again")
+    short, long = (KINDS["F32"].values(t.where.read()).tolist() for t in found if t is not None)
+    factor = {"attention_factor": f} if (f := own.get("rope.scaling.attn_factor")) is not None else {}
+    return {"rope_type": "longrope", "short_factor": short, "long_factor": long, **factor}
 
 
 def _rope(header: GgufHeader, own: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +181,11 @@ def _rope(header: GgufHeader, own: dict[str, Any], raw: dict[str, Any]) -> dict[
     scaling = {name: own[f"rope.scaling.{key}"] for key, name in _SCALING.items() if f"rope.scaling.{key}" in own}
     if scaling.get("rope_type") == "none":
         scaling = {}
+    if _LOG_MULTIPLIER in own:
+        multiplier = Reader(own, str(header.path)).positive(_LOG_MULTIPLIER)
+        scaling["mscale"] = scaling["mscale_all_dim"] = round(10 * multiplier, 6)  # of which it is a tenth
+    if raw["model_type"] == "gpt_oss" and scaling:
+        scaling["truncate"] = False
     if ROPE_FACTORS not in header.tensors:
         return scaling
     tensor = header.tensors[ROPE_FACTORS]

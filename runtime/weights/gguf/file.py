@@ -6,6 +6,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,10 +20,12 @@ from .quants import KINDS
 
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
-_KINDS = {
+TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
-    13: "Q5_K", 14: "Q6_K", 28: "F64", 30: "BF16",
+    13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
+_PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 _MOST_DIMENSIONS = 4  # the format's own limit
 
 
@@ -45,14 +48,34 @@ class GgufHeader:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file. Raises ValueError naming the file for anything but a complete one."""
+    """Read the header of a GGUF file, or of all parts of one, of which any may be named. Raises ValueError naming the
+    file for anything but complete ones."""
+    named, files = _PART.fullmatch(path.name), [path]
+    if named:
+        files = [path.with_name(f"{named[1]}-{i:05}-of-{named[2]}.gguf") for i in range(1, int(named[2]) + 1)]
     try:
-        return _read(path, identity_of(path))
+        return _read_parts(tuple((file, identity_of(file)) for file in files))
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{path}: not a readable GGUF file: {error}; download it again") from error
 
 
 @lru_cache(maxsize=1)  # configuration, tokenizer and weights ask for it one after the other
+def _read_parts(files: tuple[tuple[Path, Identity], ...]) -> GgufHeader:
+    whole: GgufHeader | None = None
+    for i, (path, identity) in enumerate(files):
+        header = _read(path, identity)
+        said = header.metadata.get("split.no", 0), header.metadata.get("split.count", 0) or 1
+        if said != (i, len(files)):
+            says = f"{path.name} says that it is split.no {said[0]} of {said[1]}, its name {i} of {len(files)}"
+            raise ValueError(f"{says}; keep llama.cpp's names, like -00001-of-00002.gguf")
+        whole = whole or header
+        if whole is not header and (twice := header.tensors.keys() & whole.tensors.keys()):
+            raise ValueError(f"{path.name} has {min(twice)}, which another part has too")
+        whole.tensors.update(header.tensors)
+    assert whole is not None
+    return whole
+
+
 def _read(path: Path, identity: Identity) -> GgufHeader:
     with path.open("rb") as file:
         cursor = _Cursor(file, size=identity[2])
@@ -88,16 +111,16 @@ def _read(path: Path, identity: Identity) -> GgufHeader:
             )
         end = start + offset + num_bytes
         where = FileSlice(path=path, identity=identity, start=start + offset, num_bytes=num_bytes)
-        tensors[name] = GgufTensor(shape=shape, kind=_KINDS.get(kind, f"ggml type {kind}"), where=where)
+        tensors[name] = GgufTensor(shape=shape, kind=TYPES.get(kind, f"ggml type {kind}"), where=where)
     return GgufHeader(path=path, metadata=metadata, tensors=tensors)
 
 
 def _num_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
-    if kind not in _KINDS:
+    if kind not in TYPES:
         return 0  # its size is not known here, and it is not read
-    stored = KINDS[_KINDS[kind]]
+    stored = KINDS[TYPES[kind]]
     if not shape or shape[-1] % stored.block:
-        raise ValueError(f"{name} of shape {shape} has no whole rows of {_KINDS[kind]}, {stored.block} values a block")
+        raise ValueError(f"{name} of shape {shape} has no whole rows of {TYPES[kind]}, {stored.block} values a block")
     return math.prod(shape) // stored.block * stored.num_bytes
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from seamwise.extras import pip_install
 
+MXFP4_BLOCK = 32  # values that share an exponent
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
@@ -61,6 +63,16 @@ class Packed:
         if self.format == "int4":
             values = (values[:, ::2] | values[:, 1::2] << 4).contiguous().view(torch.int32)
         return values.flatten(), *(f.flatten() for f in floats)
+
+
+def mxfp4_parts(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what kernels read of MXFP4 blocks: bytes of two neighbours, the first below, and exponents; both uint8.
+
+    A block holds its exponent, then bytes of a value and the one 16 columns behind it.
+    """
+    blocks = raw.view(-1, 1 + MXFP4_BLOCK // 2)
+    values = _bits(blocks[:, None, 1:], (0, 4), 15)
+    return values[:, ::2] | values[:, 1::2] << 4, blocks[:, 0].contiguous()
 
 
 def _float16(blocks: Tensor, at: int) -> Tensor:
@@ -116,7 +128,9 @@ PACKED = {
 _BLOCKS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84),
     "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18),
-    "IQ4_XS": (256, 136), "MXFP4": (32, 17),
+    "IQ4_XS": (256, 136), "MXFP4": (32, 17), "IQ2_XXS": (256, 66), "IQ2_XS": (256, 74), "IQ3_XXS": (256, 98),
+    "IQ1_S": (256, 50), "IQ3_S": (256, 110), "IQ2_S": (256, 82), "IQ1_M": (256, 56), "TQ1_0": (256, 54),
+    "TQ2_0": (256, 66),
 }  # fmt: skip
 KINDS = {
     "F32": Kind(name="F32", block=1, num_bytes=4),

@@ -7,6 +7,7 @@ https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py and 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,54 +17,64 @@ from torch import Tensor
 
 from seamwise.runtime.weights.files import StoredTensor
 
+from .families import Family, family_of
 from .file import GgufHeader, GgufTensor, read_gguf_header
-from .quants import KINDS, PACKED
+from .joined import join
+from .quants import KINDS, MXFP4_BLOCK, PACKED, mxfp4_parts
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_IN_LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-# Gemma norms what attention and MLP give, and its norms multiply by 1 + w, which is what a file holds.
-_GEMMA = {
-    "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}  # fmt: skip
-_ONE_MORE = ("gemma2", "gemma3")
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
-ROPE_FACTORS = "rope_freqs.weight"  # part of the configuration, not a weight
-# Whose q and k rows the converter puts in the order of rotated pairs: first of each half, second of each half, …
-_PAIRED = ("llama",)
+_MOST_EXPERTS = 1 << 12  # of a layer: nothing real comes near, a damaged file may
+# Part of the configuration, not weights.
+ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 
 
 def read_gguf(path: Path) -> dict[str, StoredTensor]:
     """Open a GGUF file by Hugging Face's names; a tensor without one keeps its own.
 
-    Raises ValueError naming the file for a damaged one, or for one part of several.
+    Raises ValueError naming the file for a damaged one, or for a model that is not served.
     """
     header = read_gguf_header(path)
-    if (parts := header.metadata.get("split.count", 0)) not in (0, 1):
-        raise ValueError(f"{path}: is one of {parts} parts; join them with llama-gguf-split --merge")
-    kind = header.metadata.get("general.architecture")
-    return {huggingface_name(n, kind): _stored(header, n, t) for n, t in header.tensors.items() if n != ROPE_FACTORS}
+    family = family_of(header.metadata, str(path))
+    found: dict[str, StoredTensor] = {}
+    for stored, tensor in header.tensors.items():
+        if stored in (ROPE_FACTORS, *LONGROPE_FACTORS):
+            continue
+        name = huggingface_name(stored, family)
+        stacked = "*" in name and len(tensor.shape) == 3
+        for expert in range(min(tensor.shape[0], _MOST_EXPERTS) if stacked else 0):
+            found[name.replace("*", str(expert))] = _stored(header, family, stored, _slice(tensor, expert))
+        if not stacked:
+            found[stored if "*" in name else name] = _stored(header, family, stored, tensor)
+    return join(found, str(path))
 
 
-def huggingface_name(name: str, architecture: Any) -> str:
-    """Return Hugging Face's name of an architecture's tensor, or the name itself where there is none."""
+def huggingface_name(name: str, family: Family) -> str:
+    """Return Hugging Face's name of a family's tensor, with a * for the number of an expert where it holds all of a
+    layer's one after the other, or the name itself where there is none."""
     if not (found := _NAME.fullmatch(name)):
         return name
     layer, part, leaf = found.groups()
-    in_layer = _IN_LAYER | (_GEMMA if architecture in _ONE_MORE else {})
-    known = (_OUTER if layer is None else in_layer).get(part)
+    known = (_OUTER if layer is None else family.layer).get(part)
     outer = "" if layer is None else f"model.layers.{layer}."
+    if (whole := family.layer.get(f"{part}.{leaf}")) is not None:
+        return f"{outer}{whole}"
     return name if known is None else f"{outer}{known}.{leaf}"
 
 
-def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
+def _slice(tensor: GgufTensor, i: int) -> GgufTensor:
+    """Return one of the tensors that are stacked in another."""
+    one = tensor.where.num_bytes // tensor.shape[0]
+    where = replace(tensor.where, start=tensor.where.start + i * one, num_bytes=one)
+    return replace(tensor, shape=tensor.shape[1:], where=where)
+
+
+def _stored(header: GgufHeader, family: Family, name: str, tensor: GgufTensor) -> StoredTensor:
     kind, form = KINDS.get(tensor.kind), PACKED.get(tensor.kind)
-    heads = _paired_heads(header.metadata, name)
+    heads = _paired_heads(header.metadata, name) if family.paired else None
+    if "ffn_gate_inp_shexp" in name and len(tensor.shape) == 1:
+        tensor = replace(tensor, shape=(1, *tensor.shape))
     if heads is not None and (type(heads) is not int or heads < 1 or tensor.shape[0] % (2 * heads)):
         raise ValueError(f"{header.path}: {name} has {tensor.shape[0]} rows, which {heads!r} heads do not divide")
 
@@ -73,7 +84,7 @@ def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
             return raw
         return raw.view(heads, -1, 2, len(raw) // tensor.shape[0]).transpose(1, 2).flatten()
 
-    less = 1 if header.metadata.get("general.architecture") in _ONE_MORE and name.endswith("norm.weight") else 0
+    less = 1 if family.one_more and name.endswith("norm.weight") else 0
 
     def load() -> Tensor:
         assert kind is not None
@@ -83,6 +94,9 @@ def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
     def load_packed(part: int) -> Tensor:
         assert kind is not None and form is not None
         return form.parts(read().view(-1, kind.num_bytes))[part].view(tensor.shape[0], -1)
+
+    def load_mxfp4(part: int, shape: tuple[int, ...]) -> Tensor:
+        return mxfp4_parts(read())[part].view(shape)
 
     packed = {}
     if form is not None and len(tensor.shape) == 2:
@@ -94,6 +108,12 @@ def _stored(header: GgufHeader, name: str, tensor: GgufTensor) -> StoredTensor:
                 shape=(tensor.shape[0], tensor.shape[1] // values), stored_dtype=tensor.kind, dtype=dtype,
                 load=partial(load_packed, part),
             )  # fmt: skip
+    if tensor.kind == "MXFP4":
+        scales = (*tensor.shape[:-1], tensor.shape[-1] // MXFP4_BLOCK)
+        for part, (end, shape) in enumerate({"_blocks": (*scales, MXFP4_BLOCK // 2), "_scales": scales}.items()):
+            packed[end] = StoredTensor(
+                shape=shape, stored_dtype=tensor.kind, dtype=torch.uint8, load=partial(load_mxfp4, part, shape)
+            )
     return StoredTensor(
         shape=tensor.shape, stored_dtype=tensor.kind, dtype=None if kind is None else kind.dtype, load=load,
         packed=packed,
@@ -104,7 +124,7 @@ def _paired_heads(metadata: dict[str, Any], name: str) -> Any:
     """Return how many heads' rows of this tensor are in the order of pairs; None where they are not."""
     architecture = metadata.get("general.architecture")
     found = re.fullmatch(r"blk\.\d+\.attn_(q|k)\.(weight|bias)", name)
-    if architecture not in _PAIRED or found is None:
+    if found is None:
         return None
     heads = metadata.get(f"{architecture}.attention.head_count")
     return heads if found[1] == "q" else metadata.get(f"{architecture}.attention.head_count_kv", heads)

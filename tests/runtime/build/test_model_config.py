@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seamwise.model_defs.hf_config import Reader
+from seamwise.model_defs.rope import Rope
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 
@@ -124,6 +126,46 @@ def test_the_longest_request_follows_from_rope(
     assert RunnerConfig.for_model(config, max_model_len=longest).max_model_len == longest
     with pytest.raises(ValueError, match=f"max_model_len={longest + 1}: wanted 1 to {longest}"):
         RunnerConfig.for_model(config, max_model_len=longest + 1)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize("own", [{}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_theta": 5e5}])
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_overrides_stand_in_the_place_of_what_the_file_says(own: dict[str, Any], name: str, tmp_path: Path) -> None:
+    read(tmp_path, own)
+    config = ModelConfig.from_directory(tmp_path, {name: YARN, "rms_norm_eps": 0.5})
+    assert config.raw["rms_norm_eps"] == 0.5 and config.longest == 2048
+    said = read(tmp_path, {key: v for key, v in own.items() if key != "rope_scaling"} | {"rope_scaling": YARN})
+    assert Rope.from_hf(Reader(config.raw, ""), 16) == Rope.from_hf(Reader(said.raw, ""), 16)
+
+
+def test_a_stretched_rope_keeps_its_base(tmp_path: Path) -> None:
+    read(tmp_path, {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    kept = ModelConfig.from_directory(tmp_path, {"rope_parameters": YARN}).raw["rope_parameters"]
+    assert kept == YARN | {"rope_theta": 5e5}
+    other = ModelConfig.from_directory(tmp_path, {"rope_parameters": YARN | {"rope_theta": 7.0}}).raw
+    assert other["rope_parameters"]["rope_theta"] == 7.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong"),
+    [
+        (
+            {"rope_paramaters": YARN},
+            "no key of config.json for hf_overrides: 'rope_paramaters'; did you mean rope_para",
+        ),
+        ({"rope_scaling": YARN, "rope_parameters": YARN}, "rope_parameters and rope_scaling: say the same"),
+        ({"architectures": ["X"]}, "hf_overrides: architectures: is the checkpoint's"),
+        ([1], r"hf_overrides=\[1\]: wanted keys of config.json"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+    ],
+)
+def test_overrides_that_are_none_are_refused(overrides: Any, wrong: str, tmp_path: Path) -> None:
+    read(tmp_path, {})
+    with pytest.raises(ValueError, match=wrong):
+        ModelConfig.from_directory(tmp_path, overrides)
 
 
 def test_numbers_that_json_has_not_are_read_as_transformers_writes_them(tmp_path: Path) -> None:

@@ -123,12 +123,14 @@ def test_copies_take_turns() -> None:
 def equal_steps(
     root: Path, name: str, rank: int, counts: list[dict[int, int]], *, alone: bool = False, **options: Any
 ) -> ModelRunner:  # fmt: skip
-    """Compare a rank's steps with those of ranks that move no expert, or one that has all; in bits; return the runner.
+    """Compare a rank's steps with those of ranks that move no expert and take no step as two, or one that has all; in
+    bits; return the runner.
 
     Requests repeat a token, so that few experts have all the load.
     """
     requests = [[7] * 150, [7, 9] * 75, *draw_tokens(5, 150)]
     shared = ModelRunner.load(root / name, **SHARED, **(LOAD | options))
+    options = {n: x for n, x in options.items() if "dbo" not in n}
     if alone:
         other = ModelRunner.load(root / name, **(LOAD | {n: x for n, x in options.items() if n != "eplb_config"}))
     else:
@@ -180,6 +182,20 @@ def check_not_moved(root: Path, rank: int) -> None:
     assert (stats.looks, stats.layers) == (2, 0) and stats.declined > 0 and stats.found == stats.predicted
 
 
+def check_two_batches(root: Path, rank: int) -> None:
+    """Experts move between steps that are taken as two in turns; both halves' choices are counted."""
+    config = EPLBConfig(window_size=4, step_interval=4, num_redundant_experts=2)
+    two = {"enable_dbo": True, "dbo_decode_token_threshold": 2, "dbo_prefill_token_threshold": 4}
+    early = [{0: 15, 1: 15}] * 4
+    runner = equal_steps(
+        root, "qwen3", rank, [*early, *[{2: 10, 1: 10}] * 2], eplb_config=config, enforce_eager=True, **two
+    )  # fmt: skip
+    assert runner.balancer is not None and runner.balancer.stats.layers > 0
+    assert runner.recording_stats.steps["in_turns"] == 6
+    counted = runner.balancer._window[3].sum(-1)  # of the step before the third
+    assert counted.tolist() == [3 * 30] * len(runner.balancer.layers)
+
+
 def check_recorded(root: Path, rank: int) -> None:
     """Experts move while decode is replayed from recordings, which read weights and tables where they are."""
     config = EPLBConfig(window_size=3, step_interval=3, num_redundant_experts=2)
@@ -223,6 +239,7 @@ def work(rank: int, home: str) -> None:
         check_moves(root, "qwen3", rank, 2, 2, alone=True)
         with patch.object(balance, "gain_of", return_value=Gain(saved=2, moved=1)):  # experts of many bytes
             check_moves(root, "fp8", rank, 2, 1, dtype="float32")
+        check_two_batches(root, rank)
         check_recorded(root, rank)
         check_not_moved(root, rank)
         check_failed(root, rank)

@@ -118,8 +118,7 @@ def check_model(
     requests = [[*reversed(r)] if rank % 2 else r for r in draw_tokens(5, 19, 15, 12)]
     chosen = {**LOAD, "enforce_eager": not recorded, **options}
     shared = ModelRunner.load(root / name, data_parallel_size=ranks, enable_expert_parallel=True, **chosen)
-    for of_ranks in ("pipeline", "enable_dbo"):
-        chosen.pop(of_ranks, None)
+    chosen = {name: value for name, value in chosen.items() if name != "pipeline" and "dbo" not in name}
     alone = ModelRunner.load(root / name, **chosen)
     steps = [Steps(requests, block_size=runner.block_size) for runner in (shared, alone)]
     for runner, made in zip((shared, alone), steps, strict=True):
@@ -151,6 +150,8 @@ def check_two_batches(root: Path, rank: int, ranks: int) -> None:
     both = {"enable_dbo": True, "dbo_decode_token_threshold": 2, "dbo_prefill_token_threshold": 4}
     stats = check_model(root, "qwen3", rank, ranks, **both).recording_stats
     assert stats.steps["in_turns"] == 2  # of six: in the others a rank has one request, or few tokens
+    steps = check_model(root, "qwen3", rank, ranks, recorded=True, **both).recording_stats.steps
+    assert steps["in_turns"] == 2 and steps["full"] == 2  # what is taken as two is not recorded, smaller steps are
     entry = {"entry": "transformers", **both}
     assert check_model(root, "qwen3", rank, ranks, **entry).recording_stats.steps["in_turns"] == 2
 
@@ -187,10 +188,10 @@ def check_hidden(root: Path, rank: int, ranks: int) -> None:
         seconds = {}
         requests = draw_tokens(5, *[9] * 8)
         for dbo in (False, True):
+            two = {"enable_dbo": True, "dbo_prefill_token_threshold": 4} if dbo else {}
             runner = ModelRunner.load(
-                root / "qwen3", data_parallel_size=ranks, enable_expert_parallel=True, enable_dbo=dbo,
-                dbo_prefill_token_threshold=4, enforce_eager=True, **LOAD,
-            )  # fmt: skip
+                root / "qwen3", data_parallel_size=ranks, enable_expert_parallel=True, enforce_eager=True, **two, **LOAD
+            )
             steps = Steps(requests, block_size=runner.block_size)
             runner.allocate_kv(steps.num_blocks)
             for timed in (False, True):
@@ -247,6 +248,9 @@ def work(rank: int, ranks: int, home: str) -> None:
             check_two_batches(root, rank, ranks)
             check_hidden(root, rank, ranks)
             check_text(root, "deepseek", rank, ranks)
+            other = PipelineConfig(disabled=("begin_exchanges",) if rank else ())
+            with pytest.raises(RuntimeError, match=r"their order, differ between rank 0 and ranks \[1\]"):
+                check_model(root, "qwen3", rank, ranks, pipeline=other)
             with pytest.raises(ValueError, match="the model has no experts"):
                 ModelRunner.load(root / "dense", data_parallel_size=2, enable_expert_parallel=True, **LOAD)
             with pytest.raises(ValueError, match="data_parallel_size=3: the process group has 2 ranks"):
@@ -279,5 +283,7 @@ def test_what_does_not_go_together_is_refused(tiny_llama_dir: Path) -> None:
             tiny_llama_dir, device="cpu", data_parallel_size=2, enable_expert_parallel=True,
             enable_sequence_parallel=True,
         )  # fmt: skip
+    with pytest.raises(ValueError, match="dbo_decode_token_threshold needs enable_dbo=True"):
+        ModelRunner.load(tiny_llama_dir, device="cpu", dbo_decode_token_threshold=8)
     with pytest.raises(ValueError, match="data_parallel_size=2 needs 2 processes"):
         ModelRunner.load(tiny_llama_dir, device="cpu", data_parallel_size=2, enable_expert_parallel=True)

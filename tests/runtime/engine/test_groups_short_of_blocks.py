@@ -6,8 +6,10 @@ import random
 
 import pytest
 from fake_tokenizer import FakeTokenizer
+from test_machine import Ahead, Always
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
+from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.scheduler.config import SchedulerConfig
@@ -21,8 +23,8 @@ _GROUPS: list[Groups] = [
 _PROMPT = [3, 4, 3, 5, 3, 6, 6, 7, 3, 4, 5, 6]
 
 
-def run(seed: int) -> None:
-    """Let requests come and go as a seed says, and see each end."""
+def run(seed: int, right: int | None = None) -> None:
+    """Let requests come and go as a seed says, and see each end; right: guesses are in place, so many of 4 stand."""
     draw = random.Random(seed)
     groups, seats = draw.choice(_GROUPS), draw.randint(1, 5)
     blocks, budget = draw.randint(4, 14), draw.randint(3, 14)
@@ -32,7 +34,10 @@ def run(seed: int) -> None:
     config = SchedulerConfig(
         max_num_batched_tokens=budget, max_num_seqs=seats, scheduler_reserve_full_isl=draw.random() < 0.3
     )
-    engine = Engine(runner, FakeTokenizer(), config)  # type: ignore[arg-type]
+    drafting = None
+    if right is not None:  # beside requests whose last block is reserved for a guess that then falls
+        drafting = Drafting(drafter=Ahead(runner, right, in_place=True), most=4, watch=Always())
+    engine = Engine(runner, FakeTokenizer(), config, drafting=drafting)  # type: ignore[arg-type]
     names = iter(range(1000))
     for turn in range(400):
         if turn < 40 and draw.random() < 0.4:
@@ -43,8 +48,9 @@ def run(seed: int) -> None:
                     engine.add_request(str(next(names)), prompt, params, cache_salt=salt)
         if engine.has_unfinished_requests():
             engine.step(wait_s=0)
-            engine.scheduler.pool.check()
-    assert not engine.has_unfinished_requests()
+            engine.scheduler.check()
+    assert not engine.has_unfinished_requests() and engine.scheduler.pool.num_available == blocks * len(groups)
+    assert right is None or engine.drafting.stats.num_draft_tokens > 0 or blocks < 6
     engine.close()
 
 
@@ -54,3 +60,9 @@ def run(seed: int) -> None:
 def test_every_plan_finds_its_blocks(first: int) -> None:
     for seed in range(first, first + 10):
         run(seed)
+
+
+@pytest.mark.parametrize("right", [0, 2, 4])
+def test_guesses_in_place_find_their_blocks_too(right: int) -> None:
+    for seed in range(60, 72):
+        run(seed, right)

@@ -34,6 +34,7 @@ from hypothesis.stateful import (
 )
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
+from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.engine import answer, drafting, loop
 from seamwise.runtime.engine import engine as engine_module
 from seamwise.runtime.engine.drafting import Drafting
@@ -114,6 +115,31 @@ class Guesses:
                 guess.append(int(order[-1 if place < self.right else 0]))
             found.append(guess)
         return found
+
+
+class Ahead(Guesses):
+    """One that keeps something with each block that depends on the token after it: who shares one agrees on that."""
+
+    names_ahead = 1
+
+    def watching(self, steps: FakeRunner) -> Ahead:
+        self.after: dict[int, int] = {}
+        return self
+
+    def step(self, batch: StepInput) -> StepOutput:
+        for group in (batch, *batch.further_groups):
+            for block in {slot // self.runner.block_size for slot in group.slot_mapping.tolist()}:
+                self.after.pop(block, None)
+        return self.runner.step(batch)
+
+    def propose(self, known: Series[Known]) -> list[list[int]]:
+        for one in known:
+            behind = one.tokens[self.runner.block_size :: self.runner.block_size].tolist()
+            for table in one.tables.tolist():
+                for block, token in zip(table, behind, strict=False):
+                    if block:
+                        assert self.after.setdefault(block, token) == token, "a block is shared before other tokens"
+        return super().propose(known)
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -26,23 +26,32 @@ def test_every_field_is_in_the_root(name: str) -> None:
     assert Namespace().root() != replace(Namespace(), **{name: "x"}).root()
 
 
-def names(tokens: list[int], size: int, images: tuple[ImageSpan, ...] = ()) -> list[bytes]:
+def names(tokens: list[int], size: int, images: tuple[ImageSpan, ...] = (), ahead: int = 0) -> list[bytes]:
     prompt = np.array(tokens, dtype=np.int32)
-    s = Sequence(id="s", prompt=prompt, max_tokens=1, arrival=0, images=images)
+    s = Sequence(id="s", prompt=prompt, max_tokens=1, arrival=0, images=images, names_ahead=ahead)
     return list(s.names_of_full_blocks(len(tokens), size))
 
 
-@given(st.lists(st.integers(0, 2), max_size=9), st.lists(st.integers(0, 2), max_size=9), st.integers(1, 3))
-def test_a_name_says_the_block_and_all_before_it(one: list[int], other: list[int], size: int) -> None:
-    for i, (a, b) in enumerate(zip(names(one, size), names(other, size), strict=False)):
-        assert (a == b) == (one[: (i + 1) * size] == other[: (i + 1) * size])
+TOKENS = st.lists(st.integers(0, 2), max_size=9)
 
 
-def test_names_do_not_depend_on_when_they_were_asked_for() -> None:
-    s = Sequence(id="s", prompt=np.arange(5, dtype=np.int32), max_tokens=9, arrival=0)
-    early = list(s.names_of_full_blocks(4, 2))
-    s.output += [5, 6, 7]
-    assert s.names_of_full_blocks(8, 2) == names(list(range(8)), 2) and early == names(list(range(8)), 2)[:2]
+@given(TOKENS, TOKENS, st.integers(1, 3), st.integers(0, 2))
+def test_a_name_says_the_block_and_all_before_it_and_so_many_behind(
+    one: list[int], other: list[int], size: int, ahead: int
+) -> None:
+    found = [names(tokens, size, ahead=ahead) for tokens in (one, other)]
+    assert [len(each) for each in found] == [max(len(tokens) - ahead, 0) // size for tokens in (one, other)]
+    for i, (a, b) in enumerate(zip(*found, strict=False)):
+        end = (i + 1) * size + ahead
+        assert (a == b) == (one[:end] == other[:end])
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_names_do_not_depend_on_when_they_were_asked_for(ahead: int) -> None:
+    s = Sequence(id="s", prompt=np.arange(5, dtype=np.int32), max_tokens=9, arrival=0, names_ahead=ahead)
+    early, wanted = list(s.names_of_full_blocks(4, 2)), names(list(range(9)), 2, ahead=ahead)
+    s.output += [5, 6, 7, 8]
+    assert s.names_of_full_blocks(8, 2) == wanted and early == wanted[:2]
 
 
 def test_an_image_is_in_the_blocks_that_it_touches_by_its_content_and_place() -> None:

@@ -14,6 +14,7 @@ from tiny_models import save_tiny
 
 from seamwise import ModelRunner
 from seamwise.runtime.build.step import StepInput
+from seamwise.runtime.runner.recordings import Full
 from seamwise.runtime.weights.adapters import read_adapter
 
 REQUESTS = [[(7 * i + r) % 90 + 3 for i in range(n)] for r, n in enumerate((5, 21, 4, 18))]
@@ -101,6 +102,27 @@ def test_each_row_has_its_own_adapter(model: Path, tmp_path: Path, pack_dir: Pat
     assert runner.weights_digest() == digest, "adapters are no weights of the model"
 
 
+def test_a_step_without_adapters_does_not_compute_any(model: Path, tmp_path: Path, pack_dir: Path) -> None:
+    """It is recorded apart from one of its size with adapters, and as few kernels run as in the model without them."""
+    runner = ModelRunner.load(model, device="cpu", enable_lora=True, max_loras=1, max_lora_rank=8, pack_dir=pack_dir)
+    plain = ModelRunner.load(model, device="cpu", pack_dir=pack_dir)
+    save_adapter(tmp_path / "a", model)
+    runner.set_adapter(1, read_adapter(tmp_path / "a"))
+    steps = Steps(REQUESTS, block_size=runner.block_size)
+    batch = StepInput(**steps.next({0: 1, 1: 1}))
+    of_one = replace(batch, adapter_slots=torch.tensor([0, 1], dtype=torch.int32))
+    logits = []
+    for made, step in ((plain, batch), (runner, batch), (runner, of_one), (runner, batch)):
+        if not made.num_blocks:
+            made.allocate_kv(steps.num_blocks)
+        logits.append(made.step(step).logits.clone())
+    assert runner.recording_stats.recorded == [Full(2), Full(2, adapters=True)]
+    kernels = [made._recordings[key].graph.num_kernels for made, key in ((plain, Full(2)), (runner, Full(2)))]
+    assert kernels[0] == kernels[1] == runner._recordings[Full(2, adapters=True)].graph.num_kernels - 2 * 4 * 2
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[3])
+    assert torch.equal(logits[0][0], logits[2][0]) and not torch.equal(logits[0][1], logits[2][1])
+
+
 def test_rows_equal_merged_weights_within_the_budget(model: Path, tmp_path: Path, pack_dir: Path) -> None:
     """bfloat16: the error against float64 of merged weights is at most twice a merged bfloat16 model's."""
     theirs = save_adapter(tmp_path / "a", model, seed=3)
@@ -184,7 +206,10 @@ def test_adapters_come_back_after_sleep(model: Path, tmp_path: Path, pack_dir: P
             {"enable_lora": True, "quantization": "int8"},
             "quantization='int8': it quantizes the rows that adapters read",
         ),
-        ({"enable_lora": True, "tensor_parallel_size": 2}, "on 2 ranks: adapters are not shared out over them"),
+        *(
+            ({"enable_lora": True, f"{kind}_parallel_size": 2}, "on 2 ranks: adapters are not shared out over them")
+            for kind in ("tensor", "pipeline", "data")
+        ),
     ],
 )
 def test_options_are_in_effect_or_refused(model: Path, options: dict[str, Any], message: str) -> None:

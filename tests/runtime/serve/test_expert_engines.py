@@ -68,7 +68,10 @@ def test_engines_that_share_out_experts_give_what_one_gives_and_end_together(moe
             with pytest.raises(ValueError, match="share out experts"):
                 await llm.scale_elastic_ep(4)
 
-            os.kill(members[1].pid, signal.SIGKILL)  # while nothing runs: the other one waits for no step, and ends too
+            async with asyncio.timeout(10):
+                while llm.engine.group._front.running:
+                    await asyncio.sleep(0.01)
+            os.kill(members[1].pid, signal.SIGKILL)  # behind the wave's end: the other waits for no step, and is ended
             async with asyncio.timeout(10):
                 while not all(m.num_restarts for m in members):
                     await asyncio.sleep(0.02)

@@ -64,6 +64,13 @@ def test_one_of_several_gguf_files_is_named(hub: Any) -> None:
         resolve_model("org/name:Q5_0")
 
 
+def test_parts_of_a_gguf_file_are_named_by_the_first(hub: Any) -> None:
+    parts = [f"name-Q4_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    directory = hub(*parts, "name-Q4_0_X.gguf", "name-Q8_0.gguf")
+    assert resolve_model("org/name:Q4_0") == directory / parts[0]
+    assert sorted(p.name for p in directory.iterdir()) == parts
+
+
 def test_a_tokenizers_weights_stay_where_they_are(hub: Any) -> None:
     directory = hub(*CONFIG, "model.safetensors")
     resolve_model("org/name", weights=False)

@@ -14,6 +14,7 @@ from seamwise import LLM, SamplingParams
 from seamwise.bench.demo_model import demo_gguf
 from seamwise.runtime.build.step import StepInput
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.weights.gguf.families import FAMILIES
 from seamwise.runtime.weights.gguf.weights import huggingface_name, read_gguf
 
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, there was", "1, 2, 3, 4, 5,"]
@@ -31,7 +32,7 @@ def test_every_value_is_the_gguf_packages(path: Path) -> None:
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)
     for tensor in theirs.tensors:
         wanted = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        got = ours.pop(huggingface_name(tensor.name, "llama")).load()
+        got = ours.pop(huggingface_name(tensor.name, FAMILIES["llama"])).load()
         if ".attn_q." in tensor.name or ".attn_k." in tensor.name:  # rows in pairs, 64 a head
             order = torch.arange(64).view(32, 2).T.flatten()
             wanted = wanted.view(-1, 64, wanted.shape[1])[:, order].flatten(0, 1)

@@ -21,7 +21,6 @@ from seamwise import LLM, ModelRunner, SamplingParams, StepInput
 from seamwise.model_defs import build_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.weights.gguf.config import read_gguf_config
-from seamwise.runtime.weights.gguf.weights import read_gguf
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -94,8 +93,10 @@ def test_a_gemma_gives_the_logits_of_the_one_that_was_converted(
 def test_the_largest_gemmas_scale_scores_by_their_width(kind: str, layers: int, tmp_path: Path) -> None:
     sizes = {"embedding_length": 96, "block_count": layers, "feed_forward_length": 48, "attention.head_count": 4}
     writer = GGUFWriter(tmp_path / "a.gguf", kind)
-    for name, value in (sizes | {"attention.key_length": 16, "context_length": 64}).items():
+    sizes |= {"attention.key_length": 16, "context_length": 64, "attention.sliding_window": 8}
+    for name, value in sizes.items():
         writer.add_uint32(f"{kind}.{name}", value)
+    writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tensor("token_embd.weight", np.zeros((7, 96), dtype=np.float32))
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
     writer.close()
@@ -139,12 +140,19 @@ def write_header(path: Path, architecture: str = "llama", tensors: tuple[str, ..
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"architecture": "gpt2"}, "general.architecture is 'gpt2', wanted one of gemma2, gemma3, llama,"),
-        ({"expert_count": 8}, "llama.expert_count is 8, which is not served"),
+        ({"architecture": "gpt2"}, "general.architecture is 'gpt2', wanted one of deepseek2, gemma2, gemma3, gpt-oss,"),
+        ({"expert_count": 8}, "has no llama.expert_used_count; convert the model again"),
+        ({"architecture": "qwen3moe"}, "has no qwen3moe.expert_count; convert the model again"),
+        ({"architecture": "deepseek2", "expert_count": 8}, "has no deepseek2.expert_used_count; convert the model"),
+        (
+            {"architecture": "phi3", "tensors": ("rope_factors_long.weight",)},
+            "wanted rope_factors_short.weight and rope_factors_long.weight, both in F32",
+        ),
+        ({"architecture": "phi3", "rope.dimension_count": 16}, "partial_rotary_factor is 2.0, wanted at most 1"),
         ({"attention.sliding_window": 4096}, "llama.attention.sliding_window is 4096"),
         ({"attention.causal": False}, "llama.attention.causal is False"),
-        ({"rope.dimension_count": 4}, "the widths of heads .* differ"),
-        ({"attention.key_length": 16, "attention.value_length": 8}, "the widths of heads .* differ"),
+        ({"rope.dimension_count": 4}, "the widths of heads differ, which is not served: {"),
+        ({"attention.key_length": 16, "attention.value_length": 8}, "the widths of heads differ, which is not served"),
         ({"embedding_length": 1 << 30}, "hidden_size is 1073741824, wanted a whole number from 1 to"),
         ({"block_count": 1 << 30}, "num_hidden_layers is 1073741824, wanted a whole number from 1 to"),
         ({"attention.head_count": [4, 4]}, r"num_attention_heads is \[4, 4\]"),
@@ -168,6 +176,14 @@ def test_harmless_keys_are_taken(tmp_path: Path) -> None:
     assert read_gguf_config(tmp_path / "model.gguf")["head_dim"] == 8
 
 
+def test_what_a_file_does_not_say_is_llama_cpps_default(tmp_path: Path) -> None:
+    """transformers' are another RoPE and another number of key heads."""
+    write_header(tmp_path / "model.gguf", **{"expert_count": 8, "expert_used_count": 2})
+    config = ModelConfig.from_directory(tmp_path)
+    assert config.architecture == "MixtralForCausalLM"
+    assert (config.raw["rope_theta"], config.num_kv_heads, config.raw["sliding_window"]) == (10000.0, 4, None)
+
+
 @pytest.mark.parametrize(("kind", "found"), [({"type": "linear", "factor": 2.0}, "linear"), ({"type": "none"}, None)])
 def test_scaled_rope_is_told_in_hugging_faces_words(kind: dict[str, Any], found: str | None, tmp_path: Path) -> None:
     scaling = {f"rope.scaling.{key}": value for key, value in kind.items()}
@@ -175,14 +191,6 @@ def test_scaled_rope_is_told_in_hugging_faces_words(kind: dict[str, Any], found:
     raw = read_gguf_config(tmp_path / "model.gguf")
     wanted = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5} if found else None
     assert raw.get("rope_parameters") == wanted and raw["rope_theta"] == 5e5
-
-
-def test_a_part_of_a_file_is_refused(tmp_path: Path) -> None:
-    writer = GGUFWriter(tmp_path / "model-00001-of-00002.gguf", "llama")
-    writer.add_uint16("split.count", 2)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.close()
-    with pytest.raises(ValueError, match="is one of 2 parts; join them with llama-gguf-split --merge"):
-        read_gguf(tmp_path / "model-00001-of-00002.gguf")
 
 
 def test_no_damage_to_a_model_does_more_than_raise_value_error(tmp_path_factory: pytest.TempPathFactory) -> None:

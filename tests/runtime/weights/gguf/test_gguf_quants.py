@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from seamwise.runtime.weights.gguf.file import TYPES
 from seamwise.runtime.weights.gguf.quants import KINDS
 
 
@@ -36,6 +37,10 @@ def test_sizes_are_the_formats(kind: str) -> None:
     assert reference.GGML_QUANT_SIZES[reference.GGMLQuantizationType[kind]] == (
         KINDS[kind].block, KINDS[kind].num_bytes,
     )  # fmt: skip
+
+
+def test_types_have_the_formats_numbers() -> None:
+    assert {int(reference.GGMLQuantizationType[kind]): kind for kind in KINDS} == TYPES
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.startswith("Q") and not k.endswith("K")])

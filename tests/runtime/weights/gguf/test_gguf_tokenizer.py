@@ -149,6 +149,36 @@ def test_digits_are_grouped_as_each_model_groups_them(pre: str, wanted: list[str
     assert build_tokenizer(named(described), "here").encode("20042004").tokens == wanted
 
 
+@pytest.mark.parametrize(
+    ("pre", "wanted"),
+    [
+        ("gpt-4o", ["camel", "Case's", " ", " ", "123", "4", " x", "!=/\n/", "é東", " АЯ"]),
+        ("deepseek-v3", ["camelCase", "'s", "  ", "123", "4", " x", "!=/\n", "/", "é", "東", " АЯ"]),
+        ("deepseek-llm", ["camelCase", "'", "s", "  ", *"1234", " x", "!=/", "\n", "/", "é", "東", " АЯ"]),
+        ("dbrx", ["camelCase", "'s", " ", " ", "123", "4", " x", "!=/\n", "/é東", " АЯ"]),
+    ],
+)
+def test_text_is_cut_by_each_models_rules(pre: str, wanted: list[str]) -> None:
+    """With them the ids of 601 drawn texts were llama.cpp's, but for one, where it joins what tokenizer.json cuts."""
+    described = byte_level(pre, **{"ggml.add_bos_token": False})
+    tokenizer = build_tokenizer(named(described), "here")
+    assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("camelCase's  1234 x!=/\n/é東 АЯ")] == [
+        word_of(one) for one in wanted
+    ]
+
+
+def test_phi_3s_special_tokens_take_the_white_space_behind_them_along() -> None:
+    """As its tokenizer.json says, and llama.cpp does where a file's general.name is phi-3."""
+    described = sentencepiece(**{"ggml.add_bos_token": False})
+    described["ggml.tokens"] += ["<|user|>", "<|endoftext|>"]
+    described["ggml.token_type"] += [3, 3]
+    described["ggml.scores"] += [-1000.0, -1000.0]
+    for architecture, of in (("phi3", ["▁of"]), ("llama", ["▁\n", "of"])):
+        tokenizer = build_tokenizer(named(described) | {"general.architecture": architecture}, "here")
+        cut = [tokenizer.id_to_token(i) for i in tokenizer.encode("<|user|>\nof<|endoftext|> of").ids]
+        assert cut == ["<|user|>", *of, "<|endoftext|>", "▁", "▁of"], cut
+
+
 def test_llama_3_takes_a_whole_word_that_no_merges_lead_to() -> None:
     for pre, wanted in (("llama-bpe", ["xyzzy"]), ("gpt-2", list("xyzzy"))):
         described = byte_level(pre, **{"ggml.add_bos_token": False, "ggml.merges": []})
@@ -211,6 +241,11 @@ def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
 def test_what_is_not_a_tokenizer_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"here: {message}"):
         build_tokenizer(named({**byte_level("gpt-2"), **changes}), "here")
+
+
+def word_of(text: str) -> str:
+    """Return a text's bytes as the characters that stand for them in a byte-level vocabulary."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
 
 
 def named(described: dict[str, Any]) -> dict[str, Any]:
