@@ -20,6 +20,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use an instruction set within the context, and after it what was used before."""
+    before = instruction_set.current()
+    instruction_set.use(name)
+    try:
+        yield
+    finally:
+        instruction_set.use(before)
+
+
 def on_instruction_sets(*others: str) -> Any:
     """Return a fixture that runs each test of a module as the run was asked to, then with each of `others`."""
 
@@ -28,7 +39,7 @@ def on_instruction_sets(*others: str) -> Any:
         asked = request.param == "as asked"
         if not asked and request.param not in instruction_set.runnable():
             pytest.skip(f"this machine does not run {request.param}")
-        with instruction_set.using(instruction_set.current() if asked else request.param):
+        with using(instruction_set.current() if asked else request.param):
             yield
 
     return code
