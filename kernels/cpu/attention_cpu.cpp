@@ -167,7 +167,8 @@ class Worker {
     // In two passes, so that the rows' maxima, long chains of dependent instructions, overlap each other.
     void soften(const Task& t, int tile, int row, int block, float* into) {
         constexpr int kVecs = kTile / kLanes;
-        const float scale = c.scale * c.k_scale.of(t.kv_head), factor = c.softcap > 0 ? kLog2e : scale * kLog2e;
+        const float scale = c.scale * c.k_scale.of(t.kv_head) * Words::kUnit;
+        const float factor = c.softcap > 0 ? kLog2e : scale * kLog2e;
         float *const l = into + dim, *const m = l + kLanes;
         for (int i = 0; i < block; ++i) {
             float* s = scores + i * kTile;
@@ -215,7 +216,7 @@ class Worker {
                 }
         }
         if (t.tokens) return (void)std::memcpy(t.states, merged, rows * state * sizeof(float));
-        const float scale = c.v_scale.of(t.kv_head);
+        const float scale = c.v_scale.of(t.kv_head) * Words::kUnit;
         for (int i = 0; i < rows; ++i) {
             float *const o = merged + i * state, l = horizontal_sum(load(o + dim));
             const int64_t head = t.kv_head * group + i % group;
@@ -283,17 +284,17 @@ extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, c
     std::memcpy(&c.softcap, &softcap, sizeof(float));
     if (const int64_t error = first_error(c)) return error;
     if (dtype == 0) return run<float, FloatWords>(c, num_threads);
-    if (dtype == 4) return run<float, WidenedWords<Float8>>(c, num_threads);
+    if (dtype == 4) return run<float, Float8Words>(c, num_threads);
 #if defined(SEAMWISE_PAIRS)
     if (dtype == 1) return run<BFloat16, BFloat16Words>(c, num_threads);
     if (dtype == 5) return run<BFloat16, Float8Pairs>(c, num_threads);
 #else
     if (dtype == 1) return run<BFloat16, WidenedWords<BFloat16>>(c, num_threads);
-    if (dtype == 5) return run<BFloat16, WidenedWords<Float8>>(c, num_threads);
+    if (dtype == 5) return run<BFloat16, Float8Words>(c, num_threads);
 #endif
 #if defined(SEAMWISE_FLOAT16)
     if (dtype == 2) return run<Float16, WidenedWords<Float16>>(c, num_threads);
-    if (dtype == 6) return run<Float16, WidenedWords<Float8>>(c, num_threads);
+    if (dtype == 6) return run<Float16, Float8Words>(c, num_threads);
 #endif
     return -1;
 }

@@ -4,10 +4,13 @@
 #pragma once
 #include "attention_cpu_plan.h"
 
-constexpr int kMostQueries = 8;  // of a request that shares tiles: of more, packing is a small part of the work
-// Tiles times KV heads that a group must spare: for less, with two threads, another turn of theirs costs as much (Zen 4,
-// heads of 64: 0.94-0.99 of the speed at 3 to 12, 1.00-1.02 at 24 to 45, 1.07 at 90, 1.5 at 1440; one thread gains from 3 on).
-constexpr int kLeastSpared = 24;
+constexpr int kMostRows = 24;  // of a request that shares tiles: of more, packing is a small part of the work
+static_assert(kMostRows <= kMinTaskRows, "its queries are one task");
+
+// Keys' columns, of all KV heads, that a group must spare in tiles: for less, with two threads, another turn of theirs
+// costs as much (Zen 4, 3 KV heads of 64 columns: 0.94-0.99 of the speed where 1 to 4 tiles are spared, 1.00-1.02 at 8 to
+// 15, 1.07 at 30, 1.5 at 480; one thread gains from 1 on).
+constexpr int64_t kLeastSpared = 24 * 64;
 
 // How the requests of a call are grouped, and for each one the tiles that it shares and where its queries stand among
 // those of all groups.
@@ -28,7 +31,7 @@ inline void sort_requests(const Call& c, Cascade& found) {
     tiles.assign(c.requests, 0);
     for (int r = 0; r < c.requests; ++r) {
         const int n = c.num_queries(r);
-        if (n < 1 || n > kMostQueries || c.seq_lens[r] - n < kTile) continue;
+        if (n < 1 || n * c.group() > kMostRows || c.seq_lens[r] - n < kTile) continue;
         tiles[r] = (c.seq_lens[r] - n) / kTile;
         order.push_back(r);
     }
@@ -63,7 +66,7 @@ inline void plan_shared(const Call& c, int64_t num_threads, Cascade& found, Plan
         int common = c.table_width * c.block_size / kTile;
         for (int begin = i - 2; begin >= 0 && (common = std::min(common, alike[begin + 1])) > 0; --begin) {
             const int more = (i - 1 - begin) * common;
-            if (more * c.kv_heads < kLeastSpared || spared[begin] + more <= spared[i]) continue;
+            if (more * c.kv_heads * c.dim < kLeastSpared || spared[begin] + more <= spared[i]) continue;
             spared[i] = spared[begin] + more, first[i] = begin;
         }
     }
@@ -110,7 +113,7 @@ inline void plan_own(const Call& c, int64_t num_threads, const Cascade& found, P
                 const int begin = before ? before : c.first_seen(r, first) / kTile;
                 const int end = (c.visible(r, first + count - 1) + kTile - 1) / kTile;
                 tasks.push_back(Task::of(r, h, first, count, begin, end));
-                if (before) tasks.back().states = found.state(c, h, found.place[r] + first);
+                if (before) tasks.back().states = found.state(c, h, found.place[r]);
             }
     }
     if (num_threads > 1 && int64_t(tasks.size()) < wanted) split(c, num_threads, plan);

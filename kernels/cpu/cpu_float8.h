@@ -1,5 +1,5 @@
 // float8_e4m3fn: a sign, four bits of exponent (bias 7), three of mantissa; 0x7f is NaN, and nothing is infinite.
-// Widened exactly, to float or to bfloat16, and narrowed from float to nearest even.
+// Widened exactly, to a float that counts in kFloat8Unit or to bfloat16, and narrowed from float to nearest even.
 #pragma once
 #include "cpu_gemm.h"
 
@@ -9,21 +9,27 @@ struct Float8 {
 
 inline Vec widened(const float* p) { return load(p); }
 
+#if defined(__F16C__)  // by way of the float16 of the same fields, whose exponent has one bit more: 2^-8 of it
+constexpr float kFloat8Unit = 256.f;
+#else
+constexpr float kFloat8Unit = 1.f;
+#endif
+
 // kLanes of them as floats.
 inline Vec widened(const Float8* p) {
-#if defined(__F16C__)  // as a float16 of the same fields is 2^-8 of it, whose exponent has one bit more
+#if defined(__F16C__)
 #if defined(__AVX512F__)
     __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
     half = _mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff));
     const __m256i size = _mm256_and_si256(half, _mm256_set1_epi16(0x3fff));
     half = _mm256_or_si256(half, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)));
-    return (Vec)_mm512_cvtph_ps(half) * splat(256.f);
+    return (Vec)_mm512_cvtph_ps(half);
 #else
     __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
     half = _mm_and_si128(half, _mm_set1_epi16((short)0xbfff));
     const __m128i size = _mm_and_si128(half, _mm_set1_epi16(0x3fff));
     half = _mm_or_si128(half, _mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80)));
-    return (Vec)_mm256_cvtph_ps(half) * splat(256.f);
+    return (Vec)_mm256_cvtph_ps(half);
 #endif
 #else  // without exponent bits it is m 2^-9: 2^-6 (1 + m / 8) less 2^-6, for which no float need be denormal
     IntVec bits;
@@ -46,6 +52,58 @@ inline void narrow(Vec x, Float8* out) {
     const Bytes bytes = __builtin_convertvector((nan ? IntVec{} + 0x7f : code) | sign, Bytes);
     std::memcpy(out, &bytes, sizeof(bytes));
 }
+
+// Words are floats, of a cache of float8.
+struct Float8Words : WidenedWords<Float8> {
+    static constexpr float kUnit = kFloat8Unit;
+#if defined(__F16C__) && defined(__AVX2__) && !defined(__AVX512F__)
+    // Sixteen elements are made float16 at once, and keys are turned into columns before they are widened, in pairs.
+    // Of lanes that begin with an element's sign twice, exponent and fraction.
+    static __m256i halves(__m256i lanes) { return _mm256_and_si256(lanes, _mm256_set1_epi16((short)0xbf80)); }
+    static Vec low(__m256i half) { return (Vec)_mm256_cvtph_ps(_mm256_castsi256_si128(half)); }
+    static Vec high(__m256i half) { return (Vec)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)); }
+
+    static void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
+        for (int w = 0; w < words; w += 32) {  // words: a multiple of 16
+            const bool whole = words - w >= 32;
+            __m256i x[8], y[8], most = _mm256_setzero_si256();
+            for (int i = 0; i < 8; ++i) {
+                const __m128i* from = (const __m128i*)((const Float8*)keys[i] + w);
+                x[i] = _mm256_zextsi128_si256(_mm_loadu_si128(from));
+                if (whole) x[i] = _mm256_loadu_si256((const __m256i*)from);
+                most = _mm256_max_epu8(most, _mm256_and_si256(x[i], _mm256_set1_epi8(0x7f)));
+            }
+            if (_mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8(0x7f))))  // a NaN
+                return WidenedWords<Float8>::pack_keys(keys, words, panel, stride);
+#pragma GCC unroll 3
+            for (int turn = 0; turn < 3; ++turn) {  // the bits of a pair's place turn by one: after three, rows are columns
+                for (int i = 0; i < 4; ++i) {
+                    y[2 * i] = _mm256_unpacklo_epi16(x[i], x[i + 4]);
+                    y[2 * i + 1] = _mm256_unpackhi_epi16(x[i], x[i + 4]);
+                }
+                for (int i = 0; i < 8; ++i) x[i] = y[i];
+            }
+            float* to = panel + w * stride;
+            for (int i = 0; i < 8; ++i, to += 2 * stride) {  // two words of eight keys, and those 16 further on
+                const __m256i even = halves(_mm256_srai_epi16(_mm256_slli_epi16(x[i], 8), 1));
+                const __m256i odd = halves(_mm256_srai_epi16(x[i], 1));
+                store(to, low(even)), store(to + stride, low(odd));
+                if (whole) store(to + 16 * stride, high(even)), store(to + 17 * stride, high(odd));
+            }
+        }
+    }
+
+    template <int N>
+    static void fill(Vec* row, const float* const* values, int k, int first) {
+        if constexpr (N == 1) return WidenedWords<Float8>::fill<1>(row, values, k, first);
+        const __m128i bytes = _mm_loadu_si128((const __m128i*)((const Float8*)values[k] + first));
+        const __m256i half = halves(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7));
+        const __m256i size = _mm256_and_si256(half, _mm256_set1_epi16(0x3fff));
+        const __m256i or_nan = _mm256_or_si256(half, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)));
+        row[0] = low(or_nan), row[N - 1] = high(or_nan);
+    }
+#endif
+};
 
 #if defined(SEAMWISE_PAIRS)
 struct Float8Table {  // the bfloat16 of every magnitude

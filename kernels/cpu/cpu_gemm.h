@@ -78,6 +78,7 @@ inline void pack_words(const float* const* keys, int words, float* panel, int64_
 struct FloatWords {
     using Element = float;
     static constexpr int kPerWord = 1;
+    static constexpr float kUnit = 1.f;  // what products are to be multiplied with, exactly: a power of two
     static constexpr int kChunk = 16;  // terms summed before their sum joins the whole: half the error of one long sum
     static Vec multiply_add(Vec acc, Vec a, Vec b) { return accumulate(acc, a, b); }
     static void narrow_store(float* to, Vec v) { store(to, v); }
@@ -145,6 +146,7 @@ struct WidenedWords : FloatWords {
 struct BFloat16Words {
     using Element = BFloat16;
     static constexpr int kPerWord = 2;
+    static constexpr float kUnit = 1.f;
     static constexpr int kChunk = 0;  // one sum: its error is far below the operands'
     static Vec multiply_add(Vec acc, Vec a, Vec b) {
         return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);

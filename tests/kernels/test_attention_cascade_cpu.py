@@ -13,7 +13,7 @@ from test_attention_cpu import Step, assert_within_budget, keep_thread_count, ma
 from seamwise.kernels.cpu import instruction_set
 from seamwise.kernels.cpu.attention_cpu import cascade
 
-TILE, MOST_QUERIES, LEAST_SPARED = 64, 8, 24  # attention_cpu_plan.h, attention_cpu_cascade.h
+TILE, MOST_ROWS, LEAST_SPARED = 64, 24, 24 * 64  # attention_cpu_plan.h, attention_cpu_cascade.h
 
 request = st.one_of(
     st.tuples(st.integers(0, 1100), st.integers(1, 3)),  # decode, with drafts
@@ -30,18 +30,19 @@ def share(step: Step, shared: list[tuple[int, int]], block_size: int) -> None:
         table[r, :blocks] = table[of % r, :blocks]
 
 
-def most_spared(step: Step, block_size: int, kv_heads: int) -> int:
+def most_spared(step: Step, block_size: int) -> int:
     """Return the tiles that the best grouping spares, of all groupings."""
     starts, lengths, table = step.query_starts_S.tolist(), step.seq_lens_R.tolist(), step.block_table_RB.tolist()
     queries = [last - first for first, last in pairwise(starts)]
-    may = [r for r, n in enumerate(queries) if 0 < n <= MOST_QUERIES]
+    kv_heads, dim = step.k_cache.shape[1], step.k_cache.shape[3]
+    may = [r for r, n in enumerate(queries) if 0 < n * step.q_THD.shape[1] <= MOST_ROWS * kv_heads]
 
     def spared(group: list[int]) -> int:
         rows = [table[r] for r in group]
         same = next((j for j, ids in enumerate(zip(*rows, strict=True)) if len({*ids}) > 1), len(rows[0]))
         tiles = min(same * block_size // TILE, *((lengths[r] - queries[r]) // TILE for r in group))
         found = (len(group) - 1) * tiles
-        return found if found * kv_heads >= LEAST_SPARED else 0
+        return found if found * kv_heads * dim >= LEAST_SPARED else 0
 
     def best(left: list[int]) -> int:
         if not left:
@@ -69,7 +70,7 @@ def run(step: Step, threads: int) -> tuple[torch.Tensor, int]:
     requests=st.lists(request, min_size=2, max_size=6).filter(lambda r: any(n for _, n in r)),
     shared=st.lists(st.tuples(st.integers(0, 4), st.sampled_from([0, 100, 300, 700, 2000])), min_size=5, max_size=5),
     kv_heads=st.sampled_from([1, 3, 8]),
-    group=st.sampled_from([1, 3, 3, 50]),
+    group=st.sampled_from([1, 3, 3, 12]),
     dim=st.sampled_from([16, 64, 80]),
     block_size=st.sampled_from([8, 16, 128]),
     options=st.fixed_dictionaries({
@@ -93,7 +94,7 @@ def test_bits_are_the_same_and_most_tiles_are_spared(
     for threads in (1, 2):
         out, spared = run(step, threads)
         assert torch.equal(out, alone)
-        assert spared == most_spared(step, block_size, kv_heads)
+        assert spared == most_spared(step, block_size)
 
 
 @pytest.mark.parametrize("name", instruction_set.FLAGS)
@@ -112,16 +113,24 @@ def test_every_vector_width(name: str) -> None:
                 assert torch.equal(out, alone) and spared == 10 * 10
 
 
-def test_a_short_prefix_of_all_does_not_hide_a_long_one_of_some() -> None:
-    """All begin with 64 tokens, one half goes on alike to 640, the other to 960: two groups, not one of a tile."""
-    step = make_step([(1000, 1)] * 8)
-    share(step, [(0, 640), (0, 640), (0, 640), (0, 64), *[(4, 960)] * 3], 16)
-    assert run(step, 1)[1] == 3 * 10 + 3 * 15
-
-
-def test_what_is_worth_less_than_a_turn_of_the_threads_is_left_alone() -> None:
-    least = LEAST_SPARED // 3 * TILE
-    for tokens, spared in ((least, LEAST_SPARED // 3), (least - 16, 0)):
-        step = make_step([(1000, 1)] * 2, kv_heads=3)
-        share(step, [(0, tokens)], 16)
-        assert run(step, 1)[1] == spared
+@pytest.mark.parametrize(
+    ("requests", "shared", "window", "spared"),
+    [
+        ([(1000, 1)] * 8, [64, *[640, 960] * 3], 0, 3 * 10 + 3 * 15),  # two groups, not one of a tile
+        ([(1000, 1)] * 2, [512], 0, 8),
+        ([(1000, 1)] * 2, [496], 0, 0),  # worth less than another turn of the threads
+        ([(1500, 1)] * 2, [640], 0, 10),  # few, so that what each has alone is spread over threads
+        ([(637, 3)] * 2, [640], 0, 9),  # not all of them see the last tile
+        ([(1000, 1), (1000, 9), (1000, 1)], [960, 960], 0, 15),  # rows enough that packing is a small part
+        ([(1000, 1)] * 3, [960, 960], 90, 0),
+        ([(1000, 1)] * 3, [960, 960], -128, 0),
+    ],
+)
+def test_who_shares_what(requests: list[tuple[int, int]], shared: list[int], window: int, spared: int) -> None:
+    step = make_step(requests)
+    share(step, [(r % 2, tokens) for r, tokens in enumerate(shared, 1)], 16)  # every other one is alike
+    step.window = window
+    alone = step.run()
+    for threads in (1, 2):
+        out, found = run(step, threads)
+        assert torch.equal(out, alone) and found == spared

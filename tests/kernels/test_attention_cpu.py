@@ -233,6 +233,13 @@ def test_a_float8_cache_gives_the_bits_of_one_that_holds_the_same_values(name: s
             alone.v_cache.view(torch.uint8)[:] = values.view(torch.uint8)
             out = replace(alone, k_scale=None, v_scale=None).run()
             torch.testing.assert_close(out[0], values[0, :1].to(dtype).expand(6, -1), rtol=0, atol=0, equal_nan=True)
+            step.k_cache.view(torch.uint8)[step.block_table_RB[0, 1], :, 3] = codes.view(torch.uint8)[
+                -dim:
+            ]  # NaN among them
+            wide = replace(step, k_cache=step.k_cache.to(dtype), v_cache=step.v_cache.to(dtype))
+            out = step.run()
+            assert out[0].isnan().all() and not out[1:].isnan().any()
+            torch.testing.assert_close(out, wide.run(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", instruction_set.FLAGS)

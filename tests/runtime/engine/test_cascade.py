@@ -28,8 +28,9 @@ def run(llm: LLM, prompts: list[list[int]] = PROMPTS) -> tuple[list[Any], int]:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cascade")
-    save_tiny(folder / "llama", "LlamaForCausalLM", max_position_embeddings=1024)
-    windows = {"sliding_window": 90, "head_dim": 16, "max_position_embeddings": 1024}
+    heads = {"head_dim": 64, "max_position_embeddings": 1024}
+    save_tiny(folder / "llama", "LlamaForCausalLM", **heads)
+    windows = {"sliding_window": 90, **heads}
     save_tiny(folder / "gemma2", "Gemma2ForCausalLM", **windows)  # softcaps; one layer of two sees all
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "rope_scaling": None, "rope_parameters": None}
     save_tiny(folder / "gpt_oss", "GptOssForCausalLM", **windows | experts)  # sinks; one layer of two
