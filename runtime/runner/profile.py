@@ -7,6 +7,7 @@ Source: https://docs.vllm.ai/en/latest/contributing/profiling/.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -82,6 +83,13 @@ def stop_profile() -> None:
     if not _running:
         raise RuntimeError("stop_profile: no profile is being taken; start_profile() begins one")
     _running.pop().stop()
+
+
+@atexit.register
+def _end_with_process() -> None:
+    """Write a profile that nobody has ended: a process that ends while one is taken crashes in torch."""
+    if _running:
+        stop_profile()
 
 
 def span(name: str) -> AbstractContextManager[Any]:

@@ -183,8 +183,9 @@ class EngineMachine(RuleBasedStateMachine):
         made = make_tiers(tiers or "disk", Path(self.folder.name), self.runner.kv_block_bytes, room)
         self.disk = made[-1]
         self.offload = ByHand(self.runner, made, ahead=ahead) if tiers and caching else None
+        drafter = Ahead if guesses == 1 and self.offload is None else Guesses
         guessing = None if guesses is None else Drafting(
-            drafter=Guesses(self.runner, guesses, in_place=guesses == 1), most=4, watch=Always()
+            drafter=drafter(self.runner, guesses, in_place=guesses == 1), most=4, watch=Always()
         )  # fmt: skip
         self.engine = Engine(
             self.runner, self.tokenizer, config, enable_prefix_caching=caching, drafting=guessing,  # type: ignore[arg-type]

@@ -54,6 +54,7 @@ SHARED = {"caching": True, "asynchronous": True, "blocks": 8, "block_size": 1, "
           "calm": True, "budget": 24, "seats": 4, "guesses": None, "tiers": None}  # fmt: skip
 AHEAD = SHARED | {"caching": False}
 TIERS = SHARED | {"tiers": "host"}
+GUESSING = SHARED | {"guesses": 1}
 FAILING = SHARED | {"fail_at": frozenset({2, 4, 6, 9, 13})}
 
 FAULTS = (
@@ -76,6 +77,8 @@ FAULTS = (
     Fault("name published for one block too many", commit._publish,
           "full = int(slots.computed[slot]) // pool.block_size",
           "full = min(int(slots.computed[slot]) // pool.block_size + 1, len(s.names), len(s.blocks[0]))", seed=1),
+    Fault("name without the token behind a block", Sequence.names_of_full_blocks, "block_size + self.names_ahead",
+          "block_size", GUESSING),
     Fault("names kept after a preemption", Sequence.let_go, "self.num_promised = self.num_published = 0", "pass",
           SHARED),
     Fault("blocks kept after a preemption", Sequence.let_go, "held, self.blocks = self.held_blocks, []",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +61,17 @@ def test_a_trace_shows_what_steps_hide(tiny_llama_dir: Path, pack_dir: Path, tmp
     llm.stop_profile()
     names = sorted(f.name for f in (tmp_path / "traces").iterdir())
     assert len(names) == 2 and names[1].startswith("rank0.")
+
+
+def test_a_process_that_ends_while_a_profile_is_taken_writes_it(tmp_path: Path) -> None:
+    """Torch crashes at the end of such a process."""
+    command = (
+        "from seamwise.runtime.runner.profile import ProfilerConfig, start_profile\n"
+        f"start_profile(ProfilerConfig(torch_profiler_dir={str(tmp_path)!r}), 'unended')"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", command], check=False).returncode == 0
+    (trace,) = tmp_path.iterdir()
+    assert trace.name.startswith("unended.")
 
 
 def test_what_is_no_profile_is_refused(tiny_llama_dir: Path, pack_dir: Path, tmp_path: Path) -> None:

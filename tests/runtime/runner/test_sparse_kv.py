@@ -127,7 +127,7 @@ def test_what_the_function_gives_is_checked(loaded: ModelRunner) -> None:
     runner = with_mode(loaded, "none")
     steps = Steps([range(3, 40)], block_size=4)
     runner.allocate_kv(steps.num_blocks)
-    runner.step(StepInput(**steps.next({0: 18})))  # 5 pages; the next three tokens lie in pages 4 and 5
+    runner.step(StepInput(**steps.next({0: 19})))  # 5 pages; the next three tokens lie in pages 4 and 5
     plain = steps.next({0: 3})
     for given, wanted in {
         "None of it": "layer 0 the function gave 'None of it', wanted pages",
@@ -164,6 +164,19 @@ def test_what_reads_distances_is_refused(
     save_tiny(tmp_path, architecture, **changes)
     with pytest.raises(ValueError, match=f"sparse_kv: .*{wrong}"):
         LLM(tmp_path, pack_dir=None, sparse_kv=window_and_top_pages(1, 1), **OPTIONS)
+
+
+def test_another_function_is_in_effect_at_once(loaded: ModelRunner) -> None:
+    runner, called = with_mode(loaded, "piecewise"), list[str]()
+    steps = Steps([range(3, 40)], block_size=4)
+    runner.allocate_kv(steps.num_blocks)
+    batch = StepInput(**steps.next({0: 8}))
+    for name in "ab":
+        runner.set_sparse_kv(lambda view, name=name: called.append(name))  # type: ignore[misc]
+        runner.step(batch)
+    runner.set_sparse_kv(None)
+    runner.step(batch)
+    assert called == [*"aabb"] and runner.recording_stats.steps["piecewise"] == 3
 
 
 def test_latents_and_ranks_are_refused(loaded: ModelRunner) -> None:

@@ -9,6 +9,13 @@ from typing import Any
 import openai
 import pytest
 from servers import get, run_command
+from test_deepseek import save_with_mtp
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from seamwise import LLM, SamplingParams
 
 REPEATS = "one two three four five six seven. one two three four five six seven. one two three"
 
@@ -65,3 +72,24 @@ def test_answers_are_those_without_guesses(
         assert accepted < drafted
         assert metrics["vllm:spec_decode_active"] in (0, 1) and metrics["vllm:spec_decode_gain"] > 0
         assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in metrics
+
+
+@pytest.mark.slow
+def test_deepseeks_module_guesses_in_a_server(tmp_path: Path) -> None:
+    """A tiny random DeepSeek-V3 with its module and a tokenizer of 97 words, beside LLM without guesses."""
+    save_with_mtp(tmp_path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    text = "w5 w8 w13 w21 w34"
+    greedy = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    wanted = LLM(tmp_path, device="cpu", max_model_len=64).generate(text, greedy, use_tqdm=False)
+    config = json.dumps({"method": "deepseek_mtp", "num_speculative_tokens": 2})
+    arguments = ["--model", str(tmp_path), "--max-model-len", "64", "--served-model-name", "tiny"]
+    with run_command(*arguments, "--speculative-config", config) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        more = {"ignore_eos": True}
+        answer = client.completions.create(model="tiny", prompt=text, max_tokens=30, temperature=0, extra_body=more)
+        assert answer.choices[0].text == wanted[0].outputs[0].text
+        lines = [line for line in get(f"{url}/metrics")[1].splitlines() if "spec_decode_num_draft_tokens_total" in line]
+        assert float(lines[-1].rpartition(" ")[2]) > 0
