@@ -6,8 +6,6 @@ number of neighbours, in turns, in processes of its own.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,8 +16,9 @@ from typing import Any
 
 import torch
 
+from .command_line import command_line, parse, save
 from .compare import available, preloads, run_engine
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .machine import label
 from .workloads import WORKLOADS
 
 
@@ -52,19 +51,15 @@ def main(arguments: list[str]) -> int:
     from seamwise.runtime.build.model_config import ModelConfig
     from seamwise.runtime.weights.hub import resolve_model
 
-    parser = argparse.ArgumentParser(prog="seamwise bench company", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("company", __doc__)
     parser.add_argument(
         "--neighbours", default="0,1,2", help="numbers of busy processes; the first is what ratios are to"
     )
     parser.add_argument("--tokens", type=int, default=64, help="decoded tokens of a run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--compare", default="", metavar="PEERS", help="engines to measure as well, comma-separated")
     parser.add_argument("--peer-python", action="append", default=[], metavar="PEER=PATH")
     parser.add_argument("--peer-model", action="append", default=[], metavar="PEER=PATH")
-    parser.add_argument("--json", type=Path)
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     directory = resolve_model(options.model)
     pythons, models = (dict(p.partition("=")[::2] for p in g) for g in (options.peer_python, options.peer_model))
@@ -87,7 +82,5 @@ def main(arguments: list[str]) -> int:
         for count, rate in rows[engine].items():
             share = 100 * rate / rows[engine][counts[0]]
             print(f"{label()} {engine:14} {count} busy neighbours: {rate:7.1f} tokens/s, {share:3.0f} %", flush=True)
-    if options.json:
-        head = {"machine": machine(), "model": Path(options.model).name}
-        results_file(options.json).write_text(json.dumps(head | {"decode_tokens_per_s": rows}, indent=1))
+    save(options, model=Path(options.model).name, decode_tokens_per_s=rows)
     return 0

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .command_line import picture
 from .machine import label
 from .workloads import WORKLOADS
 
@@ -154,20 +155,17 @@ def print_table(rows: Sequence[Mapping[str, Any]], absent: Mapping[str, str]) ->
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the ratios to each peer as bars (PNG). Raises RuntimeError without matplotlib."""
-    from .roofline import pyplot
-
     engines = sorted({engine for row in rows for engine in row["ratios"]})
     if not engines:
         raise ValueError("nothing to draw: no peer was measured")
-    figure, axes = pyplot().subplots(figsize=(9, 0.9 * len(rows) + 1))
-    for i, engine in enumerate(engines):
-        places = [y + 0.8 * i / len(engines) for y in range(len(rows))]
-        widths = [r["ratios"].get(engine, 0) for r in rows]
-        bars = axes.barh(places, widths, 0.8 / len(engines), label=f"against {engine}")
-        axes.bar_label(bars, fmt="%.2f", fontsize="small")
-    axes.set_yticks(range(len(rows)), [r["what"] for r in rows])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("times better than the peer, in the same run")
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with picture(path, 9, 0.9 * len(rows) + 1) as axes:
+        for i, engine in enumerate(engines):
+            places = [y + 0.8 * i / len(engines) for y in range(len(rows))]
+            widths = [r["ratios"].get(engine, 0) for r in rows]
+            bars = axes.barh(places, widths, 0.8 / len(engines), label=f"against {engine}")
+            axes.bar_label(bars, fmt="%.2f", fontsize="small")
+        axes.set_yticks(range(len(rows)), [r["what"] for r in rows])
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlabel("times better than the peer, in the same run")
+        axes.invert_yaxis()
+        axes.legend()

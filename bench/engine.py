@@ -7,9 +7,7 @@ gap between two of them: what of the host's work is not hidden behind a step.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +21,8 @@ from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.scheduler.config import SchedulerConfig
+
+from .command_line import command_line, parse, save
 
 STEPS = 60
 VOCAB = 512
@@ -143,14 +143,13 @@ def hidden(model: str, requests: int) -> dict[str, float]:
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, measure, print, write JSON when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench engine", description=__doc__)
+    parser = command_line("engine", __doc__, model=False)
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--waiting", type=int, default=10_000)
     parser.add_argument("--policy", default="fcfs")
     parser.add_argument("--model", help="measure a model's step beside it, and what of the host's work it hides")
     parser.add_argument("--requests", type=int, default=32, help="with --model (default 32)")
-    parser.add_argument("--json")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     host = host_us(options.running, options.waiting, options.policy)
     parts = "  ".join(f"{name} {host[name]:.0f}" for name in ("plan", "batch", "complete", "answer"))
     print(
@@ -169,7 +168,5 @@ def main(arguments: list[str]) -> int:
             f" ({small['host'] / step:.1%}), gap between steps {measured['asynchronous gap between steps']:.0f} us,"
             f" {measured['synchronous gap between steps']:.0f} us without async scheduling"
         )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+    save(options, **report)
     return 0

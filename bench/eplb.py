@@ -8,14 +8,14 @@ The bound: no rank can be less busy than the mean, nor than the heaviest expert 
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from seamwise.passes.shard.balance_experts import first_places
 from seamwise.runtime.runner.expert_placement import load_of_ranks, place_by_load
+
+from .command_line import command_line, parse, picture, save
 
 
 def trace(experts: int, steps: int, rows: int, exponent: float, drift: int, seed: int = 0) -> np.ndarray:
@@ -50,26 +50,20 @@ def replay(loads: np.ndarray, redundant: int, ranks: int, window: int, by: str) 
 
 
 def plot(results: dict[str, dict[str, list[float]]], redundant: list[int], path: Path) -> None:
-    """Write balancedness by redundant experts (PNG or SVG). Raises RuntimeError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("--plot needs matplotlib; pip install seamwise[plot]") from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, lines) in enumerate(results.items()):
-        axes.plot(redundant, lines["balanced"], f"C{i}-o", label=f"{name}, balanced")
-        axes.plot(redundant, lines["known"], f"C{i}-", alpha=0.5, label=f"{name}, known")
-        axes.plot(redundant, lines["first"], f"C{i}-.", label=f"{name}, experts in order")
-        axes.plot(redundant, lines["bound"], f"C{i}:", label=f"{name}, at most")
-    axes.set(xlabel="redundant experts", ylabel="mean load / busiest rank's", ylim=(0, 1.02))
-    axes.legend(fontsize="small")
-    figure.savefig(path)
+    """Write balancedness by redundant experts. Raises RuntimeError without matplotlib."""
+    with picture(path, 7, 4) as axes:
+        for i, (name, lines) in enumerate(results.items()):
+            axes.plot(redundant, lines["balanced"], f"C{i}-o", label=f"{name}, balanced")
+            axes.plot(redundant, lines["known"], f"C{i}-", alpha=0.5, label=f"{name}, known")
+            axes.plot(redundant, lines["first"], f"C{i}-.", label=f"{name}, experts in order")
+            axes.plot(redundant, lines["bound"], f"C{i}:", label=f"{name}, at most")
+        axes.set(xlabel="redundant experts", ylabel="mean load / busiest rank's", ylim=(0, 1.02))
+        axes.legend(fontsize="small")
 
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, replay traces, print a line a case, write JSON and a plot when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench eplb", description=__doc__)
+    parser = command_line("eplb", __doc__, model=False, cpu=False, plot="balancedness by redundant experts")
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--ranks", type=int, default=32)
     parser.add_argument("--redundant", type=int, nargs="+", default=[0, 32, 64, 96, 128])
@@ -78,9 +72,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--window", type=int, default=200, help="steps from one placement to the next")
     parser.add_argument("--drift", type=int, default=20, help="steps after which two experts change places")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     results: dict[str, dict[str, list[float]]] = {}
     for exponent in options.exponents:
         loads = trace(options.experts, options.steps, options.rows, exponent, options.drift)
@@ -95,6 +87,5 @@ def main(arguments: list[str]) -> int:
             print(f"{case}: {first:.3f} in order, {balanced:.3f} balanced, {known:.3f} known, at most {most:.3f}")
     if options.plot:
         plot(results, options.redundant, options.plot)
-    if options.json:
-        options.json.write_text(json.dumps({"redundant": options.redundant, "results": results}, indent=1))
+    save(options, redundant=options.redundant, results=results)
     return 0

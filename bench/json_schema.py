@@ -9,7 +9,6 @@ Suite: https://github.com/json-schema-org/JSON-Schema-Test-Suite; it lies in jso
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 
 from seamwise.runtime.sampling.structured import StructuredOutputsParams, guidance
 
-from .machine import machine
+from .command_line import command_line, parse, save
 
 
 @dataclass(slots=True)
@@ -85,11 +84,10 @@ def _accepts(grammar: str, text: str, tokenizer: Any) -> bool:
 
 def main(arguments: list[str]) -> int:
     """`seamwise bench json-schema`. The status is 1 when an invalid instance is accepted."""
-    parser = argparse.ArgumentParser(prog="seamwise bench json-schema", description=__doc__)
+    parser = command_line("json-schema", __doc__, model=False, cpu=False)
     parser.add_argument("--suite", type=Path, required=True, help="the folder json/ of jsonschema's source archive")
     parser.add_argument("--draft", default="draft2020-12")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     found = list(examine(options.suite, options.draft))
     print(f"{'keyword':24} {'served':>6} {'refused':>7}  {'right':>5} {'narrower':>8} {'wrong':>5}")
     for one in found:
@@ -98,13 +96,12 @@ def main(arguments: list[str]) -> int:
         print(f"{one.name:24} {counts}  {reason}")
         for wrong in one.wrong:
             print(f"    wrong: {wrong}")
-    if options.json:
-        rows = [
-            {
-                "keyword": one.name, "served": one.served, "refused": dict(one.refused), "right": one.right,
-                "narrower": one.narrower, "wrong": one.wrong,
-            }
-            for one in found
-        ]  # fmt: skip
-        options.json.write_text(json.dumps({"machine": machine(), "draft": options.draft, "keywords": rows}, indent=1))
+    rows = [
+        {
+            "keyword": one.name, "served": one.served, "refused": dict(one.refused), "right": one.right,
+            "narrower": one.narrower, "wrong": one.wrong,
+        }
+        for one in found
+    ]  # fmt: skip
+    save(options, draft=options.draft, keywords=rows)
     return int(any(one.wrong for one in found))

@@ -8,14 +8,11 @@ bandwidth and matrix product allow, over the time taken.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,8 @@ import seamwise.kernels  # noqa: F401  (registers every contract)
 from seamwise.compile.record.cuda_graphs import CUDAGraphRecorder
 from seamwise.kernels.contract import CONTRACTS, Contract
 
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .command_line import command_line, parse, save
+from .machine import label
 from .peers import PEERS
 from .roofline import plot_roofline
 from .timing import Ceilings, Row, measure_ceilings, median_us
@@ -172,16 +170,13 @@ def print_list(names: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, measure, print a line a shape, write JSON and a roofline when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench kernels", description=__doc__)
+    parser = command_line("kernels", __doc__, model=False, plot="a roofline picture")
     parser.add_argument("names", nargs="*", help="contracts (default: all)")
     parser.add_argument("--list", action="store_true", help="list contracts with providers, shapes and cost formulas")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes seconds a shape)")
     parser.add_argument("--check-eager", action="store_true", help="fail where an op is slower than eager on a CPU")
-    parser.add_argument("--json", type=Path, help="write every row, with the machine and the commit")
-    parser.add_argument("--plot", type=Path, help="write a roofline picture (PNG)")
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     names = options.names or sorted(CONTRACTS)
     if unknown := [n for n in names if n not in CONTRACTS]:
@@ -202,9 +197,7 @@ def main(arguments: list[str]) -> int:
             row |= measure_torch(CONTRACTS[name], sizes, compiled=not options.no_compile, **where)
             rows.append({"shape": shape, "dtype": options.dtype} | row | ratios(row, ceilings, options.dtype))
             print_row(rows[-1], options.device)
-    if options.json:
-        report = {"machine": machine(options.device), "ceilings": asdict(ceilings), "rows": rows}
-        results_file(options.json, options.device).write_text(json.dumps(report, indent=1))
+    save(options, options.device, ceilings=asdict(ceilings), rows=rows)
     if options.plot:
         plot_roofline(rows, ceilings, options.dtype, options.plot)
     return 0

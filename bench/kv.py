@@ -7,8 +7,6 @@ ttft    seconds to the first token: computed; loaded from host memory; loaded fr
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -20,8 +18,8 @@ import numpy as np
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup, blocks_of
 
-from .machine import add_instruction_set, label, machine, parse, results_file
-from .roofline import pyplot
+from .command_line import command_line, parse, picture, save
+from .machine import label
 
 Row = dict[str, Any]
 _TIERS = ("host", "disk")
@@ -116,15 +114,10 @@ def main(arguments: list[str]) -> int:
     """Parse arguments, measure, print bars, write JSON and a picture when asked."""
     from seamwise.runtime.weights.hub import resolve_model
 
-    parser = argparse.ArgumentParser(prog="seamwise bench kv", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("kv", __doc__, plot="seconds to the first token by length")
     parser.add_argument("--lengths", default="33,65,129,257,513,1025,2049", help="prompt tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the disk tier is made; default: a temporary folder")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="{isa} in it becomes the instruction set")
-    parser.add_argument("--plot", type=Path, help="write seconds to the first token by length (PNG)")
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     lengths = [int(n) for n in options.lengths.split(",")]
     folder = Path(tempfile.mkdtemp(prefix="kv-", dir=options.folder))
@@ -149,16 +142,13 @@ def main(arguments: list[str]) -> int:
         )
     if options.plot:
         _plot(rows, options.plot)
-    if options.json:
-        report = {"machine": machine(), "rows": rows, "pays_from": pays, "blocks_held": blocks}
-        results_file(options.json).write_text(json.dumps(report, indent=1))
+    save(options, rows=rows, pays_from=pays, blocks_held=blocks)
     return 0
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-    figure, axes = pyplot().subplots(figsize=(7, 5))
-    for way in ("computed", *_TIERS):
-        axes.loglog([r["tokens"] for r in rows], [1e3 * r[way]["ttft_s"] for r in rows], "o-", label=way)
-    axes.set(xlabel="prompt tokens", ylabel="ms to the first token", title="Computed and loaded")
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with picture(path, 7, 5) as axes:
+        for way in ("computed", *_TIERS):
+            axes.loglog([r["tokens"] for r in rows], [1e3 * r[way]["ttft_s"] for r in rows], "o-", label=way)
+        axes.set(xlabel="prompt tokens", ylabel="ms to the first token", title="Computed and loaded")
+        axes.legend()

@@ -9,10 +9,8 @@ memory  the most that the process took above what it had before a second runner 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from seamwise.runtime.build.step import ragged_step
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.weights.hub import resolve_model
 
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .command_line import command_line, parse, save
+from .machine import label
 
 
 def status_bytes(name: str) -> int:
@@ -88,14 +87,10 @@ def measure(model: Path, tokens: int, chunk: int, **options: Any) -> dict[str, A
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, measure, print, write JSON when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench long-context", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("long-context", __doc__)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a step (max_num_batched_tokens)")
     parser.add_argument("--yarn", type=float, metavar="FACTOR", help="stretch the model's RoPE so many times by YaRN")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="{isa} in it becomes the instruction set")
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     yarn = {"hf_overrides": {"rope_parameters": {"rope_type": "yarn", "factor": options.yarn}}} if options.yarn else {}
     found = measure(resolve_model(options.model), options.tokens, options.chunk, **yarn)
@@ -107,6 +102,5 @@ def main(arguments: list[str]) -> int:
         print(f"{shown} {flops / seconds / 1e9:8.1f}", flush=True)
     planned, taken = found["planned_bytes"], found["measured_bytes"]
     print(f"memory: planned {planned / 1e6:.1f} MB, measured {taken / 1e6:.1f} MB ({taken / planned:.3f})")
-    if options.json:
-        results_file(options.json).write_text(json.dumps({"machine": machine(), **found}, indent=1))
+    save(options, **found)
     return 0

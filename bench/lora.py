@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 
 from seamwise.runtime.runner.adapters import Site
 
+from .command_line import command_line, parse, save
 from .compare import preloads, run_engine
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .machine import label
 from .workloads import Workload
 
 GOAL = 1 / 1.15  # of the tokens a second without adapters: they may cost 15 %
@@ -99,18 +100,14 @@ def main(arguments: list[str]) -> int:
     """Parse arguments, measure, print a line a case, write JSON when asked."""
     from seamwise.runtime.weights.hub import resolve_model
 
-    parser = argparse.ArgumentParser(prog="seamwise bench lora", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("lora", __doc__)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
     parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter that has vLLM")
-    parser.add_argument("--json", type=Path, help="{isa} in it becomes the instruction set")
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     options.model = resolve_model(options.model)
     shape = {
@@ -129,8 +126,6 @@ def main(arguments: list[str]) -> int:
         ratio = statistics.median(a / b for a, b in zip(values, beside, strict=True))
         results[name] = {"tokens_per_s": statistics.median(values), "of_plain": ratio, "runs": values}
         print(f"{label()} {name:13} {results[name]['tokens_per_s']:8.1f} tokens/s  {ratio:5.3f} x (goal {GOAL:.3f})")
-    if options.json:
-        shape |= {"adapters": options.adapters, "rank": options.rank, "goal": GOAL}
-        report = {"machine": machine(), "model": options.model.name, "shape": shape, "results": results}
-        results_file(options.json).write_text(json.dumps(report, indent=1))
+    shape |= {"adapters": options.adapters, "rank": options.rank, "goal": GOAL}
+    save(options, model=options.model.name, shape=shape, results=results)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 import subprocess
 from pathlib import Path
@@ -10,33 +9,12 @@ from typing import Any
 
 import torch
 
-from seamwise.kernels.cpu import cpp, instruction_set
-
-
-def add_instruction_set(parser: argparse.ArgumentParser) -> None:
-    """Add the option that has the CPU kernels run as on lesser machines; `parse` puts it into effect."""
-    parser.add_argument(
-        "--instruction-set", default="native", choices=instruction_set.FLAGS, help="of Seamwise's CPU kernels"
-    )
-
-
-def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
-    """Return the options, with the instruction set and the number of threads that they ask for in effect."""
-    options = parser.parse_args(arguments)
-    instruction_set.use(options.instruction_set)
-    if getattr(options, "threads", None):
-        torch.set_num_threads(options.threads)
-    return options
+from seamwise.kernels.cpu import cpp
 
 
 def label(device: str = "cpu") -> str:
     """Return what marks figures and results files: a CPU's instructions, as "avx2"; else the device."""
     return cpp.instructions() if device == "cpu" else device
-
-
-def results_file(asked: Path, device: str = "cpu") -> Path:
-    """Return the file to write, with the instruction set in the place of "{isa}", so that none replaces another's."""
-    return Path(str(asked).replace("{isa}", label(device)))
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

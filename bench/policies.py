@@ -9,8 +9,6 @@ Waiting is from arrival to the first step that computes the request. SGLang's ru
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import OURS, Policy, find_policy
 from seamwise.runtime.scheduler.view import Plan, View
 
+from .command_line import command_line, parse, picture, save
 from .engine import VOCAB, NoModel
-from .machine import machine
 from .policies_sglang import RULES
 from .policies_sglang import Path as Node
 
@@ -136,29 +134,24 @@ def measure(trace: Sequence[Asked], policy: Policy, num_blocks: int, config: Sch
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Write which share waits longer than so many seconds (PNG or SVG). Raises RuntimeError without matplotlib."""
-    from .roofline import pyplot
-
-    figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
-    for i, (name, found) in enumerate(results.items()):
-        axes.plot(np.maximum(found["waits"], 1e-3), 1 - SHARES, f"C{i}{'-' if name in OURS else ':'}", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="seconds of waiting", ylabel="share of requests that waits longer")
-    axes.legend(fontsize="small", title="dotted: SGLang's rules")
-    figure.savefig(path, dpi=120)
+    """Write which share waits longer than so many seconds. Raises RuntimeError without matplotlib."""
+    with picture(path, 8, 5) as axes:
+        for i, (name, found) in enumerate(results.items()):
+            axes.plot(np.maximum(found["waits"], 1e-3), 1 - SHARES, f"C{i}{'-' if name in OURS else ':'}", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="seconds of waiting", ylabel="share of requests that waits longer")
+        axes.legend(fontsize="small", title="dotted: SGLang's rules")
 
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, serve the trace by every policy, print a line each, write JSON and a plot when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench policies", description=__doc__)
+    parser = command_line("policies", __doc__, model=False, cpu=False, plot="which share of requests waits how long")
     parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--rate", type=float, default=42.0, help="requests a second")
     parser.add_argument("--blocks", type=int, default=3000, help="KV blocks of 16 tokens")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     trace = draw_trace(options.requests, options.rate, options.seed)
     paths = {i + 1: one.path for i, one in enumerate(trace)}
     config = SchedulerConfig(
@@ -170,10 +163,8 @@ def main(arguments: list[str]) -> int:
     for policy in [*map(find_policy, OURS), *(rule(paths) for rule in RULES)]:
         results[policy.name] = found = measure(trace, policy, options.blocks, config)
         print(f"{policy.name:14} {' '.join(f'{found[name]:18.2f}' for name in FIGURES)}", flush=True)
-    if options.json:
-        asked = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
-        told = {"machine": machine(), "load": asked, "step_s": [STEP_S, TOKEN_S, PAST_S], "results": results}
-        options.json.write_text(json.dumps(told, indent=1))
+    load = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
+    save(options, load=load, step_s=[STEP_S, TOKEN_S, PAST_S], results=results)
     if options.plot:
         plot(results, options.plot)
     return 0

@@ -15,8 +15,9 @@ from typing import Any
 from seamwise.bench.gpu.goals import judge
 from seamwise.bench.gpu.rows import Row, read_rows
 
+from .command_line import picture
 from .report_cpu import render_cpu
-from .roofline import plot_roofline, pyplot
+from .roofline import plot_roofline
 from .timing import Ceilings
 
 FOLDER = Path(__file__).parent / "results"
@@ -168,30 +169,26 @@ def pictures(rows: Rows, folder: Path) -> list[tuple[str, str]]:
         drawn.append(("Roofline", "roofline.png"))
     parts = matching(rows, r"steps/(.+)/breakdown/(\d+)")
     if parts:
-        figure, axes = pyplot().subplots(figsize=(8, 0.6 * len(parts) + 1.2))
-        left = [0.0] * len(parts)
-        for name in ("gemm", "attention", "other"):
-            widths = [row[f"{name}_us"] for _, row in parts]
-            axes.barh([f"{model}, batch {batch}" for (model, batch), _ in parts], widths, left=left, label=name)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set(xlabel="us of kernels in a decode step", title="Step breakdown")
-        drawn.append(_save(figure, axes, "Step breakdown", folder / "breakdown.png"))
+        with picture(folder / "breakdown.png", 8, 0.6 * len(parts) + 1.2) as axes:
+            left = [0.0] * len(parts)
+            for name in ("gemm", "attention", "other"):
+                widths = [row[f"{name}_us"] for _, row in parts]
+                axes.barh([f"{model}, batch {batch}" for (model, batch), _ in parts], widths, left=left, label=name)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+            axes.set(xlabel="us of kernels in a decode step", title="Step breakdown")
+            axes.legend(fontsize="small")
+        drawn.append(("Step breakdown", "breakdown.png"))
     curves: dict[str, list[tuple[int, float]]] = {}
     for (model, engine, scheme, batch), row in matching(rows, r"runs/(.+)/(.+)/(.+)/(\d+)"):
         curves.setdefault(f"{model}, {engine}, {scheme}", []).append((int(batch), row["tokens_per_s"]))
     if curves:
-        figure, axes = pyplot().subplots(figsize=(8, 5))
-        for name, points in curves.items():
-            axes.loglog(*zip(*sorted(points), strict=True), "o-", label=name)
-        axes.set(xlabel="batch", ylabel="output tokens/s", title="Throughput")
-        drawn.append(_save(figure, axes, "Throughput against batch", folder / "throughput.png"))
+        with picture(folder / "throughput.png", 8, 5) as axes:
+            for name, points in curves.items():
+                axes.loglog(*zip(*sorted(points), strict=True), "o-", label=name)
+            axes.set(xlabel="batch", ylabel="output tokens/s", title="Throughput")
+            axes.legend(fontsize="small")
+        drawn.append(("Throughput against batch", "throughput.png"))
     return drawn
-
-
-def _save(figure: Any, axes: Any, title: str, path: Path) -> tuple[str, str]:
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    return title, path.name
 
 
 SECTIONS: dict[str, Callable[[Rows], str]] = {

@@ -9,21 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seamwise.extras import pip_install
-
+from .command_line import picture
 from .timing import Ceilings
-
-
-def pyplot() -> Any:
-    """Return matplotlib's pyplot, drawing to files. Raises RuntimeError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError(f"plots need matplotlib: {pip_install('plot')}") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def plot_roofline(rows: Sequence[dict[str, Any]], ceilings: Ceilings, dtype: str, path: Path) -> None:
@@ -31,17 +18,17 @@ def plot_roofline(rows: Sequence[dict[str, Any]], ceilings: Ceilings, dtype: str
     shown = [row for row in rows if row["flops"]]
     if not shown:
         raise ValueError("nothing to draw: none of these kernels computes, choose others than copies")
-    figure, axes = pyplot().subplots(figsize=(10, 6))
     peak = ceilings.matmul_tflop_per_s.get(dtype, ceilings.matmul_tflop_per_s["bfloat16"])
     intensity = [row["flops"] / row["bytes"] for row in shown]
     low, high = min(*intensity, 0.1) / 2, max(*intensity, 2 * 1e3 * peak / ceilings.copy_gb_per_s) * 2
     ridge = 1e3 * peak / ceilings.copy_gb_per_s
     roof = [min(peak, x * ceilings.copy_gb_per_s / 1e3) for x in (low, ridge, high)]
-    axes.loglog([low, ridge, high], roof, color="black", label=f"{ceilings.copy_gb_per_s:.0f} GB/s, {peak:.2f} TFLOP/s")
-    for name in sorted({row["contract"] for row in shown}):
-        points = [(x, row["tflop_per_s"]) for x, row in zip(intensity, shown, strict=True) if row["contract"] == name]
-        axes.loglog(*zip(*points, strict=True), "o", label=name)
-    axes.set(xlabel="arithmetic intensity, flop/byte", ylabel="TFLOP/s", title=f"Roofline, {dtype}")
-    axes.legend(fontsize="small", ncols=2)
-    axes.grid(visible=True, which="both", alpha=0.2)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    rates = f"{ceilings.copy_gb_per_s:.0f} GB/s, {peak:.2f} TFLOP/s"
+    with picture(path, 10, 6) as axes:
+        axes.loglog([low, ridge, high], roof, color="black", label=rates)
+        for name in sorted({row["contract"] for row in shown}):
+            at = [(x, row["tflop_per_s"]) for x, row in zip(intensity, shown, strict=True) if row["contract"] == name]
+            axes.loglog(*zip(*at, strict=True), "o", label=name)
+        axes.set(xlabel="arithmetic intensity, flop/byte", ylabel="TFLOP/s", title=f"Roofline, {dtype}")
+        axes.legend(fontsize="small", ncols=2)
+        axes.grid(visible=True, which="both", alpha=0.2)

@@ -6,7 +6,6 @@ Latencies are the client's: TTFT from sending a request to its first token, ITL 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import time
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from .machine import machine
+from .command_line import command_line, parse, picture, save
 
 WORDS = "time way year work day thing man world life part house course case system place end group hand water".split()  # noqa: SIM905
 
@@ -123,29 +122,22 @@ def summary(done: list[Measured], elapsed_s: float) -> dict[str, Any]:
 
 def plot(runs: dict[str, list[Measured]], target: Path) -> None:
     """Draw the distribution of TTFT and ITL of each server."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for name, done in runs.items():
-        good = [m for m in done if m.events_s and not m.error]
-        series: tuple[list[float], list[float]] = (
-            [1e3 * (m.events_s[0] - m.sent_s) for m in good],
-            [1e3 * g for m in good for g in np.diff(m.events_s)],
-        )
-        for axis, values, title in zip(axes, series, ("time to first token, ms", "between tokens, ms"), strict=True):
-            axis.plot(np.sort(values), np.linspace(0, 100, len(values)), label=name)
-            axis.set(xlabel=title, ylabel="% of them below", xscale="log")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(target)
+    with picture(target, 9, 3.5, columns=2) as axes:
+        for name, done in runs.items():
+            good = [m for m in done if m.events_s and not m.error]
+            series: dict[str, list[float]] = {
+                "time to first token": [m.events_s[0] - m.sent_s for m in good],
+                "time between tokens": [gap for m in good for gap in np.diff(m.events_s)],
+            }
+            for axis, (title, seconds) in zip(axes, series.items(), strict=True):
+                axis.plot(1e3 * np.sort(seconds), np.linspace(0, 100, len(seconds)), label=name)
+                axis.set(xlabel=f"{title}, ms", ylabel="% of them below", xscale="log")
+        axes[0].legend()
 
 
 def main(arguments: list[str]) -> int:
     """`seamwise bench serve`."""
-    parser = argparse.ArgumentParser(prog="seamwise bench serve", description=__doc__.splitlines()[0])
+    parser = command_line("serve", __doc__, model=False, cpu=False, plot="how TTFT and ITL are distributed")
     parser.add_argument("--url", action="append", required=True, help="NAME=http://…; give it again for another server")
     parser.add_argument("--model", action="append", required=True, help="the served model's name, one for each --url")
     parser.add_argument("--api-key")
@@ -154,9 +146,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--prompt-words", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if len(options.model) not in (1, len(options.url)):
         raise ValueError(f"got {len(options.model)} --model for {len(options.url)} --url; wanted one, or one for each")
     if not options.rate > 0 or min(options.num_requests, options.prompt_words, options.output_tokens) < 1:
@@ -173,8 +163,7 @@ def main(arguments: list[str]) -> int:
         runs[name], elapsed_s = asyncio.run(run_load(url, model, load, options.api_key))
         results[name] = summary(runs[name], elapsed_s)
         print(f"{name}: " + "  ".join(f"{key} {value:,.1f}" for key, value in results[name].items()))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "load": asdict(load), "results": results}, indent=1))
+    save(options, load=asdict(load), results=results)
     if options.plot:
         plot(runs, options.plot)
     return 0

@@ -5,17 +5,15 @@ Text with repetition: a list that is to be written down again, as in editing and
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from seamwise.runtime.speculation.drafter import Known
 from seamwise.runtime.speculation.watch import Watch
 
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .command_line import command_line, parse, save
+from .machine import label
 
 LIST = "".join(f"{name}: {number}\n" for number, name in enumerate(
     ["apples", "pears", "plums", "grapes", "lemons", "limes", "figs", "dates", "kiwis", "melons", "peaches", "berries"]
@@ -47,16 +45,12 @@ def main(arguments: list[str]) -> int:
     from seamwise import LLM, SamplingParams
     from seamwise.runtime.weights.hub import resolve_model
 
-    parser = argparse.ArgumentParser(prog="seamwise bench speculation", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("speculation", __doc__)
     parser.add_argument("--num-speculative-tokens", type=int, default=4)
     parser.add_argument("--num-layers", type=int, help="of the model's first ones, as a drafter beside the others")
     parser.add_argument("--always", action="store_true", help="guess also where the watch finds that it does not pay")
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="{isa} in it becomes the instruction set")
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     config = {"method": "ngram", "num_speculative_tokens": options.num_speculative_tokens}
     cases: dict[str, Any] = {"without": None, "ngram": config, "useless": config}
@@ -94,8 +88,6 @@ def main(arguments: list[str]) -> int:
         accepted += "" if stats.active else f"; off, where they would make it {stats.gain:.2f} x"
         wanted = f" (goal {goal})" if goal else ""
         print(f"{label()} {name:8} {medians[name]:7.1f} tokens/s  {ratio:5.2f} x{wanted}  {accepted}")
-    if options.json:
-        shape = {"num_speculative_tokens": options.num_speculative_tokens, "output_tokens": options.output_tokens}
-        report = {"machine": machine(), "shape": shape, "results": results}
-        results_file(options.json).write_text(json.dumps(report, indent=1))
+    shape = {"num_speculative_tokens": options.num_speculative_tokens, "output_tokens": options.output_tokens}
+    save(options, shape=shape, results=results)
     return 0

@@ -6,14 +6,14 @@ Weights are random and small: reading them is not what is measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .command_line import command_line, parse, save
+from .machine import label
 
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
@@ -43,10 +43,8 @@ def measure(depth: int) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, measure each depth, print, write JSON when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench startup", description=__doc__)
+    parser = command_line("startup", __doc__, model=False)
     parser.add_argument("--layers", default="4,16,64", help="depths, comma-separated")
-    parser.add_argument("--json", type=Path)
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     depths = [int(n) for n in options.layers.split(",")]
     measure(2)  # imports, and the C++ kernels
@@ -59,8 +57,7 @@ def main(arguments: list[str]) -> int:
         for stage in stages:
             if any(stage in row[f"{kind}_stages_s"] for row in rows):
                 _print(f"  {stage}", [row[f"{kind}_stages_s"].get(stage, 0.0) for row in rows])
-    if options.json:
-        results_file(options.json).write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    save(options, rows=rows)
     return 0
 
 

@@ -7,8 +7,6 @@ what the whole step takes beyond its kernels.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +19,8 @@ from seamwise.runtime.build.step import StepInput, ragged_step
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.weights.hub import resolve_model
 
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .command_line import command_line, parse, save
+from .machine import label
 from .timing import measure_ceilings, read_rate
 
 REPEATS = 40
@@ -72,15 +71,11 @@ def profile(runner: ModelRunner, requests: int, context: int) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, profile, print, write JSON when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench step", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("step", __doc__)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--load-format", default="auto", help="dummy: seeded random weights")
     parser.add_argument("--batch", default="1,32", help="requests, comma-separated (default 1,32)")
     parser.add_argument("--context", type=int, default=192, help="tokens before the decoded one")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    parser.add_argument("--json", type=Path)
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     sizes = [int(n) for n in options.batch.split(",")]
     runner = ModelRunner.load(
@@ -102,8 +97,6 @@ def main(arguments: list[str]) -> int:
             f" + attention {row['attention_us'] / 1e3:.2f} ({row['attention_gb_per_s']:.0f} GB/s)"
             f" + other kernels {row['other_kernels_us'] / 1e3:.2f} + host {row['host_us'] / 1e3:.2f}"
         )
-    if options.json:
-        head = {"machine": machine(), "model": Path(options.model).name, "read_gb_per_s": read_gb_per_s}
-        head |= {"copy_gb_per_s": ceilings.copy_gb_per_s, "bf16_gflop_per_s": peak}
-        results_file(options.json).write_text(json.dumps(head | {"rows": rows}, indent=1))
+    head = {"model": Path(options.model).name, "read_gb_per_s": read_gb_per_s}
+    save(options, **head, copy_gb_per_s=ceilings.copy_gb_per_s, bf16_gflop_per_s=peak, rows=rows)
     return 0

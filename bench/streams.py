@@ -7,7 +7,6 @@ alone in turns with one request offline, and the memory of the server's processe
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from .machine import machine
+from .command_line import command_line, parse, save
 from .serve import WORDS
 
 GOAL_THROUGHPUT, GOAL_TTFT_MS = 0.92, 5.0
@@ -140,15 +139,13 @@ def main(arguments: list[str]) -> int:
     from seamwise import LLM, SamplingParams
     from seamwise.runtime.weights.hub import resolve_model
 
-    parser = argparse.ArgumentParser(prog="seamwise bench streams", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("streams", __doc__, cpu=False)
     parser.add_argument("--num-streams", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--prompt-words", type=int, default=24)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--alone", type=int, default=15, help="turns of one stream and one offline request (15)")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     model = resolve_model(options.model)
     max_model_len = 4 * options.prompt_words + options.output_tokens
     llm = LLM(model, max_num_seqs=options.num_streams, max_model_len=max_model_len)
@@ -193,7 +190,5 @@ def main(arguments: list[str]) -> int:
         print(f"{name:30} {value:,.2f}")
     print(f"goals: throughput {GOAL_THROUGHPUT:.0%} of offline, first token {GOAL_TTFT_MS:.0f} ms over offline")
     print("\n".join(seen.wrong[:5]), file=sys.stderr)
-    if options.json:
-        shape = {k: v for k, v in vars(options).items() if k not in ("json", "model")}
-        options.json.write_text(json.dumps({"machine": machine(), "shape": shape, "results": results}, indent=1))
+    save(options, shape={k: v for k, v in vars(options).items() if k not in ("json", "model")}, results=results)
     return int(bool(seen.wrong))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 
+from .command_line import command_line, parse, save
 from .compare import compare, plot, print_table, table
 from .engine_process import ENGINES, measure
-from .machine import add_instruction_set, label, machine, parse, results_file
+from .machine import label
 from .workloads import WORKLOADS, greedy
 
 PEERS = [name for name in ENGINES if name != "seamwise"]
@@ -71,8 +71,7 @@ def beside(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Parse arguments, run, print one line a workload and write JSON when asked."""
-    parser = argparse.ArgumentParser(prog="seamwise bench throughput", description=__doc__)
-    parser.add_argument("--model", required=True)
+    parser = command_line("throughput", __doc__, plot="with --compare: the ratios as a picture")
     parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
@@ -81,7 +80,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--load-format", default="auto", help="dummy: seeded random weights")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--compare", metavar="PEERS", help=f"{','.join(PEERS)}: run these beside Seamwise on the CPU")
     parser.add_argument(
@@ -91,9 +89,6 @@ def main(arguments: list[str]) -> int:
         "--peer-model", action="append", default=[], metavar="PEER=PATH", help="a peer's model, where another"
     )
     parser.add_argument("--startup", action="store_true", help="with --compare: also cold and warm start, peak memory")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="with --compare: the ratios as a picture (PNG)")
-    add_instruction_set(parser)
     options = parse(parser, arguments)
     names = list(WORKLOADS) if options.workload == "all" else [options.workload]
     if options.compare:
@@ -104,8 +99,6 @@ def main(arguments: list[str]) -> int:
         raise ValueError("--plot, --startup, --peer-python and --peer-model belong to --compare")
     else:
         report = {"results": alone(options, names)}
-    if options.json:
-        head = {"machine": machine(), "model": Path(options.model).name}
-        head |= {n: getattr(options, n) for n in ("dtype", "quantization")}
-        results_file(options.json, options.device).write_text(json.dumps(head | report, indent=1))
+    head = {"model": Path(options.model).name, "dtype": options.dtype, "quantization": options.quantization}
+    save(options, options.device, **head, **report)
     return 0

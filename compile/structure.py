@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +25,12 @@ def structure_of(model: nn.Module, *, foreign: bool = False) -> Structure:
     A block is a module with `self_attn` and `mlp`. Norms read the residual sum, but for those inside an attention
     (of queries and keys), those after attention and MLP, and the model's first, which reads the embedding.
     """
-    norms = attentions = latents = rotations = gated = pairs = no_sum = qk_norms = layer_norms = sparse = 0
-    reads_embedding = False
+    count, no_sum, reads_embedding = Counter[str](), 0, False
     for _, module in model.named_modules():
         children = dict(module.named_children())
         own_norms = {name for name, child in children.items() if "RMSNorm" in type(child).__name__}
-        norms += len(own_norms)
-        layer_norms += isinstance(module, nn.LayerNorm) and module.weight is not None
+        count["norms"] += len(own_norms)
+        count["layer_norms"] += isinstance(module, nn.LayerNorm) and module.weight is not None
         if {"self_attn", "mlp"} <= children.keys():
             reads_embedding |= "input_layernorm" in own_norms
             after = _AFTER if "post_feedforward_layernorm" in children else _AFTER - {"post_attention_layernorm"}
@@ -38,32 +38,22 @@ def structure_of(model: nn.Module, *, foreign: bool = False) -> Structure:
         no_sum += len(own_norms & {"enorm", "hnorm"})  # of a module that predicts a further token
         apart = {"q_proj", "k_proj", "v_proj"} <= children.keys()
         if apart or "qkv_proj" in children:
-            attentions += apart
-            rotations += 2 * _turns_halves(module)
+            count["attentions"] += apart
+            count["rotations"] += 2 * _turns_halves(module)
+            count["qk_norms"] += {"q_norm", "k_norm"} <= own_norms and _of_heads(module)
             no_sum += len(own_norms)
-            qk_norms += {"q_norm", "k_norm"} <= own_norms and _of_heads(module)
         if "kv_a_proj_with_mqa" in children:
             queries = children["q_a_proj" if "q_a_proj" in children else "q_proj"]
-            latents += (queries.bias is None) == (children["kv_a_proj_with_mqa"].bias is None)
+            count["latent_attentions"] += (queries.bias is None) == (children["kv_a_proj_with_mqa"].bias is None)
             no_sum += len(own_norms)
-        sparse += "experts" in children and not children.keys().isdisjoint(("gate", "router"))
+        count["sparse_mlps"] += "experts" in children and not children.keys().isdisjoint(("gate", "router"))
         pair = {"gate_proj", "up_proj"} <= children.keys()
-        gated += pair or "gate_up_proj" in children
-        pairs += pair
-    return Structure(
-        norms=norms,
-        residual_norms=max(norms - no_sum - reads_embedding, 0),
-        rotations=rotations,
-        gated_mlps=gated,
-        gate_up_pairs=pairs,
-        attentions=attentions,
-        latent_attentions=latents,
-        qk_norms=qk_norms,
-        layer_norms=layer_norms,
-        sparse_mlps=sparse,
-        foreign=foreign,
-        linears=sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] not in KEPT for n, m in model.named_modules()),
-    )
+        count["gated_mlps"] += pair or "gate_up_proj" in children
+        count["gate_up_pairs"] += pair
+    count["residual_norms"] = max(count["norms"] - no_sum - reads_embedding, 0)
+    linears = sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] not in KEPT for n, m in model.named_modules())
+    counted: dict[str, Any] = {**count, "linears": linears}
+    return Structure(**counted, foreign=foreign)
 
 
 def with_quantized_experts(structure: Structure, module: GraphModule) -> Structure:

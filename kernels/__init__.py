@@ -5,7 +5,6 @@
 if __name__ != "kernels":
     from .activation.gelu_mul import gelu_mul as gelu_mul
     from .activation.silu_mul import silu_mul as silu_mul
-    from .activation.silu_mul_mxfp4 import silu_mul_mxfp4 as silu_mul_mxfp4
     from .activation.silu_mul_quant import silu_mul_quant as silu_mul_quant
     from .activation.swiglu_clamped import swiglu_clamped as swiglu_clamped
     from .attn.attention import attention as attention
@@ -13,7 +12,6 @@ if __name__ != "kernels":
     from .attn.attention_partial import attention_partial as attention_partial
     from .attn.attention_quant import attention_quant as attention_quant
     from .attn.kv_append import kv_append as kv_append
-    from .attn.kv_copy_blocks import kv_copy_blocks as kv_copy_blocks
     from .attn.merge_states import merge_states as merge_states
     from .attn.mla_append import mla_append as mla_append
     from .attn.mla_decode import mla_decode as mla_decode
@@ -58,7 +56,6 @@ if __name__ != "kernels":
     from .position.rope_table import rope_table as rope_table
     from .quant.dequantize_weight import dequantize_weight as dequantize_weight
     from .quant.quantize import quantize as quantize
-    from .quant.quantize_mxfp4 import quantize_mxfp4 as quantize_mxfp4
     from .quant.quantize_weight import quantize_weight as quantize_weight
     from .quant.quantize_weight import weight_scale as weight_scale
     from .sampling.gumbel_sample import gumbel_sample as gumbel_sample

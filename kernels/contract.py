@@ -116,7 +116,6 @@ class Contract:
     sizes: Mapping[str, tuple[int, int] | list[Any]] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
-    fp4: tuple[int, ...] = ()
     _builds: Callable[[str], Iterable[Build]] | None = None
     _key: Callable[..., Sequence[Any]] | None = None
 
@@ -203,7 +202,7 @@ class Contract:
     def inputs(
         self, *, examples: Iterable[Mapping[str, Any]], shapes: Mapping[str, Mapping[str, Any]] | None = None,
         sizes: Mapping[str, tuple[int, int] | list[Any]] | None = None, rows: tuple[int, ...] = (),
-        dtypes: tuple[torch.dtype, ...] = (), fp4: tuple[int, ...] = (),
+        dtypes: tuple[torch.dtype, ...] = (),
     ) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:  # fmt: skip
         """Register `make(draw, sizes…) -> args`, whose tensors come from `draw` (draw.py).
 
@@ -213,12 +212,11 @@ class Contract:
         rows      indices of the arguments whose first dimension is the row; every result then has rows first, and a
                   row's result does not depend on the other rows, in bits
         dtypes    those that the generic tests draw, where not all of them have a bound that these know
-        fp4       indices of the results that hold two float4 e2m1 codes a byte
         """
 
         def register(make: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
             self._inputs, self.examples, self.shapes = make, tuple(examples), dict(shapes or {})
-            self.sizes, self.rows, self.dtypes, self.fp4 = dict(sizes or {}), rows, dtypes, fp4
+            self.sizes, self.rows, self.dtypes = dict(sizes or {}), rows, dtypes
             return make
 
         return register
@@ -262,14 +260,13 @@ class Contract:
 
 def contract(
     *, args: Mapping[str, str] | None = None, limits: Callable[..., str | None] | Sequence[Callable[..., Any]] = (),
-    one_device: bool = True, seam: bool = False, opaque: bool = False, mutates: tuple[str, ...] = (),
+    seam: bool = False, opaque: bool = False, mutates: tuple[str, ...] = (),
     fake: Callable[..., Any] | None = None, reads_values: bool = False, flops: Callable[..., int] = lambda *args: 0,
 ) -> Callable[[Callable[..., Any]], Contract]:  # fmt: skip
     """Turn a plain torch function with annotated arguments into a `Contract` and register its op.
 
     args    what names do not say of the tensors' shapes and dtypes, as signature.py has it
     limits  one function or several that return what else is wrong with the arguments, for every provider, or None
-    one_device  whether all tensors lie on one device
     fake    replaces the meaning for shape propagation, where the meaning reads values (a seam's block table)
     The op must return fresh tensors, never views of its arguments. `limits`, `fake` and `flops` name the parameters
     that they read.
@@ -283,7 +280,7 @@ def contract(
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         limited = by_name(meaning, *((limits,) if callable(limits) else limits))
         record = Contract(
-            name=name, meaning=meaning, signature=Signature(meaning, args or {}, limited, one_device), seam=seam,
+            name=name, meaning=meaning, signature=Signature(meaning, args or {}, limited), seam=seam,
             mutates=mutates, opaque=opaque, flops=by_name(meaning, flops),
             fake=meaning if fake is None else by_name(meaning, fake), reads_values=reads_values,
         )  # fmt: skip

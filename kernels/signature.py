@@ -105,10 +105,9 @@ class Signature:
     """All tensors of an op and what its other arguments allow them. `judge(*args)` is the check, see `_judged`."""
 
     def __init__(
-        self, meaning: Callable[..., Any], declared: Mapping[str, str], limits: Callable[..., str | None],
-        one_device: bool = True,
-    ) -> None:  # fmt: skip
-        self.op, self.limits, self.one_device = meaning.__name__, limits, one_device
+        self, meaning: Callable[..., Any], declared: Mapping[str, str], limits: Callable[..., str | None]
+    ) -> None:
+        self.op, self.limits = meaning.__name__, limits
         self.arguments = list(inspect.signature(meaning).parameters.values())
         tensors = [a.name for a in self.arguments if "Tensor" in str(a.annotation)]
         if unknown := [name for name in declared if name not in tensors]:
@@ -159,7 +158,7 @@ class Signature:
         for p, x in given.items():
             if not p.has(x.dtype):
                 raise WrongArguments(f"{self.op}: {p.label} is {x.dtype}, wanted {_either(p.dtypes)}")
-            if self.one_device and x.device != given[first].device:
+            if x.device != given[first].device:
                 there, here = x.device, given[first].device
                 raise WrongArguments(
                     f"{self.op}: {p.label} is on {there} but {first.label} is on {here}; move one of them"

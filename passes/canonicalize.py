@@ -189,15 +189,10 @@ def _shape(node: Node) -> list[int] | None:
     """Return a reshape's sizes with -1 for the dynamic one; None when several are, or a size of 0 leaves it open."""
     sizes = list(value(node).shape)
     dynamic = [i for i, s in enumerate(sizes) if not isinstance(s, int)]
-    return (
-        None
-        if len(dynamic) > 1 or (dynamic and _is_empty(sizes))
-        else [-1 if i in dynamic else s for i, s in enumerate(sizes)]
-    )
-
-
-def _is_empty(sizes: list[Any]) -> bool:
-    return any(isinstance(s, int) and s == 0 for s in sizes)
+    empty = any(isinstance(s, int) and s == 0 for s in sizes)
+    if len(dynamic) > 1 or (dynamic and empty):
+        return None
+    return [-1 if i in dynamic else s for i, s in enumerate(sizes)]
 
 
 def _normalize_slice(node: Node) -> None:

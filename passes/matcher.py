@@ -113,7 +113,8 @@ class Pattern:
                     result = attempt.run(node)
                     if isinstance(result, Miss) and (best is None or attempt.furthest > best[0]):
                         best = (attempt.furthest, result)
-            frontier = [u for n in frontier for u in n.users if u not in seen and not seen.add(u)]  # type: ignore[func-returns-value]
+            frontier = [u for u in dict.fromkeys(u for n in frontier for u in n.users) if u not in seen]
+            seen.update(frontier)
         if best is None:
             reason = f"no {_name(wanted)} follows {_name(key.target)}, which the pattern ends with"
             return -1, Miss(place(key), key.name, reason)

@@ -36,7 +36,7 @@ ROOMS = (
 ENVIRONMENT = {"environ", "getenv", "putenv"}
 # The one file that may read it: standard library alone, importable by every folder.
 CACHES = ROOT / "seamwise" / "caches.py"
-TRITON = {"lazy_triton.py", "triton_check.py"}  # the files that import it: a CPU needs none of it
+TRITON = {"lazy_triton.py"}  # the file that imports it: a CPU needs none of it
 EVERYWHERE = {"caches", "extras"}  # of seamwise/, standard library alone: every folder may import them
 
 

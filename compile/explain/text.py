@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,19 +16,7 @@ from seamwise.compile.program import Program, TokenRange
 def as_json(program: Program, startup_s: Mapping[str, float]) -> dict[str, Any]:
     """Return the report as plain data; `expected` is null for a pass that promises no count."""
     return {
-        "passes": [
-            {
-                "name": r.name,
-                "from_tokens": r.from_tokens,
-                "matched": r.matched,
-                "expected": r.expected,
-                "misses": [{"module": m.module, "node": m.node, "reason": m.reason} for m in r.misses],
-                "elapsed_ms": round(r.elapsed_ms, 1),
-                "certificate": r.certificate,
-                "diff": r.diff,
-            }
-            for r in program.reports
-        ],
+        "passes": [asdict(r) | {"elapsed_ms": round(r.elapsed_ms, 1)} for r in program.reports],
         "ranges": [
             {"first": first, "last": last, "pieces": len(each.calls), "collectives": each.collectives}
             for first, last, each in _ranges(program)

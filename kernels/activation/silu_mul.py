@@ -6,6 +6,7 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,6 +95,4 @@ def launch_gated(x_TI2: Tensor, kind: str, alpha: float = 0.0, limit: float = 0.
     return out
 
 
-@silu_mul.provider("triton", devices=("cuda",), triton=True)
-def silu_mul_triton(x_TI2: Tensor) -> Tensor:
-    return launch_gated(x_TI2, "silu")
+silu_mul.provider("triton", devices=("cuda",), triton=True)(partial(launch_gated, kind="silu"))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -54,17 +52,6 @@ def runnable() -> tuple[str, ...]:
 def current() -> str:
     """Return the name in use."""
     return _current
-
-
-@contextmanager
-def using(name: str) -> Iterator[None]:
-    """Use `name` within the context, and after it what was used before."""
-    before = _current
-    use(name)
-    try:
-        yield
-    finally:
-        use(before)
 
 
 def level(macros: bytes) -> str:

@@ -13,6 +13,7 @@ from seamwise.kernels.norm.rms_norm import rms_norm
 from seamwise.kernels.position.rope import refuses_rope, rope
 from seamwise.kernels.position.rope_table import rope_table
 
+from .dtypes import DTYPES, one_dtype
 from .tape import Kernel, empty, launch
 
 _FLAGS = ("-ffp-contract=off",)  # products and sums round apart, as torch's do
@@ -24,22 +25,14 @@ def _kernel(symbol: str) -> Kernel:
 
 _NORM, _ROPE, _SILU_MUL = _kernel("seamwise_norm"), _kernel("seamwise_rope"), _kernel("seamwise_silu_mul")
 _ROPE_TABLE, _GATHER, _ARGMAX = map(_kernel, ("seamwise_rope_table", "seamwise_gather", "seamwise_argmax"))
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def _one_dtype(*tensors: Tensor) -> str | None:
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or tensors[0].dtype not in _DTYPES:
-        return f"tensors must all be float32 or all bfloat16, got {', '.join(map(str, dtypes))}"
-    return None
-
-
-@rms_norm.provider("cpp", devices=("cpu",), refuses=lambda x_TD, weight_D: _one_dtype(x_TD, weight_D), launches=True)
+@rms_norm.provider("cpp", devices=("cpu",), refuses=lambda x_TD, weight_D: one_dtype(x_TD, weight_D), launches=True)
 def rms_norm_cpp(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     rows, stride = rows_of(x_TD)
     out = empty(x_TD.shape, x_TD.dtype)
     launch(
-        _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), 0, weight_D.data_ptr(), out.data_ptr(), 0,
+        _NORM, DTYPES[x_TD.dtype], x_TD.data_ptr(), 0, weight_D.data_ptr(), out.data_ptr(), 0,
         rows, x_TD.shape[-1], stride, 0, float(eps), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -47,13 +40,13 @@ def rms_norm_cpp(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @add_rms_norm.provider(
     "cpp", devices=("cpu",), launches=True,
-    refuses=lambda x_TD, residual_TD, weight_D: _one_dtype(x_TD, residual_TD, weight_D),
+    refuses=lambda x_TD, residual_TD, weight_D: one_dtype(x_TD, residual_TD, weight_D),
 )  # fmt: skip
 def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     (rows, stride), (_, residual_stride) = rows_of(x_TD), rows_of(residual_TD)
     out, total = empty(x_TD.shape, x_TD.dtype), empty(x_TD.shape, x_TD.dtype)
     launch(
-        _NORM, _DTYPES[x_TD.dtype], x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), out.data_ptr(),
+        _NORM, DTYPES[x_TD.dtype], x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), out.data_ptr(),
         total.data_ptr(), rows, x_TD.shape[-1], stride, residual_stride, float(eps),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -63,14 +56,14 @@ def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: f
 def _refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> str | None:
     if interleaved or cos_TR.shape[-1] != x_THD.shape[-1]:
         return f"it turns whole heads in halves, got {cos_TR.shape[-1]} of {x_THD.shape[-1]} columns, {interleaved=}"
-    return refuses_rope(x_THD) or _one_dtype(x_THD, cos_TR, sin_TR)
+    return refuses_rope(x_THD) or one_dtype(x_THD, cos_TR, sin_TR)
 
 
 @rope.provider("cpp", devices=("cpu",), refuses=_refuses_rope, launches=True)
 def rope_cpp(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     out = empty(x_THD.shape, x_THD.dtype)
     launch(
-        _ROPE, _DTYPES[x_THD.dtype], x_THD.data_ptr(), cos_TR.data_ptr(), sin_TR.data_ptr(), out.data_ptr(),
+        _ROPE, DTYPES[x_THD.dtype], x_THD.data_ptr(), cos_TR.data_ptr(), sin_TR.data_ptr(), out.data_ptr(),
         *x_THD.shape, *x_THD.stride()[:2], cos_TR.stride(0), sin_TR.stride(0), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -79,7 +72,7 @@ def rope_cpp(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = 
 def _refuses_rope_table(positions_T: Tensor, dtype: torch.dtype, sections: list[int] | None) -> str | None:
     if sections is not None:
         return f"it takes one position a token, got sections {sections}"
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"dtype must be float32 or bfloat16, got {dtype}"
     return None if positions_T.dim() == 1 else f"positions must be a vector, got {tuple(positions_T.shape)}"
 
@@ -91,18 +84,18 @@ def rope_table_cpp(
     tokens, speeds = positions_T.shape[0], speeds_F.shape[0]
     cos, sin = empty((tokens, 2 * speeds), dtype), empty((tokens, 2 * speeds), dtype)
     launch(
-        _ROPE_TABLE, _DTYPES[dtype], positions_T.data_ptr(), speeds_F.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        _ROPE_TABLE, DTYPES[dtype], positions_T.data_ptr(), speeds_F.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         tokens, speeds, float(scaling), torch.get_num_threads(),
     )  # fmt: skip
     return cos, sin
 
 
-@silu_mul.provider("cpp", devices=("cpu",), refuses=lambda x_TI2: _one_dtype(x_TI2), launches=True)
+@silu_mul.provider("cpp", devices=("cpu",), refuses=lambda x_TI2: one_dtype(x_TI2), launches=True)
 def silu_mul_cpp(x_TI2: Tensor) -> Tensor:
     (rows, stride), width = rows_of(x_TI2), x_TI2.shape[-1] // 2
     out = empty((*x_TI2.shape[:-1], width), x_TI2.dtype)
     launch(
-        _SILU_MUL, _DTYPES[x_TI2.dtype], x_TI2.data_ptr(), out.data_ptr(), rows, width, stride, torch.get_num_threads(),
+        _SILU_MUL, DTYPES[x_TI2.dtype], x_TI2.data_ptr(), out.data_ptr(), rows, width, stride, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -123,11 +116,11 @@ def gather_rows_cpp(table_VD: Tensor, index_T: Tensor) -> Tensor:
 
 def argmax_rows(x_RV: Tensor) -> Tensor:
     """Return what torch.argmax does, the first greatest of each row, int64 (R,), a NaN above all."""
-    if x_RV.dtype not in _DTYPES or x_RV.stride(1) != 1 or not x_RV.shape[1]:
+    if x_RV.dtype not in DTYPES or x_RV.stride(1) != 1 or not x_RV.shape[1]:
         return x_RV.argmax(-1)
     out = empty(x_RV.shape[:1], torch.int64)
     launch(
-        _ARGMAX, _DTYPES[x_RV.dtype], x_RV.data_ptr(), out.data_ptr(), *x_RV.shape, x_RV.stride(0),
+        _ARGMAX, DTYPES[x_RV.dtype], x_RV.data_ptr(), out.data_ptr(), *x_RV.shape, x_RV.stride(0),
         torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seamwise.kernels.contract import Cost, contract
+from seamwise.kernels.cpu.dtypes import DTYPES, one_dtype
 from seamwise.kernels.cpu.tape import Kernel, empty, launch
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.linear.linear import PANEL, packed_shape
@@ -22,7 +23,6 @@ from .grouped_linear import GROUPS, grouped_cost, grouped_linear
 from .grouped_linear import make as make_grouped
 
 _GROUPED = Kernel("linear_cpu.cpp", "seamwise_grouped_linear")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def _limits(x_RK: Tensor, packed: Tensor, out_features: int, starts_E: Tensor, bias_EN: Tensor | None) -> str | None:
@@ -88,21 +88,16 @@ def make(draw: Draw, R: int, top_k: int, E: int, P: int, K: int, bias: bool = Fa
     return x_RK, pack_linear(weight_ENK.flatten(0, 1)), P * PANEL, *rest
 
 
-def _refuses(x_RK: Tensor, packed: Tensor, bias_EN: Tensor | None) -> str | None:
-    dtypes = [t.dtype for t in (x_RK, packed, bias_EN) if t is not None]
-    if x_RK.dtype not in _DTYPES or len(set(dtypes)) > 1:
-        return f"x, packed and bias must all be float32 or all bfloat16, got {', '.join(map(str, dtypes))}"
-    return None
-
-
-@grouped_linear_packed.provider("cpp", devices=("cpu",), refuses=_refuses, launches=True)
+@grouped_linear_packed.provider(
+    "cpp", devices=("cpu",), refuses=lambda x_RK, packed, bias_EN: one_dtype(x_RK, packed, bias_EN), launches=True
+)
 def grouped_linear_packed_cpp(
     x_RK: Tensor, packed: Tensor, out_features: int, order_S: Tensor, starts_E: Tensor, top_k: int,
     bias_EN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     out_SN, size = empty((order_S.shape[0], out_features), x_RK.dtype), x_RK.element_size()
     launch(
-        _GROUPED, _DTYPES[x_RK.dtype], x_RK.data_ptr(), packed.data_ptr(),
+        _GROUPED, DTYPES[x_RK.dtype], x_RK.data_ptr(), packed.data_ptr(),
         0 if bias_EN is None else bias_EN.data_ptr(), out_SN.data_ptr(), order_S.data_ptr(), starts_E.data_ptr(),
         starts_E.shape[0] - 1, order_S.shape[0], top_k, out_features, x_RK.shape[1], x_RK.stride(0) * size,
         torch.get_num_threads(),

@@ -46,12 +46,7 @@ def make(draw: Draw, T: int, D: int, **more: Any) -> tuple[Any, ...]:
 add_rms_norm_quant.builds(norm_quant_builds())
 
 
-@add_rms_norm_quant.provider("triton", devices=("cuda",), refuses=refuses_group, triton=True)
-def add_rms_norm_quant_triton(
-    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch_norm_quant(x_TD, residual_TD, weight_D, eps, dtype, group, scale)
+add_rms_norm_quant.provider("triton", devices=("cuda",), refuses=refuses_group, triton=True)(launch_norm_quant)
 
 
 @add_rms_norm_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)

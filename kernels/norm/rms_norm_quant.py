@@ -80,8 +80,8 @@ rms_norm_quant.builds(norm_quant_builds(residual_ptr=None, total_ptr=None))
 
 
 def launch_norm_quant(
-    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int,
-    scale: Tensor | None,
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (*quantize(rms_norm(s), …), s) with s = x, + residual where given."""
     (rows, x_stride), width = rows_of(x_TD), x_TD.shape[-1]
@@ -97,10 +97,8 @@ def launch_norm_quant(
 
 
 @rms_norm_quant.provider("triton", devices=("cuda",), refuses=refuses_group, triton=True)
-def rms_norm_quant_triton(
-    x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return launch_norm_quant(x_TD, None, weight_D, eps, dtype, group, scale)[:2]
+def rms_norm_quant_triton(x_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any) -> tuple[Tensor, Tensor]:
+    return launch_norm_quant(x_TD, None, weight_D, eps, *scheme)[:2]
 
 
 @rms_norm_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)

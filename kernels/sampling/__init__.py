@@ -1,1 +1,1 @@
-"""From logits to tokens: penalties, truncation, the draw, log probabilities, and verifying drafts."""
+"""From logits to tokens: penalties, truncation, the draw, and log probabilities."""

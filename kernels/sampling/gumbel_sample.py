@@ -15,7 +15,7 @@ from seamwise.kernels.cpu.tokenwise_cpu import argmax_rows
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.lazy_triton import tl, triton
 
-from .sampling_noise import DRAW, draw_key, draw_keys, gumbel, gumbel_noise
+from .sampling_noise import draw_key, draw_keys, gumbel, gumbel_noise
 
 _OPTIONS = {"temperature_R": "float32", "seeds_R": "int64", "positions_R": "int64"}
 
@@ -74,7 +74,7 @@ def _score_kernel(
     score = tl.load(logits_ptr + row * row_stride + token, mask=token < V, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperature_ptr + row)
     if temperature > 0:
-        key = draw_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), DRAW)
+        key = draw_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
         score = tl.math.div_rn(score, tl.zeros_like(score) + temperature) + gumbel(key, token)
     best, index = tl.max(score, 0, return_indices=True)
     tl.store(scores_ptr + row * splits + split, best)

@@ -16,10 +16,6 @@ from seamwise.kernels.lazy_triton import tl, triton
 
 from .sampling_triton import log1p
 
-# Streams of one (seed, position), independent of each other: the draw of a token; and of a drafted token, whether it
-# is accepted and what takes its place.
-DRAW, ACCEPT, RECOVER = tl.constexpr(0), tl.constexpr(0xD1B54A32D192ED03), tl.constexpr(0x8CB92BA72F3D8DD7)
-
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
 _FMIX_1, _FMIX_2 = tl.constexpr(0x85EBCA6B), tl.constexpr(0xC2B2AE35)
@@ -27,10 +23,9 @@ _BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)  # log1p(-1) is -inf
 _ULP = tl.constexpr(2.0**-31)
 
 
-def draw_keys(seeds_R: Tensor, positions_R: Tensor, stream: tl.constexpr = DRAW) -> Tensor:
+def draw_keys(seeds_R: Tensor, positions_R: Tensor) -> Tensor:
     """Return the 64-bit keys (R,) of one draw a row, as int64, from int64 seeds and positions."""
-    start_R = _splitmix64(seeds_R + _signed(stream.value, 64))
-    return _splitmix64(start_R + positions_R * _signed(_GOLDEN.value, 64))
+    return _splitmix64(_splitmix64(seeds_R) + positions_R * _signed(_GOLDEN.value, 64))
 
 
 def uniform_noise(keys_R: Tensor, width: int) -> Tensor:
@@ -94,9 +89,9 @@ def _fmix32_kernel(bits):
 
 
 @triton.jit
-def draw_key(seed, position, STREAM: tl.constexpr):
+def draw_key(seed, position):
     """Return the uint64 key that `draw_keys` gives."""
-    start = _splitmix64_kernel(seed.to(tl.uint64) + STREAM)
+    start = _splitmix64_kernel(seed.to(tl.uint64))
     return _splitmix64_kernel(start + position.to(tl.uint64) * _GOLDEN)
 
 

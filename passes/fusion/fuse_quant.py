@@ -1,4 +1,4 @@
-"""Let the kernel that makes a tensor quantize it too: shared by the fuse_*_quant passes.
+"""Let the kernel that makes a tensor quantize it too: a pass for each such kernel.
 
 before: y = op(…); q, s = quantize(y, dtype, group, scale)      y is read by nothing else
 after:  q, s, … = op_quant(…, dtype, group, scale)
@@ -14,7 +14,19 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node, Proxy
 
-from seamwise.kernels import attention, quantize
+from seamwise.kernels import (
+    add_rms_norm,
+    add_rms_norm_quant,
+    allreduce_rms_norm,
+    allreduce_rms_norm_quant,
+    attention,
+    attention_quant,
+    quantize,
+    rms_norm,
+    rms_norm_quant,
+    silu_mul,
+    silu_mul_quant,
+)  # fmt: skip
 from seamwise.kernels.contract import Contract, contract_of
 from seamwise.passes.graph import arguments, aten, inserting, is_getitem, is_op, replace_results, same_sizes, value
 from seamwise.passes.rewrite import Pass, Structure, rewrite_each
@@ -111,3 +123,18 @@ def _rows(source: Node) -> tuple[Any, ...]:
     made = value(source)
     shape = tuple(made.shape if isinstance(made, Tensor) else made[0].shape)
     return (*shape[:-2], shape[-2] * shape[-1]) if contract_of(source.target) is attention else shape
+
+
+FUSE_RMS_NORM_QUANT = quant_pass("fuse_rms_norm_quant", rms_norm, rms_norm_quant)
+FUSE_ADD_RMS_NORM_QUANT = quant_pass(
+    "fuse_add_rms_norm_quant", add_rms_norm, add_rms_norm_quant, result=0, others=((1, 2),),
+    # The last feeds the head, that of sparse MLPs the router too; among ranks, fuse_allreduce_rms_norm has the norms.
+    expect=lambda s: (
+        max(s.residual_norms - 1 - s.sparse_mlps, 0) if s.quantized_activations and not s.all_reduces else 0
+    ),
+)  # fmt: skip
+FUSE_ALLREDUCE_RMS_NORM_QUANT = quant_pass(
+    "fuse_allreduce_rms_norm_quant", allreduce_rms_norm, allreduce_rms_norm_quant, result=0, others=((1, 2),)
+)
+FUSE_SILU_MUL_QUANT = quant_pass("fuse_silu_mul_quant", silu_mul, silu_mul_quant)
+FUSE_ATTENTION_QUANT = quant_pass("fuse_attention_quant", attention, attention_quant)  # for the output projection

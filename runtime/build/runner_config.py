@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import warnings
@@ -17,8 +16,10 @@ from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.passes import Parallel
 from seamwise.runtime.weights.formats import check_load_format
-from seamwise.runtime.weights.quantization_config import Quantization, packed_gguf, read_quantization
+from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization
+from seamwise.runtime.weights.quantization_rules import Quantization
 
+from .arguments import refuse_unknown
 from .eplb_config import EPLBConfig
 from .model_config import ModelConfig
 from .pooler import Pooler, PoolerConfig, choose_pooler
@@ -397,8 +398,4 @@ def check_options(options: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is no option of RunnerConfig.for_model, nor one of others."""
     asked = {*inspect.signature(RunnerConfig.for_model).parameters} - {"config", "options"}
     known = sorted(asked | {*RunnerConfig.__slots__} - {"stored", "eplb", "pooler"} | {*others})
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1, cutoff=0.8)
-            hint = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(known)}"
-            raise ValueError(f"there is no option {name!r}; {_ELSEWHERE.get(name, hint)}")
+    refuse_unknown(options, known, _ELSEWHERE, "option")

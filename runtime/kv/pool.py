@@ -16,7 +16,7 @@ somebody who is no sequence (a copy in flight, a session that may go on).
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from seamwise.runtime.build.kv_groups import FULL, Groups
@@ -128,16 +128,6 @@ class BlockPool:
                 break
             del self.fenced[block]
             self._settle(block)
-
-    def longest_prefix(self, names: Iterable[BlockName]) -> list[int]:
-        """Return the blocks of the longest run of names from the first, promised ones included."""
-        found: list[int] = []
-        for name in names:
-            block = self.by_name.get(name)
-            if block is None:
-                break
-            found.append(block)
-        return found
 
     def hit_length(self, names: Sequence[BlockName]) -> int:
         """Return how many blocks of the first group, promised ones included, an admission with these names adopts."""

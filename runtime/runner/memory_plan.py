@@ -43,11 +43,6 @@ class MemoryPlan:
     max_model_len: int
 
     @property
-    def fixed_bytes(self) -> int:
-        """All but the KV cache."""
-        return self.total_bytes - self.kv_bytes
-
-    @property
     def total_bytes(self) -> int:
         return (
             self.weight_bytes + self.derived_bytes + self.buffer_bytes + self.activation_bytes + self.recording_bytes

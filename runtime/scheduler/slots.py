@@ -36,7 +36,16 @@ class Slots:
     fenced: list[tuple[int, int]] = field(init=False, default_factory=list)  # (step, slot)
     tokens: np.ndarray = field(init=False)
     tables: np.ndarray = field(init=False)
-    counters: np.ndarray = field(init=False)
+    counters: np.ndarray = field(init=False)  # (9, S): the rows are those that follow
+    known: np.ndarray = field(init=False)
+    scheduled: np.ndarray = field(init=False)
+    computed: np.ndarray = field(init=False)
+    limit: np.ndarray = field(init=False)
+    held: np.ndarray = field(init=False)
+    max_chunk: np.ndarray = field(init=False)
+    published: np.ndarray = field(init=False)
+    epoch: np.ndarray = field(init=False)
+    drafts: np.ndarray = field(init=False)
     facts: np.ndarray = field(init=False)
     predicted: np.ndarray = field(init=False)
     occupied: np.ndarray = field(init=False)
@@ -46,6 +55,8 @@ class Slots:
         self.tokens = np.empty((count, self.longest), dtype=np.int32)
         self.tables = np.zeros((self.num_groups, count, -(-self.longest // self.block_size)), dtype=np.int32)
         self.counters = np.zeros((9, count), dtype=np.int64)
+        self.known, self.scheduled, self.computed, self.limit, self.held = self.counters[:5]
+        self.max_chunk, self.published, self.epoch, self.drafts = self.counters[5:]
         self.facts = np.zeros((6, count), dtype=np.int64)
         self.predicted = np.zeros(count)
         self.clear()
@@ -56,42 +67,6 @@ class Slots:
         self.free = list(range(self.num_slots - 1, -1, -1))
         self.fenced = []
         self.occupied = np.zeros(self.num_slots, dtype=bool)
-
-    @property
-    def known(self) -> np.ndarray:
-        return self.counters[0]
-
-    @property
-    def scheduled(self) -> np.ndarray:
-        return self.counters[1]
-
-    @property
-    def computed(self) -> np.ndarray:
-        return self.counters[2]
-
-    @property
-    def limit(self) -> np.ndarray:
-        return self.counters[3]
-
-    @property
-    def held(self) -> np.ndarray:
-        return self.counters[4]
-
-    @property
-    def max_chunk(self) -> np.ndarray:
-        return self.counters[5]
-
-    @property
-    def published(self) -> np.ndarray:
-        return self.counters[6]
-
-    @property
-    def epoch(self) -> np.ndarray:
-        return self.counters[7]
-
-    @property
-    def drafts(self) -> np.ndarray:
-        return self.counters[8]
 
     def check(self) -> None:
         """Assert what holds between steps."""

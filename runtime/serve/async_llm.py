@@ -96,7 +96,6 @@ class AsyncLLM:
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
         priority: int = 0, stream_interval: int = 1, lora_request: LoRARequest | None = None,
-        trace_headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[RequestOutput]:  # fmt: skip
         """Yield one growing RequestOutput each time it grew, the last with finished=True.
 

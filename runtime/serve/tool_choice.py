@@ -13,7 +13,7 @@ from typing import Any, Literal
 from seamwise.runtime.sampling.structured import StructuredOutputsParams
 
 Choice = Literal["none", "auto", "required"] | Mapping[str, Any]
-# How each tool format (chat_parts.TOOL_FORMATS) opens a call of NAME before its arguments, and closes it after them.
+# How each tool format (chat_parts.tool_format) opens a call of NAME before its arguments, and closes it after them.
 _OPEN = {
     "hermes": '<tool_call>\n{"name": NAME, "arguments": ',
     "llama3_json": '{"name": NAME, "parameters": ',
@@ -29,7 +29,7 @@ def tool_form(
     functions  {"name", "parameters": a JSON schema, "strict"} of each tool
     choice     OpenAI's tool_choice: "required" is one call or more, {"type": "function", "function": {"name"}} one
                call of that function; with "auto" or None only what is called with strict=True is held to its schema
-    written    how the model writes calls, one of TOOL_FORMATS
+    written    how the model writes calls, as chat_parts.tool_format says
     parallel   whether "required" may be more than one call
 
     Raises ValueError for a choice that names none of the functions, and for what the format cannot be held to.

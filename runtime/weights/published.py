@@ -163,13 +163,13 @@ def _zeros(p: Published, held: Tensors) -> Tensor:
     if p.method == "awq":
         return _nibbles_of_awq(words)
     zeros = _unpacked(words, p.bits)[:, : held["scales"].shape[1]]
-    return zeros + 1 & (1 << p.bits) - 1 if p.zeros_less_one else zeros
+    return (zeros + 1) & ((1 << p.bits) - 1) if p.zeros_less_one else zeros
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
     """Return the integers (R, C · 32/bits) of int32 words (R, C), the lowest bits first."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return (words.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
+    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
 def _nibbles_of_awq(words: Tensor) -> Tensor:

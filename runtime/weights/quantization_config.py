@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from seamwise.model_defs.hf_config import Reader
 from seamwise.passes import Scheme
 from seamwise.runtime.weights.gguf.quants import PACKED
 
+from .compressed_tensors import has_kv_scales, read_compressed_tensors
 from .published import Published
+from .quantization_rules import Quantization, Rule, read_block, read_names, refuse_unknown
 
-_FORMATS = {("int", 8): "int8", ("float", 8): "float8_e4m3fn", ("int", 4): "int4"}
-_LAYOUTS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
 _FP8_OPTIONS = {
     "quant_method", "fmt", "activation_scheme", "weight_block_size", "scale_fmt", "modules_to_not_convert",
     "ignored_layers", "dequantize",
@@ -42,49 +42,6 @@ _GPTQ_OPTIONS = {
     "use_exllama", "max_input_length", "exllama_config", "cache_block_outputs", "damp_auto_increment", "mse", "format",
     "act_group_aware",
 }  # fmt: skip
-# Keys with no bearing on a compressed checkpoint's meaning: how it was made, and by which version.
-_CT_INFORMS = {"version", "quantization_status", "global_compression_ratio", "quant_method"}
-_CT_UNSERVED = ("sparsity_config", "transform_config", "moe_sparsity_config")
-_GROUP_OPTIONS = {"targets", "weights", "input_activations", "output_activations", "format"}
-_WEIGHT_OPTIONS = {
-    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
-    "zp_dtype", "observer", "observer_kwargs",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """How the weights of the layers that a target names are stored.
-
-    targets  names of modules, "re:" and a pattern that their start matches, or names of classes
-    stored, scale  how the names of what is stored and of its scale end, after the weight's
-    has_zero, has_offset  whether there are zero points, or offsets
-    """
-
-    targets: tuple[str, ...]
-    scheme: Scheme
-    stored: str = ""
-    scale: str = "_scale"
-    has_zero: bool = False
-    has_offset: bool = False
-    quantizes_input: bool = False
-    has_input_scale: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantization:
-    """Rules, of which the most specific that names a layer holds; and what is ignored, named alike.
-
-    has_kv_scales  whether each attention has k_scale and v_scale, for a KV cache of float8_e4m3fn
-    holds_kv_scales  whether it has them though its configuration asks for no such cache
-    published  how files hold that, where their layout is another
-    """
-
-    rules: tuple[Rule, ...]
-    ignored: tuple[str, ...] = ()
-    has_kv_scales: bool = False
-    holds_kv_scales: bool = False
-    published: Published | None = None
 
 
 def read_quantization(raw: Mapping[str, Any], where: str) -> Quantization | None:
@@ -94,7 +51,7 @@ def read_quantization(raw: Mapping[str, Any], where: str) -> Quantization | None
     read = Reader(Reader(raw, where).part("quantization_config"), f"{where}: quantization_config")
     method = read.choice("quant_method", (*_METHODS, "mxfp4"))
     if method == "mxfp4":
-        _refuse_unknown(read, {"quant_method", "modules_to_not_convert"})
+        refuse_unknown(read, {"quant_method", "modules_to_not_convert"})
         return None
     return replace(_METHODS[method](read), holds_kv_scales=bool(raw.get("holds_kv_scales")))
 
@@ -121,14 +78,14 @@ def _gguf_rule(kinds: Mapping[str, str], kind: str) -> Rule:
 
 
 def _fp8(read: Reader) -> Quantization:
-    _refuse_unknown(read, _FP8_OPTIONS)
+    refuse_unknown(read, _FP8_OPTIONS)
     read.choice("fmt", ("e4m3",), "e4m3")
     static = read.choice("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
     read.choice("scale_fmt", ("float",), "float")
     if read.flag("dequantize"):
         raise ValueError(f"{read.where}: dequantize is true, wanted false: layers read the stored weights")
     whole = read.raw.get("weight_block_size") is None  # one scale a weight
-    rows, columns = (0, 0) if whole else _block(read, "weight_block_size")
+    rows, columns = (0, 0) if whole else read_block(read, "weight_block_size")
     if static and not whole:
         raise ValueError(f"{read.where}: activation_scheme is 'static' with weights in blocks; wanted 'dynamic'")
     listed = read.raw.get("modules_to_not_convert") or read.raw.get("ignored_layers")
@@ -136,7 +93,7 @@ def _fp8(read: Reader) -> Quantization:
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     ignored = [r"re:.*lm_head$"]
     if listed:
-        ignored = [rf"re:(?:{n}){boundary}|.*{re.escape(n)}$" for n in _names(read, listed)]
+        ignored = [rf"re:(?:{n}){boundary}|.*{re.escape(n)}$" for n in read_names(read, listed)]
     scheme = Scheme("float8_e4m3fn", rows, columns)
     rule = Rule(
         targets=("Linear",), scheme=scheme, scale="_scale" if whole else "_scale_inv", quantizes_input=True,
@@ -146,7 +103,7 @@ def _fp8(read: Reader) -> Quantization:
 
 
 def _awq(read: Reader) -> Quantization:
-    _refuse_unknown(read, _AWQ_OPTIONS)
+    refuse_unknown(read, _AWQ_OPTIONS)
     if _number(read, "bits", "w_bit") != 4:
         raise ValueError(f"{read.where}: bits is {read.raw.get('bits')!r}, wanted 4")
     if str(read.raw.get("version", "gemm")).lower() != "gemm":
@@ -154,12 +111,12 @@ def _awq(read: Reader) -> Quantization:
     if read.flag("zero_point", True) is False:
         raise ValueError(f"{read.where}: zero_point is false, wanted true")
     group = _number(read, "group_size", "q_group_size")
-    listed = _names(read, read.raw.get("modules_to_not_convert") or [])
+    listed = read_names(read, read.raw.get("modules_to_not_convert") or [])
     return _in_words(Published(method="awq", group=max(group, 0)), [re.escape(name) for name in listed])
 
 
 def _gptq(read: Reader) -> Quantization:
-    _refuse_unknown(read, _GPTQ_OPTIONS)
+    refuse_unknown(read, _GPTQ_OPTIONS)
     bits, group = read.size("bits"), _number(read, "group_size")
     if bits not in (4, 8):
         raise ValueError(f"{read.where}: bits is {bits}, wanted 4 or 8")
@@ -203,14 +160,14 @@ def _modelopt(read: Reader) -> Quantization:
     if algorithm == "NVFP4":
         return Quantization(rules=(), published=Published(method="nvfp4", group=16, plain=True), has_kv_scales=scales)
     listed = inner.raw.get("exclude_modules") or inner.raw.get("ignore") or []
-    ignored = ["re:.*" + re.escape(name).replace(r"\*", ".*") + "$" for name in _names(read, listed)]
+    ignored = ["re:.*" + re.escape(name).replace(r"\*", ".*") + "$" for name in read_names(read, listed)]
     rule = Rule(targets=("Linear",), scheme=Scheme("float8_e4m3fn", 0, 0), quantizes_input=True, has_input_scale=True)
     return Quantization(rules=(rule,), ignored=("re:.*lm_head$", *ignored), has_kv_scales=scales)
 
 
 def _modelopt_kv(read: Reader) -> bool:
     if read.raw.get("kv_cache_scheme") is not None:
-        return _has_kv_scales(read)
+        return has_kv_scales(read)
     algorithm = read.raw.get("kv_cache_quant_algo")
     if algorithm not in (None, "FP8"):
         raise ValueError(f"{read.where}: kv_cache_quant_algo is {algorithm!r}, wanted 'FP8' or null")
@@ -225,129 +182,7 @@ def _number(read: Reader, *names: str) -> int:
     return got
 
 
-def _compressed_tensors(read: Reader) -> Quantization:
-    _refuse_unknown(read, {"config_groups", "format", "ignore", "kv_cache_scheme", *_CT_INFORMS, *_CT_UNSERVED})
-    for option in _CT_UNSERVED:
-        if read.raw.get(option):
-            raise ValueError(f"{read.where}: {option} is {read.raw[option]!r}, which is not served; wanted null")
-    if str(read.raw.get("format")).startswith("nvfp4"):
-        return Quantization(rules=(), published=Published(method="nvfp4", group=16, plain=True))
-    groups = read.part("config_groups")
-    if not groups:
-        raise ValueError(f"{read.where}: config_groups is empty, wanted how weights are stored")
-    rules = []
-    for name, group in groups.items():
-        if not isinstance(group, Mapping):
-            raise ValueError(f"{read.where}: {name} is {group!r}, wanted an object with targets and weights")
-        set_ = {key: given for key, given in group.items() if given is not None}
-        rules.append(_rule(Reader({"format": read.raw.get("format"), **set_}, f"{read.where}: {name}")))
-    ignored = tuple(_names(read, read.raw.get("ignore") or []))
-    return Quantization(rules=tuple(rules), ignored=ignored, has_kv_scales=_has_kv_scales(read))
-
-
-def _has_kv_scales(read: Reader) -> bool:
-    scheme = Reader(read.part("kv_cache_scheme"), f"{read.where}: kv_cache_scheme")
-    _refuse_unknown(scheme, _WEIGHT_OPTIONS)
-    served = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
-    given = served | {"type": "int"} | {name: scheme.raw[name] for name in served if name in scheme.raw}
-    if scheme.raw and (given != served or scheme.raw.get("group_size") is not None):
-        raise ValueError(f"{scheme.where}: {dict(scheme.raw)} is not served; wanted {served}")
-    return bool(scheme.raw)
-
-
-def _rule(read: Reader) -> Rule:
-    """Read one of compressed-tensors' config_groups."""
-    _refuse_unknown(read, _GROUP_OPTIONS)
-    layout = read.choice("format", _LAYOUTS)
-    if read.raw.get("output_activations"):
-        raise ValueError(f"{read.where}: output_activations is not served, wanted null")
-    weights = Reader(read.part("weights"), f"{read.where}: weights")
-    _refuse_unknown(weights, _WEIGHT_OPTIONS)
-    format, symmetric = _format(weights), weights.flag("symmetric", True)
-    if (format == "int4") != (layout == "pack-quantized"):
-        raise ValueError(
-            f"{weights.where}: {format} in format {layout!r} is not served; wanted int4 in 'pack-quantized'"
-        )
-    if format == "float8_e4m3fn" and not symmetric:
-        raise ValueError(f"{weights.where}: symmetric is false, wanted true for float weights")
-    if weights.raw.get("dynamic") or weights.raw.get("actorder") not in (None, False, "weight", "static"):
-        raise ValueError(
-            f"{weights.where}: dynamic {weights.raw.get('dynamic')!r}, actorder {weights.raw.get('actorder')!r}; wanted"
-            " stored weights in the order of their columns: dynamic false, actorder null or 'weight'"
-        )
-    scheme = Scheme(format, *_weight_blocks(weights, format))
-    inputs = Reader(read.part("input_activations"), f"{read.where}: input_activations")
-    return Rule(
-        targets=tuple(_names(read, read.raw.get("targets"))), scheme=scheme,
-        stored="_packed" if format == "int4" else "", has_zero=not symmetric, quantizes_input=bool(inputs.raw),
-        has_input_scale=bool(inputs.raw) and _has_input_scale(inputs, scheme),
-    )  # fmt: skip
-
-
-def _weight_blocks(read: Reader, format: str) -> tuple[int, int]:
-    """Return the rows and columns that share a scale, 0 for all."""
-    group = read.raw.get("group_size")
-    inferred = "tensor" if group is None else "channel" if group == -1 else "group"
-    known = ("channel", "group") if format == "int4" else ("tensor", "channel", "group", "block")
-    strategy = read.choice("strategy", known, inferred)
-    if strategy == "block":
-        return _block(read, "block_structure")
-    return {"tensor": (0, 0), "channel": (1, 0)}[strategy] if strategy != "group" else (1, read.size("group_size"))
-
-
-def _has_input_scale(read: Reader, scheme: Scheme) -> bool:
-    """Return whether a layer's input has a stored scale. Raises ValueError for inputs that no kernel quantizes so."""
-    _refuse_unknown(read, _WEIGHT_OPTIONS)
-    dynamic, strategy = read.flag("dynamic"), read.raw.get("strategy")
-    blocks = scheme.rows > 1 and scheme.columns > 1
-    wanted = ("group" if blocks else "token") if dynamic else "tensor"
-    problems = {
-        "num_bits and type": _format(read) != scheme.format or scheme.format == "int4",
-        "symmetric": not read.flag("symmetric", True),
-        "strategy": (strategy or ("tensor" if not dynamic else None)) != wanted or (blocks and not dynamic),
-        "group_size": blocks and read.raw.get("group_size") != scheme.columns,
-    }
-    if wrong := [name for name, bad in problems.items() if bad]:
-        shown = {n: read.raw.get(n) for n in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")}
-        raise ValueError(
-            f"{read.where}: {shown} with {scheme.format} weights is not served ({', '.join(wrong)}); wanted null or"
-            f" symmetric 8 bits of the weights' type, dynamic for each token (each group where weights are in blocks),"
-            " or one stored scale"
-        )
-    return not dynamic
-
-
-def _format(read: Reader) -> str:
-    kind = (read.choice("type", ("int", "float"), "int"), read.size("num_bits", 8))
-    if kind not in _FORMATS:
-        raise ValueError(f"{read.where}: {kind[1]} bits of type {kind[0]!r}; wanted 8 bits of either, or 4 of 'int'")
-    return _FORMATS[kind]
-
-
-def _block(read: Reader, name: str) -> tuple[int, int]:
-    given = read.raw.get(name)
-    if not isinstance(given, list) or len(given) != 2 or any(type(n) is not int or n < 1 for n in given):
-        raise ValueError(f"{read.where}: {name} is {given!r}, wanted the rows and columns of a block, like [128, 128]")
-    return given[0], given[1]
-
-
-def _names(read: Reader, given: Any) -> list[str]:
-    if not isinstance(given, list) or not all(isinstance(n, str) for n in given):
-        raise ValueError(f"{read.where}: {given!r} is not a list of names or patterns of modules")
-    for name in given:
-        try:
-            re.compile(name.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"{read.where}: {name!r} is not a pattern of modules: {error}") from error
-    return given
-
-
-def _refuse_unknown(read: Reader, known: set[str]) -> None:
-    if unknown := sorted({*read.raw} - known):
-        raise ValueError(f"{read.where}: {', '.join(unknown)} would be ignored; wanted only {', '.join(sorted(known))}")
-
-
 _METHODS: dict[str, Callable[[Reader], Quantization]] = {
-    "fp8": _fp8, "compressed-tensors": _compressed_tensors, "awq": _awq, "gptq": _gptq, "bitsandbytes": _bitsandbytes,
-    "modelopt": _modelopt,
+    "fp8": _fp8, "compressed-tensors": read_compressed_tensors, "awq": _awq, "gptq": _gptq,
+    "bitsandbytes": _bitsandbytes, "modelopt": _modelopt,
 }  # fmt: skip

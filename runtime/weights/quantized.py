@@ -12,7 +12,7 @@ from torch import nn
 
 from seamwise.passes import Held, StoredWeight
 
-from .quantization_config import Quantization, Rule
+from .quantization_rules import Quantization, Rule
 
 _DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int32}
 _EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

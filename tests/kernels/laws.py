@@ -20,6 +20,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Use an instruction set within the context, and after it what was used before."""
+    before = instruction_set.current()
+    instruction_set.use(name)
+    try:
+        yield
+    finally:
+        instruction_set.use(before)
+
+
 def on_instruction_sets(*others: str) -> Any:
     """Return a fixture that runs each test of a module as the run was asked to, then with each of `others`."""
 
@@ -28,7 +39,7 @@ def on_instruction_sets(*others: str) -> Any:
         asked = request.param == "as asked"
         if not asked and request.param not in instruction_set.runnable():
             pytest.skip(f"this machine does not run {request.param}")
-        with instruction_set.using(instruction_set.current() if asked else request.param):
+        with using(instruction_set.current() if asked else request.param):
             yield
 
     return code
@@ -90,7 +101,7 @@ def check(contract: Contract, provider: str, args: tuple[Any, ...]) -> list[Tens
     of the same sum. Where terms of both signs cancel, the largest is what they add up to without (`magnitudes`).
     So is one of 1 in float64: where logits cancel, a kernel may be nearer than the float64 meaning.
 
-    Quantized results may be one step off in 2 % of their elements, float4 in 2 % of its half bytes; other integers are
+    Quantized results may be one step off in 2 % of their elements; other integers are
     exact. Ties do not count, what lies within 8 eps of the middle between its two neighbours: a scale that differs in
     its last bit moves all of them, and where values have few bits, as those of one float8 key, they are an eighth.
     """
@@ -103,9 +114,7 @@ def check(contract: Contract, provider: str, args: tuple[Any, ...]) -> list[Tens
         assert got.shape == near.shape and got.dtype == near.dtype, (got.shape, near.shape, got.dtype, near.dtype)
         if not got.numel():
             continue
-        if i in contract.fp4:
-            check_narrow(_fp4_steps(got), _fp4_steps(near))
-        elif got.dtype in NARROW:
+        if got.dtype in NARROW:
             check_narrow(got, near, rounding.unrounded.get(tuple(got.shape)))
         elif got.dtype in FLOATS and far.shape == got.shape:  # a layout of 32-bit words has a shape of its own
             check_budget(
@@ -126,12 +135,6 @@ def check_narrow(got: Tensor, near: Tensor, unrounded: Tensor | None = None) -> 
         between = unrounded.double() - (a + b) / 2
         differ &= between.abs() > 8 * torch.finfo(torch.float32).eps * unrounded.double().abs()
     assert int(differ.sum()) <= 2 + 0.02 * a.numel(), f"{int(differ.sum())} of {a.numel()} elements differ"
-
-
-def _fp4_steps(packed: Tensor) -> Tensor:
-    """Return how many steps from zero each half byte is: a sign over seven magnitudes in order."""
-    codes = torch.stack((packed & 15, packed >> 4), -1).to(torch.int8)
-    return torch.where(codes < 8, codes, 8 - codes)
 
 
 def check_budget(got: Tensor, near: Tensor, far: Tensor, eps: float, terms: Callable[[], Tensor]) -> None:

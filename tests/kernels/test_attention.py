@@ -11,7 +11,6 @@ from attention_cases import batch, by_flex, by_transformers, cut, features, head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import Rounding, check_narrow
-from torch import Tensor
 
 from seamwise.kernels import (
     attention,
@@ -19,7 +18,6 @@ from seamwise.kernels import (
     attention_partial,
     attention_quant,
     kv_append,
-    kv_copy_blocks,
     merge_states,
     quantize,
 )  # fmt: skip
@@ -191,20 +189,3 @@ def test_float8_cache_holds_values_over_their_scale_and_saturates() -> None:
         kv_append.run("cpp", k, k, *caches, torch.tensor([6]), k_scale, v_scale)
     with pytest.raises(ValueError, match="serves no scales there"):
         kv_append.run("cpp", k, k, *(c.float() for c in caches), torch.tensor([6]), k_scale, v_scale)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_copied_blocks(dtype: torch.dtype) -> None:
-    def caches() -> list[Tensor]:
-        return [torch.randn(5, 2, 4, 8).to(dtype) for _ in range(2)]
-
-    gpu, cpu = caches(), caches()
-    before = [c.double() for c in (*gpu, *cpu)]
-    kv_copy_blocks(*gpu, *gpu, torch.tensor([1, 3]), torch.tensor([3, 0]))  # 3 is read before it is written
-    for now, old in zip(gpu, before[:2], strict=True):
-        assert torch.equal(now.double(), old[[3, 1, 2, 1, 4]])
-    kv_copy_blocks(*gpu, *cpu, torch.tensor([4, 2]), torch.tensor([0, 1]))
-    for now, old, source in zip(cpu, before[2:], gpu, strict=True):
-        assert torch.equal(now.double()[2:], old[2:]) and torch.equal(now.double()[:2], source.double()[[4, 2]])
-    with pytest.raises(ValueError, match=r"blocks are .* and .*, wanted the same"):
-        kv_copy_blocks(*gpu, *(c.double() for c in cpu), torch.tensor([0]), torch.tensor([0]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import using
 from test_attention_cpu import Step, assert_within_budget, keep_thread_count, make_step  # noqa: F401
 
 from seamwise.kernels.cpu import instruction_set
@@ -100,7 +101,7 @@ def test_bits_are_the_same_and_most_tiles_are_spared(
 def test_every_vector_width(name: str) -> None:
     if name not in instruction_set.runnable():
         pytest.skip(f"this machine does not run {name}")
-    with instruction_set.using(name):
+    with using(name):
         for dtype, float8 in product([torch.float32, torch.bfloat16], ["", "head"]):
             requests = [(700, 1)] * 9 + [(650, 5), (900, 20), (640, 8)]
             step = make_step(requests, dtype=dtype, float8=float8, sinks=torch.float32, softcap=2.0)

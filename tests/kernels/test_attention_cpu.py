@@ -16,6 +16,7 @@ import torch
 from attention_cases import sees
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import using
 from torch import Tensor
 
 from seamwise.kernels import attention, kv_append
@@ -204,7 +205,7 @@ def test_many_heads_of_one_kv_head(group: int) -> None:
 def test_every_vector_width(name: str) -> None:
     if name not in instruction_set.runnable():
         pytest.skip(f"this machine does not run {name}")
-    with instruction_set.using(name):
+    with using(name):
         dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if name != "baseline" else [])]
         for dtype, float8 in product(dtypes, ("", "head")):
             requests, limits = [(100, 30), (0, 75), (500, 1), (3, 1)], {"window": 90, "softcap": 2.0}
@@ -219,7 +220,7 @@ def test_every_vector_width(name: str) -> None:
 def test_a_float8_cache_gives_the_bits_of_one_that_holds_the_same_values(name: str) -> None:
     if name not in instruction_set.runnable():
         pytest.skip(f"this machine does not run {name}")
-    with instruction_set.using(name):
+    with using(name):
         for dtype, dim in product([torch.float32, torch.bfloat16], (80, 256)):
             step = make_step([(200, 1), (70, 50), (0, 9)], kv_heads=2, dim=dim, dtype=dtype, float8="tensor")
             step = replace(step, k_scale=None, v_scale=None)
@@ -260,7 +261,7 @@ def test_what_is_stored_as_float8_is_what_torch_makes_of_it(name: str, scaled: s
         slots[3] = -1
         caches = [torch.zeros(-(-len(k) // 16), 2, 16, 16, dtype=torch.float8_e4m3fn) for _ in range(4)]
         kv_append.run("torch", k, k.flip(1), caches[0], caches[1], slots, *scales)
-        with instruction_set.using(name):
+        with using(name):
             assert kv_append.choose((k, k, caches[2], caches[3], slots, *scales)).name == "cpp"
             torch.set_num_threads(2)
             kv_append.run("cpp", k, k.flip(1), caches[2], caches[3], slots, *scales)
@@ -271,10 +272,10 @@ def test_what_is_stored_as_float8_is_what_torch_makes_of_it(name: str, scaled: s
 def test_a_machine_without_half_precision_says_so() -> None:
     if platform.machine() != "x86_64":
         pytest.skip("a build without half precision is asked for by an x86 flag")
-    with instruction_set.using("baseline"), pytest.raises(RuntimeError, match="no float16 conversion"):
+    with using("baseline"), pytest.raises(RuntimeError, match="no float16 conversion"):
         make_step([(0, 3)], dtype=torch.float16).run()
     k, cache = torch.zeros(1, 1, 16).half(), torch.zeros(1, 1, 4, 16, dtype=torch.float8_e4m3fn)
-    with instruction_set.using("baseline"), pytest.raises(RuntimeError, match="no float16 conversion"):
+    with using("baseline"), pytest.raises(RuntimeError, match="no float16 conversion"):
         kv_append.run("cpp", k, k, cache, cache, torch.tensor([0]))
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from laws import using
 
 from seamwise.kernels.cpu import cpp, instruction_set, tape
 
@@ -50,7 +51,7 @@ def test_key_follows_what_the_build_depends_on(source: Path, change: str) -> Non
 def test_key_follows_the_instruction_sets(source: Path) -> None:
     compiler, keys, levels = cpp.find_compiler(), set(), []
     for name in instruction_set.runnable():
-        with instruction_set.using(name):
+        with using(name):
             keys.add(cpp.build_key(source, cpp.flags(), compiler))
             levels.append(cpp.instructions())
     assert len(keys) == len(instruction_set.runnable())
@@ -72,7 +73,7 @@ def test_an_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
 def test_a_kernel_follows_the_instruction_set_in_use() -> None:
     kernel = tape.Kernel("tape.cpp", "seamwise_replay")
     before = kernel.address
-    with instruction_set.using("baseline"):
+    with using("baseline"):
         other = kernel.address
     assert kernel.address == before != other
 

@@ -7,8 +7,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from seamwise.kernels import (
@@ -20,7 +18,6 @@ from seamwise.kernels import (
     lora_shrink,
     qk_norm_rope,
     quantize,
-    quantize_mxfp4,
     rms_norm,
     rms_norm_quant,
     rope,
@@ -120,56 +117,6 @@ def test_padding_is_zeros_whatever_it_holds() -> None:
     assert torch.equal(q[row >= 0], kept)
 
 
-def by_the_standard(block: list[float]) -> tuple[list[int], int]:
-    """Return codes and scale of one block of 32, read literally from OCP MX 1.0, section 6.3, in Python's floats."""
-    import math
-
-    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    largest = max(abs(x) for x in block)
-    shared = max(math.floor(math.log2(largest)) - 2, -127) if largest else -127
-
-    def code(x: float) -> int:
-        magnitude = min(abs(x) / 2.0**shared, 6.0)
-        nearest = min(range(8), key=lambda c: (abs(values[c] - magnitude), c % 2))  # ties to the even mantissa
-        return nearest + 8 * (math.copysign(1.0, x) < 0)
-
-    return [code(x) for x in block], shared + 127
-
-
-@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32), st.sampled_from([1.0, 2.0**-20, 2.0**-133]))
-def test_mxfp4_is_the_standards(block: list[float], factor: float) -> None:
-    x = torch.tensor([block]) * factor
-    codes, scale = by_the_standard(x[0].tolist())
-    packed, scales = quantize_mxfp4(x)
-    assert scales.tolist() == [[scale]]
-    assert [c for byte in packed[0].tolist() for c in (byte & 15, byte >> 4)] == codes
-
-
-def test_mxfp4_ties_go_to_the_even_mantissa() -> None:
-    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 4.0])
-    packed, _ = quantize_mxfp4(ties.repeat(4)[None])
-    assert [c for byte in packed[0, :4].tolist() for c in (byte & 15, byte >> 4)] == [0, 2, 2, 4, 4, 6, 6, 6]
-
-
-def test_mxfp4_is_read_by_transformers() -> None:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    x = draw(6, 64) * torch.tensor([1e-3, 1.0, 50.0]).repeat_interleave(2)[:, None]
-    packed, scales = quantize_mxfp4(x)
-    blocks = packed.unflatten(1, (2, 16))[None]
-    read = convert_moe_packed_tensors(blocks, scales[None], dtype=torch.float32)[0].T
-    largest = x.unflatten(1, (2, 32)).abs().amax(-1, keepdim=True).expand(6, 2, 32).flatten(1)
-    assert bool(((read - x).abs() <= largest / 4 + 1e-9).all())  # half a step, or saturation
-    assert float((read - x).norm() / x.norm()) < 0.15
-
-
-def test_mxfp4_blocks_that_are_not_finite_say_so() -> None:
-    x = torch.ones(1, 96)
-    x[0, 3], x[0, 40] = torch.nan, -torch.inf
-    packed, scales = quantize_mxfp4(x)
-    assert scales.tolist() == [[255, 255, 125]] and not bool(packed[0, :32].any())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_lora_is_a_loop_over_tokens(dtype: torch.dtype) -> None:
     """Two slices of columns, each with its own part of the ranks; rows without an adapter keep their bits, -0 too."""
@@ -221,8 +168,6 @@ def test_what_does_not_fit_is_refused() -> None:
     x = draw(2, 40)
     with pytest.raises(ValueError, match="approximate is 'fast', wanted 'tanh' or 'none'"):
         gelu_mul(x, "fast")
-    with pytest.raises(ValueError, match="x has 40 columns, wanted a multiple of 32"):
-        quantize_mxfp4(x)
     with pytest.raises(ValueError, match=r"qkv has 40 columns, wanted at least .* heads of 8"):
         qk_norm_rope(x, torch.ones(8), torch.ones(8), x[:, :8], x[:, :8], 4, 2, 1e-6)
     with pytest.raises(ValueError, match=r"row is torch\.bool, wanted torch.int32 or torch.int64"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from triton_check import SHARED_LIMIT, builds_of, usages
 
 import seamwise.kernels  # noqa: F401  (registers every contract)
 from seamwise.kernels.contract import CONTRACTS
-from seamwise.kernels.triton_check import SHARED_LIMIT, builds_of, usages
 
 WITH_TRITON = [name for name, c in sorted(CONTRACTS.items()) if any(p.triton for p in c.providers)]
 

@@ -35,7 +35,6 @@ def run(options: argparse.Namespace) -> int:
     """`seamwise generate`: one prompt, streamed to a terminal, then its figures."""
     from seamwise.runtime.sampling.params import SamplingParams
     from seamwise.runtime.serve.llm import LLM
-    from seamwise.runtime.serve.process.describe import chat_templates
 
     params = SamplingParams(
         temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed,
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ValueError(f"{options.model}: has no tokenizer, which --prompt needs")
     messages = [{"role": "user", "content": options.prompt}]
-    chat = not options.raw and bool(chat_templates(tokenizer))
+    chat = not options.raw and bool(tokenizer.chat_templates)
     ids = tokenizer.apply_chat_template(messages) if chat else tokenizer.encode(options.prompt)
     engine.add_request("cli", ids, params, prompt=options.prompt)
     output, shown, first_token_s = None, 0, None

@@ -6,9 +6,9 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from fastapi import Request
+from fastapi import Request, Response
 
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.pooling import PoolingParams
@@ -21,6 +21,7 @@ from .adapters import ServedAdapters
 from .errors import ApiError
 from .metrics import Metrics, RequestTimes
 from .settings import ServeSettings
+from .sse import EventStream, while_connected
 
 _UNSEEN = 16  # tokens between deltas that no client sees
 Route = Callable[[str, Request, Any], str | None]
@@ -133,9 +134,29 @@ def serving(request: Request) -> Serving:
     return found
 
 
+async def chosen(body: Any, request: Request) -> tuple[Serving, str, AsyncLLM, Prompts]:
+    """Return the state, and the model that a request is for: as it names it, and its tokenizer and templates.
+
+    Raises ApiError 404 for one that is not served, EngineError while it is not loaded.
+    """
+    state = serving(request)
+    name, llm = state.choose(body.model, request, body)
+    return state, name, llm, await state.prompts(llm)
+
+
 def request_name(request: Request, asked: str | None, prefix: str) -> str:
     """Return the id that a request has in answers and logs."""
     return f"{prefix}-{asked or request.state.request_id}"
+
+
+class Answer(Protocol):
+    """Turns the deltas of a request's work into what its client reads."""
+
+    async def whole(self, work: Work) -> Response:
+        """Return the answer when all is done."""
+
+    def events(self, work: Work) -> AsyncIterator[bytes]:
+        """Yield it in parts."""
 
 
 class Work:
@@ -213,6 +234,14 @@ class Work:
             if delta.finish_reason == "abort":
                 raise EngineError("the request was aborted: the engine was paused, or /abort_requests was called")
         return got
+
+    async def answered(self, request: Request, answer: Answer, *, stream: bool | None) -> Response:
+        """Return the response: events, or one answer when all is done. The work ends with it, or with its client."""
+        if stream:
+            return await EventStream.of(
+                answer.events(self), request, self._state.settings.write_timeout_s, self.close
+            )  # fmt: skip
+        return await while_connected(request, answer.whole(self), self.close)
 
     def close(self) -> None:
         """End what still runs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -97,6 +97,3 @@ class ServeSettings:
             raise ValueError(f"chat_template={str(self.chat_template)!r}: cannot be read: {error}") from error
         check_template(source)
         return source
-
-
-SETTING_NAMES = tuple(field.name for field in fields(ServeSettings))

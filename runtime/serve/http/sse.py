@@ -18,6 +18,11 @@ encode_json = msgspec.json.Encoder().encode
 T = TypeVar("T")
 
 
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return an answer of JSON."""
+    return Response(encode_json(value), status, headers, "application/json")
+
+
 def event(data: Any, name: str | None = None) -> bytes:
     """Return one event with JSON data."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"

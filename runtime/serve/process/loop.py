@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IDLE_BEAT_S = 0.2  # an idle engine says so at least this often
 METHODS = (  # what the other process may call: of the loop, else of the LLM
     "pause_generation", "resume_generation", "is_paused", "reset_prefix_cache", "sleep", "wake_up", "is_sleeping",
-    "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update", "abort_weight_update",
+    "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update",
     "weight_version", "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
     "shutdown",
 )  # fmt: skip

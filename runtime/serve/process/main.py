@@ -92,19 +92,34 @@ def _load(options: dict[str, Any], entered: Callable[[str], None]) -> Any:
 
 
 def _ready(llm: Any, model: str) -> Ready:
-    from .describe import chat_templates, explanation, special_tokens, tokenizer_json
+    """Return what the HTTP process must know of a loaded model, so that it reads no file of it.
 
-    runner, tokenizer = llm.engine.runner, llm.tokenizer
+    Raises ValueError for a tokenizer that the tokenizers library cannot read.
+    """
+    from seamwise.runtime.serve.async_llm import params_sent
+
+    runner, tokenizer, explain = llm.engine.runner, llm.tokenizer, dict[str, Any]()
+    read: dict[str, Any] = {
+        "tokenizer": None, "chat_templates": {}, "special_tokens": {}, "split_special_tokens": False,
+    }  # fmt: skip
+    if tokenizer is not None:
+        read = {
+            "tokenizer": tokenizer.as_json(), "chat_templates": dict(tokenizer.chat_templates),
+            "special_tokens": dict(tokenizer.special_tokens), "split_special_tokens": tokenizer.split_special_tokens,
+        }  # fmt: skip
+    if hasattr(runner, "program"):
+        from seamwise.compile.explain.text import as_json
+
+        explain = as_json(runner.program, runner.startup_s)
+    defaults = getattr(llm, "get_default_sampling_params", None)
     eos_ids = list(getattr(llm.engine, "eos_ids", runner.config.eos_ids))
     return Ready(
         model=model, max_model_len=runner.options.max_model_len, vocab_size=runner.config.vocab_size,
         eos_ids=eos_ids, block_size=runner.block_size, num_blocks=runner.num_blocks,
         dtype=str(getattr(runner.options, "dtype", "")).removeprefix("torch."), device=str(runner.options.device),
-        tokenizer=tokenizer_json(tokenizer), chat_templates=chat_templates(tokenizer),
-        special_tokens=special_tokens(tokenizer),
-        split_special_tokens=tokenizer is not None and tokenizer.split_special_tokens,
-        startup_s=dict(runner.startup_s), explain=explanation(runner),
-        world_size=int(getattr(runner.options, "tensor_parallel_size", 1)),
+        startup_s=dict(runner.startup_s), explain=explain,
+        world_size=int(getattr(runner.options, "tensor_parallel_size", 1)), **read,
+        default_sampling={} if defaults is None else params_sent(defaults()),
     )  # fmt: skip
 
 

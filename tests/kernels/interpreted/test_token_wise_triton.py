@@ -15,14 +15,12 @@ from seamwise.kernels import (
     kv_append,
     lora_shrink,
     quantize,
-    quantize_mxfp4,
     rms_norm,
     rms_norm_quant,
     rope,
     rope_kv_write,
     rope_table,
     silu_mul,
-    silu_mul_mxfp4,
     silu_mul_quant,
     swiglu_clamped,
 )
@@ -54,8 +52,6 @@ def test_fused_is_unfused(scheme: tuple[torch.dtype, int, Tensor | None], dtype:
     same(fused, (*quantize.run("triton", normed, *scheme), total))
     activated = silu_mul.run("triton", x)
     same(silu_mul_quant.run("triton", x, *scheme), quantize.run("triton", activated, *scheme))
-    activated = silu_mul.run("triton", x[:, :192])
-    same(silu_mul_mxfp4.run("triton", x[:, :192]), quantize_mxfp4.run("triton", activated))
 
 
 def test_groups_of_a_row_in_several_programs() -> None:
@@ -86,17 +82,6 @@ def test_the_write_is_rope_and_append(interleaved: bool) -> None:
     turned = rope.run("triton", k, angles.cos(), angles.sin(), interleaved)
     kv_append.run("triton", turned, v, *wanted, slots)
     same(tuple(caches), tuple(wanted))
-
-
-def test_mxfp4_in_bits() -> None:
-    """The least and largest magnitudes, ties, zeros of both signs, and blocks that are not finite."""
-    x = draw(9, 64)
-    x[0] *= 2.0**-130
-    x[1] *= 3.0e38 / x[1].abs().max()
-    x[2] = torch.tensor([0.25, -0.75, 1.25, -1.75, 2.5, -3.5, 5.0, 4.0], device=DEVICE).repeat(8)
-    x[3], x[4, ::2] = -0.0, 0.0
-    x[5, 3], x[6, 40], x[7, 0] = torch.nan, torch.inf, -torch.nan
-    same(quantize_mxfp4.run("triton", x), quantize_mxfp4.meaning(x))
 
 
 def test_adapters_of_a_tile_in_any_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import takewhile
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from seamwise.runtime.kv.pool import NULL_BLOCK, BlockPool
+
+
+def first_found(pool: BlockPool, names: list[bytes]) -> list[int]:
+    """Return the blocks of the longest run of names from the first, promised ones included."""
+    return [pool.by_name[name] for name in takewhile(pool.by_name.__contains__, names)]
+
 
 BLOCKS = 9
 NAMES = st.sampled_from([b"a", b"b", b"c", b"d", b"e"])
@@ -107,7 +114,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(names=st.lists(NAMES, max_size=3))
     def share(self, names: list[bytes]) -> None:
-        found = self.pool.longest_prefix(names)
+        found = first_found(self.pool, names)
         assert [self.content[b] for b in found] == names[: len(found)]
         if len(found) < len(names):
             assert names[len(found)] not in self.pool.by_name
@@ -153,7 +160,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(lease=st.sampled_from("xy"), name=NAMES)
     def lease(self, lease: str, name: bytes) -> None:
-        found = self.pool.longest_prefix([name])
+        found = first_found(self.pool, [name])
         if lease in self.pool.leases:
             blocks = self.pool.leases[lease]
             self.pool.end_lease(lease)
@@ -199,7 +206,7 @@ def test_the_least_recently_used_block_is_evicted_first_and_a_prefix_outlives_wh
     pool.release(old)
     pool.release(new)
     assert pool.take(2) == [old[1], old[0]]
-    assert pool.longest_prefix([b"x"]) == new
+    assert first_found(pool, [b"x"]) == new
 
 
 def test_a_copied_block_is_the_next_to_be_evicted_unless_it_was_used_meanwhile() -> None:
@@ -210,7 +217,7 @@ def test_a_copied_block_is_the_next_to_be_evicted_unless_it_was_used_meanwhile()
     pool.release(blocks[::-1])
     for block in blocks[:2]:
         pool.copy(block)
-    assert pool.num_available == 2 and pool.longest_prefix([b"a", b"b"]) == blocks[:2]
+    assert pool.num_available == 2 and first_found(pool, [b"a", b"b"]) == blocks[:2]
     pool.hold(blocks[0])
     pool.release(blocks[:1])
     pool.check()
@@ -224,11 +231,11 @@ def test_a_promise_that_is_not_kept_is_never_found_again() -> None:
     pool = BlockPool(num_blocks=4, block_size=1)
     (block,) = pool.take(1)
     pool.promise(block, b"a")
-    assert pool.longest_prefix([b"a"]) == [block]
+    assert first_found(pool, [b"a"]) == [block]
     pool.release([block], fence=3)
-    assert pool.longest_prefix([b"a"]) == [block], "the step that keeps the promise may still end well"
+    assert first_found(pool, [b"a"]) == [block], "the step that keeps the promise may still end well"
     pool.step_done(3)
-    assert pool.longest_prefix([b"a"]) == []
+    assert first_found(pool, [b"a"]) == []
 
 
 def test_without_caching_nothing_is_named() -> None:
@@ -247,7 +254,7 @@ def test_a_lease_is_taken_once_and_ends_once() -> None:
     with pytest.raises(ValueError, match="lease 'session' is in use"):
         pool.lease("session", [])
     pool.end_lease("session")
-    assert pool.num_available == 3 and pool.longest_prefix([b"a"]) == [block]
+    assert pool.num_available == 3 and first_found(pool, [b"a"]) == [block]
     with pytest.raises(KeyError):
         pool.end_lease("session")
 

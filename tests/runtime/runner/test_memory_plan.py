@@ -120,14 +120,15 @@ def test_the_cache_is_what_a_budget_leaves(runner: ModelRunner) -> None:
     held = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in runner.executable.weights}
     assert rich.weight_bytes + rich.derived_bytes == sum(held.values()) and rich.derived_bytes > rich.weight_bytes > 0
     assert rich.recording_bytes == runner.capture_plan().total_bytes > 0 and rich.activation_bytes > 0
-    tight = runner.plan(rich.fixed_bytes + 200 * runner.kv_spec.bytes_per_block + 1, **limits)
+    fixed_bytes = rich.total_bytes - rich.kv_bytes
+    tight = runner.plan(fixed_bytes + 200 * runner.kv_spec.bytes_per_block + 1, **limits)
     assert (tight.num_blocks, tight.max_model_len) == (200, 512)
-    poor = rich.fixed_bytes + 100 * runner.kv_spec.bytes_per_block
+    poor = fixed_bytes + 100 * runner.kv_spec.bytes_per_block
     with pytest.raises(ValueError, match=r"100 blocks of 4 tokens, .*max_model_len=512 needs 129; .*\n(.*\n)*.*budget"):
         runner.plan(poor, **limits)
     assert runner.plan(poor, fit_model_len=True, **limits).max_model_len == 99 * 4
     with pytest.raises(ValueError, match="would have 0 blocks"):
-        runner.plan(rich.fixed_bytes // 2, fit_model_len=True, **limits)
+        runner.plan(fixed_bytes // 2, fit_model_len=True, **limits)
 
 
 def test_a_small_container_gives_a_small_cache(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,3 +224,13 @@ def test_what_is_not_batch_invariant_is_refused_by_name(make: Make, llm: LLM) ->
         check_batch_invariant(True, changed, torch.device("cpu"))
     with pytest.raises(ValueError, match="on cuda products are chosen"):
         check_batch_invariant(True, program, torch.device("cuda"))
+
+
+def test_a_server_is_told_what_the_models_maker_recommends(tiny_llama_dir: Path, make: Make, tmp_path: Path) -> None:
+    from seamwise.runtime.serve.process.main import _ready
+
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_k": 20, "max_new_tokens": 7}))
+    wanted = {"temperature": 0.6, "top_k": 20, "max_tokens": 7}
+    assert _ready(make(model), "model").default_sampling == wanted
+    assert _ready(make(model, generation_config="vllm"), "model").default_sampling == {}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from servers import fake_llm, get, post, run_app
+from similar_route import SimilarRoute
 from starlette.requests import Request
-
-from seamwise.runtime.serve.http.similar import SimilarRoute
 
 
 def test_a_hook_chooses_the_model() -> None:

@@ -12,8 +12,8 @@ from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.chat_parts import ChatParts, reasoning_marks, tool_format
 from seamwise.runtime.serve.http.chat_answer import ChatAnswer
 from seamwise.runtime.serve.http.chat_schema import ChatRequest, Template
-from seamwise.runtime.serve.http.serving import Serving, Work, request_name, serving
-from seamwise.runtime.serve.http.sse import EventStream, encode_json, while_connected
+from seamwise.runtime.serve.http.serving import Serving, Work, chosen, request_name
+from seamwise.runtime.serve.http.sse import json_response
 from seamwise.runtime.serve.prompts import Prompts
 from seamwise.runtime.serve.tool_choice import tool_form
 
@@ -25,9 +25,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", responses=GENERATES, response_class=Response)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the conversation, n times; one answer, or events with stream=true."""
-    state = serving(request)
-    name, llm = state.choose(body.model, request, body)
-    prompts = await state.prompts(llm)
+    state, name, llm, prompts = await chosen(body, request)
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     params = body.sampling(llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
     tools = _tools(body, prompts)
@@ -45,9 +43,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
     prefix = body.messages[-1].text() if body.echo else ""
     answer = ChatAnswer(body, request_id, name, parts, prefix)
-    if body.stream:
-        return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
-    return await while_connected(request, answer.whole(work), work.close)
+    return await work.answered(request, answer, stream=body.stream)
 
 
 class RenderRequest(ChatRequest):
@@ -57,13 +53,10 @@ class RenderRequest(ChatRequest):
 @router.post("/v1/chat/completions/render", responses=ASKS, response_class=Response)
 async def render(body: RenderRequest, request: Request) -> Response:
     """Return the text and ids that /v1/chat/completions would continue."""
-    state = serving(request)
-    name, llm = state.choose(body.model, request, body)
-    prompts = await state.prompts(llm)
+    state, name, _, prompts = await chosen(body, request)
     tools = _tools(body, prompts)
     text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
-    answer = {"model": name, "prompt": text, "prompt_token_ids": ids, "token_ids": ids}
-    return Response(encode_json(answer), media_type="application/json")
+    return json_response({"model": name, "prompt": text, "prompt_token_ids": ids, "token_ids": ids})
 
 
 def _tools(body: ChatRequest, prompts: Prompts) -> str | None:

@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from seamwise.runtime.serve.http.schema import Sampling, TokenId
-from seamwise.runtime.serve.http.serving import Work, request_name, serving
-from seamwise.runtime.serve.http.sse import DONE, EventStream, encode_json, event, while_connected
+from seamwise.runtime.serve.http.serving import Work, chosen, request_name
+from seamwise.runtime.serve.http.sse import DONE, event, json_response
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 from seamwise.runtime.serve.prompts import Prompts
 
@@ -41,9 +41,7 @@ class CompletionRequest(Sampling):
 @router.post("/v1/completions", responses=GENERATES, response_class=Response)
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt, with n outputs each; one answer, or events with stream=true."""
-    state = serving(request)
-    name, llm = state.choose(body.model, request, body)
-    prompts = await state.prompts(llm)
+    state, name, llm, prompts = await chosen(body, request)
     asked = body.prompts()
     if not 1 <= len(asked) <= state.settings.max_prompts:
         raise ValueError(f"prompt: got {len(asked)} prompts, wanted 1 to {state.settings.max_prompts} (max_prompts)")
@@ -56,9 +54,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
     await work.submit(encoded, params, priority=body.priority, stream_interval=interval)
     answer = _Answer(body, request_id, name, [text or "" for text, _ in encoded])
-    if body.stream:
-        return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
-    return await while_connected(request, answer.whole(work), work.close)
+    return await work.answered(request, answer, stream=body.stream)
 
 
 def _encoded(prompts: Prompts, asked: list[Any], body: CompletionRequest) -> list[tuple[str | None, list[int]]]:
@@ -101,8 +97,8 @@ class _Answer:
             if new["logprobs"] is not None:
                 for name, values in new["logprobs"].items():
                     old["logprobs"][name] += values
-        body = {**self._head, "choices": [choices[i] for i in sorted(choices)], "usage": work.usage()}
-        return Response(encode_json(body), media_type="application/json")
+        found = [choices[i] for i in sorted(choices)]
+        return json_response({**self._head, "choices": found, "usage": work.usage()})
 
     async def events(self, work: Work) -> AsyncIterator[bytes]:
         options = self._body.stream_options

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 from seamwise.runtime.serve.http.schema import Labels, TokenId
-from seamwise.runtime.serve.http.serving import Work, request_name, serving
-from seamwise.runtime.serve.http.sse import encode_json, while_connected
+from seamwise.runtime.serve.http.serving import Work, chosen, request_name
+from seamwise.runtime.serve.http.sse import json_response, while_connected
 
 from .describe import GENERATES
 
@@ -33,9 +33,7 @@ class EmbeddingRequest(Labels):
 @router.post("/v1/embeddings", responses=GENERATES, response_class=Response)
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """Return one vector for each input; 400 for a model that generates and does not pool."""
-    state = serving(request)
-    name, llm = state.choose(body.model, request, body)
-    prompts = await state.prompts(llm)
+    state, name, llm, prompts = await chosen(body, request)
     given: Any = body.input
     inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not 1 <= len(inputs) <= state.settings.max_prompts:
@@ -61,8 +59,7 @@ async def _answer(work: Work, body: EmbeddingRequest, model: str, count: int) ->
         for i, v in enumerate(vectors)
     ]
     usage = {name: n for name, n in work.usage().items() if name in ("prompt_tokens", "total_tokens")}
-    answer = {"object": "list", "data": data, "model": model, "usage": usage}
-    return Response(encode_json(answer), media_type="application/json")
+    return json_response({"object": "list", "data": data, "model": model, "usage": usage})
 
 
 def _floats(vector: bytes) -> list[float]:

@@ -5,7 +5,7 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,8 +13,8 @@ from pydantic import Field
 
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.http.schema import Body, TokenId
-from seamwise.runtime.serve.http.serving import Work, request_name, serving
-from seamwise.runtime.serve.http.sse import DONE, EventStream, encode_json, event, while_connected
+from seamwise.runtime.serve.http.serving import Work, chosen, request_name
+from seamwise.runtime.serve.http.sse import DONE, event, json_response
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 from seamwise.runtime.serve.process.streams import merged
 
@@ -37,9 +37,8 @@ class GenerateRequest(Body):
 @router.post("/inference/v1/generate", responses=GENERATES, response_class=Response)
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Continue token ids; the answer holds the ids of n outputs, with their log probabilities when asked for."""
-    state = serving(request)
-    model, llm = state.choose(body.model, request, body)
-    (await state.prompts(llm)).check(body.token_ids)
+    state, model, llm, prompts = await chosen(body, request)
+    prompts.check(body.token_ids)
     given = {"detokenize": False, **llm.default_sampling, **body.sampling_params}
     if taken := given.keys() & {"output_kind", "stream_interval", "logits_processors", "repetition_detection"}:
         raise ValueError(f"sampling_params: {min(taken)} is not taken here; leave it out")
@@ -51,35 +50,34 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     work = Work(state, llm, name, model)
     interval = state.settings.stream_interval if body.stream else 0
     await work.submit([(None, body.token_ids)], params, priority=body.priority, stream_interval=interval)
-    if body.stream:
-        return await EventStream.of(_events(work, name), request, state.settings.write_timeout_s, work.close)
-    return await while_connected(request, _whole(work, name), work.close)
+    return await work.answered(request, _Answer(name), stream=body.stream)
 
 
-async def _events(work: Work, name: str) -> AsyncIterator[bytes]:
-    async for _, delta in work.deltas():
-        chunk: dict[str, Any] = {"request_id": name, "choices": [_choice(delta)]}
-        if delta.prompt_logprobs is not None:
-            chunk["prompt_logprobs"] = [None if row is None else _row(row) for row in delta.prompt_logprobs]
-        yield event(chunk)
-    yield DONE
+class _Answer:
+    """Turns deltas into ids, and log probabilities where they are asked for."""
 
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
 
-async def _whole(work: Work, name: str) -> Response:
-    whole: dict[int, Delta] = {}
-    prompt: Any = None
-    async for _, delta in work.deltas():
-        prompt = prompt or delta.prompt_logprobs
-        before = whole.get(delta.index)
-        whole[delta.index] = delta if before is None else merged(before, delta)
-    body: dict[str, Any] = {
-        "request_id": name,
-        "choices": [_choice(whole[i]) for i in sorted(whole)],
-        "usage": work.usage(),
-    }
-    if prompt is not None:
-        body["prompt_logprobs"] = [None if row is None else _row(row) for row in prompt]
-    return Response(encode_json(body), media_type="application/json")
+    async def events(self, work: Work) -> AsyncIterator[bytes]:
+        async for _, delta in work.deltas():
+            yield event(self._body([delta], delta.prompt_logprobs))
+        yield DONE
+
+    async def whole(self, work: Work) -> Response:
+        whole: dict[int, Delta] = {}
+        prompt: Any = None
+        async for _, delta in work.deltas():
+            prompt = prompt or delta.prompt_logprobs
+            before = whole.get(delta.index)
+            whole[delta.index] = delta if before is None else merged(before, delta)
+        return json_response(self._body([whole[i] for i in sorted(whole)], prompt) | {"usage": work.usage()})
+
+    def _body(self, deltas: Sequence[Delta], prompt: Sequence[list[TokenLogprob] | None] | None) -> dict[str, Any]:
+        body: dict[str, Any] = {"request_id": self._request_id, "choices": [_choice(delta) for delta in deltas]}
+        if prompt is not None:
+            body["prompt_logprobs"] = [None if row is None else _row(row) for row in prompt]
+        return body
 
 
 def _choice(delta: Delta) -> dict[str, Any]:

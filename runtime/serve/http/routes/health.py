@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from seamwise.runtime.serve.http.errors import ApiError
 from seamwise.runtime.serve.http.serving import serving
-from seamwise.runtime.serve.http.sse import encode_json
+from seamwise.runtime.serve.http.sse import json_response
 
 from .describe import READS, answers
 
@@ -18,9 +18,8 @@ router = APIRouter()
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    headers = {"Retry-After": "2"} if status == 503 else None
-    return Response(encode_json(value), status, headers, "application/json")
+def _unready(**told: Any) -> Response:
+    return json_response(told, 503, {"Retry-After": "2"})
 
 
 @router.get("/health", responses=answers(503), response_class=Response)
@@ -29,11 +28,11 @@ async def health(request: Request) -> Response:
     """200 when every engine makes progress: it finished a step, or was idle, within the deadline. Else 503."""
     state = serving(request)
     if state.draining:
-        return _json({"status": "draining", "reason": "the server is shutting down"}, 503)
+        return _unready(status="draining", reason="the server is shutting down")
     for name, llm in state.models.items():
         if llm.engine.state != "ready":
-            return _json({"status": llm.engine.state, "model": name, "reason": llm.engine.reason}, 503)
-    return _json({"status": "ok"})
+            return _unready(status=llm.engine.state, model=name, reason=llm.engine.reason)
+    return json_response({"status": "ok"})
 
 
 @router.get("/health/ready", responses=answers(503), response_class=Response)
@@ -41,13 +40,12 @@ async def ready(request: Request) -> Response:
     """200 when requests are taken; before that 503, with the stage that loading is in and its seconds until now."""
     state = serving(request)
     if state.draining or state.held:
-        return _json({"status": "draining" if state.draining else "checking", "stage": state.held}, 503)
+        return _unready(status="draining" if state.draining else "checking", stage=state.held)
     for name, llm in state.models.items():
         if llm.engine.state != "ready":
             seconds = round(time.monotonic() - llm.engine.started_s, 3)
-            told = {"status": llm.engine.state, "model": name, "stage": llm.engine.stage, "seconds": seconds}
-            return _json(told, 503)
-    return _json({"status": "ready", "stage": "ready"})
+            return _unready(status=llm.engine.state, model=name, stage=llm.engine.stage, seconds=seconds)
+    return json_response({"status": "ready", "stage": "ready"})
 
 
 @router.get("/load", responses=READS, response_class=Response)
@@ -55,7 +53,7 @@ async def load(request: Request) -> Response:
     """What is in work now."""
     state = serving(request)
     engines = [llm.engine.stats for llm in {id(llm): llm for llm in state.models.values()}.values()]
-    return _json(
+    return json_response(
         {
             "server_load": state.num_in_work,
             "num_requests_running": sum(s.num_running for s in engines),
@@ -69,7 +67,7 @@ async def load(request: Request) -> Response:
 @router.get("/version", responses=READS, response_class=Response)
 async def library_version(request: Request) -> Response:
     """The library's version."""
-    return _json({"version": version("seamwise")})
+    return json_response({"version": version("seamwise")})
 
 
 @router.get("/metrics", responses=answers(401, content=_TEXT), response_class=Response)
@@ -83,7 +81,7 @@ async def metrics(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """The names that requests may ask for."""
     state = serving(request)
-    return _json({"object": "list", "data": [_model(state, name) for name in _names(state)]})
+    return json_response({"object": "list", "data": [_model(state, name) for name in _names(state)]})
 
 
 @router.get("/v1/models/{name:path}", responses=answers(401, 404), response_class=Response)
@@ -92,7 +90,7 @@ async def model(name: str, request: Request) -> Response:
     state = serving(request)
     if name not in _names(state):
         raise ApiError(404, f"model {name!r} is not served; there are: {', '.join(_names(state))}", "model")
-    return _json(_model(state, name))
+    return json_response(_model(state, name))
 
 
 def _names(state: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from seamwise.runtime.serve.http.serving import serving
-from seamwise.runtime.serve.http.sse import encode_json
+from seamwise.runtime.serve.http.sse import json_response
 
 from .describe import READS
 
@@ -61,4 +61,4 @@ async def status(request: Request) -> Response:
         "startup_s": engine.info.startup_s if engine.info else {},
         "explain": engine.info.explain if engine.info else {},
     }  # fmt: skip
-    return Response(encode_json(told), media_type="application/json")
+    return json_response(told)

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.http.schema import Body, Labels, Whole
-from seamwise.runtime.serve.http.serving import Work, request_name, serving
-from seamwise.runtime.serve.http.sse import EventStream, encode_json, event, while_connected
+from seamwise.runtime.serve.http.serving import Work, chosen, request_name
+from seamwise.runtime.serve.http.sse import event, json_response
 
 from .describe import GENERATES
 
@@ -79,9 +79,7 @@ class ResponsesRequest(Labels):
 @router.post("/v1/responses", responses=GENERATES, response_class=Response)
 async def respond(body: ResponsesRequest, request: Request) -> Response:
     """Answer the input; one answer, or OpenAI's named events with stream=true."""
-    state = serving(request)
-    name, llm = state.choose(body.model, request, body)
-    prompts = await state.prompts(llm)
+    state, name, llm, prompts = await chosen(body, request)
     asked = {"temperature": body.temperature, "top_p": body.top_p, "seed": body.seed}
     given = {key: value for key, value in asked.items() if value is not None}
     params = SamplingParams(**{**llm.default_sampling, **given, "max_tokens": body.max_output_tokens})
@@ -93,9 +91,7 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
         [(text, ids)], params, priority=0, stream_interval=state.settings.stream_interval if body.stream else 0
     )
     answer = _Answer(body, request_id, name)
-    if body.stream:
-        return await EventStream.of(answer.events(work), request, state.settings.write_timeout_s, work.close)
-    return await while_connected(request, answer.whole(work), work.close)
+    return await work.answered(request, answer, stream=body.stream)
 
 
 class _Answer:
@@ -116,7 +112,7 @@ class _Answer:
         async for _, delta in work.deltas():
             text += delta.text
             reason = delta.finish_reason
-        return Response(encode_json(self._finished(text, reason, work)), media_type="application/json")
+        return json_response(self._finished(text, reason, work))
 
     async def events(self, work: Work) -> AsyncIterator[bytes]:
         text, reason, place = "", None, {"item_id": self._item_id, "output_index": 0, "content_index": 0}

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request, Response
 
 from seamwise.runtime.serve.http.chat_schema import Template
 from seamwise.runtime.serve.http.schema import Body, TokenId
-from seamwise.runtime.serve.http.serving import serving
-from seamwise.runtime.serve.http.sse import encode_json
+from seamwise.runtime.serve.http.serving import chosen
+from seamwise.runtime.serve.http.sse import json_response
 
 from .chat import rendered
 from .describe import ASKS
@@ -45,9 +45,7 @@ class DetokenizeRequest(Body):
 @router.post("/tokenize", responses=ASKS, response_class=Response)
 async def tokenize(body: TokenizeRequest | TokenizeChatRequest, request: Request) -> Response:
     """Return the ids of a prompt, or of a conversation by the chat template."""
-    state = serving(request)
-    _, llm = state.choose(body.model, request, body)
-    prompts = await state.prompts(llm)
+    state, _, _, prompts = await chosen(body, request)
     if isinstance(body, TokenizeRequest):
         ids = await asyncio.to_thread(prompts.encode, body.prompt, add_special_tokens=body.add_special_tokens)
     else:
@@ -55,14 +53,12 @@ async def tokenize(body: TokenizeRequest | TokenizeChatRequest, request: Request
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": prompts.info.max_model_len, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = prompts.pieces(ids)
-    return Response(encode_json(answer), media_type="application/json")
+    return json_response(answer)
 
 
 @router.post("/detokenize", responses=ASKS, response_class=Response)
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Return the text of ids."""
-    state = serving(request)
-    _, llm = state.choose(body.model, request, body)
-    prompts = await state.prompts(llm)
+    _, _, _, prompts = await chosen(body, request)
     text = await asyncio.to_thread(prompts.decode, body.tokens, skip_special_tokens=body.skip_special_tokens)
-    return Response(encode_json({"prompt": text}), media_type="application/json")
+    return json_response({"prompt": text})

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .contract import Build, Contract
-from .lazy_triton import jitted
+from seamwise.kernels.contract import Build, Contract
+from seamwise.kernels.lazy_triton import jitted
 
 # Bytes of shared memory a block may have (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
