@@ -34,16 +34,17 @@ class Worker {
     static constexpr int kWeightWords = kTile / Words::kPerWord;
     const Call& c;
     const int group, words;
-    const int64_t dim, state;
+    const int64_t dim, value_dim, state;
     float *queries, *keys, *values, *scores, *weights, *fresh, *merged, *zeros;
     Rows buffers[2], *now = &buffers[0], *ahead = &buffers[1];
 
    public:
     Worker(const Call& call, Scratch& scratch)
-        : c(call), group(call.group()), words(int(call.dim) / Words::kPerWord), dim(call.dim), state(call.state()) {
+        : c(call), group(call.group()), words(int(call.dim) / Words::kPerWord), dim(call.dim), value_dim(call.value_dim),
+          state(call.state()) {
         const int64_t rows = std::max(kTaskRows, group);
         float** const parts[] = {&queries, &keys, &values, &scores, &weights, &fresh, &merged, &zeros};
-        const int64_t sizes[] = {rows * dim,    kTile * dim,  kTile * dim,     kRows * kTile, kRows * kTile,
+        const int64_t sizes[] = {rows * dim,    kTile * dim,  kTile * value_dim, kRows * kTile, kRows * kTile,
                                  kRows * state, rows * state, dim};
         int64_t total = 0;
         for (int64_t size : sizes) total += size;
@@ -138,7 +139,7 @@ class Worker {
             Words::pack_keys(now->keys + j, words, keys + j, kTile);
         }
         const int depth = (now->count + Words::kPerWord - 1) / Words::kPerWord;
-        if (pack_values_too) pack_values<Words>(now->values, depth, int(dim), values);
+        if (pack_values_too) pack_values<Words>(now->values, depth, int(value_dim), values);
     }
 
     // Computes the states of `block` rows on the packed tile. Returns false when none of them sees a key there: then
@@ -149,11 +150,11 @@ class Worker {
             return false;
         }
         const int most = std::min(kTile, visible_in(t, tile, row + block - 1));
-        const int depth = (most + Words::kPerWord - 1) / Words::kPerWord, vecs = int(dim) / kLanes;
-        Panel key_panel{keys, kTile}, value_panel{values, dim};
+        const int depth = (most + Words::kPerWord - 1) / Words::kPerWord, vecs = int(value_dim) / kLanes;
+        Panel key_panel{keys, kTile}, value_panel{values, value_dim};
         ValueRows value_rows{now->values};
         if (row == 0) {
-            const int64_t bytes = dim * sizeof(Cached);
+            const int64_t bytes = value_dim * sizeof(Cached);
             key_panel.ahead = {ahead->values, ahead->count, bytes, words};
         }
         gemm<Words>(block, (most + kLanes - 1) / kLanes, queries + row * words, words, key_panel, words, scores, kTile);
@@ -169,7 +170,7 @@ class Worker {
         constexpr int kVecs = kTile / kLanes;
         const float scale = c.scale * c.k_scale.of(t.kv_head) * Words::kUnit;
         const float factor = c.softcap > 0 ? kLog2e : scale * kLog2e;
-        float *const l = into + dim, *const m = l + kLanes;
+        float *const l = into + value_dim, *const m = l + kLanes;
         for (int i = 0; i < block; ++i) {
             float* s = scores + i * kTile;
             const int visible = visible_in(t, tile, row + i), begin = first_in(t, tile, row + i);
@@ -218,12 +219,12 @@ class Worker {
         if (t.tokens) return (void)std::memcpy(t.states, merged, rows * state * sizeof(float));
         const float scale = c.v_scale.of(t.kv_head) * Words::kUnit;
         for (int i = 0; i < rows; ++i) {
-            float *const o = merged + i * state, l = horizontal_sum(load(o + dim));
+            float *const o = merged + i * state, l = horizontal_sum(load(o + value_dim));
             const int64_t head = t.kv_head * group + i % group;
-            if (c.sinks) l += std::exp2(sink(head) * kLog2e - o[dim + kLanes]);  // infinity: the sink takes it all
-            for (int64_t d = 0; d < dim; d += kLanes) store(o + d, load(o + d) * splat(scale) / l);
+            if (c.sinks) l += std::exp2(sink(head) * kLog2e - o[value_dim + kLanes]);  // infinity: the sink takes it all
+            for (int64_t d = 0; d < value_dim; d += kLanes) store(o + d, load(o + d) * splat(scale) / l);
             const int64_t token = c.query_starts[t.request] + t.first_query + i / group;
-            narrow(o, (Element*)c.out + (token * c.heads + head) * dim, int(dim));
+            narrow(o, (Element*)c.out + (token * c.heads + head) * value_dim, int(value_dim));
         }
     }
 
@@ -256,9 +257,28 @@ int64_t run(const Call& c, int64_t num_threads) {
     run_tasks<Element, Words>(c, num_threads, first.tasks);
     plan_own(c, num_threads, found, rest);
     run_tasks<Element, Words>(c, num_threads, rest.tasks);
-    const int64_t row = c.heads * c.dim, used = c.query_starts[c.requests];
+    const int64_t row = c.heads * c.value_dim, used = c.query_starts[c.requests];
     std::memset((Element*)c.out + used * row, 0, (c.tokens - used) * row * sizeof(Element));
     return 0;
+}
+
+// Returns first_error, and then has written nothing; -1 for a dtype that this machine cannot convert.
+int64_t compute(int64_t dtype, const Call& c, int64_t num_threads) {
+    if (const int64_t error = first_error(c)) return error;
+    if (dtype == 0) return run<float, FloatWords>(c, num_threads);
+    if (dtype == 4) return run<float, Float8Words>(c, num_threads);
+#if defined(SEAMWISE_PAIRS)
+    if (dtype == 1) return run<BFloat16, BFloat16Words>(c, num_threads);
+    if (dtype == 5) return run<BFloat16, Float8Pairs>(c, num_threads);
+#else
+    if (dtype == 1) return run<BFloat16, WidenedWords<BFloat16>>(c, num_threads);
+    if (dtype == 5) return run<BFloat16, Float8Words>(c, num_threads);
+#endif
+#if defined(SEAMWISE_FLOAT16)
+    if (dtype == 2) return run<Float16, WidenedWords<Float16>>(c, num_threads);
+    if (dtype == 6) return run<Float16, Float8Words>(c, num_threads);
+#endif
+    return -1;
 }
 
 }  // namespace
@@ -278,25 +298,27 @@ extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, c
                                       int64_t narrow_sinks, const float* k_scale, const float* v_scale,
                                       int64_t scale_steps, double scale, int64_t num_threads, int64_t* spared) {
     Call c{out, q, k_cache, v_cache, block_table, seq_lens, query_starts, tokens, heads, kv_heads, num_blocks,
-                 block_size, dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
+                 block_size, dim, dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
                  {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale), 0.f, window, sinks,
            narrow_sinks != 0, {k_scale, scale_steps & 1}, {v_scale, scale_steps >> 1}, spared};
     std::memcpy(&c.softcap, &softcap, sizeof(float));
-    if (const int64_t error = first_error(c)) return error;
-    if (dtype == 0) return run<float, FloatWords>(c, num_threads);
-    if (dtype == 4) return run<float, Float8Words>(c, num_threads);
-#if defined(SEAMWISE_PAIRS)
-    if (dtype == 1) return run<BFloat16, BFloat16Words>(c, num_threads);
-    if (dtype == 5) return run<BFloat16, Float8Pairs>(c, num_threads);
-#else
-    if (dtype == 1) return run<BFloat16, WidenedWords<BFloat16>>(c, num_threads);
-    if (dtype == 5) return run<BFloat16, Float8Words>(c, num_threads);
-#endif
-#if defined(SEAMWISE_FLOAT16)
-    if (dtype == 2) return run<Float16, WidenedWords<Float16>>(c, num_threads);
-    if (dtype == 6) return run<Float16, Float8Words>(c, num_threads);
-#endif
-    return -1;
+    return compute(dtype, c, num_threads);
+}
+
+// Multi-head latent attention, absorbed: a cache (blocks, block_size, dim) with one row a token for all heads, which is
+// the key, and whose first value_dim elements are the value. As above otherwise.
+extern "C" int64_t seamwise_mla_decode(int64_t dtype, void* out, const void* q, const void* cache,
+                                       const int32_t* block_table, const int32_t* seq_lens, const int32_t* query_starts,
+                                       int64_t tokens, int64_t heads, int64_t num_blocks, int64_t block_size,
+                                       int64_t dim, int64_t value_dim, int64_t requests, int64_t table_width,
+                                       int64_t table_stride, int64_t q_token_stride, int64_t q_head_stride,
+                                       int64_t block_stride, const float* cache_scale, double scale,
+                                       int64_t num_threads, int64_t* spared) {
+    const Call c{out, q, cache, cache, block_table, seq_lens, query_starts, tokens, heads, 1, num_blocks,
+                 block_size, dim, value_dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
+                 {block_stride, 0}, {block_stride, 0}, float(scale), 0.f, 0, nullptr, false, {cache_scale, 0},
+                 {cache_scale, 0}, spared};
+    return compute(dtype, c, num_threads);
 }
 
 // The vector 2^x that attention uses, for its test: n is a multiple of 16.

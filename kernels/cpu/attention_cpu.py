@@ -13,12 +13,14 @@ from torch import Tensor
 
 from seamwise.kernels.attn.attention import attention
 from seamwise.kernels.attn.kv_append import kv_append
+from seamwise.kernels.attn.mla_decode import mla_decode
 
 from .tape import Kernel, empty, launch
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SINKS = (torch.float32, torch.bfloat16)
 _ATTENTION = Kernel("attention_cpu.cpp", "seamwise_attention", seam=True)
+_MLA_DECODE = Kernel("attention_cpu.cpp", "seamwise_mla_decode", seam=True)
 _KV_APPEND = Kernel("kv_append_cpu.cpp", "seamwise_kv_append", seam=True)
 _KV_APPEND_FLOAT8 = Kernel("kv_append_cpu.cpp", "seamwise_kv_append_float8", seam=True)
 _FLOAT8 = 4  # added to a dtype's number: the caches are float8_e4m3fn
@@ -108,27 +110,59 @@ def attention_cpp(
         torch.get_num_threads(), 0 if counter is None else counter.data_ptr(),
     )  # fmt: skip
     if error:
-        raise _attention_error(error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
+        raise _error("attention", error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
     return out_THD
 
 
-def _attention_error(
-    error: int, tokens: int, num_blocks: int, block_size: int, block_table_RB: Tensor, seq_lens_R: Tensor,
+def _refuses_mla_decode(q_THE: Tensor, cache: Tensor, scale: float, latent: int) -> str | None:
+    if wrong := _wrong_dtypes("q", q_THE.dtype, cache.dtype):
+        return wrong
+    if q_THE.shape[2] % 16 or latent % 16:
+        return f"it needs columns and latents that are multiples of 16, got q {tuple(q_THE.shape)}, latent {latent}"
+    if cache.stride(1) != cache.shape[2]:
+        return f"it needs blocks whose rows lie together, got strides {cache.stride()} of {tuple(cache.shape)}"
+    return _refuses_system() if scale > 0 else f"scale must be positive, got {scale}"
+
+
+@mla_decode.provider("cpp", devices=("cpu",), refuses=_refuses_mla_decode, launches=True)
+def mla_decode_cpp(
+    q_THE: Tensor, cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor, query_starts_S: Tensor, scale: float,
+    latent: int, cache_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute latent attention in C++: one KV head, whose values are the first columns of its keys."""
+    tokens, heads, width = q_THE.shape
+    num_blocks, block_size, _ = cache.shape
+    requests, table_width = block_table_RB.shape
+    out_THC, counter = empty((tokens, heads, latent), q_THE.dtype), _cascade.counter
+    error = launch(
+        _MLA_DECODE, _number(q_THE.dtype, cache.dtype), out_THC.data_ptr(), q_THE.data_ptr(), cache.data_ptr(),
+        block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(), tokens, heads, num_blocks,
+        block_size, width, latent, requests, table_width, block_table_RB.stride(0), *q_THE.stride()[:2],
+        cache.stride(0), _scale(cache_scale)[0], scale, torch.get_num_threads(),
+        0 if counter is None else counter.data_ptr(),
+    )  # fmt: skip
+    if error:
+        raise _error("mla_decode", error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
+    return out_THC
+
+
+def _error(
+    op: str, error: int, tokens: int, num_blocks: int, block_size: int, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor,
 ) -> Exception:  # fmt: skip
     if error < 0:
-        return RuntimeError("attention: this CPU has no float16 conversion; load the model with dtype=torch.float32")
+        return RuntimeError(f"{op}: this CPU has no float16 conversion; load the model with dtype=torch.float32")
     kind, r = divmod(error, 1 << 32)
     first, last = query_starts_S[r : r + 2].tolist()
     if kind == 1:
         wanted = f"query_starts must begin at 0, never fall and stay within the {tokens} rows of q"
-        return ValueError(f"attention: {wanted}, got {first}, {last} for request {r}")
+        return ValueError(f"{op}: {wanted}, got {first}, {last} for request {r}")
     if kind == 2:
         room = block_table_RB.shape[1] * block_size
         wanted = f"it must lie between its {last - first} queries and the {room} tokens of its blocks"
-        return ValueError(f"attention: seq_lens[{r}] is {int(seq_lens_R[r])}, {wanted}")
+        return ValueError(f"{op}: seq_lens[{r}] is {int(seq_lens_R[r])}, {wanted}")
     row = block_table_RB[r].tolist()
-    return ValueError(f"attention: block_table[{r}] names blocks outside 0..{num_blocks - 1} of the cache: {row}")
+    return ValueError(f"{op}: block_table[{r}] names blocks outside 0..{num_blocks - 1} of the cache: {row}")
 
 
 def _refuses_kv_append(

@@ -22,7 +22,7 @@ struct Call {
     void* out;
     const void *q, *k_cache, *v_cache;
     const int32_t *block_table, *seq_lens, *query_starts;
-    int64_t tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, table_stride;
+    int64_t tokens, heads, kv_heads, num_blocks, block_size, dim, value_dim, requests, table_width, table_stride;
     int64_t q_strides[2], k_strides[2], v_strides[2];  // of token and head; of block and head
     float scale, softcap;
     int64_t window;
@@ -32,7 +32,7 @@ struct Call {
     int64_t* spared;  // gains the tiles that requests share and need not read again; null: they share none
 
     int group() const { return int(heads / kv_heads); }  // query heads that share a KV head
-    int64_t state() const { return dim + 2 * kLanes; }   // floats of a row's state: o[dim], l in kLanes parts, m
+    int64_t state() const { return value_dim + 2 * kLanes; }  // floats of a row's state: o, l in kLanes parts, m
     int num_queries(int r) const { return query_starts[r + 1] - query_starts[r]; }
     int visible(int r, int i) const { return seq_lens[r] - num_queries(r) + i + 1; }  // the end of the keys that query i of r sees
     int first_seen(int r, int i) const {  // window < 0: chunks of as many keys

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from laws import check
 from torch import Tensor
 
 from seamwise.kernels import mla_append, mla_decode, mla_prefill
+from seamwise.kernels.cpu import instruction_set
+from seamwise.kernels.cpu.attention_cpu import cascade
 
 HEADS, NOPE, ROPE, VALUE, LATENT, BLOCK = 4, 16, 8, 12, 32, 4
 
@@ -98,3 +101,47 @@ def test_a_float8_cache_holds_rows_over_its_scale() -> None:
     torch.testing.assert_close(stored, rows_TE, rtol=2**-4, atol=0.01 * 2**-10)
     mla_append(rows_TE[:, :32] * 1e6, rows_TE[:, 32:], cache, slots, scale)
     assert float(cache.float().abs().max()) == 448.0, "it saturates"
+
+
+@pytest.mark.parametrize("name", instruction_set.FLAGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_gives_the_same_bits_whatever_is_computed_beside_a_query(name: str, dtype: torch.dtype) -> None:
+    """Within the budget; a query alone, on two threads, beside one that begins alike, from the same in float8."""
+    if name not in instruction_set.runnable():
+        pytest.skip(f"this machine does not run {name}")
+    threads = torch.get_num_threads()
+    with instruction_set.using(name):
+        for rope, float8 in ((16, False), (32, True)):
+            sizes = {"R": 2, "queries": 3, "context": 520, "H": 7, "C": 256, "rope": rope, "P": 16, "float8": float8}
+            q, cache, table, lengths, starts, *rest = mla_decode.make_inputs(sizes, dtype=dtype, device="cpu")
+            table[1, :32] = table[0, :32]
+            args = (q, cache, table, lengths, starts, *rest)
+            assert mla_decode.choose(args).name == "cpp"
+            torch.set_num_threads(1)
+            (out,) = check(mla_decode, "cpp", args)
+            spared = torch.zeros(1, dtype=torch.int64)
+            torch.set_num_threads(2)
+            assert torch.equal(mla_decode.run("cpp", *args), out)
+            with cascade(spared):
+                assert torch.equal(mla_decode.run("cpp", *args), out) and int(spared) == 8
+            torch.set_num_threads(threads)
+            for r, i in ((0, 0), (1, 1), (1, 2)):
+                alone = (q[r * 3 + i :][:1], cache, table[r : r + 1], lengths[r : r + 1] - (2 - i), starts[:2] // 3)
+                assert torch.equal(mla_decode.run("cpp", *alone, *rest)[0], out[r * 3 + i])
+            if float8:
+                wide = mla_decode.run("cpp", q, cache.to(dtype), table, lengths, starts, *rest)
+                assert torch.equal(wide, out)
+
+
+def test_cpp_refuses_what_it_cannot_serve_by_name() -> None:
+    sizes = {"R": 1, "queries": 1, "context": 9, "H": 2, "C": 32, "rope": 8, "P": 4}
+    narrow = mla_decode.make_inputs(sizes, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="columns and latents that are multiples of 16"):
+        mla_decode.run("cpp", *narrow)
+    args = mla_decode.make_inputs(sizes | {"rope": 16}, dtype=torch.float32, device="cpu")
+    apart = torch.zeros(*args[1].shape[:2], 96)[..., :48]
+    with pytest.raises(ValueError, match="blocks whose rows lie together"):
+        mla_decode.run("cpp", args[0], apart, *args[2:])
+    args[2][0, 0] = 99
+    with pytest.raises(ValueError, match=r"mla_decode: block_table\[0\] names blocks outside"):
+        mla_decode.run("cpp", *args)
