@@ -23,15 +23,15 @@ from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured
 from .derive import hoist
-from .generate import LoweredStep, generate
 from .inductor import compile_piece, loose_ops
-from .ledger import Ledger
 from .lower import choose_providers
+from .make_program import LoweredStep, generate
 from .plugins import discovered, placed_into
 from .program import Program
 from .shard_plan import styles_of
 from .split import Piece, Seam, split
 from .stages import carried_of, cut_stage
+from .startup_times import Ledger
 from .structure import with_quantized_experts
 
 # An order constraint is a comment on its line.

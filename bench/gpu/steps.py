@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from seamwise.bench.step import decode_batch
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig, ordered_passes
+from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.cpu.tape import Tape
 from seamwise.runtime.runner.runner import ModelRunner
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seamwise.kernels.cpu.pool import Pool
 from seamwise.kernels.cpu.tape import Tape, recording
+from seamwise.kernels.cpu.tape_memory import Pool
 
 from .recorder import OntoTape, Recorder, RecordingRefused
 

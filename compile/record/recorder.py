@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from seamwise.kernels.contract import contract_of
-from seamwise.kernels.cpu.pool import Pool
 from seamwise.kernels.cpu.tape import StandIn, Tape, call, recording
+from seamwise.kernels.cpu.tape_memory import Pool
 
 
 class RecordingRefused(RuntimeError):

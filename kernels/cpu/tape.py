@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import cpp, instruction_set
-from .pool import Pool
+from .tape_memory import Pool
 
 _MAX_ARGS = 32
 

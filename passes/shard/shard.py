@@ -31,8 +31,8 @@ from seamwise.kernels import (
 from seamwise.passes.graph import aten, infer, is_op, value
 from seamwise.passes.rewrite import Parallel, Pass, Report
 
-from .placement import OWNED, PARTIAL, ROUTED, Cut, Placement, Unplaceable, sections_of
 from .sharder import COLUMNS, EXPERTS, GATHERED, ROWS, VOCABULARY, Sharder
+from .tensor_placement import OWNED, PARTIAL, ROUTED, Cut, Placement, Unplaceable, sections_of
 
 
 def shard(parallel: Parallel, styles: Mapping[str, str]) -> Pass:

@@ -14,8 +14,19 @@ from torch.fx.node import map_arg
 from seamwise.passes.graph import aten, infer, is_op, is_weight, value
 from seamwise.passes.rewrite import Parallel
 
-from .placement import GATED, OWNED, PARTIAL, ROUTED, Cut, Placement, Unplaceable, follow, is_tensor, keeps_partial
 from .stored_parts import held_by, part_of
+from .tensor_placement import (
+    GATED,
+    OWNED,
+    PARTIAL,
+    ROUTED,
+    Cut,
+    Placement,
+    Unplaceable,
+    follow,
+    is_tensor,
+    keeps_partial,
+)
 
 _COLLECTIVES = torch.ops._c10d_functional
 GATHERED = ("colwise_gather_output", "colwise_rep")

@@ -15,7 +15,7 @@ from torch.fx import Node
 from seamwise.kernels import dequantize_weight
 from seamwise.passes.graph import aten, is_op, value
 
-from .placement import Unplaceable
+from .tensor_placement import Unplaceable
 
 Add = Callable[..., Node]  # add(target, *args) inserts a call
 Bounds = Sequence[tuple[int, int]]

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from seamwise.compile.check.bisect import Comparison, Run, compare
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.lower import choose_providers
 from seamwise.compile.pipeline import PipelineConfig, rewrite
+from seamwise.compile.startup_times import Ledger
 from seamwise.passes.graph import value
 from seamwise.runtime.weights.checkpoint import open_source
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from seamwise.compile.derive import evaluate, parameters_of
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Program
+from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.weights.checkpoint import (
     Convert,
     Source,
@@ -27,7 +27,7 @@ from seamwise.runtime.weights.checkpoint import (
 )
 from seamwise.runtime.weights.files import StoredTensor
 from seamwise.runtime.weights.foreign import as_transformers_reads
-from seamwise.runtime.weights.quantized import stored_weights
+from seamwise.runtime.weights.quantized_checkpoint import stored_weights
 
 from .drawn_steps import draw_steps
 from .hidden_states import return_hidden_states, without_head

@@ -15,7 +15,7 @@ from seamwise.model_defs.hf_config import OLDER_NAMES, Reader
 from seamwise.model_defs.hf_defaults import completed
 from seamwise.model_defs.rope import context_lengths
 from seamwise.runtime.weights.checkpoint import holds_kv_scales
-from seamwise.runtime.weights.formats import has_tensors
+from seamwise.runtime.weights.file_formats import has_tensors
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
 from seamwise.runtime.weights.quantization_config import read_quantization
 from seamwise.runtime.weights.tied import has_own_head

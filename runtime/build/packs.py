@@ -12,9 +12,9 @@ from torch import Tensor
 
 from seamwise import caches
 from seamwise.compile import pack
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Program
+from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.cpu.cores import limit_threads
 from seamwise.kernels.cpu.tape import compile_ahead
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from seamwise.compile.ledger import Ledger
+from seamwise.compile.startup_times import Ledger
 
 _listeners: list[Callable[[str], None]] = []
 

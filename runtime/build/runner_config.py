@@ -15,7 +15,7 @@ import torch
 from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.passes import Parallel
-from seamwise.runtime.weights.formats import check_load_format
+from seamwise.runtime.weights.file_formats import check_load_format
 from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization
 from seamwise.runtime.weights.quantization_rules import Quantization
 

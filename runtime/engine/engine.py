@@ -28,17 +28,17 @@ from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.profile import span
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.sampling.bad_words import tokens_of_words
 from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.pooling import PoolingParams, finish
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
-from seamwise.runtime.sampling.words import tokens_of_words
 from seamwise.runtime.scheduler.config import SchedulerConfig
-from seamwise.runtime.scheduler.loads import settle_loads
 from seamwise.runtime.scheduler.policies import Policy
 from seamwise.runtime.scheduler.scheduler import Recorder, Scheduler
 from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
+from seamwise.runtime.scheduler.waiting_for_tiers import settle_loads
 from seamwise.runtime.text.tokenizer import Tokenizer
 
 from .adapters import REASON as ADAPTER

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_map
 
 from seamwise import caches
 from seamwise.compile import pack
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.record.recorder import Recording
+from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.cpu.attention_cpu import cascade
 from seamwise.runtime.build.hidden_states import without_head
 from seamwise.runtime.build.kv_groups import Groups
@@ -41,8 +41,8 @@ from seamwise.runtime.weights.adapters import Adapter
 
 from .adapters import AdapterSlots
 from .balance import Balancer
+from .copy_kv_blocks import read_blocks, write_blocks
 from .data_ranks import agree, halves
-from .kv_blocks import read_blocks, write_blocks
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from seamwise import caches
 from seamwise.compile.derive import evaluate
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.program import Executable, Program
+from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program

@@ -13,7 +13,7 @@ from typing import Any
 from seamwise.runtime.build.arguments import named_arguments
 
 from .check_params import check_params, whole
-from .plain import make_plain
+from .plain_numbers import make_plain
 from .structured import StructuredOutputsParams
 
 LogitsProcessor = Callable[..., Any]  # ([prompt_ids,] output_ids, logits (V,)) -> logits (V,)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seamwise.kernels import gumbel_sample, truncate_logits
 
-from .edit import edit_logits
+from .edit_logits import edit_logits
 from .report import Found, report
 from .rows import SamplingRows
 

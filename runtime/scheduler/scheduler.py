@@ -13,7 +13,6 @@ from seamwise.runtime.kv.pool import BlockPool
 
 from .commit import Step, commit, release, requeue
 from .config import QueueFullError, SchedulerConfig
-from .loads import begin_loads, count_hits, settle_loads
 from .plan import plan
 from .policies import Policy, find_policy
 from .queue import Queue
@@ -21,6 +20,7 @@ from .sequence import Sequence
 from .slots import Slots
 from .view import Plan, View
 from .viewing import take_view
+from .waiting_for_tiers import begin_loads, count_hits, settle_loads
 
 Recorder = Callable[[View, Plan], None]
 

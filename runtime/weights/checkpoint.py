@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from . import machine_memory
 from .experts import stack_experts
+from .file_formats import check_load_format, find_tensors
 from .files import StoredTensor
-from .formats import check_load_format, find_tensors
 from .tied import differ
 
 # What old checkpoints store though the model computes it: Llama's, saved by transformers before 4.31.

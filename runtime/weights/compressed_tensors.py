@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from seamwise.model_defs.hf_config import Reader
 from seamwise.passes import Scheme
 
-from .published import Published
+from .published_layouts import Published
 from .quantization_rules import Quantization, Rule, read_block, read_names, refuse_unknown
 
 _FORMATS = {("int", 8): "int8", ("float", 8): "float8_e4m3fn", ("int", 4): "int4"}

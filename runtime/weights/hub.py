@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import filter as matching
 from pathlib import Path
 
-from .formats import FORMATS
+from .file_formats import FORMATS
 
 _TEXTS = ("*.json", "*.model", "*.txt", "*.jinja")
 

@@ -22,7 +22,7 @@ from seamwise.passes import Scheme
 from seamwise.runtime.weights.gguf.quants import PACKED
 
 from .compressed_tensors import has_kv_scales, read_compressed_tensors
-from .published import Published
+from .published_layouts import Published
 from .quantization_rules import Quantization, Rule, read_block, read_names, refuse_unknown
 
 _FP8_OPTIONS = {

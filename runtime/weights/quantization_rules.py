@@ -9,7 +9,7 @@ from typing import Any
 from seamwise.model_defs.hf_config import Reader
 from seamwise.passes import Scheme
 
-from .published import Published
+from .published_layouts import Published
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

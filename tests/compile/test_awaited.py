@@ -18,10 +18,10 @@ from torch.fx import Graph, GraphModule, Node
 from seamwise.compile import codegen
 from seamwise.compile.check.awaited import begins, check_awaited, order_of
 from seamwise.compile.check.verify import BrokenGraph
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Executable, Program, TokenRange
 from seamwise.compile.split import Piece, digest
+from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.comm import exchange
 from seamwise.passes import Parallel
 from seamwise.runtime.build.loading import compile_model

@@ -14,8 +14,8 @@ from seamwise.compile.record.recorder import CPURecorder, RecordingRefused
 from seamwise.compile.record.recorders import recorder_for
 from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul
 from seamwise.kernels.cpu import tape
-from seamwise.kernels.cpu.pool import Pool
 from seamwise.kernels.cpu.tape import Tape, recording
+from seamwise.kernels.cpu.tape_memory import Pool
 
 
 def chain(x: Tensor, weight: Tensor, factor: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from seamwise.compile import repeat_layers
 from seamwise.compile.capture import Captured, capture
-from seamwise.compile.ledger import Ledger
+from seamwise.compile.startup_times import Ledger
 from seamwise.model_defs import build_model
 from seamwise.model_defs.blocks import Decoder, RMSNorm
 from seamwise.runtime.build import loading

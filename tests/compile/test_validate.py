@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from seamwise.compile import pipeline
 from seamwise.compile.check.bisect import ulp_histogram
 from seamwise.compile.check.validate import TOLERANCE, InvalidRewrite
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
+from seamwise.compile.startup_times import Ledger
 from seamwise.kernels import add_rms_norm
 from seamwise.passes import FUSE_ADD_RMS_NORM, Report
 from seamwise.runtime.build.bisect import bisect, parse_run

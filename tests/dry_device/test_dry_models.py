@@ -9,7 +9,7 @@ import pytest
 from dry_device import pretend
 
 from seamwise.bench.gpu.models import model_directory
-from seamwise.compile.ledger import Ledger
+from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program
 from seamwise.runtime.build.runner_config import RunnerConfig

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from laws import check
+from laws import check, using
 from torch import Tensor
 
 from seamwise.kernels import mla_append, mla_decode, mla_prefill
@@ -110,7 +110,7 @@ def test_cpp_gives_the_same_bits_whatever_is_computed_beside_a_query(name: str, 
     if name not in instruction_set.runnable():
         pytest.skip(f"this machine does not run {name}")
     threads = torch.get_num_threads()
-    with instruction_set.using(name):
+    with using(name):
         for rope, float8 in ((16, False), (32, True)):
             sizes = {"R": 2, "queries": 3, "context": 520, "H": 7, "C": 256, "rope": rope, "P": 16, "float8": float8}
             q, cache, table, lengths, starts, *rest = mla_decode.make_inputs(sizes, dtype=dtype, device="cpu")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seamwise.kernels import add_rms_norm, gather_rows, linear_packed, pack_linear, silu_mul
 from seamwise.kernels.cpu import tape
-from seamwise.kernels.cpu.pool import Pool
+from seamwise.kernels.cpu.tape_memory import Pool
 
 
 def weights() -> tuple[Tensor, Tensor, Tensor]:

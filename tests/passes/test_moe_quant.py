@@ -13,8 +13,8 @@ from quantized_checkpoints import LAYOUTS, save_quantized
 from test_fusions import applied, traced
 from torch import Tensor
 
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
+from seamwise.compile.startup_times import Ledger
 from seamwise.kernels import (
     grouped_scaled_linear,
     moe_align,

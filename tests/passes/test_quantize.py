@@ -11,8 +11,8 @@ import torch
 from step_inputs import Steps
 
 from seamwise import LLM, ModelRunner, StepInput
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig, rewrite
+from seamwise.compile.startup_times import Ledger
 from seamwise.passes import FUSE_RMS_NORM_QUANT, SCHEMES, Report
 from seamwise.passes.quantization.quantize_linear import QUANTIZE_LINEAR
 from seamwise.passes.quantization.quantize_weights import quantize_weights

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from seamwise import passes
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import BrokenPromise
 from seamwise.compile.program import Executable, Program, TokenRange
 from seamwise.compile.shard_plan import OWN_PLAN
+from seamwise.compile.startup_times import Ledger
 from seamwise.kernels import allreduce_rms_norm, dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
 from seamwise.passes import Structure
 from seamwise.runtime.build.loading import compile_model

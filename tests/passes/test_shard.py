@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from seamwise import passes
 from seamwise.compile.derive import evaluate, parameters_of
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.program import Program
+from seamwise.compile.startup_times import Ledger
 from seamwise.passes import Parallel
-from seamwise.passes.shard.placement import Cut, Unplaceable
+from seamwise.passes.shard.tensor_placement import Cut, Unplaceable
 from seamwise.runtime.build.loading import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.ranks import placed

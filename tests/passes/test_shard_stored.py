@@ -12,7 +12,7 @@ from quantized_checkpoints import LAYOUTS, NO_PASSES, UNSERVED, dequantizations,
 from test_shard import compiled
 from torch import Tensor
 
-from seamwise.passes.shard.placement import Unplaceable
+from seamwise.passes.shard.tensor_placement import Unplaceable
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 from seamwise import caches
 from seamwise.extras import pip_install
-from seamwise.runtime.serve.speakers import LocalSpeaker, Message, RemoteSpeaker, Speaker
+from seamwise.runtime.serve.chat_backends import LocalSpeaker, Message, RemoteSpeaker, Speaker
 
 from .options import Commands, add_command, engine_loading, engine_options, model_options
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .options import Commands, add_command, loading, model_options
 
 if TYPE_CHECKING:
-    from seamwise.compile.ledger import Ledger
+    from seamwise.compile.startup_times import Ledger
     from seamwise.runtime.build.model_config import ModelConfig
 
 

@@ -190,7 +190,7 @@ class EngineLoop:
         """Write a checkpoint's tensors into the model, by their names."""
         from pathlib import Path
 
-        from seamwise.runtime.weights.formats import find_tensors
+        from seamwise.runtime.weights.file_formats import find_tensors
 
         found, problems, _ = find_tensors(Path(path), "auto")
         if problems:

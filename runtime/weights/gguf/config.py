@@ -15,7 +15,7 @@ import torch
 
 from seamwise.model_defs.hf_config import Reader
 from seamwise.model_defs.rope import Rope
-from seamwise.runtime.weights.formats import FORMATS
+from seamwise.runtime.weights.file_formats import FORMATS
 
 from .families import family_of
 from .file import GgufHeader, read_gguf_header

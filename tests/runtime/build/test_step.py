@@ -15,7 +15,7 @@ from step_inputs import Steps
 from torch import Tensor
 
 from seamwise import ModelRunner, StepInput
-from seamwise.compile.ledger import Ledger
+from seamwise.compile.startup_times import Ledger
 from seamwise.model_defs.blocks import CausalLM
 from seamwise.model_defs.hf import HuggingFaceDecoder
 from seamwise.runtime.build.step import FIELDS, STEP_ARGUMENTS, KVGroupInput, empty_step, ragged_step

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.engine.outputs import CompletionOutput
+from seamwise.runtime.sampling.bad_words import tokens_of_words
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.report import prompt_logprobs
 from seamwise.runtime.sampling.rows import RowOptions, SamplingSlots
 from seamwise.runtime.sampling.sampler import sample
 from seamwise.runtime.sampling.stop import ended_by_token
-from seamwise.runtime.sampling.words import tokens_of_words
 from seamwise.runtime.text.detokenize import Detokenizer
 from seamwise.testing import FakeRunner
 

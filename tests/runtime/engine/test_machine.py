@@ -42,7 +42,7 @@ from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.kv import offload
 from seamwise.runtime.sampling.params import RequestOutputKind
-from seamwise.runtime.scheduler import commit, loads, queue, scheduler, slots
+from seamwise.runtime.scheduler import commit, queue, scheduler, slots, waiting_for_tiers
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
 from seamwise.runtime.scheduler.plan import plan
 from seamwise.runtime.scheduler.policies import OURS
@@ -52,7 +52,8 @@ from seamwise.runtime.speculation.watch import Watch
 from seamwise.testing import FakeRunner
 
 _INTERRUPTED = {
-    m.__file__ for m in (answer, drafting, loop, engine_module, commit, loads, offload, queue, scheduler, slots)
+    m.__file__
+    for m in (answer, drafting, loop, engine_module, commit, offload, queue, scheduler, slots, waiting_for_tiers)
 }  # fmt: skip
 GROUPS: list[Groups] = [
     (FULL,), (FULL,), (KVGroup(kind="sliding_window", size=5),), (FULL, KVGroup(kind="sliding_window", size=3)),

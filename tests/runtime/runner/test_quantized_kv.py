@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from seamwise import LLM, ModelRunner
-from seamwise.compile.ledger import Ledger
 from seamwise.compile.pipeline import PipelineConfig
+from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.build.bisect import bisect
 from seamwise.runtime.build.packs import write_pack
 

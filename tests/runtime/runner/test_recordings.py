@@ -19,7 +19,7 @@ from step_inputs import Steps
 from torch import Tensor
 
 from seamwise import ModelRunner
-from seamwise.compile.ledger import Ledger
+from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.build.step import KVGroupInput, StepInput, ragged_step
 from seamwise.runtime.runner.recordings import Full, Piecewise
 

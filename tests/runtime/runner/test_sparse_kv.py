@@ -16,7 +16,7 @@ from tiny_models import assert_within_budget, save_tiny
 from torch import Tensor
 
 from seamwise import LLM, ModelRunner, SamplingParams
-from seamwise.compile.ledger import Ledger
+from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.build.step import StepInput
 from seamwise.runtime.runner.sparse_kv import KVView, check_sparse_kv
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamwise import SamplingParams
-from seamwise.runtime.sampling.edit import allowed_words
+from seamwise.runtime.sampling.edit_logits import allowed_words
 from seamwise.runtime.sampling.report import MODES, prompt_logprobs
 from seamwise.runtime.sampling.rows import RowOptions, SamplingSlots
 from seamwise.runtime.sampling.sampler import Sampled, sample

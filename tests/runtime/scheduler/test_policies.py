@@ -20,7 +20,7 @@ from seamwise.runtime.scheduler.policies.cache_aware import AGING as CACHE_AGING
 from seamwise.runtime.scheduler.policies.conformance import check_policy
 from seamwise.runtime.scheduler.policies.fair import W_IN, W_OUT
 from seamwise.runtime.scheduler.policies.predictive import AGING
-from seamwise.runtime.scheduler.record import Recording, replay
+from seamwise.runtime.scheduler.replay import Recording, replay
 from seamwise.testing import FakeRunner
 
 BUDGET, SEATS = 24, 4

@@ -12,8 +12,8 @@ import pexpect
 import pytest
 from servers import Running
 
+from seamwise.runtime.serve.chat_backends import LocalSpeaker, RemoteSpeaker
 from seamwise.runtime.serve.commands.chat import Conversation
-from seamwise.runtime.serve.speakers import LocalSpeaker, RemoteSpeaker
 
 COMMAND = ["-P", "-m", "seamwise.runtime.serve.cli", "chat"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from seamwise.runtime.weights import checkpoint
 from seamwise.runtime.weights.checkpoint import Checkpoint, open_source, parameter_shapes
+from seamwise.runtime.weights.file_formats import FORMATS
 from seamwise.runtime.weights.files import FileSlice
-from seamwise.runtime.weights.formats import FORMATS
 from seamwise.runtime.weights.gguf.quants import KINDS
 
 formats = pytest.mark.parametrize("format", list(WRITERS))

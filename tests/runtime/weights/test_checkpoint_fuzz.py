@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_checkpoints import WRITERS, draw, load, save
 
-from seamwise.runtime.weights.formats import FORMATS
+from seamwise.runtime.weights.file_formats import FORMATS
 
 
 @pytest.mark.parametrize("format", list(WRITERS))

@@ -21,7 +21,7 @@ from quantized_checkpoints import LAYOUTS, Layout, load, save_quantized
 
 from seamwise.model_defs import build_model
 from seamwise.runtime.weights.quantization_config import read_quantization
-from seamwise.runtime.weights.quantized import stored_weights
+from seamwise.runtime.weights.quantized_checkpoint import stored_weights
 
 BLOCKS, INT8 = LAYOUTS["fp8 blocks"].config(), LAYOUTS["W8A8 int8"].config()
 BAD: list[tuple[dict[str, Any], str]] = [

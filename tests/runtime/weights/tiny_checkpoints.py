@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seamwise.runtime.weights.checkpoint import parameter_shapes
-from seamwise.runtime.weights.formats import FORMATS
+from seamwise.runtime.weights.file_formats import FORMATS
 
 
 class Tiny(nn.Module):

@@ -19,7 +19,7 @@ from tiny_models import reference, save_tiny
 
 from seamwise import ModelRunner, StepInput
 from seamwise.runtime.build.model_config import ModelConfig
-from seamwise.runtime.weights.formats import find_tensors
+from seamwise.runtime.weights.file_formats import find_tensors
 from seamwise.runtime.weights.gguf.weights import read_gguf
 
 REQUESTS = [list(range(3, 25)), [9, 8, 7]]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seamwise.kernels.cpu.pool import Pool
+from seamwise.kernels.cpu.tape_memory import Pool
 
 
 @pytest.fixture(autouse=True)
