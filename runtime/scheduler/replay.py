@@ -1,13 +1,18 @@
 """Write down what was planned from what, and plan it again: a recording replays to the same bytes.
 
 A recording is a text file of JSON lines: the limits and the policy's name, then for each step its view and its plan.
-Use: Engine(…, recorder=Recording(path, config)), and later `replay(path)`.
+Use: LLM(…, decisions_dir="DIR"), and later `seamwise replay FILE`, or `replay(path)`. No text and no token of a request
+is written: lengths, blocks, names of prefixes (digests), times in tokens.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,16 +27,28 @@ from .plan import plan, shortlist
 from .policies import find_policy
 from .view import Candidate, Plan, Progress, Rows, View, frozen
 
+logger = logging.getLogger("seamwise.scheduler")
+
 
 class Recording:
-    """A recorder of an engine: call it with each view and plan, close it at the end."""
+    """A recorder of an engine: call it with each view and plan. Each step is in the file when it begins.
+
+    A disk that takes no more ends the recording, with one error in the log, and not the engine.
+    """
 
     def __init__(self, path: Path, config: SchedulerConfig) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("w", encoding="utf-8", buffering=1)
         self._file.write(encode(asdict(config)) + "\n")
 
     def __call__(self, view: View, plan: Plan) -> None:
-        self._file.write(f"{encode(view)}\t{encode(plan)}\n")
+        if self._file.closed:
+            return
+        try:
+            self._file.write(f"{encode(view)}\t{encode(plan)}\n")
+        except OSError as error:
+            logger.error("decisions are not recorded any more: %s: %s", self._file.name, error)
+            with suppress(OSError):  # what is left in the file's buffer
+                self._file.close()
 
     def close(self) -> None:
         self._file.close()
@@ -43,16 +60,32 @@ class Recording:
         self.close()
 
 
+def record_in(folder: str | Path, config: SchedulerConfig, rank: int | None = None) -> Recording:
+    """Record in a new file of a folder, which is made; its name has the engine's rank, the time and the process.
+
+    Raises ValueError for a folder that cannot be made or written.
+    """
+    engine = "" if rank is None else f"dp{rank}_"
+    path = Path(folder) / f"{engine}decisions_{time.time_ns()}_{os.getpid()}.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Recording(path, config)
+    except OSError as error:
+        raise ValueError(f"decisions_dir={str(folder)!r}: wanted a folder that can be written: {error}") from error
+
+
 def replay(path: Path) -> int:
-    """Plan every step of a recording again; return how many there are.
+    """Plan every step of a recording again; return how many there are. A last line that was cut short is left out.
 
     Raises ValueError naming the first step whose plan, or order of candidates, is not the recorded one.
     """
     with path.open(encoding="utf-8") as lines:
-        config = SchedulerConfig(**json.loads(next(lines)))
+        config = _config(path, next(lines, ""))
         policy = find_policy(config.scheduling_policy)
         count = 0
         for count, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                return count - 1
             written, _, expected = line.rstrip("\n").partition("\t")
             view = decode_view(json.loads(written))
             if (found := encode(plan(view, config, policy))) != expected:
@@ -63,6 +96,13 @@ def replay(path: Path) -> int:
                 if order != before:
                     raise ValueError(f"{path}: step {count} had candidates {before}, and now has {order}")
     return count
+
+
+def _config(path: Path, line: str) -> SchedulerConfig:
+    try:
+        return SchedulerConfig(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its first line is not the limits of a recording of this version: {error}") from error
 
 
 def encode(value: Any) -> str:

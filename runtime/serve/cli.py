@@ -9,7 +9,7 @@ import sys
 
 from seamwise import caches
 
-_COMMANDS = ("serve", "chat", "generate", "run_batch", "explain", "compile", "explain_key", "bisect", "cache")
+_COMMANDS = ("serve", "chat", "generate", "run_batch", "explain", "compile", "explain_key", "bisect", "replay", "cache")
 
 
 def main(arguments: list[str] | None = None) -> int:

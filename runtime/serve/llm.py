@@ -38,6 +38,7 @@ from seamwise.runtime.sampling.pooling import PoolingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
+from seamwise.runtime.scheduler.replay import record_in
 from seamwise.runtime.speculation.config import SpeculativeConfig
 from seamwise.runtime.speculation.drafter import find_drafter
 from seamwise.runtime.speculation.model_drafter import ModelDrafter
@@ -91,6 +92,8 @@ class LLM(ModelControl, Pools):
     batch_invariant  True: refused by name where a row may have other bits in another batch; on a CPU, our kernels' rows
                    have the same bits in any batch, chunking, order and preemption, asked for or not, at no cost
     profiler_config  {"profiler": "torch", "torch_profiler_dir": "traces"}: where start_profile() … stop_profile() write
+    decisions_dir  a folder for what the scheduler decides, a file for each engine and start: `seamwise replay FILE`
+                   plans it all again and says whether it is the same
     data_parallel_size  engines, each a process with requests of its own (`seamwise[serve]`) and all of the model, or
                    with enable_expert_parallel its share of the experts; torchrun's processes are that many already
     data_parallel_rank, data_parallel_address, data_parallel_timeout_s  which of them this process is, the file where
@@ -121,7 +124,8 @@ class LLM(ModelControl, Pools):
         enable_sleep_mode: bool | None = None, max_cpu_loras: int | None = None,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         profiler_config: Mapping[str, Any] | ProfilerConfig | None = None, batch_invariant: bool | None = None,
-        sparse_kv: Pick | None = None, worker_extension_cls: str | type | None = None, model_impl: str = "auto",
+        decisions_dir: str | Path | None = None, sparse_kv: Pick | None = None,
+        worker_extension_cls: str | type | None = None, model_impl: str = "auto",
         distributed_executor_backend: str | None = None, trust_remote_code: bool = False,
         cache_dir: str | Path | None = None, data_parallel_size: int = 1, data_parallel_rank: int | None = None,
         data_parallel_address: str | None = None, data_parallel_timeout_s: float = 300.0, **options: Any,
@@ -251,10 +255,11 @@ class LLM(ModelControl, Pools):
             kv_offloading_folder=kv_offloading_folder, kv_offloading_folder_size=kv_offloading_folder_size,
             kv_offloading_min_tokens=kv_offloading_min_tokens,
         )  # fmt: skip
+        recorder = None if decisions_dir is None else record_in(decisions_dir, limits, data_parallel_rank)
         self.engine = Engine(
             runner, self.tokenizer, limits, enable_prefix_caching=enable_prefix_caching, seed=seed,
             logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters, pooler=runner.options.pooler,
-            offload=offload,
+            offload=offload, recorder=recorder,
         )  # fmt: skip
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))

@@ -44,7 +44,7 @@ _LOADING = (
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
-    "profiler_config": json_object, "pipeline_parallel_size": int, "eplb_config": json_object,
+    "profiler_config": json_object, "decisions_dir": str, "pipeline_parallel_size": int, "eplb_config": json_object,
     "dbo_decode_token_threshold": int, "dbo_prefill_token_threshold": int,
     "kv_offloading_size": float, "kv_offloading_backend": str, "kv_offloading_folder": str,
     "kv_offloading_folder_size": float, "kv_offloading_min_tokens": int,
