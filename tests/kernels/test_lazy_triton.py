@@ -25,7 +25,7 @@ held = build.kernel
 assert held.params[0].name == "x_ptr"
 import triton
 assert lazy_triton.jitted(held) is file._rms_norm_kernel and type(file._rms_norm_kernel) is triton.JITFunction
-assert type(sampling_noise._GOLDEN) is triton.language.constexpr and sampling_noise.DRAW.value == 0
+assert type(sampling_noise._GOLDEN) is triton.language.constexpr
 kinds = (lazy_triton.Kernel, lazy_triton._Constant, lazy_triton._Names)
 print([(m, n) for m, module in sys.modules.items() for n, v in vars(module).items() if type(v) in kinds])
 """

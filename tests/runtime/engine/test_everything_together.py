@@ -227,7 +227,7 @@ def test_all_of_it_happens(world: World) -> None:
     ]  # fmt: skip
     limits = {"max_num_batched_tokens": 16, "max_num_seqs": 5, "scheduler_reserve_full_isl": False}
     for asynchronous in (False, True):
-        seen = world.check(requests, blocks=28, right=1, async_scheduling=asynchronous, **limits)
+        seen = world.check(requests, blocks=24, right=1, async_scheduling=asynchronous, **limits)
         assert seen["adapters"] == 3 and all(seen.values()), seen
         assert seen.keys() >= {"preempted", "stood", "fell", "forced", "shared"}
 

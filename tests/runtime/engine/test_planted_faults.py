@@ -71,7 +71,7 @@ FAULTS = (
           TIERS),
     Fault("block freed a step early", BlockPool.step_done, "if fence > step:", "if fence > step + 1:", AHEAD),
     Fault("promise outlives a failed step", BlockPool._settle, "if block in self.promised:", "if False:", seed=1),
-    Fault("names kept when all are forgotten", BlockPool.forget_all, "self.by_name.clear()", "pass", seed=2),
+    Fault("names kept when all are forgotten", BlockPool.forget_all, "self.by_name.clear()", "pass", seed=3),
     Fault("name published early", commit._promise, "pool.promise(block, name)", "pool.publish(block, name)", seed=1),
     Fault("promise never published", commit.complete, "if pool.names.get(block) == name:", "if False:", seed=1),
     Fault("name published for one block too many", commit._publish,

@@ -26,24 +26,24 @@ def test_a_terminal_streams_keeps_history_and_ctrl_c_stops_the_answer(fake: Runn
         encoding="utf-8", timeout=20, env=environment,
     )  # fmt: skip
     talk.expect("fake is ready")
-    talk.expect("> ")
+    talk.expect(r"[^rt]> ")  # the prompt: behind <user> and <assistant> there is one too
     talk.sendline("hello")
     talk.expect("<user> hello")  # the fake engine repeats what it was given
-    talk.expect("> ")
+    talk.expect(r"[^rt]> ")
     talk.sendline("/set max_tokens 500")
-    talk.expect("> ")
+    talk.expect(r"[^rt]> ")
     talk.sendline("ZZZZZZZZZZ")  # each of its letters takes a fifth of a second
     talk.expect("Z\r?\n<user> hello|<user> hello")
     talk.sendintr()
     talk.expect(r"\[stopped\]")
-    talk.expect("> ")
+    talk.expect(r"[^rt]> ")
     talk.sendline("/set max_tokens")
     talk.expect("! max_tokens: got ''")
     talk.sendline("/fly")
     talk.expect("! there is no command /fly")
     talk.sendline(f"/save {tmp_path / 'said.json'}")
     talk.expect("4 messages in")
-    talk.expect("> ")
+    talk.expect(r"[^rt]> ")
     time.sleep(0.5)  # the prompt is drawn, and the terminal raw again
     talk.sendcontrol("d")
     talk.expect(pexpect.EOF)

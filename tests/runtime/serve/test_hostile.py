@@ -129,6 +129,9 @@ def test_schemathesis_finds_no_server_error_and_no_undocumented_status(fake: Run
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) >= 28
     for operation in operations:
+        if operation.path == "/scale_elastic_ep":  # starts as many processes as it is told; see test_data_parallel
+            continue
+        fake.wait_ready()  # a drawn text may have a letter at which the fake engine dies or hangs
 
         @settings(
             max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

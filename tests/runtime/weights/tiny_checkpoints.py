@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 def save_gguf(tensors: dict[str, Tensor], path: Path) -> None:
     writer = GGUFWriter(path, "llama")
+    if part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path.name):
+        writer.add_uint16("split.no", int(part[1]) - 1)
+        writer.add_uint16("split.count", int(part[2]))
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bfloat16:
             writer.add_tensor(name, tensor.view(torch.uint8).numpy(), raw_dtype=GGMLQuantizationType.BF16)
