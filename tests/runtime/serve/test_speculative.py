@@ -69,7 +69,7 @@ def test_answers_are_those_without_guesses(
             guessing.completions.create(model="demo", prompt=REPEATS, max_tokens=40, temperature=0)
         assert drafted > metrics["vllm:spec_decode_num_drafts_total"] > 0
         assert accepted > 0 or method == "draft_model"
-        assert accepted < drafted
+        assert accepted <= drafted
         assert metrics["vllm:spec_decode_active"] in (0, 1) and metrics["vllm:spec_decode_gain"] > 0
         assert "vllm:spec_decode_num_accepted_tokens_per_pos_total" in metrics
 
