@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence as Series
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamwise.runtime.engine.drafting import Drafting
@@ -46,6 +46,7 @@ def test_it_guesses_while_that_is_faster_and_samples_what_it_does_not_do() -> No
     assert clock.run(2 * SAMPLES, without_s=1.0, with_s=1.5, tokens=40, sequences=40)[-1], "each size has its verdict"
 
 
+@settings(max_examples=25)  # of 20,000 steps each
 @given(with_s=st.floats(0.5, 50), accepted=st.floats(1, 3))
 def test_a_drafter_that_is_of_no_use_costs_little_however_slow_it_is(with_s: float, accepted: float) -> None:
     clock = Clock()
