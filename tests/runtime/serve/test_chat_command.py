@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pexpect
@@ -24,6 +26,7 @@ def test_a_terminal_streams_keeps_history_and_ctrl_c_stops_the_answer(fake: Runn
     talk = pexpect.spawn(
         sys.executable, [*COMMAND, "--url", fake.url, "--max-tokens", "30", "--temperature", "0"],
         encoding="utf-8", timeout=20, env=environment,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a run in the background ignores
     )  # fmt: skip
     talk.expect("fake is ready")
     talk.expect(r"[^rt]> ")  # the prompt: behind <user> and <assistant> there is one too
