@@ -294,7 +294,8 @@ def contract(
         def called(*given: Any) -> Any:
             result = record.choose(given).call(*given)
             # a provider may say "nothing changes" by giving an argument back; an op's results are its caller's own
-            return result.clone() if any(result is one for one in given) else result
+            given_back = isinstance(result, Tensor) and any(result is one for one in given)
+            return result.clone() if given_back else result
 
         _LIBRARY.impl(name, called, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", infer, lib=_LIBRARY)

@@ -90,7 +90,7 @@ class LLM(ModelControl, Pools):
     sparse_kv      a function that picks, for each layer and step, the pages of the KV cache that attention reads; see
                    runtime/runner/sparse_kv.py. Recorded are then pieces between seams (cudagraph_mode "piecewise")
     batch_invariant  True: refused by name where a row may have other bits in another batch; on a CPU, our kernels' rows
-                   have the same bits in any batch, chunking, order and preemption, asked for or not, at no cost
+                   have the same bits in any batch, chunking, order and preemption, asked for or not
     profiler_config  {"profiler": "torch", "torch_profiler_dir": "traces"}: where start_profile() … stop_profile() write
     decisions_dir  a folder for what the scheduler decides, a file for each engine and start: `seamwise replay FILE`
                    plans it all again and says whether it is the same

@@ -144,6 +144,16 @@ def test_lora_of_no_row_computes_nothing(provider: str | None) -> None:
     assert s.shape == (0, 8) and torch.equal(expand(y, s, b, none, scaling, [5, 7]), y)
 
 
+def test_what_an_op_returns_is_the_callers_own_and_may_be_nothing() -> None:
+    y, none = draw(3, 12), torch.empty(0, dtype=torch.int32)
+    args = y, torch.empty(0, 8), draw(2, 4, 12), none, torch.ones(2, 2), [5, 7]
+    result = torch.ops.seamwise.lora_expand(*args)
+    assert torch.equal(result, y) and result.data_ptr() != y.data_ptr()
+    cache, rows = torch.zeros(2, 3, 1, 4, 16), draw(2, 1, 16)
+    assert torch.ops.seamwise.kv_append(rows, rows, *cache, torch.tensor([0, 5]), None, torch.ones(1)) is None
+    assert torch.equal(cache[0, 1, 0, 1], rows[1, 0])
+
+
 def test_an_adapter_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="lora_shrink: row 1 has adapter 2, wanted below 2"):
         lora_shrink(draw(3, 8), draw(2, 4, 8), torch.tensor([0, 2, -1]))
