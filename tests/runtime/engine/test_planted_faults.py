@@ -173,6 +173,7 @@ def machine_fails(fault: Fault, max_examples: int) -> str:
 
 RARE = {  # not found in 30 examples, or now and then only
     "block freed a step early",
+    "names kept when all are forgotten",
     "names kept after a preemption",
     "what a step may touch is not fenced",
     "seats not lowered by who starts",

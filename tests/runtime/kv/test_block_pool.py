@@ -209,6 +209,20 @@ def test_the_least_recently_used_block_is_evicted_first_and_a_prefix_outlives_wh
     assert first_found(pool, [b"x"]) == new
 
 
+def test_what_is_forgotten_is_found_no_more_and_its_blocks_are_free_or_held_without_a_name() -> None:
+    pool = BlockPool(num_blocks=5, block_size=1)
+    rests, held = pool.take(2), pool.take(1)
+    for block, name in zip(rests + held, (b"a", b"ab", b"x"), strict=True):
+        pool.publish(block, name)
+    pool.release(rests)
+    pool.forget_all()
+    pool.check()
+    assert first_found(pool, [b"a", b"ab"]) == first_found(pool, [b"x"]) == []
+    assert pool.num_available == 3
+    pool.release(held)
+    assert pool.num_available == 4 and first_found(pool, [b"x"]) == []
+
+
 def test_a_copied_block_is_the_next_to_be_evicted_unless_it_was_used_meanwhile() -> None:
     pool = BlockPool(num_blocks=5, block_size=1)
     blocks = pool.take(4)
