@@ -32,6 +32,7 @@ class FakeStages(FakeRunner):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.begun: deque[StepOutput] = deque()
+        self.finish_s = 0.0
         self.most = 0
         self.sizes: list[int] = []
 
@@ -41,6 +42,7 @@ class FakeStages(FakeRunner):
         self.most = max(self.most, len(self.begun))
 
     def finish(self) -> StepOutput:
+        time.sleep(self.finish_s)
         return self.begun.popleft()
 
 
@@ -95,6 +97,7 @@ def test_requests_get_what_they_get_from_one_process(
 
 def test_each_stage_has_its_part_of_the_requests() -> None:
     runner = FakeStages(num_blocks=99, block_size=4, eos_ids=())
+    runner.finish_s = 0.01  # longer than the next step is planned for, so that it is begun before
     requests = [([3, 4, 5], 20, -1)] * 6
     outputs(runner, requests, SchedulerConfig(pipeline_parallel_size=3))
     assert runner.most == 3 and runner.sizes[0] == 6 and {*runner.sizes[4:30]} == {2}
