@@ -91,8 +91,13 @@ def _serve(
         victim = victims.pop()
         preempted.append(victim)
         wanted[victim] = 0
-        freed = int(run.own[victim])
-        available, coming = (available, coming + freed) if run.flying[victim] else (available + freed, coming)
+        freed = [((victim,), int(run.own[victim]))]
+        freed += [each for each in view.shared if victim in each[0] and set(each[0]) <= set(preempted)]
+        for rows, count in freed:
+            if run.flying[list(rows)].any():
+                coming += count
+            else:
+                available += count
 
 
 def _admit(
