@@ -31,24 +31,26 @@ class Holding:
 
 @st.composite
 def shared_views(draw: st.DrawFn) -> tuple[View, list[list[int]], BlockPool]:
-    """Return a view of two to five sequences whose first blocks are the same, what each holds, and the pool."""
-    count = draw(st.integers(2, 5))
+    """Return a view of three or four sequences whose first blocks are the same, what each holds, and the pool."""
+    count = draw(st.integers(3, 4))
     pool = BlockPool(num_blocks=40, block_size=SIZE)
     common = pool.take(draw(st.integers(0, 4)))
     for block in common:
         pool.publish(block, bytes([block]))
     held: list[list[int]] = []
     for row in range(count):
-        shares = draw(st.integers(0, len(common))) if row else len(common)
+        shares = draw(st.sampled_from([0, len(common), len(common)])) if 0 < row < count - 1 else 0
+        shares = len(common) if row == 0 else shares  # the last one shares none
         for block in common[:shares] if row else ():
             pool.hold(block)
-        held.append([*common[:shares], *pool.take(draw(st.integers(not shares, 3)))])
-    pool.take(pool.num_available - draw(st.integers(0, 2)))  # somebody else's
+        held.append([*common[:shares], *pool.take(draw(st.integers(not shares, 1)))])
+    if draw(st.booleans()):  # somebody else, who is no sequence, holds some of them
+        leased = common[: draw(st.integers(0, len(common)))]
+        pool.lease("copy", leased)
+    pool.take(pool.num_available - draw(st.integers(0, 1)))  # what is left is somebody else's
     own, shared = _what_they_would_free(pool, [Holding(blocks) for blocks in held])  # type: ignore[misc]
-    view = draw_view(np.random.default_rng(0))
-    run = view.running
-    while len(run) < count:
-        run = draw_view(np.random.default_rng(draw(st.integers(0, 99)))).running
+    view = next(v for v in map(draw_view, map(np.random.default_rng, range(99))) if len(v.running) >= count)
+    arrival = frozen(np.array(draw(st.permutations(range(count)))))
     scheduled = np.array([len(blocks) * SIZE for blocks in held])  # each needs a block for its next token
     columns = {
         "slot": np.arange(count), "pending": np.ones(count, int), "scheduled": scheduled, "computed": scheduled,
@@ -56,8 +58,8 @@ def shared_views(draw: st.DrawFn) -> tuple[View, list[list[int]], BlockPool]:
     }  # fmt: skip
     progress = replace(view.progress, **{name: frozen(column) for name, column in columns.items()})
     view = replace(
-        view, block_size=SIZE, running=run.take(np.arange(count)), progress=progress, shared=shared,
-        available=pool.num_available, coming=0, candidates=(),
+        view, block_size=SIZE, running=replace(view.running.take(np.arange(count)), arrival=arrival),
+        progress=progress, shared=shared, available=pool.num_available, coming=0, candidates=(),
     )  # fmt: skip
     return view, held, pool
 
