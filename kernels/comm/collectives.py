@@ -96,7 +96,8 @@ def share_memory(group_name: str, num_bytes: int, device: torch.device, workspac
     if workspace_bytes > shared.workspace_bytes:
         from torch.distributed import _symmetric_memory  # defines the GEMMs' ops, too
 
-        _symmetric_memory.get_symm_mem_workspace(group_name, workspace_bytes)
+        reserve: Callable[..., Any] = _symmetric_memory.get_symm_mem_workspace  # of a str, as _resolve
+        reserve(group_name, workspace_bytes)
         shared = replace(shared, workspace_bytes=workspace_bytes)
     _SHARED[group_name] = shared
 
