@@ -1,4 +1,5 @@
-"""Adapters behind a server with the real client, by options and by routes; offline text is the reference."""
+"""Adapters behind a server of two ranks with the real client, by options and by routes; one rank's text offline is the
+reference."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ PROMPT = "The capital of France is"
 def test_adapters_by_name(demo_model: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         save_adapter(tmp_path / name, demo_model, seed=seed, lora_alpha=12)
-    limits = {"max_model_len": 256, "max_num_seqs": 4}
+    limits = {"max_model_len": 256, "max_num_seqs": 4, "dtype": "float32"}
     llm = LLM(demo_model, enable_lora=True, max_loras=2, max_lora_rank=4, **limits)
     asked = [None, *(LoRARequest(name, i + 1, str(tmp_path / name)) for i, name in enumerate(("one", "two")))]
     params = SamplingParams(temperature=0, max_tokens=8)
@@ -28,6 +29,7 @@ def test_adapters_by_name(demo_model: Path, tmp_path: Path) -> None:
     assert len({*wanted.values()}) == 3
 
     options = ["--served-model-name", "demo", "--max-model-len", "256", "--max-num-seqs", "4", "--enable-control"]
+    options += ["--dtype", "float32", "--tensor-parallel-size", "2"]
     lora = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "4", "--lora-modules", f"one={tmp_path / 'one'}"]
     with run_command("--model", str(demo_model), *options, *lora) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
