@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import torch.multiprocessing
 from families import draw_tokens
 from moe_families import GROUPS, MLA
 from quantized_checkpoints import LAYOUTS, save_quantized
-from step_inputs import Steps
+from step_inputs import run_runner
 from tiny_models import assert_within_budget, save_tiny
 
 from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels.comm import norm_between_linears
-from seamwise.runtime.build.step import StepInput
 from seamwise.runtime.distributed.group import leave_group
 from seamwise.runtime.weights.adapters import read_adapter
 
@@ -46,17 +44,7 @@ SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1})  # t
 
 def logits(runner: ModelRunner, requests: list[list[int]], slots: list[int] | None = None) -> list[torch.Tensor]:
     """Return each request's logits over a chunked mix and decode steps, with the adapters of some slots."""
-    steps = Steps(requests, block_size=runner.block_size)
-    runner.allocate_kv(steps.num_blocks)
-    rows: list[list[torch.Tensor]] = [[] for _ in requests]
-    for step in SCHEDULE:
-        batch = StepInput(**steps.next(step))
-        if slots is not None:
-            batch = replace(batch, adapter_slots=torch.tensor([slots[r] for r in step], dtype=torch.int32))
-        got = runner.step(batch).logits.clone()
-        for request, part in zip(step, got.split(list(step.values())), strict=True):
-            rows[request].append(part)
-    return [torch.cat(parts) for parts in rows]
+    return run_runner(runner, requests, SCHEDULE, slots)
 
 
 def same_everywhere(x: torch.Tensor) -> bool:
