@@ -79,7 +79,7 @@ def test_the_product_sums_by_its_kernel_where_ranks_share_memory(
             kernels[disabled], copies = summing(seen), list(seen.copies)
         assert copies == []
     sums = kernels[False].count("_sum_norm_kernel")
-    assert sums == 4, "two sums in each of two layers"
+    assert sums == 5, "the embedding's, and two in each of two layers"
     assert kernels[False].count("barrier") == 2 * sums
     assert kernels[False].count(ALL_REDUCE) + sums == kernels[True].count(ALL_REDUCE)
     assert {*kernels[True]} == {ALL_REDUCE}
