@@ -18,8 +18,9 @@ from seamwise.compile.startup_times import Ledger
 from seamwise.passes.graph import value
 from seamwise.runtime.weights.checkpoint import open_source
 
+from .capture_model import capture_model
 from .drawn_steps import CASES, draw_steps
-from .loading import capture_model, converting, reading
+from .loading import converting, reading
 from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 

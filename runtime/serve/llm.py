@@ -18,8 +18,9 @@ from seamwise import caches
 from seamwise.compile.check.batch_invariant import check_batch_invariant
 from seamwise.extras import pip_install
 from seamwise.runtime.build.arguments import named_arguments
+from seamwise.runtime.build.auto_options import entry_of
 from seamwise.runtime.build.packs import model_of
-from seamwise.runtime.build.runner_config import check_options, entry_of
+from seamwise.runtime.build.runner_config import check_options
 from seamwise.runtime.distributed.group import meet
 from seamwise.runtime.engine.adapters import Adapters
 from seamwise.runtime.engine.drafting import Drafting

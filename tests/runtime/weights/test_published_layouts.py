@@ -261,7 +261,8 @@ KV_NAMES = [
 @pytest.mark.parametrize("asked", [False, True], ids=["model's cache", "fp8 cache"])
 def test_scales_of_keys_and_values_in_every_spelling(names: tuple[str, str], asked: bool, tmp_path: Path) -> None:
     from seamwise.compile.startup_times import Ledger
-    from seamwise.runtime.build.loading import compile_model, load_step_weights
+    from seamwise.runtime.build.compile_model import compile_model
+    from seamwise.runtime.build.loading import load_step_weights
     from seamwise.runtime.build.model_config import ModelConfig
     from seamwise.runtime.build.runner_config import RunnerConfig
 
