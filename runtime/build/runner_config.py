@@ -220,7 +220,7 @@ class RunnerConfig:
         )  # fmt: skip
         if pooler is not None:
             _check_pooling(shared.data_parallel_size, options)
-        max_model_len = choose_length(max_model_len, config, pooler and pooler.max_length)
+        max_model_len = choose_length(max_model_len, config, None if pooler is None else pooler.max_length)
         pipeline = options.pop("pipeline", PipelineConfig())
         if quantization is not None:
             pipeline = replace(pipeline, quantization=quantization)

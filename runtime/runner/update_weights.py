@@ -62,6 +62,11 @@ class WeightUpdates:
         self.session = False
         self.version = str(self.updates) if version is None else str(version)
 
+    def lose_all(self) -> None:
+        """Note that no weight holds a valid value any more."""
+        self.lost = {*self._program.recipes}
+        self.waiting.clear()
+
     def problem(self) -> str | None:
         """Return why no step may run on these weights, naming what is to be given; None where they are whole."""
         if problem := self._incomplete():
