@@ -53,7 +53,7 @@ class Admission:
 
     def completion(
         self, request: Request, index: int, provider: MaskProvider | None, detokenizer: Detokenizer | None, *,
-        root: bytes, max_tokens: int, predicted: int, names_ahead: int,
+        root: bytes, max_tokens: int, predicted: float, names_ahead: int,
     ) -> Completion:  # fmt: skip
         """Return one of a request's outputs, with a sequence of its own that begins with the prompt.
 
