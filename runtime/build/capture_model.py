@@ -149,13 +149,8 @@ def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> 
 
     report = passes.stored_weights(stored, model.captured.weights).apply(model.captured.module, model.structure)
     held = [tensor for weight in stored.values() for tensor in weight.tensors.values()]
-    count, s = passes.promised(stored), model.structure
-    every = count == s.linears - 2 * s.attentions - s.latent_attentions - s.gate_up_pairs
-    dense = not any(len(shape) == 3 for shape in model.shapes.values())  # a router reads what experts do, as it is
-    inputs = every and dense and all(weight.quantizes_input for weight in stored.values())
     return replace(
         model,
-        structure=replace(s, quantized_linears=count, quantized_activations=inputs),
         shapes={n: shape for n, shape in model.shapes.items() if n not in stored} | {t.name: t.shape for t in held},
         kept_dtypes=model.kept_dtypes | {t.name: t.dtype for t in held},
         reports=[report],
@@ -177,7 +172,6 @@ def _quantized_kv(model: CapturedModel, has_scales: bool) -> CapturedModel:
         )
     return replace(
         model,
-        structure=replace(model.structure, quantized_caches=True),
         buffers=model.buffers | ({} if has_scales else {name: torch.ones(1) for name in scales}),
         shapes=model.shapes | (dict.fromkeys(scales, (1,)) if has_scales else {}),
         kept_dtypes=model.kept_dtypes | (dict.fromkeys(scales, torch.float32) if has_scales else {}),

@@ -207,8 +207,12 @@ def test_adapters_come_back_after_sleep(model: Path, tmp_path: Path, pack_dir: P
             "quantization='int8': it quantizes the rows that adapters read",
         ),
         *(
-            ({"enable_lora": True, f"{kind}_parallel_size": 2}, "on 2 ranks: adapters are not shared out over them")
-            for kind in ("tensor", "pipeline", "data")
+            ({"enable_lora": True, **ranks}, "on 2 ranks: adapters are not shared out over them")
+            for ranks in (
+                {"tensor_parallel_size": 2},
+                {"pipeline_parallel_size": 2},
+                {"data_parallel_size": 2, "enable_expert_parallel": True},
+            )
         ),
     ],
 )
