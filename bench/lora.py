@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from seamwise.runtime.runner.adapters import Site
+from seamwise.runtime.runner.adapter_slots import Site
 
 from .command_line import command_line, parse, save
 from .compare import preloads, run_engine

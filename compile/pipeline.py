@@ -17,8 +17,8 @@ from seamwise import passes
 from seamwise.compile.check.awaited import check_awaited
 from seamwise.compile.check.validate import Validator
 from seamwise.compile.check.verify import verify
-from seamwise.compile.explain.collectives import communicates
 from seamwise.compile.explain.piece_costs import piece_costs
+from seamwise.compile.explain.traffic import communicates
 from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured

@@ -50,7 +50,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        from seamwise.compile.kv_groups import group_caches
+        from seamwise.compile.group_caches import group_caches
         from seamwise.compile.structure import structure_of
         from seamwise.model_defs import build_model
     with ledger.stage("build model"):

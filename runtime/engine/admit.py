@@ -11,7 +11,7 @@ from seamwise.runtime.build.pooler import Pooler
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.bad_words import tokens_of_words
 from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams
+from seamwise.runtime.sampling.pooling_params import PoolingParams
 from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
 from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
 from seamwise.runtime.text.detokenize import Detokenizer

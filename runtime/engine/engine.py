@@ -28,7 +28,7 @@ from seamwise.runtime.runner.profile import span
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams, finish
+from seamwise.runtime.sampling.pooling_params import PoolingParams, finish
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.sampling.rows import MaskProvider
 from seamwise.runtime.scheduler.config import SchedulerConfig
@@ -47,7 +47,7 @@ from .loop import Loop
 from .lora_request import LoRARequest
 from .outbox import Due, Outbox
 from .outputs import RequestMetrics, RequestOutput
-from .pooling import Pooling
+from .pooled_states import Pooling
 from .request import Request
 from .worker import Worker
 

@@ -37,9 +37,9 @@ from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import check_alike, smallest
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.runtime.weights.read_adapter import Adapter
 
-from .adapters import AdapterSlots
+from .adapter_slots import AdapterSlots
 from .balance import Balancer
 from .data_ranks import agree, halves
 from .kv_cache import KVCache

@@ -20,7 +20,7 @@ from torch import Tensor
 from seamwise.compile.program import Executable
 from seamwise.runtime.build.runner_config import RunnerConfig
 
-from .adapters import AdapterSlots
+from .adapter_slots import AdapterSlots
 from .kv_cache import KVCache
 from .update_weights import WeightUpdates
 

@@ -44,7 +44,7 @@ from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
 from .cache_memory import CacheMemory
-from .pooling import Pools
+from .embed import Pools
 from .prompt_batch import Prompt, asked, run
 
 _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead

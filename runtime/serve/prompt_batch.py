@@ -9,7 +9,7 @@ from typing import Any
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams
+from seamwise.runtime.sampling.pooling_params import PoolingParams
 
 Prompt = str | Mapping[str, Any]
 

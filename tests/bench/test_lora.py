@@ -11,9 +11,9 @@ from tiny_adapters import logits_of
 from tiny_models import save_tiny
 
 from seamwise.bench.lora import write_adapters
-from seamwise.runtime.runner.adapters import Site
+from seamwise.runtime.runner.adapter_slots import Site
 from seamwise.runtime.serve.cli import main
-from seamwise.runtime.weights.adapters import read_adapter
+from seamwise.runtime.weights.read_adapter import read_adapter
 
 
 @pytest.mark.slow

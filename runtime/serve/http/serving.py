@@ -11,15 +11,15 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 
 from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams
+from seamwise.runtime.sampling.pooling_params import PoolingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
 from seamwise.runtime.serve.process.messages import Delta
 from seamwise.runtime.serve.process.streams import EngineError, RequestFailed, Stream
 from seamwise.runtime.serve.prompts import Prompts
 
-from .adapters import ServedAdapters
 from .errors import ApiError
 from .metrics import Metrics, RequestTimes
+from .served_adapters import ServedAdapters
 from .settings import ServeSettings
 from .sse import EventStream, while_connected
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .child import Ended
 from .client import EngineClient
-from .group import Group
+from .expert_group import Group
 from .messages import Add, Delta, Ready, Stats
 from .streams import CallFailed, EngineError, Stream
 

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
             send(Stage(name))
 
         llm = _load(options, entered)
-        from .loop import EngineLoop
+        from .engine_loop import EngineLoop
 
         send(_ready(llm, str(options["model"])))
         stage = "a step"

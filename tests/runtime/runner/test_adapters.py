@@ -15,7 +15,7 @@ from tiny_models import save_tiny
 from seamwise import ModelRunner
 from seamwise.runtime.build.step import StepInput
 from seamwise.runtime.runner.recordings import Full
-from seamwise.runtime.weights.adapters import read_adapter
+from seamwise.runtime.weights.read_adapter import read_adapter
 
 REQUESTS = [[(7 * i + r) % 90 + 3 for i in range(n)] for r, n in enumerate((5, 21, 4, 18))]
 STEPS = ({0: 4, 2: 3, 1: 20}, {3: 17, 0: 1, 2: 1, 1: 1}, {3: 1})

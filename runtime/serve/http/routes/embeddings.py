@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 from seamwise.runtime.serve.http.schema import Labels, TokenId
 from seamwise.runtime.serve.http.serving import Work, chosen, request_name
 from seamwise.runtime.serve.http.sse import json_response, while_connected

@@ -16,7 +16,7 @@ from seamwise.runtime.engine.outputs import (
     RequestOutput,
     ScoringOutput,
 )
-from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 
 from .prompt_batch import asked, run
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seamwise.compile.program import Executable
 from seamwise.passes.add_adapters import INPUT
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.runtime.weights.read_adapter import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from seamwise.runtime.distributed.waves import RankWave
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
