@@ -161,18 +161,6 @@ class RankProcesses:
         self.collective_rpc("allocate_kv", None, (num_blocks,))
         self.num_blocks = num_blocks
 
-    @property
-    def weight_version(self) -> str:
-        """Which weights rank 0 has; see ModelRunner.weight_version."""
-        version: str = self.collective_rpc("weight_state")[0][0]
-        return version
-
-    @property
-    def asleep(self) -> frozenset[str]:
-        """Which of "weights" and "kv_cache" have no memory now."""
-        tags: frozenset[str] = self.collective_rpc("weight_state")[0][1]
-        return tags
-
     def shutdown(self) -> None:
         """End every rank. A second call does nothing."""
         self._dead = self._dead or "the ranks were shut down"
