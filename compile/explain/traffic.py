@@ -86,11 +86,10 @@ def balance_of(program: Program, dtype: torch.dtype) -> dict[str, int]:
     """
     tables = [recipe for recipe in program.recipes.values() if recipe.get("state") == TABLE]
     experts, width = len(tables[0]["values"]), len(tables[0]["values"][0])
-    own = {n: shape for n, shape in program.parameters.items() if n.startswith(f"{tables[0]['layer']}.experts.")}
-    kept = {n: getattr(torch, program.kept_dtypes.get(n) or str(dtype).removeprefix("torch.")) for n in own}
+    own = [p for n, p in program.parameters.items() if n.startswith(f"{tables[0]['layer']}.experts.")]
     return {
         "layers": len(tables), "experts": experts, "places": experts + width - 2,
-        "expert_bytes": sum(math.prod(shape[1:]) * kept[n].itemsize for n, shape in own.items()),
+        "expert_bytes": sum(math.prod(p.shape[1:]) * (p.own_dtype or dtype).itemsize for p in own),
         "table_bytes": 4 * experts * width, "row_bytes": tables[0]["row_bytes"],
     }  # fmt: skip
 

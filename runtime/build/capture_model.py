@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from seamwise.compile.parameter import Parameter, dtype_name, parameters_in
 from seamwise.compile.startup_times import Ledger
-from seamwise.runtime.weights.checkpoint import kept_dtypes, parameter_shapes
 from seamwise.runtime.weights.quantized_checkpoint import stored_weights
 
 from .hidden_states import return_hidden_states, without_head
@@ -29,16 +29,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedModel:
-    """A traced model: its graph, what its structure promises, its computed buffers; of what a checkpoint holds, shapes,
-    tied names, and the dtypes that are not the model's; what was done to read weights that are stored quantized; its
-    own plan for ranks to share it; what it caches."""
+    """A traced model: its graph, what its structure promises, its computed buffers; what a checkpoint holds of it; what
+    was done to read weights that are stored quantized; its own plan for ranks to share it; what it caches."""
 
     captured: Captured
     structure: Structure
     buffers: dict[str, Tensor]
-    shapes: dict[str, tuple[int, ...]]
-    tied: dict[str, str]
-    kept_dtypes: dict[str, torch.dtype | None]
+    parameters: dict[str, Parameter]
     reports: list[Report]
     plan: dict[str, str] | None
     kv_spec: KVCacheSpec
@@ -55,13 +52,13 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         from seamwise.model_defs import build_model
     with ledger.stage("build model"):
         model = build_model(config.architecture, config.raw, entry=options.entry, max_model_len=options.max_model_len)
-        shapes, tied = parameter_shapes(model)
-        buffers = {name: b for name, b in model.named_buffers() if name not in shapes}
+        parameters = parameters_in(model)
+        buffers = {name: b for name, b in model.named_buffers() if name not in parameters}
         structure = structure_of(model, foreign=options.entry == "transformers")
         if options.return_hidden_states or options.pooler is not None:
             return_hidden_states(model, alone=options.pooler is not None)
         if options.pooler is not None:
-            shapes, tied = without_head(shapes), without_head(tied)
+            parameters = without_head(parameters)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         with fake:
             _make_fake(model, options)
@@ -76,8 +73,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             captured, groups = group_caches(captured, len(spec.layers))
             spec = replace(spec, groups=tuple(groups))
     made = CapturedModel(
-        captured=captured, structure=structure, buffers=buffers, shapes=shapes, tied=tied,
-        kept_dtypes={**kept_dtypes(model)}, reports=[],
+        captured=captured, structure=structure, buffers=buffers, parameters=parameters, reports=[],
         plan=getattr(model, "tp_plan", None), kv_spec=spec,
     )  # fmt: skip
     if options.pipeline.max_loras:
@@ -151,8 +147,8 @@ def _stored_quantized(model: CapturedModel, stored: dict[str, StoredWeight]) -> 
     held = [tensor for weight in stored.values() for tensor in weight.tensors.values()]
     return replace(
         model,
-        shapes={n: shape for n, shape in model.shapes.items() if n not in stored} | {t.name: t.shape for t in held},
-        kept_dtypes=model.kept_dtypes | {t.name: t.dtype for t in held},
+        parameters={n: p for n, p in model.parameters.items() if n not in stored}
+        | {t.name: Parameter(shape=t.shape, dtype=dtype_name(t.dtype)) for t in held},
         reports=[report],
     )
 
@@ -173,8 +169,8 @@ def _quantized_kv(model: CapturedModel, has_scales: bool) -> CapturedModel:
     return replace(
         model,
         buffers=model.buffers | ({} if has_scales else {name: torch.ones(1) for name in scales}),
-        shapes=model.shapes | (dict.fromkeys(scales, (1,)) if has_scales else {}),
-        kept_dtypes=model.kept_dtypes | (dict.fromkeys(scales, torch.float32) if has_scales else {}),
+        parameters=model.parameters
+        | (dict.fromkeys(scales, Parameter(shape=(1,), dtype="float32")) if has_scales else {}),
         reports=[*model.reports, report],
     )
 

@@ -30,10 +30,7 @@ def compile_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
             cases = draw_steps(config, model.kv_spec, adapters=pipeline.max_loras > 0)
             validator = Validator(model.captured, cases, model.buffers)
     program = compile_graph(model.captured, model.structure, pipeline, ledger, validator)
-    program.parameters, program.tied = {name: list(shape) for name, shape in model.shapes.items()}, model.tied
-    program.kept_dtypes = {
-        n: None if d is None else str(d).removeprefix("torch.") for n, d in model.kept_dtypes.items()
-    }
+    program.parameters = model.parameters
     cached = (name.split("_") for name in program.inputs if name.startswith("kv_caches"))
     layers = sorted({int(name[2]) for name in cached})  # of this stage
     program.kv_layers = [[[*shape] for shape in model.kv_spec.layers[layer]] for layer in layers]

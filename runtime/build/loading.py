@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seamwise.compile.derive import evaluate, parameters_of
+from seamwise.compile.parameter import Parameter
 from seamwise.compile.program import Program
 from seamwise.runtime.weights.checkpoint import Convert, Source, open_source, show_progress
 from seamwise.runtime.weights.files import StoredTensor
@@ -32,19 +33,13 @@ def load_step_weights(
 
     given  weights, by their recipes' names, that are there already
     """
-    shapes = {name: tuple(shape) for name, shape in program.parameters.items()}
-    source = open_source(
-        path, shapes, program.tied, dtype=options.dtype, device=options.device, load_format=options.load_format,
-        seed=options.seed, kept_dtypes={n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()},
-        ranks=options.num_ranks, convert=converting(path, options, shapes),
-        read=reading(options, shapes),
-    )  # fmt: skip
-    readers = readers_of(source, buffers, options)
+    parameters = program.parameters
+    readers = readers_of(open_checkpoint(path, options, parameters), buffers, options)
     weights: dict[str, Tensor] = {**(given or {})}
     freed_bytes = 0  # about as much is freed as is kept
 
     def size(name: str) -> int:
-        return sum(math.prod(shapes.get(read, ())) for read in parameters_of(program.recipes[name]))
+        return sum(math.prod(parameters[n].shape) for n in parameters_of(program.recipes[name]) if n in parameters)
 
     with torch.inference_mode():  # the largest first: what is read and then freed comes beside little else
         missing = program.recipes.keys() - weights.keys()
@@ -58,24 +53,33 @@ def load_step_weights(
     return [weights[name] for name in program.recipes]
 
 
-def reading(options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:
+def open_checkpoint(path: Path, options: RunnerConfig, parameters: Mapping[str, Parameter]) -> Source:
+    """Open what gives a model with these parameters and options its weights; see open_source."""
+    return open_source(
+        path, parameters, dtype=options.dtype, device=options.device, load_format=options.load_format,
+        seed=options.seed, ranks=options.num_ranks, convert=_converting(path, options, parameters),
+        read=_reading(options, parameters),
+    )  # fmt: skip
+
+
+def _reading(options: RunnerConfig, parameters: Mapping[str, Parameter]) -> Convert | None:
     """Return what reads a checkpoint's own quantized layout as the one that layers read, and what pools without a head;
     None where it is that."""
     published = None if options.stored is None else options.stored.published
-    read = None if published is None else partial(published.read, parameters=shapes, dtype=options.dtype)
+    read = None if published is None else partial(published.read, parameters=parameters, dtype=options.dtype)
     if options.pooler is None:
         return read
     return without_head if read is None else lambda found: read(without_head(found))
 
 
-def converting(path: Path, options: RunnerConfig, shapes: Mapping[str, tuple[int, ...]]) -> Convert | None:
+def _converting(path: Path, options: RunnerConfig, parameters: Mapping[str, Parameter]) -> Convert | None:
     """Return what fits a published checkpoint's tensors to a transformers class; our own definitions need nothing."""
     if options.entry != "transformers":
         return None
 
     def convert(found: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         config = ModelConfig.from_directory(path, options.hf_overrides)
-        return as_transformers_reads(found, shapes, config.architecture, config.raw)
+        return as_transformers_reads(found, parameters, config.architecture, config.raw)
 
     return convert
 

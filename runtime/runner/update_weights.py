@@ -106,12 +106,9 @@ class WeightUpdates:
         given = self.waiting | {name: _stored(tensor) for name, tensor in weights}
         stacks = missing_experts(given, program.parameters)
         parts = {name for names, missing in stacks if missing for name in names}
-        found, problems = by_parameter(
-            {n: t for n, t in given.items() if n not in parts}, program.parameters, program.tied
-        )
-        known = {n: s for n, s in program.parameters.items() if n in found}
-        kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
-        source = Checkpoint.fitting(_MISFIT, found, known, kept, _FLOATS, problems)
+        found, problems = by_parameter({n: t for n, t in given.items() if n not in parts}, program.parameters)
+        known = {n: p for n, p in program.parameters.items() if n in found}
+        source = Checkpoint.fitting(_MISFIT, found, known, _FLOATS, problems)
         touched = [name for name, read in self._reads.items() if read & known.keys()]
         ready = [name for name in touched if self._reads[name] <= known.keys()]
         waits = set().union(*(self._reads[name] for name in {*touched} - {*ready})) & known.keys()
@@ -154,9 +151,8 @@ class WeightUpdates:
             )
         else:
             given = {name: _stored(tensor) for name, tensor in weights}
-            found, problems = by_parameter(given, program.parameters, program.tied)
-            kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
-            source = Checkpoint.fitting(_MISFIT, found, program.parameters, kept, _FLOATS, problems)
+            found, problems = by_parameter(given, program.parameters)
+            source = Checkpoint.fitting(_MISFIT, found, program.parameters, _FLOATS, problems)
             readers = readers_of(source, dict(self._buffers), self._options)
             made = (evaluate(recipe, *readers) for recipe in program.recipes.values() if "adapter" not in recipe)
         digest = hashlib.blake2b(digest_size=16)
