@@ -96,10 +96,6 @@ class Sharing:
         """How experts are balanced while requests run; None: they stay where they are."""
         return EPLBConfig.of(self.enable_eplb, self.eplb_config)
 
-    @property
-    def num_ranks(self) -> int:
-        return max(getattr(self, way) for way in _WAYS)
-
     def told_to(self, pipeline: PipelineConfig) -> PipelineConfig:
         """Return a pipeline's options with these; what it says already of one process stays."""
         if self.pipeline_parallel_size != 1:

@@ -51,7 +51,8 @@ class Sleep:
             if level == 1:
                 self._saved = SavedWeights(self._executable.weights, self._folder)
             else:
-                self._weights.lose_all()
+                self._weights.lost = {*self._executable.program.recipes}
+                self._weights.waiting.clear()
         if self._device.type == "cpu":
             discard([*self._executable.weights, *self._kv.flat])
         else:
