@@ -73,7 +73,7 @@ def test_the_product_sums_by_its_kernel_where_ranks_share_memory(
         with fake_group(2), dry_runner(monkeypatch, "llama-3-8b", **options) as (runner, seen):
             peers.seen = seen
             assert runner.program.providers["allreduce_rms_norm:triton"]
-            inputs = runner._flat(runner._on_device(dry_step(6, 3)))
+            inputs = runner._inputs(dry_step(6, 3))
             seen.copies.clear(), seen.launches.clear(), seen.ops.clear()
             runner.executable(*inputs)
             kernels[disabled], copies = summing(seen), list(seen.copies)
