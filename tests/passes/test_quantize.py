@@ -16,7 +16,8 @@ from seamwise.compile.startup_times import Ledger
 from seamwise.passes import FUSE_RMS_NORM_QUANT, SCHEMES, Report
 from seamwise.passes.quantization.quantize_linear import QUANTIZE_LINEAR
 from seamwise.passes.quantization.quantize_weights import quantize_weights
-from seamwise.runtime.build.loading import capture_model, compile_model
+from seamwise.runtime.build.capture_model import capture_model
+from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 
@@ -45,8 +46,10 @@ def options(path: Path, entry: str, quantization: str | None, **pipeline: Any) -
     )
 
 
-@pytest.mark.parametrize("entry", ["own", "transformers"])
-@pytest.mark.parametrize("quantization", SCHEMES)
+@pytest.mark.parametrize(
+    ("quantization", "entry"),
+    [*((scheme, "own") for scheme in SCHEMES), ("fp8", "transformers"), ("int8", "transformers")],
+)
 def test_every_layer_is_quantized_and_every_quantize_is_fused(model_dir: Path, entry: str, quantization: str) -> None:
     program, _ = compile_model(*options(model_dir, entry, quantization, validate=True), Ledger())
     reports = {r.name: r for r in program.reports}
