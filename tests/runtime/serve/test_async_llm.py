@@ -229,3 +229,10 @@ def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
 
     threading.Thread(target=run, daemon=True).start()  # a front end that stands still ends nothing but the wait
     ended.result(120)
+
+
+def test_one_is_made_and_its_end_is_told_by_vllms_names() -> None:
+    given = {"model": "fake", "engine_factory": "fake_llm:make", "max_num_seqs": 2}
+    llm = AsyncLLM.from_engine_args(given, max_num_seqs=3)
+    assert llm.engine.members[0].options["max_num_seqs"] == 3
+    assert isinstance(llm.dead_error, EngineError) and str(llm.dead_error) == llm.engine.reason != ""
