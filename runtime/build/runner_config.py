@@ -16,7 +16,7 @@ from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.passes import Parallel
 from seamwise.runtime.weights.file_formats import check_load_format
-from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization
+from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization, warn_of_experts
 from seamwise.runtime.weights.quantization_rules import Quantization
 
 from .arguments import refuse_unknown
@@ -256,6 +256,8 @@ class RunnerConfig:
         stored = read_quantization(config.raw, config.architecture)
         if quantization == "gguf":
             stored, quantization = packed_gguf(config.raw), None
+        served = dtype == torch.bfloat16 and torch.device(device).type == "cpu"
+        warn_of_experts(config.raw, stored if served else None)
         scaled = stored is not None and stored.has_kv_scales
         kv_dtype = dtype if kv_cache_dtype == "auto" and not scaled else torch.float8_e4m3fn
         own = has_definition(config.architecture)
