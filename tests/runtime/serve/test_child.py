@@ -67,14 +67,14 @@ def test_processes_of_an_engine_that_outlive_it_are_ended_and_its_end_is_said(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     async def work() -> str:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             ended = await Child({"engine_factory": "stuck:make", "model": "x"}, lambda event: None, 60, 60).run()
         assert "ended with status 7" in str(ended)
         return ended.detail
 
     pid = int(asyncio.run(work()).partition("rank ")[2])
     state = Path(f"/proc/{pid}/stat")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
