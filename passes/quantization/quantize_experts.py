@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from seamwise.kernels import dequantize_weight, grouped_linear, grouped_linear_int, grouped_scaled_linear, quantize
-from seamwise.passes.graph import aten, fake_values, given, inserting, is_op, replace, value
+from seamwise.passes.graph import arguments, aten, fake_values, given, inserting, is_op, replace, value
 from seamwise.passes.pack_linear import int_arguments, unserved
 from seamwise.passes.rewrite import rewrite_each
 
@@ -43,7 +43,7 @@ def quantize_experts(node: Node) -> str | None:
 
 
 def _read_integers(node: Node, plain: Any) -> str | None:
-    x, weight, *rest = node.args
+    x, weight, *rest = arguments(node)
     is_point = plain.zero is not None and not value(plain.zero).is_floating_point()
 
     def packed_arguments(of: Any) -> Any:
