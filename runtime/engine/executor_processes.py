@@ -31,7 +31,9 @@ from torch import Tensor
 from seamwise.extras import pip_install
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.runner.adapters import AdapterSites, NotWritten
 from seamwise.runtime.runner.memory_plan import MemoryPlan
+from seamwise.runtime.weights.adapters import Adapter
 
 from .executor_rank import RankStart, main
 from .executor_wire import to_frames
@@ -88,6 +90,7 @@ class RankProcesses:
         self.config, self.options, self.kv_spec, self.startup_s, self.program = ready[0]
         self.kv_spec = max((each[2] for each in ready), key=lambda spec: spec.bytes_per_block)  # of most layers
         self.num_blocks = 0
+        self.adapters = AdapterSites(self.program)
 
     @property
     def block_size(self) -> int:
@@ -160,6 +163,24 @@ class RankProcesses:
         """Allocate every rank's part of the KV cache."""
         self.collective_rpc("allocate_kv", None, (num_blocks,))
         self.num_blocks = num_blocks
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Raise ValueError for an adapter that does not fit; see ModelRunner.check_adapter."""
+        self.adapters.check(adapter)
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Let every rank put its part of an adapter into a slot, or empty it.
+
+        Raises NotWritten where any rank cannot: the slot is empty on all of them then.
+        """
+        failed = []
+        if adapter is not None:
+            reasons = self.collective_rpc("try_adapter", None, (slot, adapter))
+            failed = [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why is not None]
+        if adapter is None or failed:
+            self.collective_rpc("set_adapter", None, (slot, None))
+        if failed:
+            raise NotWritten("; ".join(failed))
 
     @property
     def weight_version(self) -> str:

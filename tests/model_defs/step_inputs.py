@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from seamwise import ModelRunner, StepInput
 
 Schedule = Sequence[Mapping[int, int]]  # a step: request -> how many of its tokens to compute
 
@@ -78,10 +80,30 @@ def run_schedule(
     model: nn.Module, steps: Steps, schedule: Schedule, caches: Sequence[tuple[Tensor, Tensor]]
 ) -> list[Tensor]:
     """Run a schedule eagerly; return each request's logits, one row for each of its tokens computed."""
+    with torch.no_grad():
+        return _by_request(steps, schedule, lambda given: model(kv_caches=caches, **given))
+
+
+def run_runner(
+    runner: ModelRunner, requests: Sequence[Sequence[int]], schedule: Schedule, slots: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Run a schedule by a runner, over caches of its own, each request with the adapter of its slot; return what
+    `run_schedule` does."""
+    steps = Steps(requests, block_size=runner.block_size)
+    runner.allocate_kv(steps.num_blocks)
+    order = iter(schedule)
+
+    def step(given: dict[str, Tensor]) -> Tensor:
+        of_step = None if slots is None else torch.tensor([slots[r] for r in next(order)], dtype=torch.int32)
+        return runner.step(StepInput(**given, adapter_slots=of_step)).logits.clone()
+
+    return _by_request(steps, schedule, step)
+
+
+def _by_request(steps: Steps, schedule: Schedule, run: Callable[[dict[str, Tensor]], Tensor]) -> list[Tensor]:
     logits: list[list[Tensor]] = [[] for _ in steps.requests]
     for counts in schedule:
-        with torch.no_grad():
-            rows = model(kv_caches=caches, **steps.next(counts))
+        rows = run(steps.next(counts))
         for r, part in zip(counts, rows.split(list(counts.values())), strict=True):
             logits[r].append(part)
     return [torch.cat(parts) for parts in logits]
