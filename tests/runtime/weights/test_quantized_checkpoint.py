@@ -91,9 +91,8 @@ def test_experts_read_the_stored_weights(name: str, entry: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "entry"),
-    [("W4A16", "own"), ("W4A16_ASYM", "own"), ("W4A16_ASYM", "transformers"), ("W8A16 groups", "own"),
-     ("W8A16_ASYM", "own")],
-)  # fmt: skip
+    [("W4A16_ASYM", "own"), ("W4A16_ASYM", "transformers"), ("W8A16 groups", "own")],
+)
 def test_experts_integers_stay_packed(name: str, entry: str, tmp_path: Path) -> None:
     means = save_quantized(tmp_path, LAYOUTS[name], torch.bfloat16, "Qwen3MoeForCausalLM", **MOE)
     runner = load(tmp_path, torch.bfloat16, entry=entry)
