@@ -31,9 +31,9 @@ from torch import Tensor
 from seamwise.extras import pip_install
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.step import StepInput, StepOutput
-from seamwise.runtime.runner.adapters import AdapterSites, NotWritten
+from seamwise.runtime.runner.adapter_slots import AdapterSites, NotWritten
 from seamwise.runtime.runner.memory_plan import MemoryPlan
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.runtime.weights.read_adapter import Adapter
 
 from .executor_rank import RankStart, main
 from .executor_wire import to_frames
@@ -181,18 +181,6 @@ class RankProcesses:
             self.collective_rpc("set_adapter", None, (slot, None))
         if failed:
             raise NotWritten("; ".join(failed))
-
-    @property
-    def weight_version(self) -> str:
-        """Which weights rank 0 has; see ModelRunner.weight_version."""
-        version: str = self.collective_rpc("weight_state")[0][0]
-        return version
-
-    @property
-    def asleep(self) -> frozenset[str]:
-        """Which of "weights" and "kv_cache" have no memory now."""
-        tags: frozenset[str] = self.collective_rpc("weight_state")[0][1]
-        return tags
 
     def shutdown(self) -> None:
         """End every rank. A second call does nothing."""

@@ -20,11 +20,12 @@ from step_inputs import run_runner
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
-from seamwise import ModelRunner
+from seamwise import ModelRunner, caches
 from seamwise.compile.derive import parameters_of
 from seamwise.compile.pipeline import PipelineConfig, ordered_passes
 from seamwise.compile.startup_times import Ledger
-from seamwise.runtime.build.loading import compile_model, load_step_weights
+from seamwise.runtime.build.compile_model import compile_model
+from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 
@@ -254,4 +255,5 @@ def logits(runner: ModelRunner) -> list[Tensor]:
 
 
 def load(directory: Path, dtype: torch.dtype, **options: Any) -> ModelRunner:
-    return ModelRunner.load(directory, dtype=dtype, device="cpu", **options)
+    packs = caches.cache_dir() / "packs-of-quantized"  # apart from others', of which the oldest go
+    return ModelRunner.load(directory, dtype=dtype, device="cpu", **{"pack_dir": packs, **options})
