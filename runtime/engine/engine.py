@@ -39,7 +39,7 @@ from seamwise.runtime.text.tokenizer import Tokenizer
 
 from .adapters import REASON as ADAPTER
 from .adapters import Adapters
-from .admit import Admission
+from .admit import Intake
 from .answer import Answers
 from .control import Change, Control
 from .drafting import Drafting
@@ -90,7 +90,7 @@ class Engine(Control):
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder,
             offload=offload,
         )  # fmt: skip
-        self.pooler, self._admission = pooler, Admission(runner, tokenizer, pooler, seed)
+        self.pooler, self._intake = pooler, Intake(runner, tokenizer, pooler, seed)
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
         stages: Any = runner if config.pipeline_parallel_size > 1 else None
         self.drafting, self.adapters = drafting or Drafting(), adapters
@@ -125,12 +125,12 @@ class Engine(Control):
 
     def ends_with(self, ids: int | Series[int] | None) -> None:
         """Let these ids of the model, and the tokenizer's, end outputs of requests that are added from now on."""
-        self._admission.ends_with([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        self._intake.ends_with([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end outputs."""
-        return self._admission.eos_ids
+        return self._intake.eos_ids
 
     def check(
         self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
@@ -141,7 +141,7 @@ class Engine(Control):
         """
         if params.structured_outputs is not None:
             params.structured_outputs.check()
-        return self._admission.room(prompt_token_ids, params, pooling)
+        return self._intake.room(prompt_token_ids, params, pooling)
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
@@ -166,7 +166,7 @@ class Engine(Control):
             raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
         if mask_providers and len(mask_providers) != params.n:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
-        max_tokens = self._admission.room(prompt_token_ids, params, pooling)
+        max_tokens = self._intake.room(prompt_token_ids, params, pooling)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
         pooled = None
         if self.pooler is not None and pooling is not None:
@@ -185,7 +185,7 @@ class Engine(Control):
         )  # fmt: skip
         for index in range(params.n):
             provider = mask_providers[index] if mask_providers else None
-            made = self._admission.completion(
+            made = self._intake.completion(
                 request, index, provider, self._answers.detokenizer(request.prompt_token_ids, params),
                 root=self._root(request), max_tokens=max_tokens, predicted=self.scheduler.predict(max_tokens),
                 names_ahead=self.drafting.names_ahead,
