@@ -82,8 +82,9 @@ def add_handlers(app: FastAPI) -> None:
     """Let the application answer every exception in this form."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        invalid = isinstance(error, RequestValidationError)
-        return error_response(_invalid(error, request) if invalid else as_api_error(error))
+        if isinstance(error, RequestValidationError):
+            return error_response(_invalid(error, request))
+        return error_response(as_api_error(error))
 
     for kind in (RequestValidationError, HTTPException, ApiError, *_STATUSES, Exception):
         app.add_exception_handler(kind, answer)
