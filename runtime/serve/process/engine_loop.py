@@ -11,7 +11,7 @@ from seamwise.runtime.distributed.waves import RankWave
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
@@ -114,11 +114,10 @@ class EngineLoop:
             self._send(Refused(add.request_id, self._closed, full=True))
             return
         try:
-            pooling = None if add.pooling is None else PoolingParams(**add.pooling)
-            params = _params(add) if pooling is None else NO_SAMPLING
+            params = _params(add) if add.pooling is None else NO_SAMPLING
             self.engine.add_request(
                 add.request_id, add.prompt_token_ids, params, prompt=add.prompt, priority=add.priority,
-                lora_request=None if add.lora is None else LoRARequest(*add.lora), pooling=pooling,
+                lora_request=add.lora, pooling=add.pooling,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             self._send(Refused(add.request_id, str(error)))
@@ -176,8 +175,8 @@ class EngineLoop:
     def is_paused(self) -> bool:
         return self.engine.is_paused
 
-    def add_lora(self, name: str, number: int, path: str, load_inplace: bool) -> bool:
-        return self.engine.add_lora(LoRARequest(name, number, path, load_inplace))
+    def add_lora(self, **lora_request: Any) -> bool:
+        return self.engine.add_lora(LoRARequest(**lora_request))
 
     def update_weights_from_path(self, path: str) -> None:
         """Write a checkpoint's tensors into the model, by their names."""

@@ -9,6 +9,10 @@ from typing import Any
 
 from msgspec import Struct, field, msgpack
 
+from seamwise.runtime.engine.lora_request import LoRARequest
+from seamwise.runtime.sampling.logprob import Logprob
+from seamwise.runtime.sampling.pooling_params import PoolingParams
+
 # msgspec copies a default list or dict for each message
 
 
@@ -16,7 +20,7 @@ class Add(Struct, tag=True, array_like=True):
     """Queue a request. params: what differs from SamplingParams' defaults.
 
     stream_interval  tokens between two deltas of an output; 0: one delta, at its end
-    pooling          PoolingParams' fields, of a text whose vector is wanted: params are not read then
+    pooling          of a text whose vector is wanted: params are not read then
     """
 
     request_id: str
@@ -25,8 +29,8 @@ class Add(Struct, tag=True, array_like=True):
     prompt: str | None = None
     priority: int = 0
     stream_interval: int = 1
-    lora: tuple[str, int, str, bool] | None = None  # LoRARequest's fields
-    pooling: dict[str, Any] | None = None
+    lora: LoRARequest | None = None
+    pooling: PoolingParams | None = None
 
 
 class Abort(Struct, tag=True, array_like=True):
@@ -44,24 +48,12 @@ class Call(Struct, tag=True, array_like=True):
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-class TokenLogprob(Struct, array_like=True):
-    token_id: int
-    logprob: float
-    rank: int
-    text: str | None
-
-    @property
-    def spelled(self) -> str:
-        """The token as OpenAI's objects have it: its text, or its id where there is no tokenizer."""
-        return self.text if self.text is not None else f"token_id:{self.token_id}"
-
-
 class Delta(Struct, array_like=True):
     """What one output of a request got since the last delta of it.
 
-    logprobs  for each token: the sampled one's first, then the most likely ones
+    logprobs  as CompletionOutput has them: in each row the sampled token first, then the most likely ones
     num_cached_tokens, num_preemptions  of the request, until now
-    prompt_logprobs  with the first one: for each token of the prompt as in logprobs, None for the first
+    prompt_logprobs  with the first one, as RequestOutput has them
     times_s   with the last one: seconds that the request waited, until its first token, and after it
     vector    with the last one, of a text that was pooled: float32, the lowest byte of each first
     """
@@ -70,13 +62,13 @@ class Delta(Struct, array_like=True):
     index: int
     text: str
     token_ids: list[int]
-    logprobs: list[list[TokenLogprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     request_finished: bool = False
-    prompt_logprobs: list[list[TokenLogprob] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     times_s: list[float] = field(default_factory=list)
     vector: bytes | None = None
 
