@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from seamwise.runtime.distributed.waves import RankWave
@@ -197,16 +197,17 @@ class EngineLoop:
         stats.kv_cache_usage = 1 - pool.num_available / max(1, pool.num_blocks - 1)
         stats.paused = self.engine.is_paused
         drafts = self.engine.drafting.stats
-        stats.num_drafts, stats.num_draft_tokens = drafts.num_drafts, drafts.num_draft_tokens
-        stats.num_accepted_tokens = drafts.num_accepted_tokens
-        stats.num_accepted_tokens_per_pos = drafts.num_accepted_tokens_per_pos
-        stats.speculating = drafts.active and bool(drafts.num_accepted_tokens_per_pos)
+        stats.accepted_per_pos = drafts.num_accepted_tokens_per_pos
+        stats.speculating = drafts.active and bool(stats.accepted_per_pos)
         stats.speculation_gain = drafts.gain
+        stats.counters = {
+            "num_drafts": drafts.num_drafts, "num_draft_tokens": drafts.num_draft_tokens,
+            "num_accepted_tokens": drafts.num_accepted_tokens,
+        }  # fmt: skip
         if self.engine.offload is not None:
-            for field in fields(self.engine.offload.stats):
-                setattr(stats, f"kv_{field.name}", getattr(self.engine.offload.stats, field.name))
+            stats.counters |= {f"kv_{name}": count for name, count in asdict(self.engine.offload.stats).items()}
         if isinstance(self.engine.runner, ModelRunner):
-            stats.cascade_tiles = self.engine.runner.recording_stats.cascade_tiles
+            stats.counters["cascade_tiles"] = self.engine.runner.recording_stats.cascade_tiles
 
 
 def _params(add: Add) -> SamplingParams:

@@ -100,7 +100,7 @@ class Engines:
             return each[0]
         total = Stats(**{
             name: sum(getattr(s, name) for s in each)
-            for name in ("num_running", "num_waiting", "num_steps", "num_preemptions")
+            for name in ("num_running", "num_waiting", "num_steps")
         })  # fmt: skip
         total.kv_cache_usage = sum(s.kv_cache_usage for s in each) / len(each)
         total.paused, total.sleeping = all(s.paused for s in each), max(s.sleeping for s in each)

@@ -74,36 +74,27 @@ class Delta(Struct, array_like=True):
 
 
 class Stats(Struct, array_like=True):
-    """The engine's state after a step, or idle. Counters never go down within one engine process.
+    """The engine's state after a step, or idle.
 
     sleeping  0: awake; 1: weights are kept elsewhere; 2: they are gone
-    num_drafts, num_draft_tokens, num_accepted_tokens  guesses of speculation: how often, their tokens, what stood;
-              the last by position too
     speculating, speculation_gain  whether guessing pays, and tokens a second with it of those without
-    kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed  see OffloadStats
-    cascade_tiles  see RecordingStats; of a model on one rank
+    counters  by name what never goes down within one engine process:
+              num_drafts, num_draft_tokens, num_accepted_tokens: see DraftStats
+              kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed: see OffloadStats; with tiers
+              cascade_tiles: see RecordingStats; of a model on one rank
+    accepted_per_pos  guesses that stood, by position
     """
 
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_steps: int = 0
-    num_preemptions: int = 0
     paused: bool = False
     sleeping: int = 0
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     speculating: bool = False
     speculation_gain: float = 1.0
-    kv_queries: int = 0
-    kv_hits: int = 0
-    kv_stored: int = 0
-    kv_loaded: int = 0
-    kv_lost: int = 0
-    kv_failed: int = 0
-    cascade_tiles: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
+    accepted_per_pos: list[int] = field(default_factory=list)
 
 
 class Wave(Struct, tag=True, array_like=True):
