@@ -147,6 +147,9 @@ def attention_cost(q_THD: Tensor, k_cache: Tensor, seq_lens_R: Tensor, query_sta
         "llama-3-8b decode": {"R": 64, "queries": 1, "context": 1024, "H": 32, "K": 8, "D": 128, "P": 16},
         "llama-3-8b long decode": {"R": 1, "queries": 1, "context": 32768, "H": 32, "K": 8, "D": 128, "P": 16},
         "llama-3-8b prefill": {"R": 2, "queries": 2048, "context": 0, "H": 32, "K": 8, "D": 128, "P": 16},
+        "llama-3-8b float8 cache": {
+            "R": 64, "queries": 1, "context": 1024, "H": 32, "K": 8, "D": 128, "P": 16, "fp8": "tensor",
+        },
         "gpt-oss-20b decode": {
             "R": 64, "queries": 1, "context": 1024, "H": 64, "K": 8, "D": 64, "P": 16, "window": 128, "sinks": True,
         },
