@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +191,7 @@ class Tape:
 
 class _Recording(threading.local):
     tape: Tape | None = None
+    pool: Pool | None = None  # of large results where nothing records
 
 
 _recording = _Recording()  # by thread: runners in other threads go on while one records
@@ -253,10 +255,26 @@ def _tensors(results: Any) -> Sequence[Tensor]:
     return (results,) if isinstance(results, Tensor) else results or ()
 
 
+LARGE_BYTES = 1 << 20
+
+
+@contextmanager
+def reusing_memory() -> Iterator[None]:
+    """Let kernels' large results take the memory of earlier ones that are gone, within the context: given back to the
+    system's allocator and taken anew at each layer, they leave holes between each other, of twice their size."""
+    before, _recording.pool = _recording.pool, Pool()
+    try:
+        yield
+    finally:
+        _recording.pool = before
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return uninitialized CPU memory: from the recording tape's pool, else torch's."""
-    tape = _recording.tape
-    return torch.empty(shape, dtype=dtype) if tape is None else tape.pool.empty(shape, dtype)
+    """Return uninitialized CPU memory: from the recording tape's pool or, if it is large, the step's; else torch's."""
+    pool = _recording.pool if _recording.tape is None else _recording.tape.pool
+    if _recording.tape is None and math.prod(shape) * dtype.itemsize < LARGE_BYTES:
+        pool = None
+    return torch.empty(shape, dtype=dtype) if pool is None else pool.empty(shape, dtype)
 
 
 def _replayer(calls: list[tuple[Kernel, tuple[int | float, ...]]], seconds: Any = None) -> Callable[[], None]:

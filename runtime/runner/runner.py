@@ -26,6 +26,7 @@ from seamwise.compile.program import Executable, Program
 from seamwise.compile.record.recorder import Recording
 from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.cpu.attention_cpu import cascade
+from seamwise.kernels.cpu.tape import reusing_memory
 from seamwise.runtime.build.hidden_states import without_head
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.kv_spec import KVCacheSpec
@@ -219,7 +220,8 @@ class ModelRunner:
                 case Empty():
                     results = self._empty()
                 case Eager():
-                    results = self._run(*self._flat(self._on_device(batch)))
+                    with reusing_memory():
+                        results = self._run(*self._flat(self._on_device(batch)))
                 case Full() | Piecewise() as key:
                     results = self._recordings.run(key, self._run, batch, self._flat)
         logits, hidden = self._parts(results)
@@ -237,7 +239,7 @@ class ModelRunner:
         Returns what the next stage takes; of the last one the logits, and hidden states where it was loaded for them.
         """
         self._check_ready(batch)
-        with self._cascade():
+        with self._cascade(), reusing_memory():
             results = self.executable(*self._flat(self._on_device(batch)), *carried)
         stage, stages = self.options.pipeline.stage
         if stage + 1 == stages:
@@ -247,7 +249,7 @@ class ModelRunner:
     def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
         """Run a step as two that take turns, op by op."""
         self._recordings.stats.steps["in_turns"] += 1
-        with self._cascade():
+        with self._cascade(), reusing_memory():
             results = self.executable.in_turns(*(self._flat(self._on_device(part)) for part in parts))
         found = halves(given, self.options)
         wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
