@@ -195,18 +195,6 @@ class RankProcesses:
         """Return what names the weights of all ranks."""
         return " ".join(self.collective_rpc("weights_digest"))
 
-    @property
-    def weight_version(self) -> str:
-        """Which weights rank 0 has; see ModelRunner.weight_version."""
-        version: str = self.collective_rpc("weight_state")[0][0]
-        return version
-
-    @property
-    def asleep(self) -> frozenset[str]:
-        """Which of "weights" and "kv_cache" have no memory now."""
-        tags: frozenset[str] = self.collective_rpc("weight_state")[0][1]
-        return tags
-
     def shutdown(self) -> None:
         """End every rank. A second call does nothing."""
         self._dead = self._dead or "the ranks were shut down"

@@ -88,8 +88,9 @@ class BlockStore:
         kept = kept[-(last.capacity_bytes // (HEAD_BYTES + self.memory.kv_block_bytes)) :]
         copied = [one for one in kept if isinstance(one[0], int)]
         self._put_down(len(self.tiers) - 1, kept[: len(kept) - len(copied)])
-        for start in range(0, len(copied), _TOGETHER):
-            self._copy(*zip(*copied[start : start + _TOGETHER], strict=True))
+        left = copied
+        while left:
+            left = left[self._copy(*zip(*left[:_TOGETHER], strict=True)) :]
             self._wait(self._writer)
         return len(copied)
 
@@ -118,7 +119,7 @@ class BlockStore:
         wait([thread.submit(int) for thread in threads])
 
     def _copy(self, blocks: Sequence[int], names: Sequence[BlockName]) -> int:
-        count = min(len(blocks), _UNWRITTEN_BYTES // self.memory.kv_block_bytes - self._unwritten)
+        count = min(len(blocks), max(_UNWRITTEN_BYTES // self.memory.kv_block_bytes, 1) - self._unwritten)
         if count > 0:
             data = self.memory.read_kv_blocks(blocks[:count])
             with self._lock:

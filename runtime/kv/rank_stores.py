@@ -117,14 +117,13 @@ class RankStores:
         if job is None:
             return
         done, join, _, answers = self._jobs[job]
-        answers.append(result if error is None else RuntimeError(f"rank {rank}: {error}"))
+        answers.append((result, error and f"rank {rank}: {error}"))
         if len(answers) == len(self._links):
             del self._jobs[job]
-            errors = [answer for answer in answers if isinstance(answer, RuntimeError)]
-            if errors:
-                done.set_exception(errors[0])
+            if problem := next((error for _, error in answers if error), None):
+                done.set_exception(RuntimeError(problem))
             else:
-                done.set_result(join(answers))
+                done.set_result(join([result for result, _ in answers]))
 
     def _ask(self, join: Callable[[Iterable[Any]], Any], nothing: Any, method: str, *given: Any) -> Future[Any]:
         """Ask all ranks; the result is what `join` makes of theirs, or `nothing` where one is gone."""

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 from drawn_requests import Drawn, alone
-from drawn_tiers import FAULTS, ByHand, FaultyDisk, TwoRanks, make_tiers
+from drawn_tiers import FAULTS, ByHand, FaultyDisk, StoreByHand, TwoRanks, make_tiers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
 from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.kv import block_store
 from seamwise.runtime.kv.block_store import BlockStore
 from seamwise.runtime.kv.disk_tier import DiskTier
 from seamwise.runtime.kv.offload import Offload
@@ -229,6 +230,26 @@ def test_a_tier_that_keeps_nothing_keeps_no_block_from_use() -> None:
         offload.work()
     assert not engine.has_unfinished_requests() and len(tier.blocks) == 1
     engine.close()
+
+
+def test_a_slow_tier_costs_blocks_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, names = FakeRunner(num_blocks=12, block_size=4), [bytes([i]) * 16 for i in range(12)]
+    monkeypatch.setattr(block_store, "_UNWRITTEN_BYTES", 3 * runner.kv_block_bytes)
+    tier = HostTier(1 << 20)
+    tier.outlives = True  # type: ignore[misc]
+    store = StoreByHand(runner, [tier])
+    copies = [store.copy([1, 2], names[1:3]), store.copy([3, 4, 5], names[3:6]), store.copy([6], names[6:7])]
+    reads, writes, _ = store.hands
+    reads.run()
+    assert [copy.result() for copy in copies] == [2, 1, 0] and not tier.blocks
+    writes.run()
+    assert [*tier.blocks] == names[1:4]
+    again = store.copy([4, 5, 6], names[4:7])
+    reads.run()
+    writes.run()
+    assert again.result() == 3 and [*tier.blocks] == names[1:7]
+    assert store.keep([(block, names[block]) for block in range(1, 12)]) == 5, "what nobody waits for is kept whole"
+    assert [*tier.blocks] == names[1:]
 
 
 def test_short_hits_are_computed() -> None:
