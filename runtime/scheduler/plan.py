@@ -13,7 +13,7 @@ from seamwise.runtime.build.kv_groups import most_held
 from .config import SchedulerConfig
 from .policies import Policy
 from .sequence import NO_LIMIT
-from .view import Admission, Plan, View
+from .view import Admission, Plan, Shared, View
 
 
 def plan(view: View, limits: SchedulerConfig, policy: Policy) -> Plan:
@@ -91,8 +91,13 @@ def _serve(
         victim = victims.pop()
         preempted.append(victim)
         wanted[victim] = 0
-        freed = int(run.own[victim])
-        available, coming = (available, coming + freed) if run.flying[victim] else (available + freed, coming)
+        freed: Shared = (((victim,), int(run.own[victim])),)
+        freed += tuple(each for each in view.shared if victim in each[0] and set(each[0]) <= set(preempted))
+        for rows, count in freed:
+            if run.flying[list(rows)].any():
+                coming += count
+            else:
+                available += count
 
 
 def _admit(

@@ -87,7 +87,10 @@ def replay(path: Path) -> int:
             if not line.endswith("\n"):
                 return count - 1
             written, _, expected = line.rstrip("\n").partition("\t")
-            view = decode_view(json.loads(written))
+            try:
+                view = decode_view(json.loads(written))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path}: step {count} is not that of a recording of this version: {error}") from error
             if (found := encode(plan(view, config, policy))) != expected:
                 raise ValueError(f"{path}: step {count} was planned as {expected}, and is now planned as {found}")
             if view.candidates:
@@ -131,6 +134,7 @@ def decode_view(raw: Mapping[str, Any]) -> View:
     return View(**{
         **raw, "counters": _column(raw["counters"], float), "running": _rows(raw["running"]),
         "waiting": _rows(raw["waiting"]), "candidates": candidates,
+        "shared": tuple((tuple(rows), blocks) for rows, blocks in raw["shared"]),
         "groups": tuple(KVGroup(**group) for group in raw["groups"]),
         "progress": Progress(**{name: _column(values, int) for name, values in raw["progress"].items()}),
     })  # fmt: skip

@@ -86,6 +86,9 @@ class Candidate:
     resting: tuple[int, ...]
 
 
+Shared = tuple[tuple[tuple[int, ...], int], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """Everything that a plan may depend on.
@@ -94,6 +97,8 @@ class View:
     counters   (tenants,) float64: what each has been charged
     groups     what each group of layers reads of the past: each has a table of blocks
     available, coming  blocks that can be handed out now; blocks that uncommitted steps will set free
+    shared     of blocks that several running sequences hold and nobody else: the rows of these in `running`, and how
+               many blocks they are; free when all of these have given theirs back. Empty where the cache is not tight
     waiting    sequences that may be scheduled, blocked ones left out; empty when none can start
     candidates the first of them in the policy's order, as many as may start
     """
@@ -108,6 +113,7 @@ class View:
     coming: int
     running: Rows
     progress: Progress
+    shared: Shared
     waiting: Rows
     candidates: tuple[Candidate, ...]
 

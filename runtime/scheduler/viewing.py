@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from seamwise.runtime.kv.pool import BlockPool
+
 from .plan import shortlist
 from .queue import Queue
 from .sequence import NO_LIMIT, Sequence
-from .view import Candidate, Progress, View, frozen
+from .view import Candidate, Progress, Shared, View, frozen
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
 
+_NONE_SHARED: Shared = ()
 _REFRESHED = 32  # waiting sequences whose cached prefix is looked up again for a step, in turn
 
 
@@ -25,14 +29,10 @@ def take_view(scheduler: Scheduler) -> View:
     pending = np.minimum(slots.known[active] + slots.drafts[active], slots.limit[active]) - scheduled
     max_chunk = slots.max_chunk[active]
     wanted = np.minimum(np.minimum(pending, max_chunk), limits.long_prefill_token_threshold or NO_LIMIT)
-    own = np.zeros(len(active), dtype=np.int64)
+    own, shared = np.zeros(len(active), dtype=np.int64), _NONE_SHARED
     missing = np.maximum(-(-(scheduled + wanted) // pool.block_size) - held, 0)
     if missing.sum() * len(pool.groups) > pool.num_available:
-        running = [slots.sequences[slot] for slot in active.tolist()]
-        freed = [
-            [pool.holders[b] == 1 and b not in pool.copying for b in s.held_blocks] for s in running if s is not None
-        ]
-        own[:] = [sum(blocks) for blocks in freed]
+        own, shared = _what_they_would_free(pool, [slots.sequences[slot] for slot in active.tolist()])
     progress = Progress(
         slot=frozen(active), pending=frozen(pending), scheduled=frozen(scheduled),
         computed=frozen(slots.computed[active]), held=frozen(held), own=frozen(own), max_chunk=frozen(max_chunk),
@@ -50,7 +50,7 @@ def take_view(scheduler: Scheduler) -> View:
         step=scheduler.num_steps, clock=scheduler.clock, counters=frozen(scheduler.counters),
         block_size=pool.block_size, groups=pool.groups, num_blocks=pool.num_blocks,
         available=pool.num_available, coming=len(pool.fenced) + len(pool.leaving), running=slots.rows(active),
-        progress=progress, waiting=waiting, candidates=(),
+        progress=progress, shared=shared, waiting=waiting, candidates=(),
     )  # fmt: skip
     if may_start <= 0:
         return view
@@ -58,6 +58,23 @@ def take_view(scheduler: Scheduler) -> View:
     rows = chosen if places is None else places[chosen]
     found = _candidates(scheduler, [scheduler.queue.sequences[r] for r in rows.tolist()], budget)
     return View(**{name: getattr(view, name) for name in View.__slots__ if name != "candidates"}, candidates=found)
+
+
+def _what_they_would_free(pool: BlockPool, running: list[Sequence | None]) -> tuple[np.ndarray, Shared]:
+    """Return how many blocks each running sequence holds alone, and those that several of them hold and nobody else."""
+    own = np.zeros(len(running), dtype=np.int64)
+    rows_of: dict[int, list[int]] = {}
+    for row, s in enumerate(running):
+        assert s is not None
+        for block in s.held_blocks:
+            if block in pool.copying:
+                continue
+            if pool.holders[block] == 1:
+                own[row] += 1
+            else:
+                rows_of.setdefault(block, []).append(row)
+    shared = Counter(tuple(rows) for block, rows in rows_of.items() if len(rows) == pool.holders[block])
+    return own, tuple(shared.items())
 
 
 def _candidates(scheduler: Scheduler, sequences: list[Sequence], budget: int) -> tuple[Candidate, ...]:

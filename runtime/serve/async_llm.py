@@ -37,7 +37,7 @@ class AsyncLLM:
 
     model            as LLM's; **options are LLM's, as far as they are plain data
     step_timeout_s   longest step; a longer one is a hang: its requests get an error, and the engine starts again
-    start_timeout_s  longest stage of start-up
+    start_timeout_s  longest stage of start-up, and longest call that is no request: weights are read, say
     engine_factory   "module:function" that makes the LLM in its process; for engines other than LLM
     data_parallel_size  engines, each a process with all of the model and requests of its own
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,7 +151,7 @@ def test_rows_start_only_if_they_fit_and_failures_are_rows(tmp_path: Path) -> No
             return [row["status"]]
         return []
 
-    work = context(path, until=time.time() + 5)
+    work = context(path, until=time.time() + 30)
     assert take(work, "short", 1) == ["ok"] and take(work, "long", 60) == ["skipped"]
     assert take(work, "bad", 1, ValueError("no")) == ["failed"] and take(work, "none", 1, Absent("why")) == ["absent"]
     assert take(work, "extra", 1, extra=True) == [] and calls == ["short", "bad", "none"]
@@ -205,10 +206,15 @@ def test_a_row_that_loses_the_worker_fails_and_the_run_goes_on(
     context(path).results.append({"key": "old", "status": "started", "limit": 0.0})
     script.write_text(WORKER)
     monkeypatch.setattr(gpu, "_GRACE_S", 0.3)
-    until = time.time() + (2.5 if mode == "late" else 60)  # late: after the worker has begun
-    assert gpu.supervise([sys.executable, str(script), str(path), mode], path, until) == 0
-    child = Path(f"/proc/{Path(f'{path}.child').read_text()}/stat")
-    assert not child.exists() or child.read_text().split()[2] == "Z", "what the lost worker started is left running"
+    now = time.time()
+    over = SimpleNamespace(sleep=time.sleep, time=lambda: now + (60 if any(gpu._started(path)) else 0))
+    if mode == "late":  # the time is over as soon as the worker has begun a row
+        monkeypatch.setattr(gpu, "time", over)
+    assert gpu.supervise([sys.executable, str(script), str(path), mode], path, now + (1 if mode == "late" else 60)) == 0
+    child, deadline = Path(f"/proc/{Path(f'{path}.child').read_text()}/stat"), time.time() + 60
+    while child.exists() and child.read_text().split()[2] != "Z":
+        assert time.time() < deadline, "what the lost worker started is left running"
+        time.sleep(0.01)
     rows = read_rows(path)[1]
     assert rows["old"]["status"] == "skipped"
     if mode == "late":

@@ -78,7 +78,7 @@ def draw_view(generator: np.random.Generator) -> View:
     return View(
         step=1, clock=int(generator.integers(1000, 2000)), counters=frozen(generator.random(3) * 100), block_size=size,
         groups=(FULL,), num_blocks=64, available=int(generator.integers(0, 20)), coming=int(generator.integers(0, 4)),
-        running=run, progress=progress, waiting=wait, candidates=candidates,
+        running=run, progress=progress, shared=(), waiting=wait, candidates=candidates,
     )  # fmt: skip
 
 

@@ -30,7 +30,9 @@ def add(commands: Commands[Any]) -> None:
     engine_options(parser)
     dataclass_options(parser, ServeSettings, "server")
     parser.add_argument("--step-timeout-s", type=float, default=60.0, help="longest step; a longer one is a hang (60)")
-    parser.add_argument("--start-timeout-s", type=float, default=3600.0, help="longest stage of start-up (3600)")
+    parser.add_argument(
+        "--start-timeout-s", type=float, default=3600.0, help="longest stage of start-up, or call (3600)"
+    )
     parser.add_argument("--recipe", type=Path, help="a recipe: serve what it says, or say what differs")
     parser.set_defaults(expect=None)
     parser.add_argument("--write-recipe", type=Path, help="write a recipe of this model and these options, and end")

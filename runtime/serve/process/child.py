@@ -45,7 +45,8 @@ class Child:
     """A running engine process.
 
     handle          hears every event but the last
-    step_timeout_s  longest step; start_timeout_s: longest stage of start-up
+    step_timeout_s  longest step; start_timeout_s: longest stage of start-up, and longest call
+    stage           of start-up, then "ready"; while a call is carried out, its name
     """
 
     def __init__(
@@ -135,8 +136,10 @@ class Child:
                 return Ended(event.message, event.kind, event.detail, told=True)
             if isinstance(event, Stage):
                 self.stage = event.name
-            elif isinstance(event, Ready):
-                self.ready, self.stage = True, "ready"
+            elif self.ready or isinstance(event, Ready):
+                self.stage = "ready"
+            if isinstance(event, Ready):
+                self.ready = True
                 for line in self._lines:
                     logger.info("%s", line)
             self._handle(event)
@@ -148,7 +151,7 @@ class Child:
     async def _exited(self, process: asyncio.subprocess.Process, events: zmq.asyncio.Socket) -> Ended:
         code = await _exit_of(process)
         await asyncio.sleep(0.2)  # what it said at its end may still be on its way to _listen
-        doing = "while serving" if self.ready else f"in {self.stage}"
+        doing = "while serving" if self.stage == "ready" else f"in {self.stage}"
         if code < 0:
             name = signal.Signals(-code).name
             hint = "; if nobody sent it, the system was out of memory: give the engine less" if code == -9 else ""
@@ -170,9 +173,9 @@ class Child:
             if stopped_s >= _STOPPED_S:
                 return Ended("the engine process was stopped by a signal (SIGSTOP)")
             silent_s = now - self._heard_s
-            if self.ready and silent_s > self._step_timeout_s:
+            if self.stage == "ready" and silent_s > self._step_timeout_s:
                 return Ended(f"a step did not end within {self._step_timeout_s:g} s (step_timeout_s): the engine hangs")
-            if not self.ready and silent_s > self._start_timeout_s:
+            if self.stage != "ready" and silent_s > self._start_timeout_s:
                 return Ended(f"{self.stage} did not end within {self._start_timeout_s:g} s (start_timeout_s)")
 
     async def _read_lines(self, stream: asyncio.StreamReader) -> None:

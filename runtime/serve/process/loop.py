@@ -15,7 +15,7 @@ from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
-from .messages import Abort, Add, Call, Command, Event, Progress, Refused, Result, Stats, Wave
+from .messages import Abort, Add, Call, Command, Event, Progress, Refused, Result, Stage, Stats, Wave
 
 if TYPE_CHECKING:
     from seamwise.runtime.engine.engine import Engine
@@ -140,6 +140,7 @@ class EngineLoop:
         except AttributeError:
             self._send(Result(call.call_id, error=f"this engine has no {call.method}", kind="unsupported"))
             return
+        self._send(Stage(call.method))  # it may take longer than a step may: a trace is written, weights are read
         try:
             value = target(*call.args, **call.kwargs)
         except (ValueError, TypeError, NotImplementedError) as error:

@@ -141,7 +141,7 @@ class Result(Struct, tag=True, array_like=True):
 
 
 class Stage(Struct, tag=True, array_like=True):
-    """Start-up entered a stage."""
+    """Start-up entered a stage, or the engine a call: that may take longer than a step may."""
 
     name: str
 

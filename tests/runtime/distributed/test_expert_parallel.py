@@ -194,14 +194,16 @@ def check_hidden(root: Path, rank: int, ranks: int) -> None:
             )
             steps = Steps(requests, block_size=runner.block_size)
             runner.allocate_kv(steps.num_blocks)
-            for timed in (False, True):
+            taken = []
+            for _ in range(4):  # the first computes what later ones find; of the others the least: load only adds
                 batch = StepInput(**steps.next({r: 4 for r in range(8)}))
                 exchange._begun[-1] = lambda: ()  # as a step leaves behind that failed
                 dist.barrier()
                 began = time.perf_counter()
                 runner.step(batch)
-                seconds[dbo] = time.perf_counter() - began if timed else 0.0
+                taken.append(time.perf_counter() - began)
                 assert not exchange._begun
+            seconds[dbo] = min(taken[1:])
         sent, computed = 2 * 2 * 2e-3 * 32, 2 * 4e-3 * 32  # two layers, two ways
         assert seconds[False] > sent + computed
         assert seconds[True] < 0.75 * seconds[False] and seconds[True] > max(sent, computed), seconds

@@ -406,13 +406,13 @@ def test_a_step_waits_where_every_request_waits_for_something_else() -> None:
     assert engine.step(wait_s=0.0) == []
     threading.Timer(0.05, engine.wake).start()
     began = time.perf_counter()
-    assert engine.step(wait_s=30) == [] and time.perf_counter() - began < 10
+    assert engine.step(wait_s=90) == [] and time.perf_counter() - began < 60
     engine.add_request("b", [3] * 9, GREEDY)  # beside one that can be computed, nobody waits
     began = time.perf_counter()
     while "b" in engine._requests:
-        engine.step(wait_s=30)
+        engine.step(wait_s=90)
     engine.unblock("a")
-    assert {*run(engine)} == {"a"} and time.perf_counter() - began < 10
+    assert {*run(engine)} == {"a"} and time.perf_counter() - began < 60
     engine.pause("keep")
     engine.add_request("c", [3] * 9, GREEDY)
     began = time.perf_counter()

@@ -112,7 +112,7 @@ def test_two_ranks_give_what_one_gives_until_one_hangs(tmp_path: Path, pack_dir:
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"rank 1 did not answer within 2 s\n(.*\n)*.*hangs_on_one"):
             llm.collective_rpc(hangs_on_one, timeout=2)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60
         with pytest.raises(RuntimeError, match=r"^collective_rpc\(.*: rank 1 did not answer within 2 s"):
             tokens(llm)
         assert not llm.engine.has_unfinished_requests()
@@ -141,7 +141,7 @@ def test_a_rank_that_dies_is_named(tmp_path: Path, pack_dir: Path) -> None:
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"^step: rank 1 \(process \d+\) died: SIGKILL"):
             ranks.step(a_step(4))
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 60
         with pytest.raises(RuntimeError, match=r"^step: rank 1 .* died: SIGKILL"):
             ranks.step(a_step(4))
         assert not any(process.is_alive() for process in processes)
@@ -179,7 +179,7 @@ def test_a_parent_that_is_killed_leaves_no_rank_and_no_memory(tmp_path: Path, pa
     assert len(pids) == 2 and Path(folder).exists()
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids) or Path(folder).exists():
         assert time.monotonic() < deadline, (pids, folder)
         time.sleep(0.05)

@@ -40,7 +40,7 @@ def test_a_trace_shows_what_steps_hide(tiny_llama_dir: Path, pack_dir: Path, tmp
     steps = worker.steps
 
     def slow(batch: StepInput) -> StepOutput:
-        time.sleep(0.03)  # longer than planning takes on a busy machine
+        time.sleep(0.1)  # longer than planning takes on a busy machine
         return steps.step(batch)
 
     worker.steps = SimpleNamespace(step=slow)  # type: ignore[assignment]

@@ -119,6 +119,9 @@ def slowed(worker: Any, seconds: float) -> None:
         return original(*given)
 
     worker.model_runner.step_stage = step_stage
+
+
+def cleared(worker: Any) -> None:
     worker.trace.clear()
 
 
@@ -145,7 +148,7 @@ def test_two_stages_give_what_one_process_gives(tmp_path: Path) -> None:
             found = llm.collective_rpc(stage_of)
             assert [caches for caches, _, _ in found] == layers and [taken for _, _, taken in found] == [0, 2]
             if name == "moe":
-                check_bubbles(llm.executor)
+                bubbles_are_those_of_the_formula(llm.executor)
                 os.kill(llm.executor._processes[0].pid, signal.SIGKILL)  # type: ignore[attr-defined]
                 with pytest.raises(RuntimeError, match=r"rank 0 \(process \d+\) died: SIGKILL"):
                     tokens(llm)
@@ -153,11 +156,23 @@ def test_two_stages_give_what_one_process_gives(tmp_path: Path) -> None:
             llm.executor.shutdown()
 
 
-def check_bubbles(ranks: Any) -> None:
-    """m steps through p stages leave each stage idle (p - 1) / (m + p - 1) of the time."""
+def bubbles_are_those_of_the_formula(ranks: Any) -> None:
+    """m steps through p stages leave each stage idle (p - 1) / (m + p - 1) of the time; a busy machine only adds."""
     assert isinstance(ranks, RankProcesses)
     seconds, stages, steps = 0.2, 2, 6
     ranks.collective_rpc(slowed, None, (seconds,))
+    formula = (stages - 1) / (steps + stages - 1)
+    for _ in range(5):
+        bubbles, whole = bubbles_of(ranks, stages, steps)
+        assert whole >= (steps + stages - 1) * seconds
+        if formula - 0.04 <= bubbles <= formula + 0.12:
+            return
+    raise AssertionError(f"bubbles {bubbles:.3f} in the last of five runs, the formula says {formula:.3f}")
+
+
+def bubbles_of(ranks: RankProcesses, stages: int, steps: int) -> tuple[float, float]:
+    """Return the part of the time that stages were idle, and the time in seconds."""
+    ranks.collective_rpc(cleared)
     for i in range(steps):
         table = np.array([[i + 1]], dtype=np.int32)
         ranks.begin(ragged_step(np.array([3, 4]), table, np.array([0]), np.array([2]), ranks.block_size))
@@ -167,9 +182,7 @@ def check_bubbles(ranks: Any) -> None:
     assert [len(trace) for trace in traces] == [steps, steps]
     whole = max(end for trace in traces for _, end in trace) - min(begin for trace in traces for begin, _ in trace)
     busy = sum(end - begin for trace in traces for begin, end in trace)
-    bubbles, formula = 1 - busy / (stages * whole), (stages - 1) / (steps + stages - 1)
-    assert formula - 0.04 <= bubbles <= formula + 0.12, f"bubbles {bubbles:.3f}, the formula says {formula:.3f}"
-    assert whole >= (steps + stages - 1) * seconds
+    return 1 - busy / (stages * whole), whole
 
 
 def test_what_does_not_go_together_is_refused(tiny_llama_dir: Path) -> None:

@@ -92,7 +92,7 @@ class Browser:
         assert "exceptionDetails" not in got, got
         return got["result"].get("value")
 
-    def wait(self, script: str, within_s: float = 15) -> Any:
+    def wait(self, script: str, within_s: float = 60) -> Any:
         """Wait until a script's value is true, and return it."""
         deadline = time.monotonic() + within_s
         while not (value := self.run(script)):

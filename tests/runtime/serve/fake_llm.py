@@ -192,9 +192,14 @@ def make(
         engine.reset_prefix_cache()
         asleep.append(level)
 
+    def collective_rpc(method: str, args: tuple[Any, ...] = (), kwargs: Any = None) -> list[Any]:
+        if method == "slow":
+            time.sleep(args[0])
+        return [[method, args, kwargs]]
+
     return SimpleNamespace(
         sleep=sleep, wake_up=lambda tags=None: asleep.clear(), is_sleeping=lambda: bool(asleep),
         engine=engine, reset_prefix_cache=engine.reset_prefix_cache,
         tokenizer=tokenizer,
-        collective_rpc=lambda method, args=(), kwargs=None: [[method, args, kwargs]],
+        collective_rpc=collective_rpc,
     )  # fmt: skip

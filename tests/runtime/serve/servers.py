@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Running:
     state: Serving
     loop: asyncio.AbstractEventLoop
 
-    def wait_ready(self, timeout_s: float = 30) -> None:
+    def wait_ready(self, timeout_s: float = 60) -> None:
         wait_ready(self.url, timeout_s)
 
 
@@ -72,7 +72,7 @@ def run_app(models: dict[str, AsyncLLM], route: Route | None = None, **settings:
         yield Running(url, state, loops[0])
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
 
 
 @contextlib.contextmanager
@@ -95,19 +95,28 @@ def run_command(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
 
 
-def wait_ready(url: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+def wait_ready(url: str, timeout_s: float = 60) -> None:
+    def ready() -> bool:
         with contextlib.suppress(OSError):
-            if get(f"{url}/health/ready")[0] == 200:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"{url} was not ready within {timeout_s} s")
+            return get(f"{url}/health/ready")[0] == 200
+        return False
+
+    until(ready, lambda: f"{url} is not ready", timeout_s)
+
+
+def until(
+    true: Callable[[], bool], why: Callable[[], object] = lambda: "it was never true", within_s: float = 60
+) -> None:
+    """Wait for what may take long on a busy machine; `why` says what was found instead."""
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.01)
 
 
 def get(url: str, **headers: str) -> tuple[int, Any]:

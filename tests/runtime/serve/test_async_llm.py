@@ -60,7 +60,7 @@ def test_leaving_the_loop_aborts_and_ids_are_refused_twice() -> None:
         with pytest.raises(ValueError, match="request id 'same' is in use"):
             await anext(llm.generate("Z", slow, "same"))
         await first.aclose()
-        await llm.wait_for_requests_to_drain(5)
+        await llm.wait_for_requests_to_drain(60)
         while llm.engine.stats.num_running:
             await asyncio.sleep(0.02)
         second = llm.generate("Z", slow, "same")
@@ -175,30 +175,32 @@ sys.exit(serve(build_app(state), state, settings, ready=lambda address: print(ad
 """
 
 
-@pytest.mark.parametrize(("timeout_s", "finishes"), [(10.0, True), (0.5, False)])
+@pytest.mark.parametrize(("timeout_s", "finishes"), [(60.0, True), (0.5, False)])
 def test_sigterm_lets_requests_finish_within_the_deadline(timeout_s: float, finishes: bool) -> None:
     from concurrent.futures import ThreadPoolExecutor
-    from time import sleep
 
-    from servers import post
+    from servers import get, post, until
 
     code = DRAIN.format(here=str(Path(__file__).parent), timeout=timeout_s)
     process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(post, f"{address}/v1/completions", {"prompt": "Z", "max_tokens": 10})
-        sleep(0.5)
+        running = pool.submit(post, f"{address}/v1/completions", {"prompt": "Z", "max_tokens": 20})
+        until(lambda: get(f"{address}/load")[1]["num_requests_running"] == 1)
         process.terminate()
-        sleep(0.2)
-        status, late = post(f"{address}/v1/completions", {"prompt": "a"})
-        assert status == 503 and "shutting down" in late["error"]["message"]
-        status, answer = running.result(15)
+
+        def refused() -> bool:
+            status, late = post(f"{address}/v1/completions", {"prompt": "a", "max_tokens": 1})
+            return status == 503 and "shutting down" in late["error"]["message"]
+
+        until(refused)
+        status, answer = running.result(60)
     if finishes:
-        assert status == 200 and answer["choices"][0]["text"] == "Z" * 10
+        assert status == 200 and answer["choices"][0]["text"] == "Z" * 20
     else:
         assert status == 503 and "shutting down" in answer["error"]["message"]
-    assert process.wait(15) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
@@ -210,7 +212,7 @@ def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
         time.sleep(0.3)  # the event loop hears nothing meanwhile, zmq's own thread does
         stream = llm.submit("late", [3, 4], SamplingParams(max_tokens=5))
         with pytest.raises(EngineError, match="was killed by SIGKILL"):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 while await stream.take():
                     pass
 
@@ -223,4 +225,4 @@ def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
             ended.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()  # a front end that stands still ends nothing but the wait
-    ended.result(30)
+    ended.result(120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import zmq.asyncio
+from servers import fake_llm
 
+from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.process import child
 from seamwise.runtime.serve.process.child import Child
+from seamwise.runtime.serve.process.streams import EngineError
 
 
 @pytest.mark.parametrize("turns,seconds", [*((turns, 0) for turns in range(9)), (9, 0.05), (9, 0.5)])
@@ -67,14 +71,52 @@ def test_processes_of_an_engine_that_outlive_it_are_ended_and_its_end_is_said(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     async def work() -> str:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             ended = await Child({"engine_factory": "stuck:make", "model": "x"}, lambda event: None, 60, 60).run()
         assert "ended with status 7" in str(ended)
         return ended.detail
 
     pid = int(asyncio.run(work()).partition("rank ")[2])
     state = Path(f"/proc/{pid}/stat")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize(
+    ("stage", "limits", "message"),
+    [
+        ("ready", (1, 60), "a step did not end within 1 s (step_timeout_s): the engine hangs"),
+        ("stop_profile", (60, 1), "stop_profile did not end within 1 s (start_timeout_s)"),
+    ],
+)
+def test_what_is_silent_too_long_is_named_by_its_limit(stage: str, limits: tuple[float, float], message: str) -> None:
+    silent = Child({}, lambda event: None, *limits)
+    silent.stage, silent._heard_s = stage, time.monotonic() - 2
+    silent._flush = lambda: None  # type: ignore[method-assign]
+
+    async def watched() -> str:
+        async with asyncio.timeout(60):
+            return str(await silent._watch(os.getpid()))
+
+    assert asyncio.run(watched()) == message
+
+
+def test_a_call_may_take_longer_than_a_step_may() -> None:
+    """A profile that is written, or weights that are read; a step that hangs after it is noticed as before."""
+
+    async def work() -> None:
+        llm = fake_llm(step_timeout_s=2)
+        try:
+            await llm.ready()
+            assert await llm.collective_rpc("slow", args=(4,)) == [["slow", [4], {}]]
+            assert llm.engine.num_restarts == 0
+            stream = llm.submit("hangs", [33], SamplingParams(max_tokens=3))  # H
+            with pytest.raises(EngineError, match="a step did not end within 2 s"):
+                while await stream.take():
+                    pass
+        finally:
+            await llm.shutdown()
+
+    asyncio.run(work())

@@ -50,6 +50,12 @@ def with_engines(count: int, work: Any, **options: Any) -> Any:
     return asyncio.run(go())
 
 
+async def sent(llm: AsyncLLM, count: int) -> None:
+    """Wait until so many requests are on their way: what is called next comes behind them."""
+    while llm.engine.num_requests < count:
+        await asyncio.sleep(0)
+
+
 def test_requests_go_to_the_shortest_queue_and_stay_there() -> None:
     async def work(llm: AsyncLLM) -> None:
         engines = llm.engine.members
@@ -61,7 +67,7 @@ def test_requests_go_to_the_shortest_queue_and_stay_there() -> None:
         more = [llm.submit(f"more{i}", [0, 1], LONG).rank for i in range(4)]
         assert more == [1, 1, 1, 0]
         llm.engine.abort()
-        await llm.wait_for_requests_to_drain(5)
+        await llm.wait_for_requests_to_drain(60)
 
     with_engines(2, work)
 
@@ -87,7 +93,7 @@ def test_what_changes_an_engine_reaches_all_and_none_where_one_cannot() -> None:
             and llm.world_size == 2
         )
         slow = asyncio.create_task(text_of(llm, "Z", SamplingParams(max_tokens=5)))
-        await asyncio.sleep(0.1)
+        await sent(llm, 1)
         with pytest.raises(CallFailed, match="1 requests are running"):
             await llm.sleep()
         assert not await llm.is_sleeping()
@@ -107,7 +113,7 @@ def test_what_changes_an_engine_reaches_all_and_none_where_one_cannot() -> None:
         await llm.resume_generation()
         assert await asyncio.gather(*waits) == ["abab"] * 4
         running = [asyncio.create_task(text_of(llm, "Z", LONG)) for _ in range(2)]
-        await asyncio.sleep(0.1)
+        await sent(llm, 2)
         assert await llm.reset_prefix_cache(reset_running_requests=True)
         await asyncio.gather(*running)
         assert llm.engine.num_requests == 0
@@ -128,13 +134,13 @@ def test_an_engine_that_ends_is_an_error_to_its_own_requests_alone(letter: str, 
         for stream, (error, tokens) in zip((*slow, fatal), ends, strict=True):
             assert (message in error) == (stream.rank == fatal.rank), (stream.rank, error)
             assert error or tokens == 15
-        assert took_s < 6 and llm.engine.state == "ready" and llm.engine.num_restarts == 1
+        assert took_s < 30 and llm.engine.state == "ready" and llm.engine.num_restarts == 1
         while llm.engine.members[fatal.rank].state != "ready":  # it is started again and takes requests
             assert (await asyncio.gather(text_of(llm, "ab", SamplingParams(max_tokens=4)))) == ["abab"]
             await asyncio.sleep(0.1)
         ranks = {llm.submit(f"after{i}", [0], SamplingParams(max_tokens=2)).rank for i in range(4)}
         assert ranks == {0, 1}
-        await llm.wait_for_requests_to_drain(5)
+        await llm.wait_for_requests_to_drain(60)
 
     with_engines(2, work)
 

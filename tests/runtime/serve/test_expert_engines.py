@@ -46,7 +46,7 @@ def test_engines_that_share_out_experts_give_what_one_gives_and_end_together(moe
     eight = [one.generate([{"prompt_token_ids": p}], PARAMS[2])[0].outputs[0].token_ids for p in PROMPTS]
 
     async def work() -> None:
-        llm = AsyncLLM(moe, data_parallel_size=2, enable_expert_parallel=True, step_timeout_s=20, **load)
+        llm = AsyncLLM(moe, data_parallel_size=2, enable_expert_parallel=True, step_timeout_s=90, **load)
         try:
             await llm.ready()
             members = llm.engine.members
@@ -58,7 +58,8 @@ def test_engines_that_share_out_experts_give_what_one_gives_and_end_together(moe
             for i in range(7):  # each begins a wave, in which one engine has no work
                 assert await ask(llm, i) == eight[i]
             running = asyncio.create_task(ask(llm, 0, max_tokens=60))
-            await asyncio.sleep(0.05)
+            while not llm.engine.num_requests:  # it is sent before what is called next
+                await asyncio.sleep(0)
             with pytest.raises(CallFailed, match="1 requests are running"):
                 await llm.sleep()
             await running
@@ -68,24 +69,25 @@ def test_engines_that_share_out_experts_give_what_one_gives_and_end_together(moe
             with pytest.raises(ValueError, match="share out experts"):
                 await llm.scale_elastic_ep(4)
 
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while llm.engine.group._front.running:
                     await asyncio.sleep(0.01)
             os.kill(members[1].pid, signal.SIGKILL)  # behind the wave's end: the other waits for no step, and is ended
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not all(m.num_restarts for m in members):
                     await asyncio.sleep(0.02)
             await wait_for_state(llm, "ready")
             for fault in (signal.SIGKILL, signal.SIGSTOP):
                 old = [m.pid for m in members]
                 asked = [asyncio.create_task(ask(llm, i, max_tokens=80)) for i in range(4)]
-                await asyncio.sleep(0.1)
+                while llm.engine.num_requests < 4:
+                    await asyncio.sleep(0)
                 os.kill(old[1], fault)
                 started = time.monotonic()
                 for error in await asyncio.gather(*asked, return_exceptions=True):
                     assert isinstance(error, EngineError), error
                     assert "engine 1: the engine process was " in str(error).splitlines()[0], error
-                assert time.monotonic() - started < 5
+                assert time.monotonic() - started < 60  # a step's limit is not waited for
                 await wait_for_state(llm, "ready")
                 assert not {m.pid for m in members} & {*old} and members[0].num_restarts > 0
                 assert await asyncio.gather(*(ask(llm, i) for i in range(7))) == eight
@@ -126,7 +128,7 @@ def test_a_parent_that_is_killed_leaves_no_process_and_no_folder(moe: Path, pack
     assert len(pids) == 2 and Path(folder).exists()
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids) or Path(folder).exists():
         assert time.monotonic() < deadline, [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         time.sleep(0.05)
