@@ -61,7 +61,7 @@ class Program:
     weight_bytes, kv_bytes  of this rank's weights, and of the cache for a token
     kv_layers  of each layer of the KV cache, the shapes of its tensors in one block, of all ranks
     kv_groups  of layers that need the same of the past: those behind the first have inputs of their own, the last ones
-    token_bytes, logit_bytes  most alive at once of a step's values, for each of its tokens and each row of logits
+    token_bytes, logit_bytes  of memory that a step's values take turns in, for each of its tokens and row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     carried    name, dtype and shape of what a stage takes from the one before, its last inputs; None: as many as tokens
     parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what

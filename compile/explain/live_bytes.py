@@ -15,8 +15,25 @@ from seamwise.compile.split import is_seam
 from seamwise.passes.graph import VIEWS, value
 
 
+class _Blocks:
+    """Sizes of blocks that are given out again, to what fills half of one, as by Pool in kernels/cpu/tape_memory.py."""
+
+    def __init__(self) -> None:
+        self.free: list[int] = []
+        self.num_bytes = 0
+
+    def take(self, size: int) -> int:
+        fitting = [block for block in self.free if size <= block <= 2 * size]
+        if fitting:
+            self.free.remove(min(fitting))
+            return min(fitting)
+        self.num_bytes += size
+        return size
+
+
 def live_bytes(module: GraphModule) -> tuple[int, int]:
-    """Return the most bytes alive between two ops: of values with a row a token, and with one a row of logits.
+    """Return the bytes of memory that a step's values take turns in: of those with a row a token, and with one a row of
+    logits.
 
     A view is alive with what it is a view of, what a piece is given until it ends. Inside a kernel or a package there
     may be more.
@@ -37,13 +54,14 @@ def live_bytes(module: GraphModule) -> tuple[int, int]:
         given = piece > 0 and at[node] <= seams[piece - 1]
         end = i if is_seam(nodes[i]) or not given else [*seams, len(nodes)][piece] - 1
         ends.setdefault(end, []).append(node)
-    live, most = {name: 0 for name in rows}, {name: 0 for name in rows}
+    pools, held = {name: _Blocks() for name in rows}, dict[tuple[str, Node], list[int]]()
     for i, node in enumerate(nodes):
-        for sign, changed in ((1, [node] if base[node] is node and node in last else []), (-1, ends.get(i, []))):
-            for name, count in ((name, _bytes(n, size)) for n in changed for name, size in rows.items()):
-                live[name] += sign * count
-            most = {name: max(most[name], live[name]) for name in rows}
-    return most["token_ids"], most["logit_rows"]
+        for name, size in rows.items():
+            if base[node] is node and node in last:
+                held[name, node] = [pools[name].take(count) for count in _bytes(node, size)]
+            for ended in ends.get(i, []):
+                pools[name].free += held.get((name, ended), [])
+    return pools["token_ids"].num_bytes, pools["logit_rows"].num_bytes
 
 
 def _first_size(module: GraphModule, name: str) -> Any:
@@ -52,13 +70,13 @@ def _first_size(module: GraphModule, name: str) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else None
 
 
-def _bytes(node: Node, size: Any) -> int:
-    """Return the bytes of a call's results at one row, if they have a row for each of `size`."""
+def _bytes(node: Node, size: Any) -> list[int]:
+    """Return the bytes at one row of each of a call's results that have a row for each of `size`."""
     if node.op != "call_function" or size is None:
-        return 0
+        return []
     tensors = [t for t in tree_leaves(value(node)) if isinstance(t, Tensor)]
     dynamic = [t for t in tensors if any(isinstance(n, torch.SymInt) and n.node.expr.has(size) for n in t.shape)]
-    return sum(t.dtype.itemsize * math.prod(map(_at_one, t.shape)) for t in dynamic)
+    return [t.dtype.itemsize * math.prod(map(_at_one, t.shape)) for t in dynamic]
 
 
 def _at_one(size: int | torch.SymInt) -> int:

@@ -23,7 +23,7 @@ class MemoryPlan:
 
     weight_bytes, derived_bytes  of weights as the checkpoint has them, and of those packed, joined or quantized from it
     buffer_bytes      of computed tables
-    activation_bytes  most alive at once of the largest step's values, outside the kernels
+    activation_bytes  of memory that the largest step's values take turns in, outside the kernels
     recording_bytes   of the recordings' memory and their input buffers
     pooling_bytes     of what is pooled of texts under way, on a CPU (beside a GPU it is the host's)
     kv_bytes          of the KV cache: num_blocks blocks

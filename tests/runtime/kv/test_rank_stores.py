@@ -52,8 +52,8 @@ class Ranks:
         self.whole.wait(written=True)
 
 
-def test_a_block_is_there_where_every_rank_has_its_part(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, host_bytes=1 << 20, folder_bytes=1 << 20)
+def test_a_block_is_there_where_every_rank_has_its_part() -> None:
+    ranks = Ranks(host_bytes=1 << 20)
     ranks.put(NAMES)
     whole = ranks.whole
     assert all(name in whole for name in NAMES) and whole.failed == 0
