@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --no-compile -c constraints.txt # of 15,000 modules Python compiles what it imports
 PROMPT ?= Which city is the capital of France?
 
 .PHONY: run test clean
@@ -12,19 +13,18 @@ run: $(VENV)/installed
 	$(BIN)/seamwise generate --model "$$model" --prompt "$(PROMPT)" --max-tokens 48 --next
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m seamwise.bench.demo_model > /dev/null
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ./check
 
 # torch first and by its exact version: its CPU build then satisfies every other package.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the other pinned packages into $(VENV) (a minute or two)"
-	@$(PIP) install -c constraints.txt torch setuptools wheel
-	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf]"
+	@$(INSTALL) torch setuptools wheel
+	@$(INSTALL) --no-build-isolation -e ".[gguf]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[gguf,plot,serve,grammar,test,dev]"
+	@$(INSTALL) --no-build-isolation -e ".[gguf,plot,serve,grammar,test,dev]"
 	@touch $@
 
 clean:

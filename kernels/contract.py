@@ -267,7 +267,7 @@ def contract(
 
     args    what names do not say of the tensors' shapes and dtypes, as signature.py has it
     limits  one function or several that return what else is wrong with the arguments, for every provider, or None
-    fake    replaces the meaning for shape propagation, where the meaning reads values (a seam's block table)
+    fake    replaces the meaning for shape propagation, where the meaning reads values (a seam's block table) or is slow
     The op must return fresh tensors, never views of its arguments. `limits`, `fake` and `flops` name the parameters
     that they read.
     """

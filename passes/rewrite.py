@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import time
 from collections import Counter
@@ -194,12 +195,14 @@ def pattern_pass(
 ) -> Pass:
     """Make a pass from patterns, tried one after the other at every node that looks like their first output.
 
-    patterns  gives the traced patterns for a model of that dtype
+    patterns  gives the traced patterns for a model of that dtype; asked for once a process
     key       marks a candidate: each node that still answers to it after the pass is a miss and is explained
     """
 
+    patterns = functools.cache(patterns)  # tracing them is a seventh of what compiling a small model takes
+
     def rewrite(module: GraphModule, report: Report) -> None:
-        traced = list(patterns(model_dtype(module)))
+        traced = patterns(model_dtype(module))
         refused: dict[Node, Miss] = {}
         for pattern in traced:
             for node in list(module.graph.nodes):

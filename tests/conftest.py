@@ -21,24 +21,26 @@ from seamwise import caches  # noqa: E402
 # Tests, and the processes they start, neither read nor write the user's caches, save that the demo model is read from
 # there. Compiled kernels outlive a run beside this checkout: their names are digests of what they are made of.
 _BUILD = Path(__file__).parent.parent / "build"
-_MODELS = caches.folder("models")
-_SESSION = Path(tempfile.mkdtemp(prefix="seamwise-tests-"))
-os.environ["XDG_CACHE_HOME"] = str(_SESSION)
-for name in ("MPLCONFIGDIR", "TRITON_CACHE_DIR"):
-    os.environ.setdefault(name, str(_BUILD / f"{name.lower()}-of-tests"))
-caches.make_private(caches.cache_dir())
-for kind in ("cpp", "models"):
-    there = kind == "models" and (_MODELS / "SmolLM2-135M-Instruct" / "config.json").exists()
-    caches.folder(kind).symlink_to(_MODELS if there else caches.make_private(_BUILD / f"{kind}-of-tests"))
-
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: a test that wants more threads sets them itself
-    torch.set_num_threads(1)
+_PREFIX = "seamwise-tests-"
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if _WORKER:  # the caches that the run's first process made are all workers': what one has traced, the others load
+    assert _PREFIX in os.environ["XDG_CACHE_HOME"]
+    torch.set_num_threads(1)  # workers share the cores: a test that wants more threads sets them itself
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+else:
+    _MODELS = caches.folder("models")
+    _SESSION = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix=_PREFIX)
+    for name in ("MPLCONFIGDIR", "TRITON_CACHE_DIR"):
+        os.environ.setdefault(name, str(_BUILD / f"{name.lower()}-of-tests"))
+    caches.make_private(caches.cache_dir())
+    for kind in ("cpp", "models"):
+        there = kind == "models" and (_MODELS / "SmolLM2-135M-Instruct" / "config.json").exists()
+        caches.folder(kind).symlink_to(_MODELS if there else caches.make_private(_BUILD / f"{kind}-of-tests"))
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(_SESSION, ignore_errors=True)
+    if not _WORKER:
+        shutil.rmtree(_SESSION, ignore_errors=True)
 
 
 settings.register_profile(
@@ -62,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" in item.keywords)  # a worker's last, which one that has no more takes first
     for item in items:
         if "exhaustive" in item.keywords:
             item.add_marker(pytest.mark.timeout(0))
@@ -76,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for packs of this run: tests neither use nor fill the user's cache."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # one folder for all workers: what one has traced, the others load
+    if _WORKER:  # one folder for all workers
         return tmp_path_factory.getbasetemp().parent / "packs"
     return tmp_path_factory.mktemp("packs")
 

@@ -30,9 +30,10 @@ def test_a_wheel_generates_from_a_clean_environment(tiny_llama_dir: Path, tmp_pa
     subprocess.run(build, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("seamwise-*.whl")
     home = tmp_path / "clean"
-    venv.create(home, with_pip=True, symlinks=True)
+    venv.create(home, symlinks=True)
     python = home / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel], check=True, cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", wheel], check=True, cwd=tmp_path)
     # The dependencies come from this environment by a plain path entry, which does not run its editable finders.
     packages = next(home.glob("lib/python*/site-packages"))
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")

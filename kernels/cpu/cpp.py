@@ -8,6 +8,7 @@ itself: no `-fopenmp`, hence no second runtime whose idle threads spin against t
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -123,11 +124,16 @@ def _predefined_macros(flags: tuple[str, ...], compiler: str) -> bytes:
 
 
 def _compile(source: Path, target: Path, flags: tuple[str, ...], compiler: str) -> None:
-    """Compile into a temporary file beside `target`, then rename it: another process sees a whole file or none."""
+    """Compile into a temporary file beside `target`, then rename it: another process sees a whole file or none.
+
+    A thread or process that wants the same waits for this one and takes its build: ranks start all at once.
+    """
     try:
         caches.make_private(target.parent)
         caches.remove_left_overs(target.parent, f".{source.stem}-")
         caches.keep_newest(target.parent, _MOST_BUILDS)
+        lock = target.with_name(f".{target.name}.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
         descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{source.stem}-", suffix=".so")
     except OSError as error:
         raise RuntimeError(
@@ -136,13 +142,16 @@ def _compile(source: Path, target: Path, flags: tuple[str, ...], compiler: str) 
         ) from error
     os.close(descriptor)
     try:
-        _run([compiler, *flags, "-o", temporary, str(source)], f"{source} does not compile")
-        with open(temporary, "r+b") as file:  # what follows the sections of a shared object is not read
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)
-        os.replace(temporary, target)
+        if not _is_whole(target):
+            _run([compiler, *flags, "-o", temporary, str(source)], f"{source} does not compile")
+            with open(temporary, "r+b") as file:  # what follows the sections of a shared object is not read
+                digest = hashlib.sha256(file.read()).digest()
+                file.write(digest)
+            os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        for path in (temporary, lock.name):
+            Path(path).unlink(missing_ok=True)
+        lock.close()
 
 
 def _run(command: list[str], complaint: str) -> subprocess.CompletedProcess[bytes]:

@@ -25,6 +25,7 @@ def limits_angles(cos_TR: Tensor, D: int) -> str | None:
     args={"x_THD": "*T H D", "cos_TR": "*T R", "sin_TR": "*T R"},
     limits=lambda x_THD, cos_TR: limits_angles(cos_TR, D=x_THD.shape[-1]),
     flops=lambda x_THD, cos_TR: 3 * x_THD.shape[:-1].numel() * cos_TR.shape[-1],
+    fake=lambda x_THD: x_THD.new_empty(x_THD.shape),  # the meaning on symbolic sizes is a tenth of a compilation
 )
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool = False) -> Tensor:
     """Return x with its first R columns as x * cos + cat(-x[..., R/2:R], x[..., :R/2]) * sin, the rest as they are.

@@ -25,10 +25,16 @@ def _limits(positions_T: Tensor, speeds_F: Tensor, sections: list[int] | None) -
     return f"sections {sections} want positions (3, T) and {sum(sections)} speeds, {got}"
 
 
+def _fake(positions_T: Tensor, speeds_F: Tensor, dtype: torch.dtype, sections: list[int] | None) -> Any:
+    size = (*positions_T.shape[sections is not None :], 2 * speeds_F.shape[0])
+    return positions_T.new_empty(size, dtype=dtype), positions_T.new_empty(size, dtype=dtype)
+
+
 @contract(
     args={"positions_T": "*T int64", "speeds_F": "float32"},
     limits=_limits,
     flops=lambda positions_T, speeds_F: 5 * positions_T.shape[-1] * speeds_F.numel(),
+    fake=_fake,
 )
 def rope_table(
     positions_T: Tensor, speeds_F: Tensor, scaling: float, dtype: torch.dtype, sections: list[int] | None = None

@@ -45,6 +45,14 @@ def the_pack(packs: Path) -> Path:
     return found
 
 
+@pytest.fixture(scope="module")
+def written(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pack; a test that damages it has it replaced."""
+    packs = tmp_path_factory.mktemp("written")
+    load(tiny_llama_dir, packs)
+    return the_pack(packs)
+
+
 def test_warm_start_traces_nothing_and_computes_the_same(
     tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,11 +69,10 @@ def test_warm_start_traces_nothing_and_computes_the_same(
     assert warm.program.reports == cold.program.reports and warm.program.source == cold.program.source
 
 
-@pytest.mark.parametrize("entry", ["own", "transformers"])
-def test_no_pickle_is_in_a_pack(tiny_llama_dir: Path, tmp_path: Path, entry: str) -> None:
-    load(tiny_llama_dir, tmp_path, entry=entry)
-    kinds = {p.name for p in the_pack(tmp_path).iterdir()}
-    assert kinds == {"manifest.json", "program.py", "buffers.safetensors"}
+def test_no_pickle_is_in_a_pack(tiny_llama_dir: Path, written: Path, tmp_path: Path) -> None:
+    load(tiny_llama_dir, tmp_path, entry="transformers")
+    for found in (written, the_pack(tmp_path)):
+        assert {p.name for p in found.iterdir()} == {"manifest.json", "program.py", "buffers.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -87,15 +94,15 @@ def test_no_pickle_is_in_a_pack(tiny_llama_dir: Path, tmp_path: Path, entry: str
     ],
 )
 def test_a_damaged_pack_is_refused_and_replaced(
-    tiny_llama_dir: Path, tmp_path: Path, file: str, damage: Any, reason: str
+    tiny_llama_dir: Path, written: Path, file: str, damage: Any, reason: str
 ) -> None:
-    wanted = logits(load(tiny_llama_dir, tmp_path))
-    path = the_pack(tmp_path) / file
+    wanted = logits(load(tiny_llama_dir, written.parent))
+    path = written / file
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(UserWarning, match=reason):
-        again = load(tiny_llama_dir, tmp_path)
+        again = load(tiny_llama_dir, written.parent)
     assert "capture" in again.startup_s and torch.equal(logits(again), wanted)
-    assert "capture" not in load(tiny_llama_dir, tmp_path).startup_s
+    assert "capture" not in load(tiny_llama_dir, written.parent).startup_s
 
 
 def test_what_changes_the_program_changes_the_key(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -184,13 +191,6 @@ def test_a_manifest_of_any_shape_is_refused_by_name(written: Path, data: st.Data
     else:  # what was changed is nothing that loading reads
         assert same or path[0] in ("load_with", "program", "parts", "sha256")
         assert program.source and buffers is not None
-
-
-@pytest.fixture(scope="module")
-def written(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    packs = tmp_path_factory.mktemp("written")
-    load(tiny_llama_dir, packs)
-    return the_pack(packs)
 
 
 def _load_in_a_process(model: str, packs: str) -> None:

@@ -149,13 +149,22 @@ def test_a_killed_compilers_file_goes(source: Path, tmp_path: Path) -> None:
     assert {p.name for p in folder.glob(".answer-*")} == {".answer-new.so"}
 
 
-def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    code = f"""
+def test_of_two_processes_one_compiles(source: Path, tmp_path: Path) -> None:
+    """The compiler waits until both processes have found no build."""
+    folder, compiler, log = tmp_path / "cache", tmp_path / "compiler", tmp_path / "log"
+    both = f"until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 ]; do sleep 0.05; done; sleep 0.3; echo once >> {log}"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -o "*) {both};; esac\nexec {cpp.find_compiler()} "$@"\n')
+    compiler.chmod(0o700)
+    code = """
+import sys
 from pathlib import Path
 from seamwise.kernels.cpu import cpp
-assert cpp.load(Path({str(source)!r}), cache_dir=Path({str(folder)!r})).answer() == 42
+source, folder, compiler, ready = map(Path, sys.argv[1:])
+compile = cpp._compile
+cpp._compile = lambda *given: (ready.touch(), compile(*given))
+assert cpp.load(source, cache_dir=folder, compiler=str(compiler)).answer() == 42
 """
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    command = [sys.executable, "-P", "-c", code, str(source), str(folder), str(compiler)]
+    processes = [subprocess.Popen([*command, str(tmp_path / str(i))]) for i in range(2)]
     assert [p.wait() for p in processes] == [0, 0]
-    assert len(list(folder.iterdir())) == 1
+    assert len(list(folder.iterdir())) == 1 and log.read_text() == "once\n"

@@ -13,9 +13,10 @@ import torch
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU, collected directly")
-def test_triton_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["test_drawn", "test_examples", "not test_drawn and not test_examples"])
+def test_triton_kernels_in_the_interpreter(which: str) -> None:
     folder = Path(__file__).with_name("interpreted")
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", str(folder)]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-k", which, str(folder)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder.parents[2])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

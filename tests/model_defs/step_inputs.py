@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from seamwise import ModelRunner, StepInput
 
 Schedule = Sequence[Mapping[int, int]]  # a step: request -> how many of its tokens to compute
 
@@ -78,10 +80,21 @@ def run_schedule(
     model: nn.Module, steps: Steps, schedule: Schedule, caches: Sequence[tuple[Tensor, Tensor]]
 ) -> list[Tensor]:
     """Run a schedule eagerly; return each request's logits, one row for each of its tokens computed."""
+    with torch.no_grad():
+        return _by_request(steps, schedule, lambda given: model(kv_caches=caches, **given))
+
+
+def run_runner(runner: ModelRunner, requests: Sequence[Sequence[int]], schedule: Schedule) -> list[Tensor]:
+    """Run a schedule by a runner, over caches of its own; return what `run_schedule` does."""
+    steps = Steps(requests, block_size=runner.block_size)
+    runner.allocate_kv(steps.num_blocks)
+    return _by_request(steps, schedule, lambda given: runner.step(StepInput(**given)).logits.clone())
+
+
+def _by_request(steps: Steps, schedule: Schedule, run: Callable[[dict[str, Tensor]], Tensor]) -> list[Tensor]:
     logits: list[list[Tensor]] = [[] for _ in steps.requests]
     for counts in schedule:
-        with torch.no_grad():
-            rows = model(kv_caches=caches, **steps.next(counts))
+        rows = run(steps.next(counts))
         for r, part in zip(counts, rows.split(list(counts.values())), strict=True):
             logits[r].append(part)
     return [torch.cat(parts) for parts in logits]

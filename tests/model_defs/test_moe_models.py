@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_families import MOE, loaded_moe, poisoned_caches, run_moe, tiny_moe
 from safetensors.torch import load_file, save_file
-from step_inputs import Steps, whole
+from step_inputs import Steps, run_runner, whole
 from tiny_models import SIZES, assert_within_budget, load_tiny, reference, save_tiny
 
 from seamwise import ModelRunner
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.model_defs import build_model
-from seamwise.runtime.build.step import StepInput
 
 ENTRIES = ("own", "transformers")
 ONE_EACH = [name for name in MOE if "," not in name]
@@ -105,14 +104,8 @@ def test_stacked_checkpoints_load_as_well(family: str, tmp_path: Path) -> None:
 
 def run_compiled(runner: ModelRunner, requests: list[list[int]]) -> list[torch.Tensor]:
     """Return the logits of a chunked mix, then of recorded decode steps."""
-    steps = Steps(requests, block_size=runner.block_size)
-    runner.allocate_kv(steps.num_blocks)
-    rows: list[list[torch.Tensor]] = [[] for _ in requests]
-    for step in ({0: 6, 2: 31}, {1: 2, 0: 10, 2: 1}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 1}):
-        logits = runner.step(StepInput(**steps.next(step))).logits.clone()
-        for request, part in zip(step, logits.split(list(step.values())), strict=True):
-            rows[request].append(part)
-    return [torch.cat(parts) for parts in rows]
+    decode = {0: 1, 1: 1, 2: 1}
+    return run_runner(runner, requests, ({0: 6, 2: 31}, {1: 2, 0: 10, 2: 1}, decode, decode, {0: 1, 1: 1}))
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

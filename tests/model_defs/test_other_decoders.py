@@ -10,11 +10,10 @@ import pytest
 import torch
 from families import draw_tokens
 from moe_families import GROUPS, MLA
-from step_inputs import Steps
+from step_inputs import run_runner
 from tiny_models import assert_within_budget, save_tiny
 
 from seamwise import ModelRunner
-from seamwise.runtime.build.step import StepInput
 
 QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
 ONE_HEAD = {"num_attention_heads": 1, "num_key_value_heads": 1}
@@ -67,11 +66,5 @@ def test_it_gives_transformers_logits(name: str, tmp_path: Path) -> None:
     options = {"entry": entry, "disable_hybrid_kv_cache_manager": True}  # the steps here have one block table
     runner = ModelRunner.load(tmp_path, dtype=dtype, device="cpu", pack_dir=None, **options)
     requests = draw_tokens(4, 9, 3)
-    steps = Steps(requests, block_size=runner.block_size)
-    runner.allocate_kv(steps.num_blocks)
-    rows: list[list[torch.Tensor]] = [[] for _ in requests]
-    for step in ({0: 6, 1: 2}, {0: 2, 1: 1}, {0: 1}):
-        logits = runner.step(StepInput(**steps.next(step))).logits.clone()
-        for request, part in zip(step, logits.split(list(step.values())), strict=True):
-            rows[request].append(part)
-    assert_within_budget([torch.cat(parts) for parts in rows], copy.deepcopy(theirs), requests)
+    got = run_runner(runner, requests, ({0: 6, 1: 2}, {0: 2, 1: 1}, {0: 1}))
+    assert_within_budget(got, copy.deepcopy(theirs), requests)

@@ -25,8 +25,7 @@ def save(directory: Path, tie: bool = True) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("entry", ["own", "transformers"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("entry", "dtype"), [("own", "float32"), ("transformers", "bfloat16")])
 def test_a_tied_weight_is_held_once_and_gives_the_same_logits(tmp_path: Path, entry: str, dtype: str) -> None:
     path, logits = save(tmp_path), []
     for disabled in ((), ("pack_linear",)):

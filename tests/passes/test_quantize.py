@@ -45,8 +45,10 @@ def options(path: Path, entry: str, quantization: str | None, **pipeline: Any) -
     )
 
 
-@pytest.mark.parametrize("entry", ["own", "transformers"])
-@pytest.mark.parametrize("quantization", SCHEMES)
+@pytest.mark.parametrize(
+    ("quantization", "entry"),
+    [*((scheme, "own") for scheme in SCHEMES), ("fp8", "transformers"), ("int8", "transformers")],
+)
 def test_every_layer_is_quantized_and_every_quantize_is_fused(model_dir: Path, entry: str, quantization: str) -> None:
     program, _ = compile_model(*options(model_dir, entry, quantization, validate=True), Ledger())
     reports = {r.name: r for r in program.reports}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,22 @@ def saved(directory: Path, **changes: Any) -> Path:
     return directory
 
 
-@pytest.mark.slow
 def test_deepseek_v3_on_64_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All 61 layers. A token's row goes to 8 experts in float8 with a scale for each 128 columns, and 8 rows of
-    bfloat16 come back: 58 times 59,136 and 114,688 bytes. Measured: 29 s of processor time."""
-    began = time.process_time()
-    report = explained(saved(tmp_path), capsys, "--ep", "64")
-    assert time.process_time() - began < 60
+    """13 of its layers: all 61 take 29 s of processor time. A token's row goes to 8 experts in float8 with a scale for
+    each 128 columns, and 8 rows of bfloat16 come back: 10 times 59,136 and 114,688 bytes."""
+    report = explained(saved(tmp_path, num_hidden_layers=13), capsys, "--ep", "64")
     sent = {c["op"].removeprefix("seamwise."): c for c in report["collectives"]}
     out, back = sent["ep_dispatch_quant:all_to_all"], sent["ep_combine:all_to_all"]
-    assert (out["calls"], out["row_bytes"]) == (58, 8 * (7168 + 7168 // 128 * 4))
-    assert (back["calls"], back["row_bytes"]) == (58, 8 * 7168 * 2)
+    assert (out["calls"], out["row_bytes"]) == (10, 8 * (7168 + 7168 // 128 * 4))
+    assert (back["calls"], back["row_bytes"]) == (10, 8 * 7168 * 2)
     assert sent["ep_dispatch_quant:choices"]["row_bytes"] == 8 * 4 and len(sent) == 3
     assert out["meanwhile"] == ["scaled_linear", "silu_mul_quant", "scaled_linear"]  # the shared expert
-    assert report["kv_bytes_per_token"] == 61 * (512 + 64) * 2
+    assert report["kv_bytes_per_token"] == 13 * (512 + 64) * 2
     passes = {p["name"]: (p["matched"], p["expected"]) for p in report["passes"]}
-    assert passes["quantize_dispatch"] == (58, 58) and passes["begin_exchanges"] == (116, 116)
-    experts = 58 * 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)  # four of 256 a rank
-    attention = 61 * (7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 * 2 + 128 * 128 * 7168)
-    rest = 58 * (3 * 7168 * 2048 + 256 * 7168 * 4) + 3 * 3 * 7168 * 18432 + 2 * 129280 * 7168 * 2
+    assert passes["quantize_dispatch"] == (10, 10) and passes["begin_exchanges"] == (20, 20)
+    experts = 10 * 4 * 3 * 7168 * 2048 * (1 + 4 / 128**2)  # four of 256 a rank
+    attention = 13 * (7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 * 2 + 128 * 128 * 7168)
+    rest = 10 * (3 * 7168 * 2048 + 256 * 7168 * 4) + 3 * 3 * 7168 * 18432 + 2 * 129280 * 7168 * 2
     assert report["weight_bytes"] == pytest.approx(experts + attention + rest, rel=0.01)
 
 

@@ -13,13 +13,12 @@ import torch.multiprocessing
 from families import draw_tokens
 from moe_families import GROUPS, MLA
 from quantized_checkpoints import LAYOUTS, save_quantized
-from step_inputs import Steps
+from step_inputs import run_runner
 from tiny_models import assert_within_budget, save_tiny
 
 from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels.comm import norm_between_linears
-from seamwise.runtime.build.step import StepInput
 from seamwise.runtime.distributed.group import leave_group
 
 # Two KV heads are fewer than four ranks, and 97 words divide among no ranks.
@@ -44,14 +43,7 @@ SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1})  # t
 
 def logits(runner: ModelRunner, requests: list[list[int]]) -> list[torch.Tensor]:
     """Return each request's logits over a chunked mix and decode steps."""
-    steps = Steps(requests, block_size=runner.block_size)
-    runner.allocate_kv(steps.num_blocks)
-    rows: list[list[torch.Tensor]] = [[] for _ in requests]
-    for step in SCHEDULE:
-        got = runner.step(StepInput(**steps.next(step))).logits.clone()
-        for request, part in zip(step, got.split(list(step.values())), strict=True):
-            rows[request].append(part)
-    return [torch.cat(parts) for parts in rows]
+    return run_runner(runner, requests, SCHEDULE)
 
 
 def same_everywhere(x: torch.Tensor) -> bool:

@@ -169,7 +169,7 @@ def test_validated_and_quantized(model: Path, tmp_path: Path) -> None:
     from seamwise.compile.pipeline import PipelineConfig
 
     save_adapter(tmp_path / "a", model)
-    options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "pack_dir": None}
+    options: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16"}
     runner = ModelRunner.load(
         model, enable_lora=True, quantization="w4a16", pipeline=PipelineConfig(validate=True), **options
     )

@@ -63,7 +63,7 @@ def assert_same(got: Any, want: Any) -> None:
 
 @cache
 def loaded(directory: Path, **options: Any) -> ModelRunner:
-    given = {"device": "cpu", "max_model_len": 64, "block_size": 4, "pack_dir": None, "cudagraph_mode": "piecewise"}
+    given = {"device": "cpu", "max_model_len": 64, "block_size": 4, "cudagraph_mode": "piecewise"}
     return ModelRunner.load(directory, **(given | {"cudagraph_capture_sizes": (2, 4, 16, 20)} | options))
 
 

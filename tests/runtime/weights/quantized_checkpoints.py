@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from step_inputs import Steps
+from step_inputs import run_runner
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
-from seamwise import ModelRunner, StepInput
+from seamwise import ModelRunner
 from seamwise.compile.derive import parameters_of
 from seamwise.compile.pipeline import PipelineConfig, ordered_passes
 from seamwise.compile.startup_times import Ledger
@@ -250,15 +250,8 @@ def dequantizations(recipe: Any) -> Iterator[tuple[str, Any]]:
 
 def logits(runner: ModelRunner) -> list[Tensor]:
     """Run prefill in chunks of two requests, mixed with decode steps."""
-    steps = Steps(REQUESTS, block_size=runner.block_size)
-    runner.allocate_kv(steps.num_blocks)
-    rows: list[list[Tensor]] = [[] for _ in REQUESTS]
-    for step in ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 1, 1: 1}):
-        given = runner.step(StepInput(**steps.next(step))).logits.clone()
-        for request, part in zip(step, given.split(list(step.values())), strict=True):
-            rows[request].append(part)
-    return [torch.cat(parts) for parts in rows]
+    return run_runner(runner, REQUESTS, ({0: 6, 1: 1}, {0: 2, 1: 1}, {0: 1, 1: 1}))
 
 
 def load(directory: Path, dtype: torch.dtype, **options: Any) -> ModelRunner:
-    return ModelRunner.load(directory, dtype=dtype, device="cpu", **{"pack_dir": None, **options})
+    return ModelRunner.load(directory, dtype=dtype, device="cpu", **options)
