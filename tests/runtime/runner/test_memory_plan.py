@@ -136,9 +136,9 @@ def test_a_small_container_gives_a_small_cache(runner: ModelRunner, monkeypatch:
     monkeypatch.setattr(machine_memory, "free_bytes", lambda device="cpu": 3 << 20)
     monkeypatch.setattr(machine_memory, "total_bytes", lambda device="cpu": 4 << 20)
     assert runner.plan(**limits).kv_bytes <= 1 << 20  # a quarter of what there is
-    monkeypatch.setattr(machine_memory, "free_bytes", lambda device="cpu": 11 << 17)
+    monkeypatch.setattr(machine_memory, "free_bytes", lambda device="cpu": 13 << 17)
     plan = runner.plan(**limits)
-    assert plan.max_model_len < 512 and plan.total_bytes - plan.weight_bytes - plan.derived_bytes <= 11 << 17
+    assert plan.max_model_len < 512 and plan.total_bytes - plan.weight_bytes - plan.derived_bytes <= 13 << 17
 
 
 def test_auto_is_what_the_cache_has_room_for(tiny_llama_dir: Path, pack_dir: Path) -> None:
