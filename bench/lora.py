@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from seamwise.runtime.runner.adapters import Site
+from seamwise.passes.add_adapters import AdaptedLayer
 
 from .command_line import command_line, parse, save
 from .compare import preloads, run_engine
@@ -28,19 +28,19 @@ from .workloads import Workload
 GOAL = 1 / 1.15  # of the tokens a second without adapters: they may cost 15 %
 
 
-def write_adapters(folder: Path, sites: list[Site], count: int, rank: int) -> list[str]:
-    """Draw adapters of every layer of the sites, save them as PEFT does, and return their directories."""
+def write_adapters(folder: Path, layers: list[AdaptedLayer], count: int, rank: int) -> list[str]:
+    """Draw adapters of every layer, save them as PEFT does, and return their directories."""
     directories = []
     for number in range(count):
         draw = torch.Generator().manual_seed(number)
         tensors = {}
-        for site in sites:
-            for name, width in zip(site.modules, site.widths, strict=True):
-                for role, shape in (("A", (rank, site.inputs)), ("B", (width, rank))):
-                    drawn = torch.randn(shape, generator=draw) / shape[1] ** 0.5
-                    tensors[f"base_model.model.{name}.lora_{role}.weight"] = drawn.to(torch.bfloat16)
-        layers = sorted({name.rpartition(".")[2] for site in sites for name in site.modules})
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": layers}
+        for layer in layers:
+            outputs, inputs = layer.shape
+            for role, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                drawn = torch.randn(shape, generator=draw) / shape[1] ** 0.5
+                tensors[f"base_model.model.{layer.module}.lora_{role}.weight"] = drawn.to(torch.bfloat16)
+        names = sorted({layer.module.rpartition(".")[2] for layer in layers})
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": names}
         directory = folder / f"adapter-{number}"
         directory.mkdir()
         (directory / "adapter_config.json").write_text(json.dumps(config))
@@ -56,7 +56,7 @@ def ours(options: argparse.Namespace, workload: Workload, folder: Path) -> tuple
     limits: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": workload.num_requests, "dtype": "bfloat16"}
     plain = LLM(options.model, **limits)
     adapted = LLM(options.model, enable_lora=True, max_loras=options.adapters, max_lora_rank=options.rank, **limits)
-    directories = write_adapters(folder, adapted.engine.runner.adapters.sites, options.adapters, options.rank)
+    directories = write_adapters(folder, adapted.engine.runner.adapters.layers, options.adapters, options.rank)
     given = [LoRARequest(Path(d).name, i + 1, d) for i, d in enumerate(directories)]
     mixed = [given[i % len(given)] for i in range(workload.num_requests)]
     cases = {"plain": (plain, None), "enable_lora": (adapted, None), "adapters": (adapted, mixed)}

@@ -7,14 +7,18 @@ A layer that was joined of several (q, k and v) has a slice of columns for each,
 adapters know the layers apart. a, b and scaling hold one adapter a slot and are no parameter's: the runner writes them
 (recipe "adapter"). Where the step has no input `token_adapters`, nothing is changed. An adapter of rank 16 adds
 16·(K + N) multiplications a row to the K·N of its layer.
+Of a layer of which a rank has rows, it has these rows of B; of one of which it has columns, these of A: what it adds
+is then a summand, as what the layer gives, and one sum over the ranks stands behind both.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import lora_expand, lora_shrink
@@ -35,6 +39,26 @@ class AdapterRoom:
     max_rank: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedLayer:
+    """A layer of the model, or what a rank has of it, as a slice of the columns of what is computed.
+
+    module  its path; shape: (N, K) of its whole weight
+    width   columns of the slice
+    rows, columns  ranges of its weight that are there: the slice's columns, in order, and the inputs
+    """
+
+    module: str
+    shape: Sequence[int]
+    width: int
+    rows: Sequence[Sequence[int]]
+    columns: Sequence[Sequence[int]]
+
+    def part_of(self, a_RK: Tensor, b_NR: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns of A and the rows of B that are for what is there."""
+        return torch.cat([a_RK[:, i:j] for i, j in self.columns], 1), torch.cat([b_NR[i:j] for i, j in self.rows])
+
+
 def add_adapters(module: GraphModule, report: Report) -> None:
     """Change every linear layer of the step's tokens; others are misses."""
     found = [n for n in module.graph.find_nodes(op="placeholder") if n.name == INPUT]
@@ -44,36 +68,43 @@ def add_adapters(module: GraphModule, report: Report) -> None:
     for node in list(module.graph.nodes):
         if not is_op(node, aten.linear.default):
             continue
-        parts = _layers(node.args[1])
-        if (reason := _why_not(node, parts, taken, found[0])) is not None:
+        layers = _layers(node.args[1])
+        if (reason := _why_not(node, layers, taken, found[0])) is not None:
             report.misses.append(Miss(place(node), node.name, reason))
             continue
-        taken |= {name for name, _ in parts}
-        _change(module, node, parts, found[0])
+        taken |= {layer.module for layer in layers}
+        _change(module, node, layers, found[0])
         report.matched += 1
 
 
-def _layers(weight: Any) -> list[tuple[str, int]]:
-    """Return the layers that a weight is of, by the modules' paths, and the columns that each gives; [] where unknown.
+def _layers(weight: Any) -> list[AdaptedLayer]:
+    """Return the layers that a weight is of; [] where unknown.
 
-    A weight is a parameter, what is computed from one module's (a quantized one), or several of these joined.
+    A weight is a parameter, what is computed from one module's (a quantized one), a part of it that a rank has, or
+    several of these joined.
     """
-    if is_op(weight, aten.cat.default) and weight.args[1:] in ((), (0,)):
-        joined = [_layers(part) for part in weight.args[0]]
-        return [layer for part in joined for layer in part] if all(joined) else []
+    part = weight.meta.get("part")
+    if part is None and is_op(weight, aten.cat.default) and weight.args[1:] in ((), (0,)):
+        joined = [_layers(one) for one in weight.args[0]]
+        return [layer for found in joined for layer in found] if all(joined) else []
     pending, modules = [weight], set()
     while pending:
         node = pending.pop()
         if node.op == "placeholder":
             modules.add(str(node.meta.get("parameter", "")).rpartition(".")[0])
         pending += node.all_input_nodes
-    return [(modules.pop(), value(weight).shape[0])] if len(modules) == 1 and "" not in modules else []
+    if len(modules) != 1 or "" in modules:
+        return []
+    width = value(weight).shape[0]
+    dim, bounds, shape = part or (-2, [(0, width)], tuple(value(weight).shape))
+    rows, columns = (bounds if dim == d else [(0, shape[d])] for d in (-2, -1))
+    return [AdaptedLayer(module=modules.pop(), shape=shape, width=width, rows=rows, columns=columns)]
 
 
-def _why_not(node: Node, parts: list[tuple[str, int]], taken: set[str], adapters: Node) -> str | None:
-    if not parts:
+def _why_not(node: Node, layers: list[AdaptedLayer], taken: set[str], adapters: Node) -> str | None:
+    if not layers:
         return "its weight is no module's own"
-    if again := taken & {name for name, _ in parts}:
+    if again := taken & {layer.module for layer in layers}:
         return f"{min(again)} is read twice"
     x = value(node.args[0])  # type: ignore[arg-type]
     if any(n != 1 for n in x.shape[:-2]) or not known_equal(x.shape[-2], value(adapters).shape[0]):
@@ -81,14 +112,14 @@ def _why_not(node: Node, parts: list[tuple[str, int]], taken: set[str], adapters
     return None
 
 
-def _change(module: GraphModule, node: Node, parts: list[tuple[str, int]], adapters: Node) -> None:
+def _change(module: GraphModule, node: Node, layers: list[AdaptedLayer], adapters: Node) -> None:
     room: AdapterRoom = adapters.meta["adapters"]
     x, y = value(node.args[0]), value(node)  # type: ignore[arg-type]
-    widths = [width for _, width in parts]
+    widths = [layer.width for layer in layers]
     shapes = {
-        "a": (room.max_loras, len(parts) * room.max_rank, x.shape[-1]),
+        "a": (room.max_loras, len(layers) * room.max_rank, x.shape[-1]),
         "b": (room.max_loras, room.max_rank, y.shape[-1]),
-        "scaling": (room.max_loras, len(parts)),
+        "scaling": (room.max_loras, len(layers)),
     }
     held: dict[str, Node] = {}
     with module.graph.inserting_before(next(iter(module.graph.nodes))):
@@ -96,7 +127,7 @@ def _change(module: GraphModule, node: Node, parts: list[tuple[str, int]], adapt
             made = held[role] = module.graph.placeholder(f"adapters_{node.name}_{role}")
             dtype = torch.float32 if role == "scaling" else y.dtype
             recipe = {
-                "adapter": role, "modules": [name for name, _ in parts], "widths": widths, "shape": list(shape),
+                "adapter": role, "layers": [asdict(layer) for layer in layers], "shape": list(shape),
                 "dtype": str(dtype).removeprefix("torch."),
             }  # fmt: skip
             made.meta.update(val=y.new_empty(shape, dtype=dtype), weight=True, recipe=recipe)

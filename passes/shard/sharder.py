@@ -138,6 +138,7 @@ class Sharder:
     ) -> Node:
         """Return this rank's part of a weight that `node` reads; filled up with zeros to `padded` rows.
 
+        It is marked with meta["part"] = (dimension, ranges, shape of the whole), for what goes with the weight.
         bounds  of the part, where it is another than the cut's
         """
         if not is_weight(weight):
@@ -148,7 +149,8 @@ class Sharder:
             add = self._ahead if held_by(weight).op == "placeholder" else partial(self.before, node)
             if bounds is None:
                 bounds = [(min(a, size), min(b, size)) for a, b in cut.bounds(self.parallel.rank, self.parallel.size)]
-            self._parts[weight, cut] = part_of(node, weight, cut.dim, bounds, padded or cut.width, add)
+            made = self._parts[weight, cut] = part_of(node, weight, cut.dim, bounds, padded or cut.width, add)
+            made.meta["part"] = cut.dim, bounds, tuple(value(weight).shape)
         return self._parts[weight, cut]
 
     def style(self, weight: Any) -> str | None:

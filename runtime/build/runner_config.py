@@ -293,7 +293,8 @@ class RunnerConfig:
         if enable_lora:
             rooms = {"max_loras": 1 if max_loras is None else max_loras}
             rooms["max_lora_rank"] = 16 if max_lora_rank is None else max_lora_rank
-            _check_adapters(pipeline.quantization, max(sizes.values()), **rooms)
+            alone = max(data_parallel_size, pipeline_parallel_size) == 1
+            _check_adapters(pipeline.quantization, alone, enable_async_tp, **rooms)
             options["pipeline"] = pipeline = replace(pipeline, **rooms)
         elif max_loras is not None or max_lora_rank is not None:
             raise ValueError("max_loras and max_lora_rank need enable_lora=True, which they limit")
@@ -368,7 +369,7 @@ def _check_pooling(data_parallel_size: int, options: Mapping[str, Any]) -> None:
         raise ValueError(f"runner='pooling' with {wrong[0]}, which is for models that generate; leave one out")
 
 
-def _check_adapters(quantization: str | None, ranks: int, max_loras: int, max_lora_rank: int) -> None:
+def _check_adapters(quantization: str | None, alone: bool, async_tp: bool, max_loras: int, max_lora_rank: int) -> None:
     for name, value, most in (("max_loras", max_loras, 4096), ("max_lora_rank", max_lora_rank, 512)):
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name}={value!r}: wanted 1 to {most}")
@@ -377,10 +378,15 @@ def _check_adapters(quantization: str | None, ranks: int, max_loras: int, max_lo
             f"enable_lora with quantization={quantization!r}: it quantizes the rows that adapters read as they are; use"
             " 'w4a16', or leave one out"
         )
-    if ranks > 1:
+    if not alone:
         raise ValueError(
-            f"enable_lora on {ranks} ranks: adapters are not shared out over them; leave it, or"
-            " tensor_parallel_size, data_parallel_size and pipeline_parallel_size, out"
+            "enable_lora with data_parallel_size or pipeline_parallel_size: adapters are shared out over the ranks of"
+            " tensor_parallel_size alone; leave them out"
+        )
+    if async_tp:
+        raise ValueError(
+            "enable_lora with enable_async_tp, which takes linear layers together that adapters change apart; leave one"
+            " out"
         )
 
 

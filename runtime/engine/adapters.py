@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from seamwise.runtime.runner.adapters import NotWritten
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.weights.adapters import Adapter, read_adapter
 
@@ -107,7 +108,9 @@ class Adapters:
         self, requests: Mapping[str, Request], ready: Callable[[Request], None], fail: Callable[[str, Exception], None],
         drain: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Give slots to requests that wait, and end those whose adapter is refused. Twice is as once.
+        """Give slots to requests that wait, and end those whose adapter is refused, or fails to be written on any rank.
+
+        Twice is as once.
 
         drain  waits until no step is running: one may still read the slot that is given away
         """
@@ -127,7 +130,12 @@ class Adapters:
                     del self.known[found.asked.lora_int_id]  # asked for again, it is read again
                 fail(name, error)
                 continue
-            if not found.slot and not self._give_slot(found, adapter, requests.values(), drain):
+            try:
+                placed = bool(found.slot) or self._give_slot(found, adapter, requests.values(), drain)
+            except NotWritten as error:  # the slot is free, what was there is in memory
+                fail(name, error)
+                continue
+            if not placed:
                 left += self.waiting[place:]
                 break
             self._clock += 1

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import torch
 
 from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.runner.adapters import NotWritten
 from seamwise.runtime.runner.profile import ProfilerConfig, start_profile, stop_profile
 from seamwise.runtime.runner.runner import ModelRunner
+from seamwise.runtime.weights.adapters import Adapter
 
 
 class Executor(Protocol):
@@ -70,6 +72,14 @@ class Worker:
     def load_weights(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Write new values of parameters; see ModelRunner.update_weights."""
         self.model_runner.update_weights(weights)
+
+    def try_adapter(self, slot: int, adapter: Adapter) -> str | None:
+        """Put an adapter into a slot; return why this rank could not, as no other rank is to be lost for it."""
+        try:
+            self.model_runner.set_adapter(slot, adapter)
+        except NotWritten as error:
+            return str(error)
+        return None
 
     def weight_state(self) -> tuple[str, frozenset[str], int]:
         """Return the version of this rank's weights, what is asleep, and how often weights were written."""

@@ -33,7 +33,9 @@ from seamwise.extras import pip_install
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.kv.rank_stores import RankStores
+from seamwise.runtime.runner.adapters import AdapterSites, NotWritten
 from seamwise.runtime.runner.memory_plan import MemoryPlan
+from seamwise.runtime.weights.adapters import Adapter
 
 from .executor_rank import RankStart, main, serve_store
 from .executor_wire import to_frames
@@ -91,6 +93,7 @@ class RankProcesses:
         self.kv_spec = max((each[2] for each in ready), key=lambda spec: spec.bytes_per_block)  # of most layers
         self.num_blocks = 0
         self._updates: int | None = 0
+        self.adapters = AdapterSites(self.program)
 
     @property
     def block_size(self) -> int:
@@ -177,6 +180,29 @@ class RankProcesses:
         threading.Thread(target=stores.listen, name="seamwise-kv", daemon=True).start()
         stores.wait(written=False)  # by then ranks have said what their folders hold
         return stores
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Raise ValueError for an adapter that does not fit; see ModelRunner.check_adapter."""
+        self.adapters.check(adapter)
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Let every rank put its part of an adapter into a slot, or empty it.
+
+        Raises NotWritten where any rank cannot: the slot is empty on all of them then.
+        """
+        failed = []
+        if adapter is not None:
+            reasons = self.collective_rpc("try_adapter", None, (slot, adapter))
+            failed = [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why is not None]
+        if adapter is None or failed:
+            self.collective_rpc("set_adapter", None, (slot, None))
+        if failed:
+            raise NotWritten("; ".join(failed))
+
+    @property
+    def weight_version(self) -> str:
+        """Which weights rank 0 has; see ModelRunner.weight_version."""
+        version: str = self.collective_rpc("weight_state")[0][0]
+        return version
 
     @property
     def kv_block_bytes(self) -> int:

@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seamwise.compile.program import Executable
-from seamwise.passes.add_adapters import INPUT
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.compile.program import Executable, Program
+from seamwise.passes.add_adapters import INPUT, AdaptedLayer
+from seamwise.runtime.weights.adapters import Adapter, LowRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A layer of the program, joined of one or more of the model's: their paths, widths, and places of the weights."""
+    """A layer of the program, joined of one or more of the model's, and places of its weights."""
 
-    modules: tuple[str, ...]
-    widths: tuple[int, ...]
-    inputs: int
+    layers: tuple[AdaptedLayer, ...]
     places: dict[str, int]
 
 
-class AdapterSlots:
-    """Slots 1 to max_loras of one runner; slot 0 is no adapter.
+class NotWritten(RuntimeError):
+    """An adapter could not be put into a slot, which is empty now on every rank."""
 
-    in_step  whether the program has an input that says which row has which
-    held     what each slot holds
-    """
 
-    def __init__(self, executable: Executable) -> None:
-        self._executable = executable
-        self.in_step = INPUT in executable.program.inputs
-        self._always = bool(executable.program.packages)  # Inductor's code is of rows that each say which they have
-        self.sites = _sites(executable.program.recipes.values())
-        self.held: dict[int, Adapter] = {}
-        shapes = [executable.weights[site.places["b"]].shape for site in self.sites]
-        self.max_loras, self.max_rank = (shapes[0][0], shapes[0][1]) if shapes else (0, 0)
+class AdapterSites:
+    """Where a program takes adapters: max_loras of them in a step, of max_rank; both 0 where it takes none."""
+
+    def __init__(self, program: Program) -> None:
+        self.sites, self.max_loras, self.max_rank = list[Site](), 0, 0
+        found: dict[tuple[str, ...], dict[str, tuple[int, dict[str, Any]]]] = {}
+        for place, recipe in enumerate(program.recipes.values()):
+            if "adapter" in recipe:
+                name = tuple(layer["module"] for layer in recipe["layers"])
+                found.setdefault(name, {})[recipe["adapter"]] = place, recipe
+        for roles in found.values():
+            made = roles["b"][1]
+            self.max_loras, self.max_rank, _ = made["shape"]
+            layers = tuple(AdaptedLayer(**layer) for layer in made["layers"])
+            self.sites.append(Site(layers=layers, places={role: place for role, (place, _) in roles.items()}))
+
+    @property
+    def layers(self) -> list[AdaptedLayer]:
+        return [layer for site in self.sites for layer in site.layers]
 
     def check(self, adapter: Adapter) -> None:
-        """Raise ValueError that lists all in which an adapter does not fit the model."""
-        known = {n: (w, site.inputs) for site in self.sites for n, w in zip(site.modules, site.widths, strict=True)}
+        """Raise ValueError that lists all in which an adapter does not fit, or where enable_lora was not asked for."""
+        if not self.sites:
+            raise ValueError("this model was loaded without adapters; give it enable_lora=True")
+        known = {layer.module: tuple(layer.shape) for layer in self.layers}
         problems = []
         for name, layer in adapter.layers.items():
             (rank, inputs), outputs = layer.a_RK.shape, layer.b_NR.shape[0]
@@ -57,29 +65,58 @@ class AdapterSlots:
             more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
             raise ValueError(f"the adapter does not fit: {'; '.join(problems[:12])}{more}")
 
+
+class AdapterSlots(AdapterSites):
+    """Slots 1 to max_loras of one runner; slot 0 is no adapter.
+
+    in_step  whether the program has an input that says which row has which
+    held     what each slot holds
+    """
+
+    def __init__(self, executable: Executable) -> None:
+        super().__init__(executable.program)
+        self._executable = executable
+        self.in_step = INPUT in executable.program.inputs
+        self._always = bool(executable.program.packages)  # Inductor's code is of rows that each say which they have
+        self.held: dict[int, Adapter] = {}
+        self._written: dict[int, set[str]] = {}  # by slot the modules that may have values there
+
     @torch.inference_mode()
     def write(self, slot: int, adapter: Adapter | None) -> None:
-        """Put an adapter that `check` let pass into a slot, or nothing; no step may be running."""
+        """Put an adapter that `check` let pass into a slot, or nothing; no step may be running.
+
+        Raises NotWritten where that fails: the slot is empty then.
+        """
         if not 1 <= slot <= self.max_loras:
             raise ValueError(f"adapter slot {slot}: wanted 1 to {self.max_loras} (max_loras)")
-        before = self.held.pop(slot, None)
-        touched = {name for one in (before, adapter) if one is not None for name in one.layers}
+        self.held.pop(slot, None)
+        try:
+            self._fill(slot, {} if adapter is None else adapter.layers)
+        except Exception as error:
+            self._fill(slot, {})
+            raise NotWritten(f"adapter slot {slot}: {type(error).__name__}: {error}") from error
+        if adapter is not None:
+            self.held[slot] = adapter
+
+    def _fill(self, slot: int, layers: Mapping[str, LowRank]) -> None:
+        """Write layers, and zeros where others were."""
+        touched = self._written[slot] = self._written.get(slot, set()) | layers.keys()
         for site in self.sites:
-            if touched.isdisjoint(site.modules):
+            if touched.isdisjoint(layer.module for layer in site.layers):
                 continue  # nothing is there, and its memory need not be touched
             a, b, scaling = (self._executable.weights[site.places[role]][slot - 1] for role in ("a", "b", "scaling"))
             for part in (a, b, scaling):
                 part.zero_()
             start = 0
-            for p, (name, width) in enumerate(zip(site.modules, site.widths, strict=True)):
-                if adapter is not None and (layer := adapter.layers.get(name)) is not None:
-                    rank = layer.a_RK.shape[0]
-                    a[p * self.max_rank : p * self.max_rank + rank] = layer.a_RK.to(a.dtype)
-                    b[:rank, start : start + width] = layer.b_NR.T.to(b.dtype)
-                    scaling[p] = layer.scaling
-                start += width
-        if adapter is not None:
-            self.held[slot] = adapter
+            for p, layer in enumerate(site.layers):
+                if (update := layers.get(layer.module)) is not None:
+                    a_RK, b_NR = layer.part_of(update.a_RK, update.b_NR)
+                    (rank, _), rows = a_RK.shape, b_NR.shape[0]
+                    a[p * self.max_rank : p * self.max_rank + rank] = a_RK.to(a.dtype)
+                    b[:rank, start : start + rows] = b_NR.T.to(b.dtype)
+                    scaling[p] = update.scaling
+                start += layer.width
+        self._written[slot] = {*layers}
 
     def restore(self) -> None:
         """Write what the slots hold again, after their memory was given away."""
@@ -98,15 +135,3 @@ class AdapterSlots:
             there = ", ".join(map(str, sorted(self.held))) or "none"
             raise ValueError(f"StepInput.adapter_slots names {min(wrong)}; slots that hold an adapter: {there}")
         return torch.repeat_interleave(slots_R - 1, starts_S.diff())
-
-
-def _sites(recipes: Iterable[dict[str, Any]]) -> list[Site]:
-    found: dict[tuple[str, ...], dict[str, tuple[int, dict[str, Any]]]] = {}
-    for place, recipe in enumerate(recipes):
-        if "adapter" in recipe:
-            found.setdefault(tuple(recipe["modules"]), {})[recipe["adapter"]] = place, recipe
-    sites = []
-    for modules, roles in found.items():
-        made, places = roles["a"][1], {role: place for role, (place, _) in roles.items()}
-        sites.append(Site(modules=modules, widths=tuple(made["widths"]), inputs=made["shape"][2], places=places))
-    return sites

@@ -308,8 +308,6 @@ class ModelRunner:
 
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise ValueError that lists all in which an adapter does not fit, or where enable_lora was not asked for."""
-        if not self.adapters.sites:
-            raise ValueError("this model was loaded without adapters; give it enable_lora=True")
         self.adapters.check(adapter)
 
     def set_adapter(self, slot: int, adapter: Adapter | None) -> None:

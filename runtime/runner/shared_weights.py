@@ -47,6 +47,8 @@ def first_layers(whole: ModelRunner, num_layers: int) -> ModelRunner:
 def sharing(whole: ModelRunner, config: ModelConfig, checkpoint: Path | None = None, **changes: Any) -> ModelRunner:
     """Return a runner of a configuration, with the weights of `whole` wherever its recipe for one is the same.
 
+    Others are its own, and are written where those of `whole` are updated.
+
     checkpoint  where the others are read; None: there must be none
     changes     of the options of `whole`
     """
@@ -76,7 +78,9 @@ def _loaded(
             )
         else:
             weights = [given[name] for name in program.recipes]
-    return ModelRunner(config, options, Executable(program, weights), ledger, buffers)
+    part = ModelRunner(config, options, Executable(program, weights), ledger, buffers)
+    whole.weights.include(part.executable, options, buffers, "of what guesses: ")
+    return part
 
 
 def _held_alike(whole: ModelRunner, program: Program) -> dict[str, Tensor]:

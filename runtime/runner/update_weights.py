@@ -3,26 +3,46 @@
 Every weight that a step reads follows from parameters by its recipe; the recipes of those given are evaluated again and
 their results written where the old ones are, so that what was recorded and compiled stays. Weights that are made of
 several parameters (q, k and v; experts that are stacked) wait until all of these are given, in any number of calls.
+So has a module that guesses (runtime/speculation/further_tokens.py) what is its own of the checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from seamwise.compile.derive import evaluate, parameters_of
+from seamwise.compile.derive import Recipe, evaluate, parameters_of
 from seamwise.compile.program import Executable
 from seamwise.runtime.build.loading import readers_of
 from seamwise.runtime.build.runner_config import RunnerConfig
-from seamwise.runtime.weights.checkpoint import Checkpoint, by_parameter
+from seamwise.runtime.weights.checkpoint import Checkpoint, Source, by_parameter
 from seamwise.runtime.weights.experts import missing_experts
 from seamwise.runtime.weights.files import StoredTensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # the model's, stored with a module that guesses
 _MISFIT = "update_weights: these weights do not fit the model"
+
+
+class _Weight(NamedTuple):
+    """A weight of a program's step: its place there, its recipe, the parameters that this reads."""
+
+    executable: Executable
+    place: int
+    recipe: Recipe
+    reads: set[str]
+    buffers: Mapping[str, Tensor]
+    options: RunnerConfig
+
+    def computed(self, source: Source) -> Tensor:
+        return evaluate(self.recipe, *readers_of(source, self.buffers, self.options))
+
+    def write(self, source: Source) -> None:
+        self.executable.weights[self.place].copy_(self.computed(source))
 
 
 class WeightUpdates:
@@ -36,16 +56,35 @@ class WeightUpdates:
     """
 
     def __init__(self, executable: Executable, options: RunnerConfig, buffers: Mapping[str, Tensor]) -> None:
-        self._options, self._buffers = options, buffers
-        self._program = executable.program
-        self._places = executable
-        recipes = executable.program.recipes
-        self._reads = {name: parameters_of(recipe) - buffers.keys() for name, recipe in recipes.items()}
+        self._weights: dict[str, _Weight] = {}
+        self._parameters: dict[str, Sequence[int]] = {}
+        self._tied: dict[str, str] = {}
+        self._kept: dict[str, torch.dtype | None] = {}
+        self._copies: set[str] = set()
+        self.include(executable, options, buffers)
         self.lost: set[str] = set()
         self.waiting: dict[str, StoredTensor] = {}
         self.session = False
         self.version = "0"
         self.updates = 0
+
+    def include(
+        self, executable: Executable, options: RunnerConfig, buffers: Mapping[str, Tensor], label: str = ""
+    ) -> None:
+        """Let another program of the same checkpoint have its weights by the same calls, those apart that are here.
+
+        label  that its weights' names begin with
+        """
+        program, held = executable.program, {id(w.executable.weights[w.place]) for w in self._weights.values()}
+        for place, (name, recipe) in enumerate(program.recipes.items()):
+            if id(executable.weights[place]) not in held:
+                reads = parameters_of(recipe) - buffers.keys()
+                self._weights[f"{label}{name}"] = _Weight(executable, place, recipe, reads, buffers, options)
+        self._parameters |= program.parameters
+        self._tied |= program.tied
+        self._kept |= {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
+        modules = [n.removesuffix("eh_proj.weight") for n in program.parameters if n.endswith(".eh_proj.weight")]
+        self._copies |= {f"{module}{name}" for module in modules for name in _COPIES}
 
     def start(self) -> None:
         """Begin an update of any number of calls. Raises RuntimeError where one was begun."""
@@ -69,7 +108,7 @@ class WeightUpdates:
         return "a weight update is open; call finish_weight_update when all is given" if self.session else None
 
     def _incomplete(self) -> str | None:
-        lacking = set().union(*(self._reads[name] for name in self.lost)) - self.waiting.keys()
+        lacking = set().union(*(self._weights[name].reads for name in self.lost)) - self.waiting.keys()
         if lacking:
             shown = "\n  ".join(f"missing {name}" for name in sorted(lacking)[:20])
             more = f"\n  and {len(lacking) - 20} more" if len(lacking) > 20 else ""
@@ -79,10 +118,9 @@ class WeightUpdates:
             )
         if not self.waiting:
             return None
-        parameters = self._program.parameters
-        wanted = {name for _, missing in missing_experts(self.waiting, parameters) for name in missing}
-        for read in self._reads.values():
-            wanted |= read - self.waiting.keys() if read & self.waiting.keys() else set()
+        wanted = {name for _, missing in missing_experts(self.waiting, self._parameters) for name in missing}
+        for weight in self._weights.values():
+            wanted |= weight.reads - self.waiting.keys() if weight.reads & self.waiting.keys() else set()
         return (
             f"update_weights: {_some(self.waiting)} came without {_some(wanted)}, which the step reads joined with"
             " them; send these too"
@@ -97,27 +135,18 @@ class WeightUpdates:
         unknown, or of another shape or dtype; nothing has changed then. After any other exception what was not written
         counts as lost.
         """
-        program = self._program
-        given = self.waiting | {name: _stored(tensor) for name, tensor in weights}
-        stacks = missing_experts(given, program.parameters)
+        given = self.waiting | self._stored(weights)
+        stacks = missing_experts(given, self._parameters)
         parts = {name for names, missing in stacks if missing for name in names}
-        found, problems = by_parameter(
-            {n: t for n, t in given.items() if n not in parts}, program.parameters, program.tied
-        )
-        known = {n: s for n, s in program.parameters.items() if n in found}
-        kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
-        source = Checkpoint.fitting(_MISFIT, found, known, kept, _FLOATS, problems)
-        touched = [name for name, read in self._reads.items() if read & known.keys()]
-        ready = [name for name in touched if self._reads[name] <= known.keys()]
-        waits = set().union(*(self._reads[name] for name in {*touched} - {*ready})) & known.keys()
+        source, found = self._fitting({n: t for n, t in given.items() if n not in parts}, part=True)
+        touched = [name for name, weight in self._weights.items() if weight.reads & found.keys()]
+        ready = [name for name in touched if self._weights[name].reads <= found.keys()]
+        waits = set().union(*(self._weights[name].reads for name in {*touched} - {*ready})) & found.keys()
         held = {name: found[name] for name in waits} | {name: given[name] for name in parts}
-        waiting = {name: t if t is self.waiting.get(name) else _copied(t) for name, t in held.items()}
-        readers = readers_of(source, dict(self._buffers), self._options)
-        places = dict(zip(program.recipes, self._places.weights, strict=True))
-        self.waiting = waiting
+        self.waiting = {name: t if t is self.waiting.get(name) else _copied(t) for name, t in held.items()}
         self.lost |= {*ready}  # until they are written
         for name in ready:
-            places[name].copy_(evaluate(program.recipes[name], *readers))
+            self._weights[name].write(source)
             self.lost.discard(name)
         self.updates += 1
         if not self.session:
@@ -126,10 +155,8 @@ class WeightUpdates:
     @torch.inference_mode()
     def restore_computed(self) -> None:
         """Write again what follows from computed tables alone: no update ever gives it."""
-        readers = readers_of(Checkpoint({}, {}), dict(self._buffers), self._options)
-        places = dict(zip(self._program.recipes, self._places.weights, strict=True))
-        for name in [name for name in self.lost if not self._reads[name]]:
-            places[name].copy_(evaluate(self._program.recipes[name], *readers))
+        for name in [name for name in self.lost if not self._weights[name].reads]:
+            self._weights[name].write(Checkpoint({}, {}))
             self.lost.discard(name)
 
     @torch.inference_mode()
@@ -139,25 +166,30 @@ class WeightUpdates:
         A trainer's and a runner's are equal where every weight arrived, whatever the layout it is kept in here.
         Raises ValueError where parameters are unknown, missing or do not fit; RuntimeError where the weights are lost.
         """
-        program = self._program
+        if weights is None and self.lost:
+            raise RuntimeError(f"weights_digest: {self._incomplete()}")
+        own = (w for w in self._weights.values() if "adapter" not in w.recipe)
         if weights is None:
-            if self.lost:
-                raise RuntimeError(f"weights_digest: {self._incomplete()}")
-            recipes = program.recipes.values()
-            made: Iterable[Tensor] = (
-                w for w, r in zip(self._places.weights, recipes, strict=True) if "adapter" not in r
-            )
+            made = (w.executable.weights[w.place] for w in own)
         else:
-            given = {name: _stored(tensor) for name, tensor in weights}
-            found, problems = by_parameter(given, program.parameters, program.tied)
-            kept = {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
-            source = Checkpoint.fitting(_MISFIT, found, program.parameters, kept, _FLOATS, problems)
-            readers = readers_of(source, dict(self._buffers), self._options)
-            made = (evaluate(recipe, *readers) for recipe in program.recipes.values() if "adapter" not in recipe)
+            source, _ = self._fitting(self._stored(weights))
+            made = (w.computed(source) for w in own)
         digest = hashlib.blake2b(digest_size=16)
         for tensor in made:
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def _stored(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, StoredTensor]:
+        return {name: _stored(tensor) for name, tensor in weights if name not in self._copies}
+
+    def _fitting(
+        self, given: Mapping[str, StoredTensor], part: bool = False
+    ) -> tuple[Checkpoint, Mapping[str, StoredTensor]]:
+        """Return the source of what is given, and this by parameter. Raises ValueError; part: others may be missing."""
+        found, problems = by_parameter(given, self._parameters, self._tied)
+        wanted = {n: s for n, s in self._parameters.items() if not part or n in found}
+        source = Checkpoint.fitting(_MISFIT, found, wanted, self._kept, _FLOATS, problems)
+        return source, {n: t for n, t in found.items() if n in wanted}
 
 
 def _some(names: Iterable[str]) -> str:

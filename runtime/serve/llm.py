@@ -153,6 +153,12 @@ class LLM(ModelControl, Pools):
                 f"pipeline_parallel_size={stages}: stages are processes that this one starts; leave out"
                 f" distributed_executor_backend={distributed_executor_backend!r}, and torchrun"
             )
+        if options.get("tensor_parallel_size", 1) != 1 and not processes:
+            for name in [name for name in ("enable_lora", "speculative_config") if given.get(name)]:
+                raise ValueError(
+                    f"{name}: processes that torchrun started decide each for itself, and this goes by how long things"
+                    " take; use distributed_executor_backend='mp'"
+                )
         if trust_remote_code:
             check_options(["trust_remote_code"])
         if sparse_kv is not None:

@@ -133,6 +133,8 @@ class Checkpoint:
         found, unfit = _fitted(stored, parameters, tied or {})
         if convert is not None and (unfit or found.keys() != parameters.keys()):
             found, unfit = _fitted(convert(stored), parameters, tied or {})
+        if any(name.endswith(".eh_proj.weight") for name in parameters):
+            found = {n: tensor for n, tensor in found.items() if n in parameters}  # the module's model has all else
         label = f"{path}: the checkpoint does not fit the model that its configuration describes"
         return cls.fitting(label, found, parameters, kept_dtypes or {}, chosen.dtypes, problems + unfit)
 
@@ -156,8 +158,6 @@ class Checkpoint:
         left_out = tuple(n.removesuffix("eh_proj.weight") for n in found if n.endswith(".eh_proj.weight"))
         extra = [n for n in found if n not in parameters and not n.endswith(_COMPUTED_SUFFIXES)]
         extra = [n for n in extra if not (left_out and n.startswith(left_out))]
-        if any(name.endswith(".eh_proj.weight") for name in parameters):
-            extra = []  # such a module is loaded beside its model, which has all else
         extra = [n for n in extra if not _KV_SCALE.fullmatch(n)]  # which a cache that is not quantized does without
         problems += [f"extra {name}" for name in extra]
         if problems:

@@ -11,7 +11,7 @@ from tiny_adapters import logits_of
 from tiny_models import save_tiny
 
 from seamwise.bench.lora import write_adapters
-from seamwise.runtime.runner.adapters import Site
+from seamwise.passes.add_adapters import AdaptedLayer
 from seamwise.runtime.serve.cli import main
 from seamwise.runtime.weights.adapters import read_adapter
 
@@ -34,12 +34,15 @@ def test_peft_reads_the_adapters(tmp_path: Path) -> None:
     from peft import PeftModel
 
     base = save_tiny(tmp_path / "m", "LlamaForCausalLM", num_hidden_layers=1)
-    sites = [
-        Site(modules=("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"), widths=(64, 32), inputs=64,
-             places={}),
+    layers = [
+        AdaptedLayer(
+            module=f"model.layers.0.self_attn.{name}_proj", shape=(rows, 64), width=rows, rows=[(0, rows)],
+            columns=[(0, 64)],
+        )
+        for name, rows in (("q", 64), ("k", 32))
     ]  # fmt: skip
-    (directory,) = write_adapters(tmp_path, sites, 1, 4)
-    assert {*read_adapter(Path(directory)).layers} == {*sites[0].modules}
+    (directory,) = write_adapters(tmp_path, layers, 1, 4)
+    assert {*read_adapter(Path(directory)).layers} == {layer.module for layer in layers}
     plain = logits_of(base, [[3, 4, 5]])
     changed = logits_of(PeftModel.from_pretrained(base, directory), [[3, 4, 5]])
     assert not torch.equal(plain[0], changed[0])

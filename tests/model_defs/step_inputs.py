@@ -84,11 +84,20 @@ def run_schedule(
         return _by_request(steps, schedule, lambda given: model(kv_caches=caches, **given))
 
 
-def run_runner(runner: ModelRunner, requests: Sequence[Sequence[int]], schedule: Schedule) -> list[Tensor]:
-    """Run a schedule by a runner, over caches of its own; return what `run_schedule` does."""
+def run_runner(
+    runner: ModelRunner, requests: Sequence[Sequence[int]], schedule: Schedule, slots: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Run a schedule by a runner, over caches of its own, each request with the adapter of its slot; return what
+    `run_schedule` does."""
     steps = Steps(requests, block_size=runner.block_size)
     runner.allocate_kv(steps.num_blocks)
-    return _by_request(steps, schedule, lambda given: runner.step(StepInput(**given)).logits.clone())
+    order = iter(schedule)
+
+    def step(given: dict[str, Tensor]) -> Tensor:
+        of_step = None if slots is None else torch.tensor([slots[r] for r in next(order)], dtype=torch.int32)
+        return runner.step(StepInput(**given, adapter_slots=of_step)).logits.clone()
+
+    return _by_request(steps, schedule, step)
 
 
 def _by_request(steps: Steps, schedule: Schedule, run: Callable[[dict[str, Tensor]], Tensor]) -> list[Tensor]:

@@ -49,6 +49,7 @@ _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "kv_offloading_size": float, "kv_offloading_backend": str, "kv_offloading_folder": str,
     "kv_offloading_folder_size": float, "kv_offloading_min_tokens": int,
     "max_loras": int, "max_lora_rank": int, "max_cpu_loras": int, "data_parallel_size": int,
+    "tensor_parallel_size": int,
 }  # fmt: skip
 
 _SWITCHES = (

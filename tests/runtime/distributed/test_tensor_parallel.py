@@ -20,6 +20,7 @@ from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels.comm import norm_between_linears
 from seamwise.runtime.distributed.group import leave_group
+from seamwise.runtime.weights.adapters import read_adapter
 
 # Two KV heads are fewer than four ranks, and 97 words divide among no ranks.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,9 +42,9 @@ DEEPSEEK = {
 SCHEDULE = ({0: 6, 2: 31}, {1: 1, 0: 11, 2: 1}, {0: 1, 1: 1}, {0: 1, 2: 1})  # the last one is replayed
 
 
-def logits(runner: ModelRunner, requests: list[list[int]]) -> list[torch.Tensor]:
-    """Return each request's logits over a chunked mix and decode steps."""
-    return run_runner(runner, requests, SCHEDULE)
+def logits(runner: ModelRunner, requests: list[list[int]], slots: list[int] | None = None) -> list[torch.Tensor]:
+    """Return each request's logits over a chunked mix and decode steps, with the adapters of some slots."""
+    return run_runner(runner, requests, SCHEDULE, slots)
 
 
 def same_everywhere(x: torch.Tensor) -> bool:
@@ -121,6 +122,45 @@ def check_text(directory: Path, ranks: int) -> None:
     assert all(other == gathered[0] for other in gathered)
 
 
+ADAPTED = ("llama", "tied", "phi3")
+REQUESTS = draw_tokens(4, 19, 2, 33)
+
+
+def save_adapters(root: Path) -> None:
+    """Save two adapters of each model, and PEFT's logits of the requests with each, in float32 and in float64."""
+    from tiny_adapters import ALL, logits_of, save_adapter
+
+    for name in ADAPTED:
+        modules = list(ALL) if name != "phi3" else ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+        for i, config in enumerate(({}, {"r": 3, "target_modules": modules[::-2]})):
+            made = save_adapter(root / f"{name}-{i}", root / name, seed=i, **{"target_modules": modules, **config})
+            both = [torch.cat(logits_of(model(), REQUESTS)) for model in (made.float, made.double)]
+            torch.save(both, root / f"{name}-{i}/logits")
+
+
+def check_adapters(root: Path, ranks: int, plain: list[torch.Tensor]) -> None:
+    """Two adapters and none in a batch: PEFT's within the budget, the base model's on as many ranks in bits."""
+    load = {"dtype": "float32", "device": "cpu", "pack_dir": None, "enable_lora": True, "max_loras": 3}
+    load["disable_hybrid_kv_cache_manager"] = True
+    sequence = {"enable_sequence_parallel": True, "sp_min_token_num": 9}
+    for name, options in ((ADAPTED[0], {}), (ADAPTED[0], sequence), (ADAPTED[1], {}), (ADAPTED[2], {})):
+        runner = ModelRunner.load(root / name, tensor_parallel_size=ranks, **load, **options)
+        for turn, whose in enumerate(((0, 1, None), (1, None, 0))):  # slots change hands, and recordings see it
+            slots = {turn: 1, 1 - turn: 3, None: 0}
+            for i in (0, 1):
+                runner.set_adapter(slots[i], read_adapter(root / f"{name}-{i}"))
+            ours = logits(runner, REQUESTS, [slots[i] for i in whose])
+            assert same_everywhere(torch.cat(ours)), name
+            for r, i in enumerate(whose):
+                if i is not None:
+                    same, exact = torch.load(root / f"{name}-{i}/logits")
+                    budget = 2 * ((same - exact).abs().max() + torch.finfo(same.dtype).eps * exact.abs().max())
+                    error = (ours[r] - exact.split(list(map(len, REQUESTS)))[r]).abs().max()
+                    assert error <= budget, f"{name}, {options}, request {r}: error {error:.2e}, budget {budget:.2e}"
+                elif name == ADAPTED[0] and not options:
+                    assert torch.equal(ours[r], plain[r])
+
+
 def check_packs(directory: Path, ranks: int, packs: Path) -> None:
     """A second start takes this rank's pack."""
     requests = draw_tokens(4, 19, 2, 33)
@@ -146,6 +186,8 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
                 assert found["shard"] and found["shard"]["max_error"] < 1e-9
             if name == "llama":
                 check_layout(runner, ranks)
+            if (name, entry, ranks) == ("llama", "own", 2):
+                check_adapters(root, ranks, logits(runner, REQUESTS))
             if name == "mla":  # latents whole, of 32 + 8 columns; heads of queries and of what expands latents cut
                 assert runner.kv_spec.layers[0] == ((16, 40),) and runner.kv_spec.bytes_per_token == 2 * 40 * 4
                 cut = [w.shape for w in runner.executable.weights if w.dim() == 3 and w.shape[1:] == (28, 32)]
@@ -174,6 +216,8 @@ def test_ranks_equal_one(ranks: int, tmp_path: Path) -> None:
         ("deepseek", "fp8 blocks", "DeepseekV3ForCausalLM", DEEPSEEK),
     ):  # fmt: skip
         save_quantized(tmp_path / name, LAYOUTS[layout], torch.float32, architecture, **changes)
+    if ranks == 2:
+        save_adapters(tmp_path)
     names = [("llama", "own"), ("phi3", "own"), ("llama", "transformers")]
     if ranks == 2:
         names += [(name, "own") for name in MODELS if name not in ("llama", "phi3", "granite")]

@@ -14,6 +14,7 @@ from tiny_models import save_tiny
 
 from seamwise import ModelRunner
 from seamwise.runtime.build.step import StepInput
+from seamwise.runtime.runner.adapters import NotWritten
 from seamwise.runtime.runner.recordings import Full
 from seamwise.runtime.weights.adapters import read_adapter
 
@@ -207,8 +208,12 @@ def test_adapters_come_back_after_sleep(model: Path, tmp_path: Path, pack_dir: P
             "quantization='int8': it quantizes the rows that adapters read",
         ),
         *(
-            ({"enable_lora": True, f"{kind}_parallel_size": 2}, "on 2 ranks: adapters are not shared out over them")
-            for kind in ("tensor", "pipeline", "data")
+            ({"enable_lora": True, f"{kind}_parallel_size": 2}, "over the ranks of tensor_parallel_size alone")
+            for kind in ("pipeline", "data")
+        ),
+        (
+            {"enable_lora": True, "tensor_parallel_size": 2, "enable_sequence_parallel": True, "enable_async_tp": True},
+            "enable_lora with enable_async_tp, which takes linear layers together",
         ),
     ],
 )
@@ -229,3 +234,23 @@ def test_what_does_not_fit_is_refused_whole(model: Path, tmp_path: Path, pack_di
     assert str(error.value).count(";") >= 12 and runner.adapters.held == {}
     with pytest.raises(ValueError, match="adapter slot 2: wanted 1 to 1"):
         runner.set_adapter(2, None)
+
+
+def test_what_fails_half_way_leaves_nothing_in_its_slot(model: Path, tmp_path: Path, pack_dir: Path) -> None:
+    """The next adapter there has fewer layers: what the failed one wrote, or the one before it, would be seen."""
+    options: dict[str, Any] = {"device": "cpu", "enable_lora": True, "max_lora_rank": 8, "pack_dir": pack_dir}
+    for name, config in (("all", {}), ("few", {"target_modules": ["q_proj"]})):
+        save_adapter(tmp_path / name, model, **config)
+    every, few = (read_adapter(tmp_path / name) for name in ("all", "few"))
+    clean, runner = (ModelRunner.load(model, **options) for _ in range(2))
+    clean.set_adapter(1, few)
+    wanted = run(clean, {1: 1}, torch.float32)
+    last = "model.layers.1.mlp.down_proj"
+    torn = replace(every, layers=dict(every.layers) | {last: replace(every.layers[last], b_NR=torch.ones(64, 3))})
+    for before in (None, every):
+        runner.set_adapter(1, before)
+        with pytest.raises(NotWritten, match=r"adapter slot 1: RuntimeError: .*size"):
+            runner.set_adapter(1, torn)
+        assert runner.adapters.held == {}
+        runner.set_adapter(1, few)
+        assert all(map(torch.equal, run(runner, {1: 1}, torch.float32), wanted))

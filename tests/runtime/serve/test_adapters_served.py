@@ -1,4 +1,4 @@
-"""Adapters behind a server with the real client, by options and by routes; offline text is the reference."""
+"""Adapters behind a server with the real client, by options and by routes; one rank's text offline is the reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import openai
 import pytest
 from servers import get, post, run_command
 from tiny_adapters import save_adapter
+from tiny_models import save_tiny
 
 from seamwise import LLM, SamplingParams
 from seamwise.runtime.engine.lora_request import LoRARequest
@@ -15,12 +16,23 @@ from seamwise.runtime.engine.lora_request import LoRARequest
 PROMPT = "The capital of France is"
 
 
+@pytest.fixture
+def tiny_model(demo_model: Path, tmp_path: Path) -> Path:
+    """A tiny model of the demo model's vocabulary, whose heads divide among two ranks."""
+    save_tiny(tmp_path / "tiny", "LlamaForCausalLM", vocab_size=49152)
+    for file in demo_model.glob("tokenizer*"):
+        (tmp_path / "tiny" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "tiny"
+
+
 @pytest.mark.slow
-def test_adapters_by_name(demo_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "ranks"), [("demo_model", 1), ("tiny_model", 2)])
+def test_adapters_by_name(model: str, ranks: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    served: Path = request.getfixturevalue(model)
     for seed, name in enumerate(("one", "two")):
-        save_adapter(tmp_path / name, demo_model, seed=seed, lora_alpha=12)
-    limits = {"max_model_len": 256, "max_num_seqs": 4}
-    llm = LLM(demo_model, enable_lora=True, max_loras=2, max_lora_rank=4, **limits)
+        save_adapter(tmp_path / name, served, seed=seed, lora_alpha=12)
+    limits = {"max_model_len": 256, "max_num_seqs": 4, "dtype": "float32"}
+    llm = LLM(served, enable_lora=True, max_loras=2, max_lora_rank=4, **limits)
     asked = [None, *(LoRARequest(name, i + 1, str(tmp_path / name)) for i, name in enumerate(("one", "two")))]
     params = SamplingParams(temperature=0, max_tokens=8)
     outputs = llm.generate([PROMPT] * 3, params, use_tqdm=False, lora_request=asked)
@@ -28,8 +40,9 @@ def test_adapters_by_name(demo_model: Path, tmp_path: Path) -> None:
     assert len({*wanted.values()}) == 3
 
     options = ["--served-model-name", "demo", "--max-model-len", "256", "--max-num-seqs", "4", "--enable-control"]
+    options += ["--dtype", "float32", "--tensor-parallel-size", str(ranks)]
     lora = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "4", "--lora-modules", f"one={tmp_path / 'one'}"]
-    with run_command("--model", str(demo_model), *options, *lora) as (url, _):
+    with run_command("--model", str(served), *options, *lora) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
         def text(model: str) -> str:

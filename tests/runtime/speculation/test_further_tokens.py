@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_deepseek import save_with_mtp
 from test_model_drafters import Beside, Reference, drawn, made, outputs, params
 
-from seamwise import SamplingParams
+from seamwise import LLM, SamplingParams
 from seamwise.runtime.speculation.further_tokens import FurtherTokens
 
 VOCAB = 97
@@ -111,6 +112,55 @@ def test_all_of_its_guesses_stand_where_it_is_right(deepseek: tuple[Path, Refere
     got = outputs(llm, prompts, [greedy] * len(prompts))
     right = sum(reference([*p, o[0]], 1) == [o[1]] for p, o in zip(prompts, got, strict=True))
     assert llm.engine.drafting.stats.num_accepted_tokens == right
+
+
+def test_new_weights_are_the_modules_too(deepseek: tuple[Path, Reference], pack_dir: Path, tmp_path: Path) -> None:
+    """All of a checkpoint, a tensor at a time: guesses are those of an engine that was loaded with it."""
+    old = load_file(deepseek[0] / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    new = {name: t + 0.3 * t.std() * torch.randn(t.shape, generator=generator) for name, t in sorted(old.items())}
+    new["model.layers.2.embed_tokens.weight"] = new["model.embed_tokens.weight"].clone()
+    new["model.layers.2.shared_head.head.weight"] = new["lm_head.weight"].clone()
+    (tmp_path / "config.json").write_text((deepseek[0] / "config.json").read_text())
+    save_file(new, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    prompts = [[t % VOCAB for t in prompt] for prompt in drawn(5)]
+    greedy = [SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)] * 5
+
+    def guessed(llm: LLM) -> tuple[list[list[int]], dict[tuple[int, ...], list[int]]]:
+        drafter, found = llm.engine.drafting.drafter, dict[tuple[int, ...], list[int]]()
+        propose = type(drafter).propose
+
+        def noted(known: Any) -> list[list[int]]:
+            guesses: list[list[int]] = propose(drafter, known)
+            found.update((tuple(one.tokens.tolist()), guess) for one, guess in zip(known, guesses, strict=True))
+            return guesses
+
+        drafter.propose = noted  # type: ignore
+        return outputs(llm, prompts, greedy), found
+
+    llm, other = (made(directory, pack_dir, {"method": "mtp"}) for directory in (deepseek[0], tmp_path))
+    before, wanted = guessed(llm), guessed(other)
+    assert before[1] != wanted[1] and len(wanted[1]) > 20
+    module = "model.layers.2."
+    q, kv = (f"{module}self_attn.{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa"))
+    llm.update_weights([(q, new[q])])
+    with pytest.raises(RuntimeError, match=rf"update_weights: {q} came without {kv}, which the step reads joined"):
+        outputs(llm, prompts, greedy)
+    wrong = {"model.norm.weight": new["model.norm.weight"], f"{module}enorm.weight": torch.ones(3)}
+    with pytest.raises(
+        ValueError, match=rf"shape of {module}enorm\.weight is \(3,\)(.*\n)*.*extra {module}nrm\.weight"
+    ):
+        llm.update_weights({**wrong, f"{module}nrm.weight": torch.ones(3)}.items())
+    llm.update_weights([(q, old[q]), (kv, old[kv])])
+    assert guessed(llm) == before, "what was refused has changed nothing"
+    llm.start_weight_update()
+    for name in sorted(new, key=lambda n: n[::-1]):  # of experts, and of layers that are joined, others come between
+        llm.update_weights([(name, new[name])])
+    llm.finish_weight_update("b")
+    assert guessed(llm) == wanted
+    assert llm.weights_digest() == other.weights_digest() == llm.engine.runner.weights_digest(new.items())
+    llm.update_weights(old.items())
+    assert guessed(llm) == before and llm.weights_digest() != other.weights_digest()
 
 
 def test_what_does_not_go_with_it_is_refused(
