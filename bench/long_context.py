@@ -42,7 +42,7 @@ def forget_peak() -> int:
 def flops_per_token(runner: ModelRunner, position: int) -> float:
     """Return the flops of a dense model's token at a position, without the head: linear layers, and attention."""
     config = runner.config
-    shapes = [shape for shape in runner.program.parameters.values() if len(shape) == 2]
+    shapes = [p.shape for p in runner.program.parameters.values() if len(p.shape) == 2]
     linear = sum(2 * rows * columns for rows, columns in shapes if rows != config.vocab_size)
     return linear + 4.0 * (position + 1) * config.num_layers * config.num_heads * config.head_dim
 

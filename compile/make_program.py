@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from seamwise.compile.check.awaited import order_of
-from seamwise.compile.explain.collectives import collectives_of, kv_bytes, local_inputs, weight_bytes
 from seamwise.compile.explain.live_bytes import live_bytes
+from seamwise.compile.explain.traffic import collectives_of, kv_bytes, local_inputs, weight_bytes
 from seamwise.passes import Report
 
 from .capture import Captured

@@ -35,10 +35,11 @@ from torch import Tensor
 from seamwise import caches
 from seamwise.passes import Miss, Report
 
+from .parameter import Parameter
 from .plugins import digests
 from .program import CacheGroup, Program, TokenRange
 
-FORMAT = 5
+FORMAT = 6
 _SOURCES = ("kernels", "passes", "model_defs", "runtime.build", "runtime.weights", "runtime.distributed")
 _STAGING = ".seamwise-writing-"
 _MOST_PACKS = 64  # kept in the cache; the least recently used go first
@@ -228,6 +229,10 @@ def _read(target: Path, parts: Mapping[str, str]) -> tuple[Program, dict[str, Te
         described = manifest["program"]
         described["inputs"] = tuple(described["inputs"])
         described["kv_groups"] = [CacheGroup(**{**g, "layers": tuple(g["layers"])}) for g in described["kv_groups"]]
+        described["parameters"] = {
+            name: Parameter(shape=tuple(p["shape"]), dtype=p["dtype"], aliases=tuple(p["aliases"]))
+            for name, p in described["parameters"].items()
+        }
         described["packages"] = {Path(n).stem: target / n for n in files if n.endswith(".pt2")}
         described["ranges"] = [TokenRange(**r) for r in described["ranges"]]
         described["reports"] = [

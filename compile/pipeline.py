@@ -17,8 +17,8 @@ from seamwise import passes
 from seamwise.compile.check.awaited import check_awaited
 from seamwise.compile.check.validate import Validator
 from seamwise.compile.check.verify import verify
-from seamwise.compile.explain.collectives import communicates, count_all_reduces, count_exchanges
 from seamwise.compile.explain.piece_costs import piece_costs
+from seamwise.compile.explain.traffic import communicates
 from seamwise.passes import Pass, Report, Structure
 
 from .capture import Captured
@@ -32,7 +32,6 @@ from .shard_plan import styles_of
 from .split import Piece, Seam, split
 from .stages import carried_of, cut_stage
 from .startup_times import Ledger
-from .structure import with_quantized_experts
 
 # An order constraint is a comment on its line.
 RAISE = (
@@ -147,11 +146,6 @@ def rewrite(
     with ledger.stage("raise"):
         passes.canonicalize(captured.module)
         verify(captured.module, "capture")
-    if config.quantization:
-        activations = passes.SCHEMES[config.quantization].format != "int4"
-        joins = 2 * structure.attentions + structure.latent_attentions + structure.gate_up_pairs
-        count = structure.linears - joins
-        structure = replace(structure, quantized_linears=count, quantized_activations=activations)
     groups = ordered_passes(config.quantization)
     for stage, group in zip(("raise", "quantize", "fuse", "lower"), groups, strict=True):
         with ledger.stage(stage):
@@ -160,8 +154,6 @@ def rewrite(
             with ledger.stage("shard"):
                 entry = passes.shard(config.parallel, styles_of(captured, config.parallel))
                 reports += _run([entry], captured, structure, config, validator, from_tokens)
-                sums, sent = count_all_reduces(captured.module), count_exchanges(captured.module)
-                structure = replace(structure, all_reduces=sums, exchanges=sent)
                 if config.parallel.redundant is not None:
                     entry = passes.balance_experts(config.parallel, captured.weights)
                     reports += _run([entry], captured, structure, config, validator, from_tokens)
@@ -224,8 +216,8 @@ def _run(
         if report.expected is not None and report.matched < report.expected and entry.name not in config.allow_missed:
             shown = "\n  ".join(map(str, report.misses[:8])) or "no candidate was found"
             missed = (
-                f"{entry.name} matched {report.matched} of {report.expected} places the model's structure promises."
-                f" Misses:\n  {shown}\n"
+                f"{entry.name} matched {report.matched} of {report.expected} places that the model and its graph"
+                f" promise. Misses:\n  {shown}\n"
             )
             if not structure.foreign:
                 allowed = [*config.allow_missed, entry.name]
@@ -237,8 +229,6 @@ def _run(
             if entry.name == "shard":
                 validator.share()
             validator.check(report, lossy=entry.lossy)
-        if entry.name == "quantize_experts":
-            structure = with_quantized_experts(structure, captured.module)
         reports.append(report)
     return reports
 

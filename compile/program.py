@@ -17,6 +17,7 @@ from seamwise.passes import Report
 
 from . import codegen
 from .derive import Recipe
+from .parameter import Parameter
 
 Steps = list[tuple[Callable[..., Any], list[Callable[..., Any]]]]  # of each range of tokens: the step, and its pieces
 
@@ -64,8 +65,7 @@ class Program:
     token_bytes, logit_bytes  of memory that a step's values take turns in, for each of its tokens and row of logits
     local_inputs  input -> (dimension, start, end) of each of which this rank has a part
     carried    name, dtype and shape of what a stage takes from the one before, its last inputs; None: as many as tokens
-    parameters the model's parameters: name -> shape; tied: other names of a parameter -> its name; kept_dtypes: of what
-               is not in the model's dtype, None: as it is stored
+    parameters the model's parameters, by name
     """
 
     source: str
@@ -75,9 +75,7 @@ class Program:
     recipes: dict[str, Recipe]
     inputs: tuple[str, ...]
     carried: list[dict[str, Any]] = field(default_factory=list)
-    parameters: dict[str, list[int]] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)
-    kept_dtypes: dict[str, str | None] = field(default_factory=dict)
+    parameters: dict[str, Parameter] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     providers: dict[str, int] = field(default_factory=dict)
     loose_ops: dict[str, int] = field(default_factory=dict)

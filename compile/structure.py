@@ -1,17 +1,14 @@
-"""Count what a model is made of, on its modules: what the passes promise follows from this, not from the graph."""
+"""Count what a model is made of, on its modules: what passes promise of it follows from this."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from seamwise.kernels import grouped_scaled_linear, moe_route
 from seamwise.passes import KEPT, Structure
 
 # Norms of what attention or MLP gives, before it is added to the residual (Gemma, OLMo 2, GLM 4). Where a block has no
@@ -54,14 +51,6 @@ def structure_of(model: nn.Module, *, foreign: bool = False) -> Structure:
     linears = sum(isinstance(m, nn.Linear) and n.rpartition(".")[2] not in KEPT for n, m in model.named_modules())
     counted: dict[str, Any] = {**count, "linears": linears}
     return Structure(**counted, foreign=foreign)
-
-
-def with_quantized_experts(structure: Structure, module: GraphModule) -> Structure:
-    """Return the counts with those of routings, and of sparse MLPs both of whose layers read quantized rows."""
-    layers = module.graph.find_nodes(op="call_function", target=grouped_scaled_linear.op)
-    of_starts = Counter(layer.args[5] for layer in layers)
-    routes = len(module.graph.find_nodes(op="call_function", target=moe_route.op))
-    return replace(structure, routes=routes, quantized_experts=sum(n == 2 for n in of_starts.values()))
 
 
 def _of_heads(attention: nn.Module) -> bool:

@@ -28,7 +28,6 @@ from .pack_linear import PACK_LINEAR as PACK_LINEAR
 from .quantization.quantize_experts import QUANTIZE_EXPERTS as QUANTIZE_EXPERTS
 from .quantization.quantize_kv import quantize_kv as quantize_kv
 from .quantization.quantize_linear import QUANTIZE_LINEAR as QUANTIZE_LINEAR
-from .quantization.quantize_linear import promised as promised
 from .quantization.quantize_weights import KEPT as KEPT
 from .quantization.quantize_weights import SCHEMES as SCHEMES
 from .quantization.quantize_weights import Scheme as Scheme

@@ -35,13 +35,6 @@ class Structure:
     layer_norms     LayerNorm modules
     sparse_mlps     MLPs of experts behind a router
     linears         linear layers but the head and routers
-    quantized_linears      those that read quantized weights, joined ones counted once, and whether all inputs are
-                           quantized too
-    routes          routings to experts that are named
-    quantized_experts  sparse MLPs whose experts read quantized rows and weights
-    quantized_caches       whether keys and values are cached in float8
-    all_reduces     sums over the ranks that share the model, which attention and MLPs end in
-    exchanges       layers whose rows are sent to other ranks' experts
     foreign         whether the modules are another library's: what follows from their names is then a guess
     """
 
@@ -56,14 +49,10 @@ class Structure:
     layer_norms: int = 0
     sparse_mlps: int = 0
     linears: int = 0
-    quantized_linears: int = 0
-    quantized_activations: bool = False
-    quantized_caches: bool = False
-    routes: int = 0
-    quantized_experts: int = 0
-    all_reduces: int = 0
-    exchanges: int = 0
     foreign: bool = False
+
+
+Promise = Callable[[Structure, GraphModule], int]  # how often a pass matches: by the model, and the graph it receives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +111,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """`rewrite(module, report)` changes the graph in place; `expect(structure)` is the promised count.
+    """`rewrite(module, report)` changes the graph in place; `expect(structure, module)` is the promised count.
 
     `from_tokens(parallel)` is the fewest tokens of the steps that it is for, None where it is not asked for: steps of
     fewer have a graph without it. `parallel`: how ranks share the model, None on one rank.
@@ -131,7 +120,7 @@ class Pass:
 
     name: str
     rewrite: Callable[[GraphModule, Report], None]
-    expect: Callable[[Structure], int] | None = None
+    expect: Promise | None = None
     from_tokens: Callable[[Parallel | None], int | None] = lambda parallel: 1
     lossy: bool = False
 
@@ -139,7 +128,7 @@ class Pass:
         """Run the pass over the graph and report, with the first change as a diff when asked for."""
         before = _lines(module) if diff else []
         started = time.perf_counter()
-        report = Report(name=self.name, expected=self.expect(structure) if self.expect else None)
+        report = Report(name=self.name, expected=self.expect(structure, module) if self.expect else None)
         self.rewrite(module, report)
         if report.expected is not None:
             report.expected -= sum(isinstance(miss.reason, Excuse) for miss in report.misses)
@@ -162,7 +151,7 @@ def rewrite_each(
     *targets: Any,
     one: Callable[[Node], str | None],
     wanted: Callable[[Node], bool] = lambda node: True,
-    expect: Callable[[Structure], int] | None = None,
+    expect: Promise | None = None,
     from_tokens: Callable[[Parallel | None], int | None] = lambda parallel: 1,
     lossy: bool = False,
 ) -> Pass:
@@ -191,7 +180,7 @@ def pattern_pass(
     *,
     patterns: Callable[[torch.dtype], Sequence[Pattern]],
     key: Callable[[Node], bool],
-    expect: Callable[[Structure], int] | None = None,
+    expect: Promise | None = None,
 ) -> Pass:
     """Make a pass from patterns, tried one after the other at every node that looks like their first output.
 

@@ -96,7 +96,7 @@ class Step:
         batch = ragged_step(ids, table, known, new, PAGE, logit_rows=np.arange(self.tokens))
         runner.allocate_kv(sequences * pages + 1)
         self.caches = [cache.normal_() for layer in runner.kv_caches for cache in layer]
-        self.inputs = runner._flat(runner._on_device(batch))
+        self.inputs = runner._inputs(batch)
         runner.use_kv([], 0)  # the memory is the step's
         self.ids_T = self.inputs[runner.program.inputs.index("token_ids")]
         step, _ = runner.executable._steps[0]

@@ -98,7 +98,7 @@ def unrecorded(runner: ModelRunner, **changes: Any) -> ModelRunner:
     """Return a runner of the same program, weights and KV cache that has recorded nothing, with changed options."""
     options = replace(runner.options, **changes)
     fresh = ModelRunner(runner.config, options, runner.executable, Ledger(), runner.buffers)
-    fresh.kv_caches, fresh._caches_flat = runner.kv_caches, runner._caches_flat
+    fresh.use_kv(runner.kv_caches, runner.num_blocks)
     return fresh
 
 

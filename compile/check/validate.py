@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from seamwise.compile.capture import Captured
 from seamwise.compile.derive import evaluate
-from seamwise.compile.explain.collectives import local_inputs
+from seamwise.compile.explain.traffic import local_inputs
 from seamwise.passes import Report
 from seamwise.passes.graph import value
 

@@ -45,5 +45,5 @@ FUSE_ADD_RMS_NORM: Pass = pattern_pass(
     "fuse_add_rms_norm",
     patterns=_patterns,
     key=lambda node: is_op(node, rms_norm.op),
-    expect=lambda s: s.residual_norms,
+    expect=lambda s, _: s.residual_norms,
 )

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from seamwise.kernels import add_rms_norm, allreduce_rms_norm, rms_norm
 from seamwise.passes.graph import aten, inserting, is_op, replace, replace_results, value
+from seamwise.passes.promises import inner_sums
 from seamwise.passes.rewrite import rewrite_each
 
 _COLLECTIVES = torch.ops._c10d_functional
@@ -59,5 +60,5 @@ def _rewrite(total: Node, norm: Node) -> None:
 FUSE_ALLREDUCE_RMS_NORM = rewrite_each(
     "fuse_allreduce_rms_norm", _COLLECTIVES.wait_tensor.default, one=fuse,
     wanted=lambda total: is_op(total.args[0], _COLLECTIVES.all_reduce.default),
-    expect=lambda s: s.all_reduces if s.norms else 0,
+    expect=lambda s, module: inner_sums(module, _COLLECTIVES.all_reduce.default) if s.norms else 0,
 )  # fmt: skip

@@ -58,4 +58,4 @@ def _unfused(node: Node) -> bool:
     return is_op(node, aten.cat.default) and any(is_op(user, silu_mul.op, gelu_mul.op) for user in node.users)
 
 
-FUSE_GATE_UP: Pass = pattern_pass("fuse_gate_up", patterns=_patterns, key=_unfused, expect=lambda s: s.gate_up_pairs)
+FUSE_GATE_UP: Pass = pattern_pass("fuse_gate_up", patterns=_patterns, key=_unfused, expect=lambda s, _: s.gate_up_pairs)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import ep_dispatch_quant, grouped_scaled_linear, moe_route, moe_route_quant, quantize
 from seamwise.passes.graph import VIEWS, arguments, aten, given, inserting, is_op, place, replace_results
 from seamwise.passes.matcher import Miss
+from seamwise.passes.promises import calls, quantized_mlps
 from seamwise.passes.rewrite import Pass, Report
 
 
@@ -64,5 +65,6 @@ def _rewrite(module: GraphModule, route: Node, quantizes: list[Node]) -> None:
 
 
 FUSE_MOE_ROUTE_QUANT = Pass(
-    name="fuse_moe_route_quant", rewrite=fuse, expect=lambda s: min(s.quantized_experts, s.routes)
-)
+    name="fuse_moe_route_quant", rewrite=fuse,
+    expect=lambda _, module: min(quantized_mlps(module), len(calls(module, moe_route))),
+)  # fmt: skip

@@ -14,6 +14,7 @@ from torch.fx import Node, Proxy
 
 from seamwise.kernels import ep_dispatch, ep_dispatch_quant, grouped_scaled_linear, silu_mul, silu_mul_quant
 from seamwise.passes.graph import aten, given, is_getitem, is_op
+from seamwise.passes.promises import quantized_mlps
 
 from .fuse_quant import quant_pass
 
@@ -38,5 +39,5 @@ def _row(activation: Node, proxy: Callable[[Node], Proxy]) -> list[Proxy | None]
 
 FUSE_MOE_SILU_MUL_QUANT = quant_pass(
     "fuse_moe_silu_mul_quant", silu_mul, silu_mul_quant, wanted=_of_experts, more=_row,
-    expect=lambda s: s.quantized_experts,
+    expect=lambda _, module: quantized_mlps(module),
 )  # fmt: skip

@@ -112,4 +112,4 @@ def _replace(module: GraphModule, q: _Branch, k: _Branch) -> None:
         replace(branch.rotated, part.node)
 
 
-FUSE_QK_NORM_ROPE = Pass(name="fuse_qk_norm_rope", rewrite=fuse, expect=lambda s: s.qk_norms)
+FUSE_QK_NORM_ROPE = Pass(name="fuse_qk_norm_rope", rewrite=fuse, expect=lambda s, _: s.qk_norms)

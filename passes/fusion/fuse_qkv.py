@@ -75,4 +75,4 @@ def _join(module: GraphModule, group: list[Node]) -> None:
         replace(node, part.node)
 
 
-FUSE_QKV = Pass(name="fuse_qkv", rewrite=fuse_qkv, expect=lambda s: s.attentions + s.latent_attentions)
+FUSE_QKV = Pass(name="fuse_qkv", rewrite=fuse_qkv, expect=lambda s, _: s.attentions + s.latent_attentions)

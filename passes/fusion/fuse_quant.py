@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Node, Proxy
+from torch.fx import GraphModule, Node, Proxy
 
 from seamwise.kernels import (
     add_rms_norm,
@@ -29,7 +29,8 @@ from seamwise.kernels import (
 )  # fmt: skip
 from seamwise.kernels.contract import Contract, contract_of
 from seamwise.passes.graph import arguments, aten, inserting, is_getitem, is_op, replace_results, same_sizes, value
-from seamwise.passes.rewrite import Pass, Structure, rewrite_each
+from seamwise.passes.promises import calls
+from seamwise.passes.rewrite import Pass, Promise, rewrite_each
 
 _RESHAPES = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)
 
@@ -43,7 +44,7 @@ def quant_pass(
     others: tuple[tuple[int, int], ...] = (),
     wanted: Callable[[Node], bool] = lambda source: True,
     more: Callable[[Node, Callable[[Node], Proxy]], list[Any]] = lambda source, proxy: [],
-    expect: Callable[[Structure], int] | None = None,
+    expect: Promise | None = None,
 ) -> Pass:
     """Return the pass that joins `quantize` to `producer` as `fused`, which takes both ops' arguments in order.
 
@@ -125,13 +126,20 @@ def _rows(source: Node) -> tuple[Any, ...]:
     return (*shape[:-2], shape[-2] * shape[-1]) if contract_of(source.target) is attention else shape
 
 
+def _only_quantized(module: GraphModule) -> int:
+    """Return how many norms of a sum give their rows to one `quantize` and nothing else: no head, no router."""
+    rows = (item for norm in calls(module, add_rms_norm) for item in norm.users if item.args[1] == 0)
+    return sum([is_op(reader, quantize.op) for reader in _readers(item)] == [True] for item in rows)
+
+
+def _readers(node: Node) -> list[Node]:
+    return [r for user in node.users for r in (_readers(user) if is_op(user, *_RESHAPES) else [user])]
+
+
 FUSE_RMS_NORM_QUANT = quant_pass("fuse_rms_norm_quant", rms_norm, rms_norm_quant)
 FUSE_ADD_RMS_NORM_QUANT = quant_pass(
     "fuse_add_rms_norm_quant", add_rms_norm, add_rms_norm_quant, result=0, others=((1, 2),),
-    # The last feeds the head, that of sparse MLPs the router too; among ranks, fuse_allreduce_rms_norm has the norms.
-    expect=lambda s: (
-        max(s.residual_norms - 1 - s.sparse_mlps, 0) if s.quantized_activations and not s.all_reduces else 0
-    ),
+    expect=lambda _, module: _only_quantized(module),
 )  # fmt: skip
 FUSE_ALLREDUCE_RMS_NORM_QUANT = quant_pass(
     "fuse_allreduce_rms_norm_quant", allreduce_rms_norm, allreduce_rms_norm_quant, result=0, others=((1, 2),)

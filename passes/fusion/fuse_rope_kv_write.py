@@ -7,11 +7,12 @@ Saves one write and one read of the keys, and brings their rotation into the sea
 
 from __future__ import annotations
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from seamwise.kernels import kv_append, rope, rope_kv_write
 from seamwise.passes.graph import given, inserting, is_op
-from seamwise.passes.rewrite import rewrite_each
+from seamwise.passes.promises import calls
+from seamwise.passes.rewrite import Structure, rewrite_each
 
 
 def fuse(node: Node) -> str | None:
@@ -32,7 +33,12 @@ def fuse(node: Node) -> str | None:
     return None
 
 
+def _promised(s: Structure, module: GraphModule) -> int:
+    quantized = any(given(node).k_scale is not None for node in calls(module, kv_append))
+    return 0 if quantized else max(s.rotations // 2 - s.qk_norms, 0)
+
+
 FUSE_ROPE_KV_WRITE = rewrite_each(
     "fuse_rope_kv_write", kv_append.op, one=fuse,
-    expect=lambda s: 0 if s.quantized_caches else max(s.rotations // 2 - s.qk_norms, 0),
+    expect=_promised,
 )  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,10 +24,7 @@ from seamwise.passes.graph import aten, given, inserting, is_op, is_weight, plac
 from seamwise.passes.matcher import Miss
 from seamwise.passes.rewrite import Pass, Report
 
-from .stored_weights import StoredWeight
-
 BLOCK = 128
-_ALONE = ("o_proj", "down_proj", "qkv_proj", "gate_up_proj")
 ACTIVATIONS = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -181,30 +178,16 @@ def _joined_input_scale(graph: Graph, parts: list[Node]) -> Node | None:
     return one.node
 
 
-def promised(stored: Mapping[str, StoredWeight]) -> int:
-    """Return how many linear layers over these weights get a kernel that reads them, joined ones counted once.
-
-    Counted where the names are those of attentions and gated MLPs; a layer with another name is no promise.
-    """
-    leaves = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), *((n,) for n in _ALONE)
-    count = 0
-    for parent in {name.removesuffix(".weight").rpartition(".")[0] for name in stored}:
-        for group in leaves:
-            held = [stored.get(f"{parent}.{leaf}.weight") for leaf in group]
-            count += all(h is not None for h in held) and _agree([h for h in held if h is not None])
-    return count
-
-
-def _agree(held: Sequence[StoredWeight]) -> bool:
-    alike = {(h.scheme, h.zero and h.zero.dtype, h.quantizes_input, h.input_scale is None) for h in held}
-    scheme, first = held[0].scheme, held[0]
-    form = (scheme.format, scheme.rows, scheme.columns)
-    return len(alike) == 1 and why_unserved(form, first.zero is not None, first.quantizes_input) is None
+def _served(module: GraphModule) -> Iterator[Node]:
+    """Yield the linear layers over weights that a kernel reads as they are stored."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if (parts := _parts(given(node).weight)) is not None and _why_not(parts) is None:
+            yield node
 
 
 QUANTIZE_LINEAR = Pass(
     name="quantize_linear",
     lossy=True,  # inputs are quantized too
     rewrite=quantize_linears,  # after the joins: three linears are one by then, or two
-    expect=lambda s: s.quantized_linears,
+    expect=lambda _, module: len(list(_served(module))),
 )

@@ -57,7 +57,9 @@ def quantize_weights(scheme: Scheme) -> Pass:
         node.update_arg(1, plain.node)
         return None
 
-    return rewrite_each("quantize_weights", aten.linear.default, one=quantize, expect=lambda s: s.linears, lossy=True)
+    return rewrite_each(
+        "quantize_weights", aten.linear.default, one=quantize, expect=lambda s, _: s.linears, lossy=True
+    )  # fmt: skip
 
 
 def _why_not(node: Node) -> str | None:

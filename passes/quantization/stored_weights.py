@@ -65,7 +65,7 @@ def stored_weights(stored: Mapping[str, StoredWeight], names: dict[str, str]) ->
                 _replace(module, node, held, names)
                 report.matched += 1
 
-    return Pass(name="stored_weights", rewrite=rewrite, expect=lambda s: len(stored))
+    return Pass(name="stored_weights", rewrite=rewrite, expect=lambda s, _: len(stored))
 
 
 def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[str, str]) -> None:

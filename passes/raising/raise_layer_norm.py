@@ -30,5 +30,5 @@ def raise_layer_norm(node: Node) -> str | None:
 
 
 RAISE_LAYER_NORM = rewrite_each(
-    "raise_layer_norm", aten.layer_norm.default, one=raise_layer_norm, expect=lambda s: s.layer_norms
+    "raise_layer_norm", aten.layer_norm.default, one=raise_layer_norm, expect=lambda s, _: s.layer_norms
 )

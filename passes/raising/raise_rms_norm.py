@@ -58,5 +58,5 @@ RAISE_RMS_NORM: Pass = pattern_pass(
     "raise_rms_norm",
     patterns=_patterns,
     key=lambda node: is_op(node, aten.rsqrt.default, aten.rms_norm.default),
-    expect=lambda s: s.norms,
+    expect=lambda s, _: s.norms,
 )

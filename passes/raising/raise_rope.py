@@ -94,5 +94,5 @@ def _patterns(dtype: torch.dtype) -> list[Pattern]:
 
 
 RAISE_ROPE: Pass = pattern_pass(
-    "raise_rope", patterns=_patterns, key=lambda node: is_op(node, aten.neg.default), expect=lambda s: s.rotations
+    "raise_rope", patterns=_patterns, key=lambda node: is_op(node, aten.neg.default), expect=lambda s, _: s.rotations
 )

@@ -68,5 +68,5 @@ RAISE_SWIGLU: Pass = pattern_pass(
     "raise_swiglu",
     patterns=_patterns,
     key=lambda node: is_op(node, aten.silu.default, aten.gelu.default),
-    expect=lambda s: s.gated_mlps,
+    expect=lambda s, _: s.gated_mlps,
 )

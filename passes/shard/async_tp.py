@@ -11,10 +11,11 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from seamwise.kernels import dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
 from seamwise.passes.graph import aten, inserting, is_op, replace, replace_results, value
+from seamwise.passes.promises import calls, inner_sums
 from seamwise.passes.rewrite import Structure, rewrite_each
 
 
@@ -55,9 +56,10 @@ def _why_not(before: Node, readers: list[Node]) -> str | None:
     return None
 
 
-def _promised(s: Structure) -> int:
+def _promised(s: Structure, module: GraphModule) -> int:
     """Return the sums but the last, which feeds the head, and those before and after experts."""
-    return 0 if s.quantized_linears else max(s.all_reduces - 1 - 2 * s.sparse_mlps, 0)
+    sums = inner_sums(module, reduce_scatter_rms_norm.op)
+    return 0 if calls(module, dequantize_weight) else max(sums - 1 - 2 * s.sparse_mlps, 0)
 
 
 ASYNC_TP = rewrite_each(

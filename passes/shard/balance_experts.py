@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import count_experts, ep_combine, ep_dispatch, grouped_linear, place_experts
 from seamwise.kernels.moe.place_experts import table_of
 from seamwise.passes.graph import aten, inserting, is_op, value
+from seamwise.passes.promises import calls
 from seamwise.passes.rewrite import Parallel, Pass, Report
 
 TABLE, LOADS = "expert_table", "expert_loads"
@@ -59,7 +60,7 @@ def balance_experts(parallel: Parallel, weights: Mapping[str, str]) -> Pass:
                 every = aten.cat.default([proxy(node) for node in chosen], 1)
                 count_experts(every, proxy(slots), proxy(loads))
 
-    return Pass(name="balance_experts", rewrite=rewrite, expect=lambda s: s.exchanges)
+    return Pass(name="balance_experts", rewrite=rewrite, expect=lambda _, module: len(calls(module, ep_dispatch)))
 
 
 def _state(module: GraphModule, like: Node, role: str, name: str, values: list[list[int]], **told: Any) -> Node:

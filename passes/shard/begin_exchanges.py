@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import ep_combine, ep_dispatch, ep_dispatch_quant
 from seamwise.kernels.contract import contract_of
 from seamwise.passes.graph import inserting, is_getitem, replace, writes
+from seamwise.passes.promises import calls
 from seamwise.passes.rewrite import Pass, Report
 
 _HALVES = torch.ops.seamwise_exchange
@@ -75,4 +76,7 @@ def _moves(node: Any) -> bool:
     return not (writes(node) or sends or (record and record.seam) or space in ("seamwise_exchange", "_c10d_functional"))
 
 
-BEGIN_EXCHANGES = Pass(name="begin_exchanges", rewrite=rewrite, expect=lambda s: 2 * s.exchanges)
+BEGIN_EXCHANGES = Pass(
+    name="begin_exchanges", rewrite=rewrite,
+    expect=lambda _, module: 2 * len(calls(module, ep_dispatch, ep_dispatch_quant)),
+)  # fmt: skip

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from seamwise.kernels import ep_dispatch, ep_dispatch_quant, quantize
 from seamwise.passes.graph import inserting, is_op, replace_results
+from seamwise.passes.promises import calls, quantized_mlps
 from seamwise.passes.rewrite import rewrite_each
 
 
@@ -34,5 +35,6 @@ def rewrite(node: Node) -> str | None:
 
 
 QUANTIZE_DISPATCH = rewrite_each(
-    "quantize_dispatch", ep_dispatch.op, one=rewrite, expect=lambda s: min(s.exchanges, s.quantized_experts)
-)
+    "quantize_dispatch", ep_dispatch.op, one=rewrite,
+    expect=lambda _, module: min(len(calls(module, ep_dispatch)), quantized_mlps(module)),
+)  # fmt: skip

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import allreduce_rms_norm, reduce_scatter_rms_norm
 from seamwise.passes.graph import inserting, is_getitem, place, replace_results
 from seamwise.passes.matcher import Miss
+from seamwise.passes.promises import inner_sums
 from seamwise.passes.rewrite import Pass, Report
 
 
@@ -45,6 +46,6 @@ def _why_not(node: Node, shared: dict[Node, None]) -> str | None:
 
 
 SEQUENCE_PARALLEL = Pass(
-    name="sequence_parallel", rewrite=rewrite, expect=lambda s: s.all_reduces,
+    name="sequence_parallel", rewrite=rewrite, expect=lambda _, module: inner_sums(module, allreduce_rms_norm.op),
     from_tokens=lambda parallel: (parallel and parallel.sequence) or None,
 )  # fmt: skip

@@ -44,7 +44,7 @@ def shard(parallel: Parallel, styles: Mapping[str, str]) -> Pass:
     def rewrite(module: GraphModule, report: Report) -> None:
         report.matched = len(Sharder(module, parallel, styles, _RULES).run())
 
-    return Pass(name="shard", rewrite=rewrite, expect=lambda s: len(styles))
+    return Pass(name="shard", rewrite=rewrite, expect=lambda s, _: len(styles))
 
 
 def _linear(s: Sharder, node: Node) -> Placement:

@@ -16,10 +16,10 @@ from seamwise.compile.lower import choose_providers
 from seamwise.compile.pipeline import PipelineConfig, rewrite
 from seamwise.compile.startup_times import Ledger
 from seamwise.passes.graph import value
-from seamwise.runtime.weights.checkpoint import open_source
 
+from .capture_model import capture_model
 from .drawn_steps import CASES, draw_steps
-from .loading import capture_model, converting, reading
+from .loading import open_checkpoint
 from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 
@@ -52,16 +52,7 @@ def build_run(path: Path, config: ModelConfig, described: Mapping[str, Any], cas
     if "all" not in described["without"]:
         rewrite(model.captured, model.structure, pipeline, Ledger())
     choose_providers(model.captured.module)
-    source = open_source(
-        path,
-        model.shapes,
-        model.tied,
-        dtype=options.dtype,
-        device="cpu",
-        kept_dtypes=model.kept_dtypes,
-        convert=converting(path, options, model.shapes),
-        read=reading(options, model.shapes),
-    )
+    source = open_checkpoint(path, options, model.parameters)
     step = draw_steps(config, replace(model.kv_spec, dtype=torch.float32))[case]
     dtypes = {n.name: value(n).dtype for n in model.captured.graph.find_nodes(op="placeholder")}
     inputs = {name: x.to(dtypes[name]) for name, x in zip(model.captured.inputs, step, strict=True)}

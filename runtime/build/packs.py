@@ -18,7 +18,7 @@ from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.cpu.cores import limit_threads
 from seamwise.kernels.cpu.tape import compile_ahead
 
-from .loading import compile_model
+from .compile_model import compile_model
 from .model_config import ModelConfig
 from .runner_config import RunnerConfig
 

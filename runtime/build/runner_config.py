@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,17 @@ import torch
 
 from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
-from seamwise.passes import Parallel
 from seamwise.runtime.weights.file_formats import check_load_format
 from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization
 from seamwise.runtime.weights.quantization_rules import Quantization
 
 from .arguments import refuse_unknown
+from .auto_options import choose_device, choose_dtype, choose_entry, choose_kv_dtype, choose_length
 from .eplb_config import EPLBConfig
 from .model_config import ModelConfig
 from .pooler import Pooler, PoolerConfig, choose_pooler
+from .sharing import Sharing
 
-_DTYPES = {
-    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float": torch.float32,
-    "half": torch.float16,
-}  # fmt: skip
 _ELSEWHERE = {  # options that users of vLLM and transformers ask for, and what there is instead
     "trust_remote_code": "code inside a checkpoint is never run; entry='transformers' runs transformers' own classes",
     "max_seq_len_to_capture": "use cudagraph_capture_sizes, in tokens, and max_recorded_requests",
@@ -42,7 +38,7 @@ _ELSEWHERE = {  # options that users of vLLM and transformers ask for, and what 
 _MODES = {
     "none": (), "piecewise": ("piecewise",), "full_decode_only": ("full",), "full_and_piecewise": ("full", "piecewise"),
 }  # fmt: skip
-_KV_DTYPES = ("auto", "fp8", "fp8_e4m3")
+_SHARING = tuple(field.name for field in fields(Sharing))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,111 +187,52 @@ class RunnerConfig:
     def for_model(
         cls, config: ModelConfig, *, dtype: str | torch.dtype = "auto", device: str = "auto", entry: str = "auto",
         max_model_len: int | None = None, quantization: str | None = None, kv_cache_dtype: str = "auto",
-        tensor_parallel_size: int = 1, data_parallel_size: int = 1, pipeline_parallel_size: int = 1,
-        tensor_parallel_plan: Mapping[str, str] | None = None,
-        enable_expert_parallel: bool = False, enable_sequence_parallel: bool = False, sp_min_token_num: int = 1,
-        enable_async_tp: bool = False, enable_dbo: bool = False, enable_eplb: bool = False,
-        eplb_config: EPLBConfig | Mapping[str, Any] | None = None, allow_missed: Sequence[str] = (),
+        allow_missed: Sequence[str] = (),
         enable_lora: bool = False, max_loras: int | None = None, max_lora_rank: int | None = None,
         runner: str = "auto", convert: str = "auto", pooler_config: Mapping[str, Any] | PoolerConfig | None = None,
         **options: Any,
     ) -> RunnerConfig:  # fmt: skip
         """Resolve "auto" values against a model's configuration. Raises ValueError naming a bad value.
 
-        Of ranks that share a model it says how; which of them this process is, `placed` adds.
-
         quantization  "fp8", "fp8_block", "int8" or "w4a16": quantize the weights of linear layers at load; "gguf": keep
                       those of a GGUF file packed where a kernel reads them so
         kv_cache_dtype  "fp8" (or "fp8_e4m3"): keys and values in float8, by the checkpoint's scales or as they are;
                       "auto": so where the checkpoint has scales, else the model's dtype
-        tensor_parallel_size  ranks of the default process group, each with its part of the model
-        tensor_parallel_plan  pattern of a parameter's path -> transformers' style; default: the model's own
-        data_parallel_size  ranks of the default process group, each with requests of its own; they share out experts
-        pipeline_parallel_size  ranks of the default process group, each with some of the layers: stages of a step
-        enable_expert_parallel  ranks have whole experts, not a part of each
-        enable_sequence_parallel  between attention and MLPs, each rank has its share of the rows
-        sp_min_token_num  with it: in steps of at least as many tokens; smaller ones have a program without
-        enable_async_tp  with it: rows travel in chunks while others are multiplied
-        enable_dbo  with data_parallel_size: a step may be two batches; one computes while rows of the other travel
-        enable_eplb, eplb_config  with data_parallel_size: experts move between ranks by their load; see EPLBConfig
         allow_missed  names of passes that may match fewer places than the model's structure promises
         enable_lora   requests may have adapters: at most max_loras (1) in a step, of rank max_lora_rank (16)
         runner        "pooling": the model gives vectors; "generate"; "auto": pooling for a class without a head and
                       where sentence-transformers' files are
         convert       "embed": pool the states before a generating model's head; pooler_config: see PoolerConfig
+        **options     those of Sharing, and further fields
         """
-        from seamwise.model_defs import has_definition
-
         check_options(options)
-        sizes = {
-            "tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size,
-            "pipeline_parallel_size": pipeline_parallel_size,
-        }  # fmt: skip
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name}={size!r}: wanted a whole number of at least 1")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
-            raise ValueError(f"device={device!r}: wanted 'auto', 'cpu', 'cuda' or 'cuda:0'")
-        device = str(device)  # a torch.device is taken too
-        if torch.device(device).type == "cuda":
-            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            if not count:
-                raise ValueError(f"device={device!r}: torch finds no CUDA device; use device='cpu'")
-            if (torch.device(device).index or 0) >= count:
-                raise ValueError(f"device={device!r}: torch finds {count} CUDA devices, cuda:0 to cuda:{count - 1}")
-        if dtype == "auto":
-            dtype = config.dtype
-        if isinstance(dtype, str):
-            if dtype not in _DTYPES:
-                raise ValueError(f"dtype={dtype!r}: wanted 'auto' or one of {', '.join(_DTYPES)}")
-            dtype = _DTYPES[dtype]
-        if kv_cache_dtype not in _KV_DTYPES:
-            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r}: wanted one of {', '.join(map(repr, _KV_DTYPES))}")
+        shared = Sharing(**{name: options.pop(name) for name in _SHARING if name in options})
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, config)
         stored = read_quantization(config.raw, config.architecture)
         if quantization == "gguf":
             stored, quantization = packed_gguf(config.raw), None
-        scaled = stored is not None and stored.has_kv_scales
-        kv_dtype = dtype if kv_cache_dtype == "auto" and not scaled else torch.float8_e4m3fn
-        own = has_definition(config.architecture)
-        if entry == "auto":
-            entry = "own" if own else "transformers"
-        if entry not in ("own", "transformers"):
-            raise ValueError(f"entry={entry!r}: wanted 'auto', 'own' or 'transformers'")
-        if entry == "own" and not own:
-            raise ValueError(
-                f"entry='own': Seamwise has no definition of {config.architecture}; use entry='transformers'"
-            )
+        kv_dtype = choose_kv_dtype(kv_cache_dtype, dtype, stored is not None and stored.has_kv_scales)
+        entry = choose_entry(entry, config.architecture)
         pooler = choose_pooler(
             config.pooler, config.has_head, config.raw, config.hidden_size, runner=runner, convert=convert,
             pooler_config=pooler_config,
         )  # fmt: skip
         if pooler is not None:
-            _check_pooling(data_parallel_size, options)
-        limit = config.longest
-        if max_model_len is None:
-            max_model_len = min(config.default_len, (pooler and pooler.max_length) or config.default_len)
-            if config.default_len < limit:
-                warnings.warn(
-                    f"max_model_len is {config.default_len}, the length that the model was trained at before its RoPE"
-                    f" was scaled; up to {limit} may be asked for, and change what shorter requests give",
-                    stacklevel=2,
-                )
-        if type(max_model_len) is not int or not 1 <= max_model_len <= limit:
-            raise ValueError(f"max_model_len={max_model_len!r}: wanted 1 to {limit} (what the model's RoPE reaches)")
-        pipeline = options.get("pipeline", PipelineConfig())
+            _check_pooling(shared.data_parallel_size, options)
+        max_model_len = choose_length(max_model_len, config, None if pooler is None else pooler.max_length)
+        pipeline = options.pop("pipeline", PipelineConfig())
         if quantization is not None:
-            options["pipeline"] = pipeline = replace(pipeline, quantization=quantization)
+            pipeline = replace(pipeline, quantization=quantization)
         if allow_missed:
             names = (allow_missed,) if isinstance(allow_missed, str) else tuple(allow_missed)
-            options["pipeline"] = pipeline = replace(pipeline, allow_missed=(*pipeline.allow_missed, *names))
+            pipeline = replace(pipeline, allow_missed=(*pipeline.allow_missed, *names))
         if enable_lora:
             rooms = {"max_loras": 1 if max_loras is None else max_loras}
             rooms["max_lora_rank"] = 16 if max_lora_rank is None else max_lora_rank
-            alone = max(data_parallel_size, pipeline_parallel_size) == 1
-            _check_adapters(pipeline.quantization, alone, enable_async_tp, **rooms)
-            options["pipeline"] = pipeline = replace(pipeline, **rooms)
+            alone = max(shared.data_parallel_size, shared.pipeline_parallel_size) == 1
+            _check_adapters(pipeline.quantization, alone, shared.enable_async_tp, **rooms)
+            pipeline = replace(pipeline, **rooms)
         elif max_loras is not None or max_lora_rank is not None:
             raise ValueError("max_loras and max_lora_rank need enable_lora=True, which they limit")
         if pipeline.quantization and config.raw.get("quantization_config"):
@@ -303,61 +240,11 @@ class RunnerConfig:
                 f"quantization={pipeline.quantization!r}: the checkpoint is quantized already, by its config.json's"
                 " quantization_config; leave the option out"
             )
-        if sp_min_token_num < 1 or (sp_min_token_num > 1 and not enable_sequence_parallel):
-            raise ValueError(
-                f"sp_min_token_num={sp_min_token_num}: wanted at least 1, and enable_sequence_parallel, which it limits"
-            )
-        if data_parallel_size != 1 and (tensor_parallel_size != 1 or not enable_expert_parallel):
-            raise ValueError(
-                f"data_parallel_size={data_parallel_size} with tensor_parallel_size={tensor_parallel_size} and"
-                f" enable_expert_parallel={enable_expert_parallel}: ranks with requests of their own share out experts"
-                " and nothing else; wanted enable_expert_parallel=True and tensor_parallel_size=1"
-            )
-        if data_parallel_size != 1 and (enable_sequence_parallel or enable_async_tp or tensor_parallel_plan):
-            raise ValueError(
-                "enable_sequence_parallel, enable_async_tp and tensor_parallel_plan: ranks with requests"
-                " of their own have all of the model but the experts; leave them out"
-            )
-        if enable_dbo and data_parallel_size == 1:
-            raise ValueError(
-                "enable_dbo hides what ranks send to each other's experts; wanted data_parallel_size above 1"
-            )
-        if not enable_dbo and (given := [name for name in options if name.startswith("dbo_")]):
+        if not shared.enable_dbo and (given := [name for name in options if name.startswith("dbo_")]):
             raise ValueError(f"{given[0]} needs enable_dbo=True, whose batches it limits")
-        if (eplb := EPLBConfig.of(enable_eplb, eplb_config)) is not None:
-            if data_parallel_size == 1:
-                raise ValueError(
-                    "enable_eplb moves experts between ranks that share them out; wanted data_parallel_size above 1 and"
-                    " enable_expert_parallel=True"
-                )
-            options["eplb"] = eplb
-        if pipeline_parallel_size != 1:
-            if tensor_parallel_size != 1 or data_parallel_size != 1:
-                raise ValueError(
-                    f"pipeline_parallel_size={pipeline_parallel_size} with tensor_parallel_size={tensor_parallel_size}"
-                    f" and data_parallel_size={data_parallel_size}: ranks share a model in one way; leave others out"
-                )
-            options["pipeline"] = pipeline = replace(pipeline, stage=(0, pipeline_parallel_size))
-        if data_parallel_size != 1:
-            parallel = Parallel(
-                size=data_parallel_size, experts=True, data=True, two_batches=enable_dbo,
-                redundant=None if eplb is None else eplb.num_redundant_experts,
-            )  # fmt: skip
-            options["pipeline"] = replace(pipeline, parallel=parallel)
-        elif tensor_parallel_size != 1:
-            parallel = Parallel(
-                size=tensor_parallel_size, experts=enable_expert_parallel, overlap=enable_async_tp,
-                sequence=sp_min_token_num if enable_sequence_parallel else 0, plan=tensor_parallel_plan,
-            )  # fmt: skip
-            options["pipeline"] = replace(pipeline, parallel=parallel)
-        elif tensor_parallel_plan or enable_expert_parallel or enable_sequence_parallel or enable_async_tp:
-            raise ValueError(
-                "tensor_parallel_plan, enable_expert_parallel, enable_sequence_parallel and enable_async_tp need a"
-                " tensor_parallel_size above 1"
-            )
         return cls(
             dtype=dtype, kv_cache_dtype=kv_dtype, stored=stored, device=device, entry=entry,
-            max_model_len=max_model_len, pooler=pooler, **options,
+            max_model_len=max_model_len, pooler=pooler, eplb=shared.eplb, pipeline=shared.told_to(pipeline), **options,
         )  # fmt: skip
 
 
@@ -390,18 +277,8 @@ def _check_adapters(quantization: str | None, alone: bool, async_tp: bool, max_l
         )
 
 
-def entry_of(model_impl: str, entry: str | None = None) -> str:
-    """Return the entry that vLLM's option model_impl names. Raises ValueError for another, or beside an entry."""
-    entries = {"auto": "auto", "vllm": "auto", "transformers": "transformers"}
-    if model_impl not in entries:
-        raise ValueError(f"model_impl={model_impl!r}: wanted one of {', '.join(map(repr, entries))}")
-    if entry is not None:
-        raise ValueError(f"model_impl={model_impl!r} and entry={entry!r} say the same thing; leave one out")
-    return entries[model_impl]
-
-
 def check_options(options: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is no option of RunnerConfig.for_model, nor one of others."""
     asked = {*inspect.signature(RunnerConfig.for_model).parameters} - {"config", "options"}
-    known = sorted(asked | {*RunnerConfig.__slots__} - {"stored", "eplb", "pooler"} | {*others})
+    known = sorted(asked | {*_SHARING} | {*RunnerConfig.__slots__} - {"stored", "eplb", "pooler"} | {*others})
     refuse_unknown(options, known, _ELSEWHERE, "option")

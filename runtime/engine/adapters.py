@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from seamwise.runtime.runner.adapters import NotWritten
+from seamwise.runtime.runner.adapter_slots import NotWritten
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.weights.adapters import Adapter, read_adapter
+from seamwise.runtime.weights.read_adapter import Adapter, read_adapter
 
 from .lora_request import LoRARequest
 from .request import Request

@@ -12,7 +12,7 @@ from seamwise.runtime.sampling.rows import SamplingRows, SamplingSlots
 from seamwise.runtime.scheduler.commit import Step
 from seamwise.runtime.scheduler.slots import Slots
 
-from .pooling import Pooling
+from .pooled_states import Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,6 @@ from functools import partial
 from threading import Event as Flag
 from typing import Any
 
-import numpy as np
-
 from seamwise.runtime.build.pooler import Pooler
 from seamwise.runtime.build.step import empty_step
 from seamwise.runtime.kv.names import Namespace
@@ -28,33 +26,30 @@ from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.profile import span
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.sampling.bad_words import tokens_of_words
 from seamwise.runtime.sampling.grammar import REASON, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams, finish
+from seamwise.runtime.sampling.pooling_params import PoolingParams, finish
 from seamwise.runtime.sampling.report import check_mode
-from seamwise.runtime.sampling.rows import MaskProvider, RowOptions
+from seamwise.runtime.sampling.rows import MaskProvider
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import Policy
 from seamwise.runtime.scheduler.scheduler import Recorder, Scheduler
-from seamwise.runtime.scheduler.sequence import NO_LIMIT, Sequence
 from seamwise.runtime.scheduler.waiting_for_tiers import settle_loads
 from seamwise.runtime.text.tokenizer import Tokenizer
 
 from .adapters import REASON as ADAPTER
 from .adapters import Adapters
-from .admit import check_request
+from .admit import Admission
 from .answer import Answers
 from .control import Change, Control
 from .drafting import Drafting
 from .loop import Loop
 from .lora_request import LoRARequest
+from .outbox import Due, Outbox
 from .outputs import RequestMetrics, RequestOutput
-from .pooling import Pooling
-from .request import Completion, Due, Request
+from .pooled_states import Pooling
+from .request import Request
 from .worker import Worker
-
-_PROMPT_ROWS = 256  # prompt tokens of a step whose log probabilities are wanted: logits of so many rows are kept
 
 
 class Engine(Control):
@@ -75,8 +70,6 @@ class Engine(Control):
     ) -> None:  # fmt: skip
         self.runner, self.offload = runner, offload
         self.tokenizer = tokenizer
-        self.eos_ids = _eos_ids(runner.config.eos_ids, tokenizer, runner.config.vocab_size)
-        self.seed = seed
         self.namespace = Namespace()
         if offload is not None:
             if drafting is not None and drafting.names_ahead:
@@ -94,7 +87,7 @@ class Engine(Control):
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder,
             offload=offload,
         )  # fmt: skip
-        self.pooler = pooler
+        self.pooler, self._admission = pooler, Admission(runner, tokenizer, pooler, seed)
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
         stages: Any = runner if config.pipeline_parallel_size > 1 else None
         self.drafting, self.adapters = drafting or Drafting(), adapters
@@ -110,18 +103,17 @@ class Engine(Control):
         self._answers = Answers(tokenizer)
         self.grammars = Grammars(tokenizer, runner.config.vocab_size, self.eos_ids, ready=self.wake)
         self._requests: dict[str, Request] = {}
-        self._ready: list[Due] = []
+        self._outbox = Outbox()
         self._change = Change()
         self._woken = Flag()
         if adapters is not None:
             adapters.ready = self.wake
         self.together = False
-        self._arrivals = 0
         self._name_weights()
 
     def has_unfinished_requests(self) -> bool:
         """Return whether a request has not ended, or its outputs have not been given out: call step() until then."""
-        return bool(self._requests or self._ready)
+        return bool(self._requests or self._outbox.due)
 
     def wake(self) -> None:
         """Let a step() that waits look again at what it waits for. The only method that any thread may call."""
@@ -129,8 +121,12 @@ class Engine(Control):
 
     def ends_with(self, ids: int | Series[int] | None) -> None:
         """Let these ids of the model, and the tokenizer's, end outputs of requests that are added from now on."""
-        named = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-        self.eos_ids = _eos_ids(named, self.tokenizer, self.runner.config.vocab_size)
+        self._admission.ends_with([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end outputs."""
+        return self._admission.eos_ids
 
     def check(
         self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
@@ -141,19 +137,7 @@ class Engine(Control):
         """
         if params.structured_outputs is not None:
             params.structured_outputs.check()
-        return self._room(prompt_token_ids, params, pooling)
-
-    def _room(self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None) -> int:
-        if self.pooler is None and pooling is not None:
-            raise ValueError("this model generates text and has no embeddings; load it with runner='pooling'")
-        if self.pooler is not None:
-            if pooling is None:
-                raise ValueError("this model pools (runner='pooling') and generates nothing; ask for embeddings")
-            self.pooler.check_dimensions(pooling.dimensions)
-        return check_request(
-            prompt_token_ids, params, limit=self.runner.options.max_model_len, vocab=self.runner.config.vocab_size,
-            has_tokenizer=self.tokenizer is not None, pools=pooling is not None,
-        )  # fmt: skip
+        return self._admission.room(prompt_token_ids, params, pooling)
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
@@ -178,11 +162,11 @@ class Engine(Control):
             raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
         if mask_providers and len(mask_providers) != params.n:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
-        max_tokens = self._room(prompt_token_ids, params, pooling)
+        max_tokens = self._admission.room(prompt_token_ids, params, pooling)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
-        made = None
+        pooled = None
         if self.pooler is not None and pooling is not None:
-            made = partial(finish, pooler=self.pooler, params=pooling)
+            pooled = partial(finish, pooler=self.pooler, params=pooling)
         adapter = None if lora_request is None else self._with_adapters().add(lora_request)
         waits = [] if adapter is None else [ADAPTER]
         if params.structured_outputs is not None:
@@ -193,11 +177,16 @@ class Engine(Control):
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
             metrics=RequestMetrics(arrival_time=time.perf_counter()), cache_salt=cache_salt or "", adapter=adapter,
-            held=blocked, waits=waits, finish=made,
+            held=blocked, waits=waits, finish=pooled,
         )  # fmt: skip
         for index in range(params.n):
             provider = mask_providers[index] if mask_providers else None
-            request.completions.append(self._completion(request, index, max_tokens, provider))
+            made = self._admission.completion(
+                request, index, provider, self._answers.detokenizer(request.prompt_token_ids, params),
+                root=self._root(request), max_tokens=max_tokens, predicted=self.scheduler.predict(max_tokens),
+                names_ahead=self.drafting.names_ahead,
+            )  # fmt: skip
+            request.completions.append(made)
         with self._change:
             for c in request.completions:
                 s = c.sequence
@@ -224,9 +213,7 @@ class Engine(Control):
                     self._answers.close(request, c)
                     c.reason = reason, message
                     self.scheduler.remove((c.sequence,))
-            if self._ready:  # what nobody was handed yet comes with this one
-                request.given = next((due.before for due in self._ready if due.request is request), request.given)
-                self._ready = [due for due in self._ready if due.request is not request]
+            self._outbox.take_back(request)  # what nobody was handed yet comes with this one
             output = request.output()
             request.given.finished = True
             self._leave(request)
@@ -272,10 +259,10 @@ class Engine(Control):
             self._finish()
         elif self.together:
             self.runner.step(empty_step(len(self.runner.kv_groups)))
-        elif self._requests and not self._ready and (self._paused == "keep" or self.scheduler.stalled):
+        elif self._requests and not self._outbox.due and (self._paused == "keep" or self.scheduler.stalled):
             self._woken.wait(wait_s)
             self._woken.clear()
-        return self._hand_over()
+        return self._outbox.hand_over()
 
     def _grammar_ready(self, request_id: str) -> None:
         if request_id in self._requests:  # else it was aborted meanwhile
@@ -299,7 +286,7 @@ class Engine(Control):
         before = request.given
         output = self.abort_request(request_id, "error", f"request {request_id}: {error}")
         assert output is not None
-        self._ready.append(Due(output=output, request=request, before=before, after=request.given))
+        self._outbox.due.append(Due(output=output, request=request, before=before, after=request.given))
 
     def drain(self) -> None:
         """Wait for what is under way and commit it; its outputs come with the next step(). Raises what it raised."""
@@ -354,21 +341,9 @@ class Engine(Control):
 
     def _give(self, requests: Iterable[Request], now: float) -> None:
         for request in requests:
-            if request.due():
-                if request.finished:
-                    request.metrics.finished_time = now
-                    request.metrics.num_preemptions = sum(c.sequence.num_preemptions for c in request.completions)
-                output = request.output()
-                due = Due(output=output, request=request, before=request.given, after=request.given_with(output))
-                self._ready.append(due)  # it is given out from here on: _recover() says so again
-                request.given = due.after
+            self._outbox.give(request, now)
             if request.given.finished:
                 self._leave(request)
-
-    def _hand_over(self) -> list[RequestOutput]:
-        outputs = [due.output for due in self._ready]
-        self._ready = []  # nothing comes between this and the caller
-        return outputs
 
     def _leave(self, request: Request) -> None:
         self._requests.pop(request.request_id, None)
@@ -379,40 +354,12 @@ class Engine(Control):
         """Begin anew from the known tokens when a change of state was interrupted."""
         if not self._change.torn:
             return
-        for due in self._ready:
-            due.request.given = due.after
+        self._outbox.settle()
         self._loop.rebuild((r, c) for r in self._requests.values() for c in r.completions)
         self._answer()
         self._give(list(self._requests.values()), time.perf_counter())
         self._change.torn = False
 
-    def _completion(self, request: Request, index: int, max_tokens: int, provider: MaskProvider | None) -> Completion:
-        params, prompt = request.params, request.prompt_token_ids
-        self._arrivals += 1
-        predicted = (params.extra_args or {}).get("predicted_tokens", self.scheduler.predict(max_tokens))
-        s = Sequence(
-            id=f"{request.request_id}/{index}", prompt=np.array(prompt, dtype=np.int32), max_tokens=max_tokens,
-            arrival=self._arrivals, root=self._root(request), names_ahead=self.drafting.names_ahead,
-            predicted=predicted,
-            reads_cache=params.reads_prefix_cache and (self.pooler is None or self.pooler.reads_cache),
-            max_chunk=NO_LIMIT if params.prompt_logprobs is None else _PROMPT_ROWS,
-        )  # fmt: skip
-        seed = params.seed if params.seed not in (None, -1) else (self.seed << 32) + self._arrivals - 1 - index
-        assert seed is not None
-        encode = None if self.tokenizer is None else partial(self.tokenizer.encode, add_special_tokens=False)
-        options = RowOptions(
-            params=params, seed=seed + (index << 48), num_prompt=len(prompt), mask_provider=provider,
-            stop_ids=() if params.ignore_eos else self.eos_ids,
-            bad_words=tokens_of_words(params.bad_words or (), encode) if encode else (),
-        )  # fmt: skip
-        return Completion(sequence=s, options=options, detokenizer=self._answers.detokenizer(prompt, params))
-
     def _root(self, request: Request) -> bytes:
         adapter = "" if request.adapter is None else request.adapter.digest
         return replace(self.namespace, cache_salt=request.cache_salt, adapter=adapter).root()
-
-
-def _eos_ids(ids: Series[int], tokenizer: Tokenizer | None, vocab: int) -> tuple[int, ...]:
-    """Return the ids that end a sequence: the model's, and the one that its tokenizer names (fine-tunes rename it)."""
-    named = [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
-    return tuple(dict.fromkeys(i for i in (*ids, *named) if i < vocab))

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 
 from seamwise.runtime.build.step import StepInput, StepOutput
-from seamwise.runtime.runner.adapters import NotWritten
+from seamwise.runtime.runner.adapter_slots import NotWritten
 from seamwise.runtime.runner.profile import ProfilerConfig, start_profile, stop_profile
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.runtime.weights.read_adapter import Adapter
 
 
 class Executor(Protocol):

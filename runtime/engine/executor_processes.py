@@ -33,9 +33,9 @@ from seamwise.extras import pip_install
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.kv.rank_stores import RankStores
-from seamwise.runtime.runner.adapters import AdapterSites, NotWritten
+from seamwise.runtime.runner.adapter_slots import AdapterSites, NotWritten
 from seamwise.runtime.runner.memory_plan import MemoryPlan
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.runtime.weights.read_adapter import Adapter
 
 from .executor_rank import RankStart, main, serve_store
 from .executor_wire import to_frames
@@ -180,6 +180,7 @@ class RankProcesses:
         threading.Thread(target=stores.listen, name="seamwise-kv", daemon=True).start()
         stores.wait(written=False)  # by then ranks have said what their folders hold
         return stores
+
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise ValueError for an adapter that does not fit; see ModelRunner.check_adapter."""
         self.adapters.check(adapter)
@@ -197,12 +198,6 @@ class RankProcesses:
             self.collective_rpc("set_adapter", None, (slot, None))
         if failed:
             raise NotWritten("; ".join(failed))
-
-    @property
-    def weight_version(self) -> str:
-        """Which weights rank 0 has; see ModelRunner.weight_version."""
-        version: str = self.collective_rpc("weight_state")[0][0]
-        return version
 
     @property
     def kv_block_bytes(self) -> int:

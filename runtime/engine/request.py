@@ -124,14 +124,3 @@ class Request:
         if c.reason is not None:
             made.finish_reason, made.stop_reason = c.reason
         return made
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Due:
-    """An output that the next step() hands over; before, after: what of its request has been given out without it and
-    with it."""
-
-    output: RequestOutput
-    request: Request
-    before: Given
-    after: Given

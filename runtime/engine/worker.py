@@ -21,7 +21,7 @@ from seamwise.runtime.sampling.sampler import Sampled, sample
 from seamwise.runtime.scheduler.commit import Step
 
 from .batch import Batch
-from .pooling import Pooling
+from .pooled_states import Pooling
 
 
 class Steps(Protocol):

@@ -205,15 +205,15 @@ def _drawn(program: Program, dtype: torch.dtype, shift: int) -> tuple[Any, Any]:
     """Return what reads drawn parameters, whole and in part: expert e's are those that shift draws for e + shift."""
 
     def part(name: str, dim: int, start: int, end: int) -> Tensor:
-        (_, *shape), kept = program.parameters[name], program.kept_dtypes.get(name)
+        _, *shape = program.parameters[name].shape
         assert dim in (0, -1 - len(shape)), f"{name} is shared out along dimension {dim}"
         made = []
         for expert in range(start, end):
             draw = torch.Generator().manual_seed(expert + shift + 1)
             made.append(torch.randint(97, 122, (*shape,), generator=draw, dtype=torch.uint8))
-        return torch.stack(made).to(getattr(torch, kept) if kept else dtype)
+        return torch.stack(made).to(program.parameters[name].own_dtype or dtype)
 
-    return lambda name: part(name, 0, 0, program.parameters[name][0]), part
+    return lambda name: part(name, 0, 0, program.parameters[name].shape[0]), part
 
 
 def _nodes_of(ranks: int) -> int:

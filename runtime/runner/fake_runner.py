@@ -15,7 +15,7 @@ import torch
 
 from seamwise.runtime.build.kv_groups import FULL, Groups
 from seamwise.runtime.build.step import KVGroupInput, StepInput, StepOutput, check_plain
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.runtime.weights.read_adapter import Adapter
 
 _UNWRITTEN = -1
 

@@ -36,19 +36,20 @@ from seamwise.runtime.build.packs import load_program, open_pack, pack_parts, wi
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig
-from seamwise.runtime.build.step import STEP_ARGUMENTS, StepInput, StepOutput, check_plain, step_of_padding
+from seamwise.runtime.build.step import StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import check_alike, smallest
-from seamwise.runtime.weights.adapters import Adapter
+from seamwise.runtime.weights.read_adapter import Adapter
 
-from .adapters import AdapterSlots
+from .adapter_slots import AdapterSlots
 from .balance import Balancer
-from .copy_kv_blocks import read_blocks, write_blocks
 from .data_ranks import agree, halves
+from .kv_cache import KVCache
 from .memory_plan import MemoryPlan, plan_memory
-from .named_tensors import named_tensors
+from .named_tensors import ModelWeights, named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
-from .sleep import TAGS, SavedWeights, discard
+from .sleep import TAGS, Sleep
 from .sparse_kv import Pick, SparseKV, check_sparse_kv
+from .step_tensors import flattened, logits_and_hidden, no_results, on_device
 from .update_weights import WeightUpdates
 
 
@@ -72,8 +73,7 @@ class ModelRunner:
         self.executable = executable
         self.startup_s = ledger.seconds
         self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
-        self.kv_caches: list[list[Tensor]] = []
-        self._caches_flat: list[Tensor] = []
+        self._kv = KVCache()
         self._pick: Pick | None = None
         self._run: Callable[..., Any] = executable
         self.all_idle = True  # no rank had tokens in the last step that ranks took together
@@ -82,11 +82,7 @@ class ModelRunner:
         self.adapters = AdapterSlots(executable)
         groups = config.raw.get("n_group") or 1
         self.balancer = None if options.eplb is None else Balancer(executable, options, groups)
-        self._num_blocks = 0
-        self._shapes = [torch.empty_like(w, device="meta") for w in executable.weights]
-        self._asleep: set[str] = set()
-        self._saved: SavedWeights | None = None
-        self._refusal: str | None = None  # why no step may run
+        self._sleep = Sleep(executable, options, self._kv, self.weights, self.adapters)
         # On a GPU nothing else may reach the device while a step is captured.
         self._turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if torch.device(options.device).type == "cuda":
@@ -145,7 +141,12 @@ class ModelRunner:
     @property
     def num_blocks(self) -> int:
         """Blocks in the KV cache, the null block included; 0 before allocate_kv."""
-        return self._num_blocks
+        return self._kv.num_blocks
+
+    @property
+    def kv_caches(self) -> list[list[Tensor]]:
+        """Each layer's tensors of the KV cache."""
+        return self._kv.layers
 
     def plan(self, budget: int | None = None, **limits: Any) -> MemoryPlan:
         """Return every byte that this runner takes, before its KV cache is allocated. limits: see plan_memory."""
@@ -172,8 +173,7 @@ class ModelRunner:
 
     def use_kv(self, kv_caches: list[list[Tensor]], num_blocks: int) -> None:
         """Use a KV cache that is there: each layer's tensors, as allocate_kv makes them, of another runner too."""
-        self._num_blocks, self.kv_caches = num_blocks, kv_caches
-        self._caches_flat = [cache for layer in self.kv_caches for cache in layer]
+        self._kv.hold(kv_caches, num_blocks)
         self._recordings.clear()
         if self._pick is not None:
             self.set_sparse_kv(self._pick)
@@ -206,10 +206,7 @@ class ModelRunner:
             batch, *second = agree(batch, self.options)
             self.all_idle = not batch.num_tokens
             if self.balancer is not None and batch.num_tokens:
-                try:
-                    self.balancer.between_steps()
-                finally:
-                    self._refusal = self._why_not()
+                self.balancer.between_steps()
             if second:
                 return self._in_turns(batch, *second, given=given)
         if self.adapters.in_step:
@@ -221,16 +218,14 @@ class ModelRunner:
                     results = self._empty()
                 case Eager():
                     with reusing_memory():
-                        results = self._run(*self._flat(self._on_device(batch)))
+                        results = self._run(*self._inputs(batch))
                 case Full() | Piecewise() as key:
-                    results = self._recordings.run(key, self._run, batch, self._flat)
-        logits, hidden = self._parts(results)
+                    flat = partial(flattened, caches=self._kv.flat)
+                    results = self._recordings.run(key, self._run, batch, flat)
+        logits, hidden = logits_and_hidden(results, self.options)
         if self.options.data_parallel_size > 1:
             logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
-        return StepOutput(
-            logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
-            request_generations=batch.request_generations,
-        )  # fmt: skip
+        return _output(given, logits, hidden)
 
     @torch.inference_mode()
     def step_stage(self, batch: StepInput, carried: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -240,37 +235,28 @@ class ModelRunner:
         """
         self._check_ready(batch)
         with self._cascade(), reusing_memory():
-            results = self.executable(*self._flat(self._on_device(batch)), *carried)
+            results = self.executable(*self._inputs(batch), *carried)
         stage, stages = self.options.pipeline.stage
         if stage + 1 == stages:
-            return tuple(part for part in self._parts(results) if part is not None)
+            return tuple(part for part in logits_and_hidden(results, self.options) if part is not None)
         return results if isinstance(results, tuple) else (results,)
 
     def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
         """Run a step as two that take turns, op by op."""
         self._recordings.stats.steps["in_turns"] += 1
         with self._cascade(), reusing_memory():
-            results = self.executable.in_turns(*(self._flat(self._on_device(part)) for part in parts))
+            results = self.executable.in_turns(*map(self._inputs, parts))
         found = halves(given, self.options)
         wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
         logits, hidden = (
             None if each[0] is None else torch.cat([r[:n] for r, n in zip(each, wanted, strict=True)])
-            for each in zip(*map(self._parts, results), strict=True)
+            for each in zip(*(logits_and_hidden(part, self.options) for part in results), strict=True)
         )
         assert logits is not None
-        return StepOutput(
-            logits=logits, hidden_states=hidden if given.hidden_states else None, request_slots=given.request_slots,
-            request_generations=given.request_generations,
-        )  # fmt: skip
+        return _output(given, logits, hidden)
 
     def _cascade(self) -> contextlib.AbstractContextManager[None]:
         return cascade(None if self.options.disable_cascade_attn else self.recording_stats.spared)
-
-    def _parts(self, results: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the logits and the hidden states of a step's results; a model that pools has logits of width 0."""
-        if self.options.pooler is not None:
-            return results[:, :0], results
-        return results if self.options.return_hidden_states else (results, None)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Write new values of parameters, (the checkpoint's name, tensor) each, in place; recordings stay valid.
@@ -279,26 +265,21 @@ class ModelRunner:
         them, and no step runs until they are given. See WeightUpdates.write for what is refused.
         """
         self._check_in_place("update_weights")
-        if "weights" in self._asleep:
+        if "weights" in self.asleep:
             raise RuntimeError("update_weights: the weights are asleep; call wake(['weights']) first")
         named = named_tensors(weights)
         if self.options.pooler is not None:
             named = without_head(named)
-        try:
-            self.weights.write(named.items())
-        finally:
-            self._refusal = self._why_not()
+        self.weights.write(named.items())
 
     def start_weight_update(self) -> None:
         """Begin an update in any number of update_weights calls: no step runs until finish_weight_update."""
         self._check_in_place("start_weight_update")
         self.weights.start()
-        self._refusal = self._why_not()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """End an update. Raises RuntimeError that lists what lacks; weight_version is then what it was."""
         self.weights.finish(weight_version)
-        self._refusal = self._why_not()
 
     def _check_in_place(self, what: str) -> None:
         if self.balancer is not None:
@@ -315,7 +296,7 @@ class ModelRunner:
 
         Raises ValueError for one that does not fit; nothing has changed then.
         """
-        if "weights" in self._asleep:
+        if "weights" in self.asleep:
             raise RuntimeError("set_adapter: the weights are asleep; call wake(['weights']) first")
         if adapter is not None:
             self.check_adapter(adapter)
@@ -343,17 +324,12 @@ class ModelRunner:
         Nothing may be written to them meanwhile. May be called beside a step, as write_kv_blocks.
         """
         with self._turn:
-            return read_blocks(self._stored_kv, blocks)
+            return self._kv.read(blocks)
 
     def write_kv_blocks(self, blocks: Sequence[int], data: np.ndarray) -> None:
         """Write to blocks what read_kv_blocks gave. No step may touch them meanwhile."""
         with self._turn:
-            write_blocks(self._stored_kv, blocks, data)
-
-    @property
-    def _stored_kv(self) -> list[Tensor]:
-        """The tensors of the KV cache, each once: groups of layers share theirs."""
-        return [*{id(cache): cache for cache in self._caches_flat}.values()]
+            self._kv.write(blocks, data)
 
     @property
     def weight_version(self) -> str:
@@ -368,7 +344,7 @@ class ModelRunner:
     @property
     def model(self) -> ModelWeights:
         """The weights by vLLM's name of the call that writes them: `runner.model.load_weights([(name, tensor)])`."""
-        return ModelWeights(self)
+        return ModelWeights(self.update_weights)
 
     def sleep(self, level: int = 1) -> None:
         """Give the memory of weights and KV cache back to the system; no step runs until both are awake again.
@@ -376,59 +352,28 @@ class ModelRunner:
         level  1: weights are kept elsewhere (a CPU's in a file, a GPU's in the machine's memory) and come back;
                2: they are lost, and must be given to update_weights after they woke
         """
-        if level not in (1, 2):
-            raise ValueError(f"sleep: level={level!r}; wanted 1 (weights come back) or 2 (weights are given anew)")
         if level == 2:
             self._check_in_place("sleep(2)")
-        if "weights" not in self._asleep:
-            if level == 1:
-                self._saved = SavedWeights(self.executable.weights, self.options.pack_dir)
-            else:
-                self.weights.lost = {*self.program.recipes}
-                self.weights.waiting.clear()
-        on_cpu = torch.device(self.options.device).type == "cpu"
-        if on_cpu:
-            discard([*self.executable.weights, *self._caches_flat])
-        else:
+        self._sleep.begin(level)
+        if not self.kv_caches:  # a GPU's tensors are others when they wake
             self._recordings.clear()
-            self.executable.weights = [w.new_empty(0) for w in self.executable.weights]
-            self.kv_caches, self._caches_flat = [], []
-            torch.cuda.empty_cache()
-        self._asleep = {*TAGS}
-        self._refusal = self._why_not()
 
     def wake(self, tags: Iterable[str] | None = None) -> None:
         """Take memory again: of "weights", of "kv_cache", by default of both. The cache holds nothing then."""
-        asked = {*TAGS} if tags is None else {*tags}
-        if wrong := asked - {*TAGS}:
-            raise ValueError(f"wake: got tags {sorted(wrong)}, wanted of {', '.join(map(repr, TAGS))}")
-        woken = asked & self._asleep
-        on_cpu = torch.device(self.options.device).type == "cpu"
-        if "weights" in woken:
-            if not on_cpu:
-                self.executable.weights = [torch.empty_like(w, device=self.options.device) for w in self._shapes]
-            if self._saved is not None:
-                with torch.inference_mode():
-                    self._saved.restore(self.executable.weights)
-                self._saved = None
-            else:
-                self.weights.restore_computed()
-                self.adapters.restore()
-        if "kv_cache" in woken and not on_cpu and self._num_blocks:
-            self.allocate_kv(self._num_blocks)
-        self._asleep -= woken
-        self._refusal = self._why_not()
+        self._sleep.end(tags)
+        if "kv_cache" not in self.asleep and not self.kv_caches and self.num_blocks:
+            self.allocate_kv(self.num_blocks)
 
     @property
     def asleep(self) -> frozenset[str]:
         """Which of "weights" and "kv_cache" have no memory now."""
-        return frozenset(self._asleep)
+        return frozenset(self._sleep.asleep)
 
     def _why_not(self) -> str | None:
         if self.balancer is not None and self.balancer.failure:
             return self.balancer.failure
-        if self._asleep:
-            return f"{' and '.join(t for t in TAGS if t in self._asleep)} asleep; call wake first"
+        if self.asleep:
+            return f"{' and '.join(t for t in TAGS if t in self.asleep)} asleep; call wake first"
         return self.weights.problem()
 
     def recording(self, num_requests: int, tokens_each: int = 1) -> Recording:
@@ -446,8 +391,8 @@ class ModelRunner:
 
     def _check_ready(self, batch: StepInput) -> None:
         """Raise RuntimeError where no step may run; ValueError for what it may ask for and this model does not have."""
-        if self._refusal is not None:
-            raise RuntimeError(f"step: {self._refusal}")
+        if (problem := self._why_not()) is not None:
+            raise RuntimeError(f"step: {problem}")
         if not self.kv_caches:
             raise RuntimeError("step: the KV cache is not allocated; call allocate_kv(num_blocks) first")
         batch.check()
@@ -461,41 +406,17 @@ class ModelRunner:
             padding = step_of_padding(len(self.kv_groups))
             if self.adapters.in_step:
                 padding = replace(padding, token_adapters=self.adapters.of_rows(None, padding.query_starts))
-            results = self.executable(*self._flat(self._on_device(padding)))
+            results = self.executable(*self._inputs(padding))
             return tree_map(lambda result: result[:0], results)
-        logits, hidden = (
-            torch.empty(0, size, dtype=self.options.dtype, device=self.options.device)
-            for size in (self.config.vocab_size, self.config.hidden_size)
-        )
-        if self.options.pooler is not None:
-            return hidden
-        return (logits, hidden) if self.options.return_hidden_states else logits
+        return no_results(self.options, self.config.vocab_size, self.config.hidden_size)
 
-    def _on_device(self, batch: StepInput) -> StepInput:
-        if torch.device(self.options.device).type == "cpu":
-            return batch
-        moved = {n: getattr(batch, n).to(self.options.device) for n in STEP_ARGUMENTS if n != "kv_caches"}
-        if batch.token_adapters is not None:
-            moved["token_adapters"] = batch.token_adapters.to(self.options.device)
-        groups = tuple(group.map(lambda x: x.to(self.options.device)) for group in batch.further_groups)
-        return StepInput(**moved, further_groups=groups)
-
-    def _flat(self, batch: StepInput) -> list[Tensor]:
-        """Return the step's tensors flattened in the program's order."""
-        flat: list[Tensor] = [] if batch.token_adapters is None else [batch.token_adapters]
-        for name in STEP_ARGUMENTS:
-            flat += self._caches_flat if name == "kv_caches" else [getattr(batch, name)]
-        return flat + [x for group in batch.further_groups for x in (group.slot_mapping, group.block_table)]
+    def _inputs(self, batch: StepInput) -> list[Tensor]:
+        """Return what the program takes of a step, on its device."""
+        return flattened(on_device(batch, self.options.device), self._kv.flat)
 
 
-class ModelWeights:
-    """What RL trainers know as vLLM's model: the one call that writes weights. Others are the runner's."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Write weights, all at once or one by one; return the names given. Raises ValueError for what does not fit."""
-        given = named_tensors(weights)
-        self._runner.update_weights(given.items())
-        return {*given}
+def _output(batch: StepInput, logits: Tensor, hidden: Tensor | None) -> StepOutput:
+    return StepOutput(
+        logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
+        request_generations=batch.request_generations,
+    )  # fmt: skip

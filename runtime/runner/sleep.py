@@ -17,8 +17,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seamwise.compile.program import Executable
+from seamwise.runtime.build.runner_config import RunnerConfig
+
+from .adapter_slots import AdapterSlots
+from .kv_cache import KVCache
+from .update_weights import WeightUpdates
+
 TAGS = ("weights", "kv_cache")
 _MADV_DONTNEED = 4
+
+
+class Sleep:
+    """Puts a runner's weights and KV cache to sleep, and wakes them; no step may be running.
+
+    asleep  which of TAGS have no memory now
+    """
+
+    def __init__(
+        self, executable: Executable, options: RunnerConfig, kv: KVCache, weights: WeightUpdates, adapters: AdapterSlots
+    ) -> None:  # fmt: skip
+        self.asleep: set[str] = set()
+        self._executable, self._kv, self._weights, self._adapters = executable, kv, weights, adapters
+        self._device, self._folder = torch.device(options.device), options.pack_dir
+        self._shapes = [torch.empty_like(w, device="meta") for w in executable.weights]
+        self._saved: SavedWeights | None = None
+
+    def begin(self, level: int) -> None:
+        """Give back the memory of both. See ModelRunner.sleep."""
+        if level not in (1, 2):
+            raise ValueError(f"sleep: level={level!r}; wanted 1 (weights come back) or 2 (weights are given anew)")
+        if "weights" not in self.asleep:
+            if level == 1:
+                self._saved = SavedWeights(self._executable.weights, self._folder)
+            else:
+                self._weights.lost = {*self._executable.program.recipes}
+                self._weights.waiting.clear()
+        if self._device.type == "cpu":
+            discard([*self._executable.weights, *self._kv.flat])
+        else:
+            self._executable.weights = [w.new_empty(0) for w in self._executable.weights]
+            self._kv.hold([], self._kv.num_blocks)
+            torch.cuda.empty_cache()
+        self.asleep = {*TAGS}
+
+    def end(self, tags: Iterable[str] | None) -> None:
+        """Take memory for these again; a GPU's KV cache is left to be allocated."""
+        asked = {*TAGS} if tags is None else {*tags}
+        if wrong := asked - {*TAGS}:
+            raise ValueError(f"wake: got tags {sorted(wrong)}, wanted of {', '.join(map(repr, TAGS))}")
+        if "weights" in asked & self.asleep:
+            if self._device.type != "cpu":
+                self._executable.weights = [torch.empty_like(w, device=self._device) for w in self._shapes]
+            if self._saved is not None:
+                with torch.inference_mode():
+                    self._saved.restore(self._executable.weights)
+                self._saved = None
+            else:
+                self._weights.restore_computed()
+                self._adapters.restore()
+        self.asleep -= asked
 
 
 def discard(tensors: Iterable[Tensor]) -> None:

@@ -9,13 +9,14 @@ So has a module that guesses (runtime/speculation/further_tokens.py) what is its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seamwise.compile.derive import Recipe, evaluate, parameters_of
+from seamwise.compile.parameter import Parameter
 from seamwise.compile.program import Executable
 from seamwise.runtime.build.loading import readers_of
 from seamwise.runtime.build.runner_config import RunnerConfig
@@ -57,9 +58,7 @@ class WeightUpdates:
 
     def __init__(self, executable: Executable, options: RunnerConfig, buffers: Mapping[str, Tensor]) -> None:
         self._weights: dict[str, _Weight] = {}
-        self._parameters: dict[str, Sequence[int]] = {}
-        self._tied: dict[str, str] = {}
-        self._kept: dict[str, torch.dtype | None] = {}
+        self._parameters: dict[str, Parameter] = {}
         self._copies: set[str] = set()
         self.include(executable, options, buffers)
         self.lost: set[str] = set()
@@ -80,9 +79,7 @@ class WeightUpdates:
             if id(executable.weights[place]) not in held:
                 reads = parameters_of(recipe) - buffers.keys()
                 self._weights[f"{label}{name}"] = _Weight(executable, place, recipe, reads, buffers, options)
-        self._parameters |= program.parameters
-        self._tied |= program.tied
-        self._kept |= {n: getattr(torch, d) if d else None for n, d in program.kept_dtypes.items()}
+        self._parameters = program.parameters | self._parameters
         modules = [n.removesuffix("eh_proj.weight") for n in program.parameters if n.endswith(".eh_proj.weight")]
         self._copies |= {f"{module}{name}" for module in modules for name in _COPIES}
 
@@ -186,9 +183,9 @@ class WeightUpdates:
         self, given: Mapping[str, StoredTensor], part: bool = False
     ) -> tuple[Checkpoint, Mapping[str, StoredTensor]]:
         """Return the source of what is given, and this by parameter. Raises ValueError; part: others may be missing."""
-        found, problems = by_parameter(given, self._parameters, self._tied)
-        wanted = {n: s for n, s in self._parameters.items() if not part or n in found}
-        source = Checkpoint.fitting(_MISFIT, found, wanted, self._kept, _FLOATS, problems)
+        found, problems = by_parameter(given, self._parameters)
+        wanted = {n: p for n, p in self._parameters.items() if not part or n in found}
+        source = Checkpoint.fitting(_MISFIT, found, wanted, _FLOATS, problems)
         return source, {n: t for n, t in found.items() if n in wanted}
 
 

@@ -22,7 +22,7 @@ from seamwise.runtime.engine.outputs import (
 )
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 
 from .process.engines import Engines
 from .process.messages import Add, Delta, Ready, TokenLogprob

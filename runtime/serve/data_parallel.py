@@ -24,7 +24,7 @@ from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from seamwise.runtime.runner.named_tensors import named_tensors
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams
+from seamwise.runtime.sampling.pooling_params import PoolingParams
 
 from .async_llm import AsyncLLM, grow
 from .process.messages import Ready

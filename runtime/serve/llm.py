@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import reprlib
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from seamwise import caches
 from seamwise.compile.check.batch_invariant import check_batch_invariant
 from seamwise.extras import pip_install
 from seamwise.runtime.build.arguments import named_arguments
+from seamwise.runtime.build.auto_options import entry_of
 from seamwise.runtime.build.packs import model_of
-from seamwise.runtime.build.runner_config import check_options, entry_of
+from seamwise.runtime.build.runner_config import check_options
 from seamwise.runtime.distributed.group import meet
 from seamwise.runtime.engine.adapters import Adapters
 from seamwise.runtime.engine.drafting import Drafting
@@ -33,8 +32,7 @@ from seamwise.runtime.runner.profile import ProfilerConfig
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.runner.sparse_kv import Pick
 from seamwise.runtime.sampling.generation_config import default_params, read_generation_config
-from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams
+from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.report import check_mode
 from seamwise.runtime.scheduler.config import SchedulerConfig
 from seamwise.runtime.scheduler.policies import find_policy
@@ -45,9 +43,10 @@ from seamwise.runtime.speculation.model_drafter import ModelDrafter
 from seamwise.runtime.text.tokenizer import Tokenizer, has_tokenizer
 from seamwise.runtime.weights.hub import resolve_model
 
-from .pooling import Pools
+from .cache_memory import CacheMemory
+from .embed import Pools
+from .prompt_batch import Prompt, asked, run
 
-Prompt = str | Mapping[str, Any]
 _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
     "prompt_token_ids": 'give prompts as {"prompt_token_ids": […]}',
     "mm_processor_kwargs": "models are served as text",
@@ -143,7 +142,10 @@ class LLM(ModelControl, Pools):
                         f"data_parallel_rank={data_parallel_rank} needs data_parallel_address, where it meets"
                     )
                 meet(data_parallel_address, data_parallel_rank, data_parallel_size, device, data_parallel_timeout_s)
-        _check_memory(gpu_memory_utilization, kv_cache_memory_bytes, num_gpu_blocks_override)
+        memory = CacheMemory(
+            gpu_memory_utilization=gpu_memory_utilization, kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_gpu_blocks_override=num_gpu_blocks_override,
+        )  # fmt: skip
         stages = options.get("pipeline_parallel_size", 1)
         processes = starts_ranks(
             distributed_executor_backend, stages if stages != 1 else options.get("tensor_parallel_size", 1)
@@ -215,43 +217,19 @@ class LLM(ModelControl, Pools):
             runner.set_sparse_kv(sparse_kv)
             self.executor = InProcess(runner, str(model), worker_extension_cls)
         check_batch_invariant(batch_invariant, runner.program, torch.device(runner.options.device))
-        on_cpu = torch.device(runner.options.device).type == "cpu"
-        if gpu_memory_utilization is not None and on_cpu:
-            what = f"gpu_memory_utilization={gpu_memory_utilization} has no effect on a CPU"
-            warnings.warn(f"{what}; use kv_cache_memory_bytes", stacklevel=2)
-        if num_gpu_blocks_override is not None:
-            kv_cache_memory_bytes = num_gpu_blocks_override * runner.kv_spec.bytes_per_block
         drafter = None
         if speculation is not None:
             drafter = find_drafter(speculation, runner, self.tokenizer, max_num_batched_tokens)
-        planned = {
-            "max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens,
-            "fit_model_len": max_model_len == "auto",
-        }  # fmt: skip
-        plan = runner.plan(
-            kv_cache_memory_bytes=kv_cache_memory_bytes, utilization=(not on_cpu and gpu_memory_utilization) or 0.9,
-            **planned,
-        )  # fmt: skip
         self.drafter = drafter if isinstance(drafter, ModelDrafter) else None
-        if self.drafter is not None and self.drafter.bytes_per_block and num_gpu_blocks_override is None:
-            # both caches in what one was to have
-            ours, theirs = runner.kv_spec.bytes_per_block, self.drafter.bytes_per_block
-            plan = runner.plan(kv_cache_memory_bytes=plan.kv_bytes * ours // (ours + theirs), **planned)
-        blocks, length = plan.num_blocks, plan.max_model_len
-        if runner.options.tensor_parallel_size > 1 and not processes:
-            from seamwise.runtime.distributed.group import smallest
-
-            blocks, length = (smallest(value, runner.options.device) for value in (blocks, length))
-        if length < runner.options.max_model_len:
-            runner.limit_model_len(length)
-        runner.allocate_kv(blocks)
+        memory.allocate(
+            runner, self.drafter, ranks_are_processes=processes, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, fit_model_len=max_model_len == "auto",
+        )  # fmt: skip
         adapters, drafting = None, None
         if options.get("enable_lora"):
             adapters = Adapters(runner, runner.adapters.max_loras, max_cpu_loras)
         elif max_cpu_loras is not None:
             raise ValueError("max_cpu_loras needs enable_lora=True")
-        if self.drafter is not None:
-            self.drafter.allocate(blocks)
         if speculation is not None:
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         offload = make_offload(
@@ -309,31 +287,13 @@ class LLM(ModelControl, Pools):
         lora_request  the adapter that prompts are computed with, or one (or None) for each; with enable_lora
         Raises ValueError for a prompt that cannot be served, naming its index, before anything is computed.
         """
-        many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        params = _for_each(sampling_params or self._default_params, len(many))
-        requests = []
-        for i, (prompt, p) in enumerate(zip(many, params, strict=True)):
-            try:
-                text, ids = self._prompt(prompt)
-                self.engine.check(ids, p)
-            except ValueError as error:
-                raise ValueError(f"prompt {i}: {error}" if len(many) > 1 else str(error)) from None
-            requests.append((text, ids, p))
-        if priority is None:
-            priority = [0] * len(requests)
-        elif len(priority) != len(requests):
-            raise ValueError(f"got {len(priority)} priorities for {len(requests)} prompts; wanted one for each")
-        elif self._policy != "priority":
+        if priority is not None and self._policy != "priority":
             raise ValueError('priority is read by scheduling_policy="priority" only; give it to LLM(…)')
-        if lora_request is None or isinstance(lora_request, LoRARequest):
-            lora_request = [lora_request] * len(many)
-        adapters = list(lora_request)
-        if len(adapters) != len(many):
-            raise ValueError(f"got {len(adapters)} lora_requests for {len(many)} prompts; wanted one, or one for each")
-        for adapter in dict.fromkeys(a for a in adapters if a is not None):
-            self.engine.add_lora(adapter)
-        adapters = [a and replace(a, load_inplace=False) for a in adapters]  # it has been read by now
-        return self._run(requests, priority, adapters, use_tqdm)
+        batch = asked(
+            self.engine, self._prompt, prompts, sampling_params or self._default_params, lora_request,
+            priority=priority,
+        )  # fmt: skip
+        return run(self.engine, self._ids, batch, use_tqdm)
 
     @named_arguments(**_INSTEAD)
     def chat(
@@ -383,35 +343,6 @@ class LLM(ModelControl, Pools):
             wanted = 'a string, {"prompt": str} or {"prompt_token_ids": [int, …]}'
             raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
 
-    def _run(
-        self, requests: Sequence[tuple[str | None, list[int], SamplingParams]], priority: Sequence[int],
-        adapters: Sequence[LoRARequest | None], use_tqdm: bool, pooling: Sequence[PoolingParams | None] | None = None,
-    ) -> list[RequestOutput]:  # fmt: skip
-        """Run requests to completion; when interrupted, none of them stays in the engine."""
-        from tqdm import tqdm
-
-        ids = [f"llm-{next(self._ids)}" for _ in requests]
-        done: dict[str, RequestOutput] = {}
-        try:
-            for request_id, (text, tokens, params), urgency, adapter, pooled in zip(
-                ids, requests, priority, adapters, pooling or [None] * len(ids), strict=True
-            ):
-                params = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-                self.engine.add_request(
-                    request_id, tokens, params, prompt=text, priority=urgency, lora_request=adapter, pooling=pooled
-                )  # fmt: skip
-            with tqdm(total=len(ids), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
-                while len(done) < len(ids):
-                    for output in self.engine.step():
-                        if output.finished:
-                            done[output.request_id] = output
-                            bar.update()
-        except BaseException:
-            for request_id in ids:
-                self.engine.abort_request(request_id)
-            raise
-        return [done[request_id] for request_id in ids]
-
 
 _DEFAULTS = inspect.signature(LLM).parameters
 
@@ -441,27 +372,3 @@ def _check_sparse(sparse_kv: Any, given: Mapping[str, Any]) -> None:
     for name, why in _NOT_SPARSE.items():
         if (value := given.get(name)) not in (None, False, 1) or value is True:
             raise ValueError(f"sparse_kv with {name}={value!r}: {why}; leave one out")
-
-
-def _check_memory(utilization: Any, kv_bytes: Any, blocks: Any) -> None:
-    """Raise ValueError for a value that is none, or two that both say how large the KV cache is."""
-    if utilization is not None and not (type(utilization) in (int, float) and 0 < utilization <= 1):
-        raise ValueError(f"gpu_memory_utilization={utilization!r}: wanted above 0 and at most 1")
-    for name, value, least in (("kv_cache_memory_bytes", kv_bytes, 1), ("num_gpu_blocks_override", blocks, 2)):
-        if value is not None and (type(value) is not int or value < least):
-            raise ValueError(f"{name}={value!r}: wanted a whole number of at least {least}; None is the default")
-    given = {
-        "gpu_memory_utilization": utilization,
-        "kv_cache_memory_bytes": kv_bytes,
-        "num_gpu_blocks_override": blocks,
-    }
-    if len(said := [name for name, value in given.items() if value is not None]) > 1:
-        raise ValueError(f"{' and '.join(said)} each say how large the KV cache is; leave all but one out")
-
-
-def _for_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(f"got {len(params)} sampling_params for {count} prompts; wanted one, or one for each")
-    return list(params)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from seamwise.compile.parameter import Parameter
 
 from . import machine_memory
 from .experts import stack_experts
@@ -49,19 +51,15 @@ class Source(Protocol):
 
 
 def open_source(
-    path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None, *,
-    dtype: torch.dtype, device: str, load_format: str = "auto", seed: int = 0,
-    kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "", ranks: int = 1,
-    convert: Convert | None = None, read: Convert | None = None,
+    path: Path, parameters: Mapping[str, Parameter], *, dtype: torch.dtype, device: str, load_format: str = "auto",
+    seed: int = 0, within: str = "", ranks: int = 1, convert: Convert | None = None, read: Convert | None = None,
 ) -> Source:  # fmt: skip
     """Open what gives a model with these parameters its weights; reads headers only.
 
     path         a directory, or one file
-    parameters   name -> shape, tied ones under one name
-    tied         other names of a parameter -> its name; a checkpoint may hold either or both
+    parameters   by name, tied ones under one
     load_format  one of LOAD_FORMATS; "auto": the first format of FORMATS that the directory holds; "dummy": seeded
                  random weights
-    kept_dtypes  those of tensors that are not read in `dtype`; None: any floating one, read as it is stored
     within       the model is a part of the checkpoint: the tensors whose names begin so, and go on as parameters' do
     ranks        each of as many reads its part
     convert      what to make of the checkpoint's tensors where they do not fit as they are
@@ -70,8 +68,7 @@ def open_source(
     Raises ValueError when the checkpoint does not fit the model, or the model does not fit the machine.
     """
     check_load_format(load_format)
-    kept = dict(kept_dtypes or {})
-    needed = sum(math.prod(shape) * (kept.get(name) or dtype).itemsize for name, shape in parameters.items()) // ranks
+    needed = sum(math.prod(p.shape) * (p.own_dtype or dtype).itemsize for p in parameters.values()) // ranks
     memory = machine_memory.total_bytes(device)
     if needed > memory:
         raise ValueError(
@@ -79,31 +76,8 @@ def open_source(
             " memory; use a smaller model or dtype"
         )
     if load_format == "dummy":
-        return DummyCheckpoint(parameters, seed, kept)
-    return Checkpoint.open(path, parameters, tied, load_format, kept, within, convert, read)
-
-
-def parameter_shapes(module: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return name -> shape of what a checkpoint holds, and the other names of tied parameters -> their name.
-
-    That is every parameter, and every buffer that is persistent: the others are computed.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    tied: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        kept = first.setdefault(id(tensor), name)
-        if kept == name:
-            shapes[name] = tuple(tensor.shape)
-        else:
-            tied[name] = kept
-    return shapes, tied
-
-
-def kept_dtypes(module: nn.Module) -> dict[str, torch.dtype]:
-    """Return name -> dtype of what keeps its own whatever the model's is: buffers that a checkpoint holds."""
-    stored = module.state_dict(keep_vars=True)
-    return {name: buffer.dtype for name, buffer in module.named_buffers() if name in stored}
+        return DummyCheckpoint(parameters, seed)
+    return Checkpoint.open(path, parameters, load_format, within, convert, read)
 
 
 def show_progress(items: Iterable[str], label: str) -> Iterable[str]:
@@ -116,13 +90,12 @@ def show_progress(items: Iterable[str], label: str) -> Iterable[str]:
 class Checkpoint:
     """Tensors by name. `open` raises one ValueError that lists every missing, extra and mis-shaped tensor."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], kept_dtypes: Mapping[str, torch.dtype | None]) -> None:
-        self._tensors, self._kept_dtypes = tensors, kept_dtypes
+    def __init__(self, tensors: Mapping[str, StoredTensor], parameters: Mapping[str, Parameter]) -> None:
+        self._tensors, self._parameters = tensors, parameters
 
     @classmethod
     def open(
-        cls, path: Path, parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str] | None = None,
-        load_format: str = "auto", kept_dtypes: Mapping[str, torch.dtype | None] | None = None, within: str = "",
+        cls, path: Path, parameters: Mapping[str, Parameter], load_format: str = "auto", within: str = "",
         convert: Convert | None = None, read: Convert | None = None,
     ) -> Checkpoint:  # fmt: skip
         """Open a checkpoint for a model with these parameters, as open_source describes."""
@@ -130,29 +103,28 @@ class Checkpoint:
         stored = {n.removeprefix(within): tensor for n, tensor in stored.items() if n.startswith(within)}
         stored = _text_of(stored, parameters)
         stored = stored if read is None else dict(read(stored))
-        found, unfit = _fitted(stored, parameters, tied or {})
+        found, unfit = _fitted(stored, parameters)
         if convert is not None and (unfit or found.keys() != parameters.keys()):
-            found, unfit = _fitted(convert(stored), parameters, tied or {})
+            found, unfit = _fitted(convert(stored), parameters)
         if any(name.endswith(".eh_proj.weight") for name in parameters):
             found = {n: tensor for n, tensor in found.items() if n in parameters}  # the module's model has all else
         label = f"{path}: the checkpoint does not fit the model that its configuration describes"
-        return cls.fitting(label, found, parameters, kept_dtypes or {}, chosen.dtypes, problems + unfit)
+        return cls.fitting(label, found, parameters, chosen.dtypes, problems + unfit)
 
     @classmethod
     def fitting(
-        cls, label: str, found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]],
-        kept: Mapping[str, torch.dtype | None], dtypes: Iterable[Any], problems: list[str],
+        cls, label: str, found: Mapping[str, StoredTensor], parameters: Mapping[str, Parameter],
+        dtypes: Iterable[Any], problems: list[str],
     ) -> Checkpoint:  # fmt: skip
         """Return the checkpoint of these tensors. Raises ValueError with all that does not fit, after the label."""
-        for name, shape in parameters.items():
+        for name, p in parameters.items():
             if name not in found:
-                problems.append(f"missing {name}, shape {tuple(shape)}")
-            elif found[name].shape != tuple(shape):
-                problems.append(f"shape of {name} is {found[name].shape}, wanted {tuple(shape)}")
-            elif not _fits(found[name].dtype, kept.get(name)):
-                wanted = "one of " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-                if (exact := kept.get(name)) not in _FLOATS:
-                    wanted = str(exact).removeprefix("torch.")
+                problems.append(f"missing {name}, shape {p.shape}")
+            elif found[name].shape != p.shape:
+                problems.append(f"shape of {name} is {found[name].shape}, wanted {p.shape}")
+            elif not _fits(found[name].dtype, p.own_dtype):
+                floats = "one of " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+                wanted = floats if p.own_dtype in _FLOATS else p.dtype
                 problems.append(f"dtype of {name} is {found[name].stored_dtype}, wanted {wanted}")
         # Modules that predict further tokens (DeepSeek-V3) stand behind the last layer; a model may do without.
         left_out = tuple(n.removesuffix("eh_proj.weight") for n in found if n.endswith(".eh_proj.weight"))
@@ -163,13 +135,13 @@ class Checkpoint:
         if problems:
             shown = "\n  ".join(problems[:20]) + ("\n  …" if len(problems) > 20 else "")
             raise ValueError(f"{label} ({len(problems)} problems):\n  {shown}")
-        return cls({name: found[name] for name in parameters}, kept)
+        return cls({name: found[name] for name in parameters}, parameters)
 
     def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
         """Read a tensor, or a part of it, into new memory, converted. Raises ValueError when the file is damaged."""
         stored = self._tensors[name]
         read = stored.load() if part is None else stored.load_part(*part)
-        return read.to(device=device, dtype=self._kept_dtypes.get(name, dtype))
+        return read.to(device=device, dtype=self._parameters[name].read_as(dtype))
 
 
 def _text_of(stored: dict[str, StoredTensor], parameters: Iterable[str]) -> dict[str, StoredTensor]:
@@ -192,18 +164,18 @@ def _text_of(stored: dict[str, StoredTensor], parameters: Iterable[str]) -> dict
 
 
 def _fitted(
-    stored: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str]
+    stored: Mapping[str, StoredTensor], parameters: Mapping[str, Parameter]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     wanted = {n: t for name, whole in stored.items() for n, t in _as_wanted(name, whole, parameters).items()}
-    return by_parameter(wanted, parameters, tied)
+    return by_parameter(wanted, parameters)
 
 
 def by_parameter(
-    found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]], tied: Mapping[str, str]
+    found: Mapping[str, StoredTensor], parameters: Mapping[str, Parameter]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """Return tensors by the model's names, experts stacked and tied ones under one name; and what does not fit."""
     tensors, problems = stack_experts(found, parameters)
-    for alias, name in tied.items():
+    for alias, name in ((alias, name) for name, p in parameters.items() for alias in p.aliases):
         if (other := tensors.pop(alias, None)) is not None and differ(other, tensors.setdefault(name, other)):
             problems.append(f"{alias} differs from {name}, which is the same tensor in this model")
     return tensors, problems
@@ -223,17 +195,14 @@ class DummyCheckpoint:
     Bytes are drawn so that they are small numbers as floats of 4 bits and as exponents alike (MXFP4).
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Sequence[int]], seed: int, kept_dtypes: Mapping[str, torch.dtype | None]
-    ) -> None:
-        self._parameters, self._kept_dtypes = parameters, kept_dtypes
-        self._seed = seed
+    def __init__(self, parameters: Mapping[str, Parameter], seed: int) -> None:
+        self._parameters, self._seed = parameters, seed
 
     def read(self, name: str, *, dtype: torch.dtype, device: str, part: Part | None = None) -> Tensor:
         if part is not None:
             dim, start, end = part
             return self.read(name, dtype=dtype, device=device).narrow(dim, start, end - start).clone()
-        shape, dtype = tuple(self._parameters[name]), self._kept_dtypes.get(name) or dtype
+        shape, dtype = self._parameters[name].shape, self._parameters[name].own_dtype or dtype
         if len(shape) == 1 and name.endswith(("weight", "_scale")):
             return torch.ones(shape, dtype=dtype, device=device)
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{name}".encode()).digest()[:7], "little")
@@ -247,7 +216,7 @@ class DummyCheckpoint:
         return torch.empty(shape, dtype=wide, device=device).normal_(0.0, 0.02, generator=generator).to(dtype)
 
 
-def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Sequence[int]]) -> dict[str, StoredTensor]:
+def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Parameter]) -> dict[str, StoredTensor]:
     """Return a tensor by the name that the model has for it, or what it may be read as where the model wants that."""
     for pattern, both in _KV_SCALES:
         if name not in parameters and (match := pattern.fullmatch(name)):
@@ -257,7 +226,7 @@ def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Sequenc
     packed = {f"{name}{end}": part for end, part in tensor.packed.items()}
     if packed.keys() & parameters.keys():
         return packed
-    return {name: _single(tensor) if tuple(parameters.get(name, ())) == (1,) else tensor}
+    return {name: _single(tensor) if name in parameters and parameters[name].shape == (1,) else tensor}
 
 
 def _single(tensor: StoredTensor) -> StoredTensor:

@@ -9,10 +9,12 @@ Mixtral's names  model.layers.0.block_sparse_moe.experts.7.w1.weight, .w3.weight
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+
+from seamwise.compile.parameter import Parameter
 
 from .files import StoredTensor
 
@@ -22,7 +24,7 @@ _OLDER_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def stack_experts(
-    found: Mapping[str, StoredTensor], parameters: Mapping[str, Sequence[int]]
+    found: Mapping[str, StoredTensor], parameters: Mapping[str, Parameter]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """Return a checkpoint's tensors with the model's stacked experts among them, and what is missing or does not fit.
 
@@ -41,15 +43,13 @@ def stack_experts(
             parts.setdefault(stacked, {})[place] = (stored_name, tensor)
     problems: list[str] = []
     for stacked, pieces in parts.items():
-        if wrong := _misfits(stacked, pieces, parameters[stacked]):
+        if wrong := _misfits(stacked, pieces, parameters[stacked].shape):
             problems += wrong
-        kept[stacked] = _stack(pieces, tuple(parameters[stacked]))
+        kept[stacked] = _stack(pieces, parameters[stacked].shape)
     return kept, problems
 
 
-def missing_experts(
-    names: Iterable[str], parameters: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[list[str], list[str]]]:
+def missing_experts(names: Iterable[str], parameters: Mapping[str, Parameter]) -> Iterator[tuple[list[str], list[str]]]:
     """Yield, of each stacked parameter that some of the names are parts of, these names and those that are missing."""
     parts: dict[str, dict[tuple[int, int], str]] = {}
     for name in names:
@@ -59,11 +59,11 @@ def missing_experts(
     for stacked, held in parts.items():
         yield (
             [*held.values()],
-            [name for place, name in _wanted(stacked, parameters[stacked]).items() if place not in held],
+            [name for place, name in _wanted(stacked, parameters[stacked].shape).items() if place not in held],
         )
 
 
-def _wanted(stacked: str, shape: Sequence[int]) -> dict[tuple[int, int], str]:
+def _wanted(stacked: str, shape: tuple[int, ...]) -> dict[tuple[int, int], str]:
     """Return the names of the experts' weights that make up a stacked one, by expert and part."""
     owner, _, leaf = stacked.rpartition(".")
     named = [(n, part, leaf.removeprefix(into)) for n, (into, part) in _PARTS.items() if leaf.startswith(into)]
@@ -78,10 +78,10 @@ def _stacked_name(name: str) -> tuple[str, tuple[int, int]]:
 
 
 def _misfits(
-    stacked: str, pieces: Mapping[tuple[int, int], tuple[str, StoredTensor]], shape: Sequence[int]
+    stacked: str, pieces: Mapping[tuple[int, int], tuple[str, StoredTensor]], shape: tuple[int, ...]
 ) -> list[str]:
     """Return why an expert's weights do not make up the stacked ones."""
-    wanted, shape = _wanted(stacked, shape), tuple(shape)
+    wanted = _wanted(stacked, shape)
     count = len(wanted) // shape[0]
     problems = [f"missing {name}, of {stacked}" for place, name in sorted(wanted.items()) if place not in pieces]
     one = (shape[1] // count, *shape[2:])

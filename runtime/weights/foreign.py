@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+from seamwise.compile.parameter import Parameter
 
 from .files import StoredTensor
 
 
 def as_transformers_reads(
     found: Mapping[str, StoredTensor],
-    parameters: Mapping[str, Sequence[int]],
+    parameters: Mapping[str, Parameter],
     architecture: str,
     raw: Mapping[str, Any],
 ) -> dict[str, StoredTensor]:
@@ -34,7 +36,7 @@ def as_transformers_reads(
 
         dtypes = {source.dtype for source in sources}
         tensors[name] = StoredTensor(
-            shape=tuple(parameters.get(name, ())), stored_dtype=sources[0].stored_dtype,
+            shape=parameters[name].shape if name in parameters else (), stored_dtype=sources[0].stored_dtype,
             dtype=sources[0].dtype if len(dtypes) == 1 else None, load=partial(_load, one.make, found),
         )  # fmt: skip
     return tensors

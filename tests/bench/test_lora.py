@@ -13,7 +13,7 @@ from tiny_models import save_tiny
 from seamwise.bench.lora import write_adapters
 from seamwise.passes.add_adapters import AdaptedLayer
 from seamwise.runtime.serve.cli import main
-from seamwise.runtime.weights.adapters import read_adapter
+from seamwise.runtime.weights.read_adapter import read_adapter
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from seamwise.compile.split import Piece, digest
 from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.comm import exchange
 from seamwise.passes import Parallel
-from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.distributed.group import fake_group

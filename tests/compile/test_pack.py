@@ -82,7 +82,7 @@ def test_no_pickle_is_in_a_pack(tiny_llama_dir: Path, written: Path, tmp_path: P
         ("program.py", lambda b: b[: len(b) // 2], "program.py does not have the digest"),
         ("buffers.safetensors", lambda b: b[:-1] + b"\x7f", "buffers.safetensors does not have the digest"),
         ("manifest.json", lambda b: b[: len(b) // 2], "cannot be read"),
-        ("manifest.json", lambda b: b.replace(b'"format": 5', b'"format": 99'), "format 99, wanted 5"),
+        ("manifest.json", lambda b: b.replace(b'"format": 6', b'"format": 99'), "format 99, wanted 6"),
         ("manifest.json", lambda b: b.replace(b'"num_seams": 2', b'"num_seams": 3'), "manifest.json does not have the"),
         (
             "manifest.json",

@@ -18,7 +18,7 @@ from seamwise.compile.capture import Captured, capture
 from seamwise.compile.startup_times import Ledger
 from seamwise.model_defs import build_model
 from seamwise.model_defs.blocks import Decoder, RMSNorm
-from seamwise.runtime.build import loading
+from seamwise.runtime.build import capture_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import capture_dims
@@ -53,7 +53,7 @@ def whole(model: Any, arguments: Any, spec: Any) -> Captured:
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What loading warns of; a handler at the root would have torch describe every tensor that it traces."""
     said: list[str] = []
-    monkeypatch.setattr(loading._LOG, "warning", lambda text, *given: said.append(text % given))
+    monkeypatch.setattr(capture_model._LOG, "warning", lambda text, *given: said.append(text % given))
     return said
 
 
@@ -83,10 +83,10 @@ def test_the_graph_is_that_of_the_whole_model(
         return capture(model, arguments, dims)
 
     monkeypatch.setattr(repeat_layers, "capture", counted)
-    repeated = loading.capture_model(config, options, Ledger())
+    repeated = capture_model.capture_model(config, options, Ledger())
     assert not warnings and traced == [TRACED[name]]
-    monkeypatch.setattr(loading, "_captured", whole)
-    wanted = loading.capture_model(config, options, Ledger())
+    monkeypatch.setattr(capture_model, "_captured", whole)
+    wanted = capture_model.capture_model(config, options, Ledger())
     repeated.captured.graph.lint()
     for got, want in zip(described(repeated.captured), described(wanted.captured), strict=True):
         assert got == want
@@ -121,8 +121,8 @@ def test_a_model_of_another_form_is_traced_whole_and_says_so(
         return self.norm(x)
 
     monkeypatch.setattr(Decoder, "forward", forward)
-    made = loading.capture_model(config, options, Ledger())
+    made = capture_model.capture_model(config, options, Ledger())
     assert len(warnings) == 1 and warnings[0].startswith("All layers of CausalLM are traced")
-    monkeypatch.setattr(loading, "_captured", whole)
-    wanted = loading.capture_model(config, options, Ledger())
+    monkeypatch.setattr(capture_model, "_captured", whole)
+    wanted = capture_model.capture_model(config, options, Ledger())
     assert described(made.captured) == described(wanted.captured)

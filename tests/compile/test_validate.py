@@ -17,8 +17,8 @@ from seamwise.compile.startup_times import Ledger
 from seamwise.kernels import add_rms_norm
 from seamwise.passes import FUSE_ADD_RMS_NORM, Pass, Report
 from seamwise.runtime.build.bisect import bisect, parse_run
+from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.drawn_steps import CASES
-from seamwise.runtime.build.loading import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.serve.cli import main

@@ -10,9 +10,9 @@ import torch
 from plain_modules import load_weights
 from torch import Tensor, nn
 
+from seamwise.compile.parameter import parameters_in
 from seamwise.model_defs import build_model
 from seamwise.runtime.build.model_config import ModelConfig
-from seamwise.runtime.weights.checkpoint import parameter_shapes
 from seamwise.runtime.weights.foreign import as_transformers_reads
 
 SIZES: dict[str, Any] = {
@@ -52,10 +52,11 @@ def load_tiny(
     """Load a directory as the eager module of one entry."""
     config = ModelConfig.from_directory(directory)
     model = build_model(config.architecture, config.raw, entry=entry, **options)
-    shapes, _ = parameter_shapes(model)
     read = None
     if entry == "transformers":
-        read = partial(as_transformers_reads, parameters=shapes, architecture=config.architecture, raw=config.raw)
+        read = partial(
+            as_transformers_reads, parameters=parameters_in(model), architecture=config.architecture, raw=config.raw
+        )
     load_weights(model, directory, dtype=dtype, device="cpu", convert=read)
     return model, config
 

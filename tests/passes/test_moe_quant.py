@@ -28,7 +28,7 @@ from seamwise.kernels import (
     weight_scale,
 )
 from seamwise.passes import FUSE_MOE_ROUTE_QUANT, FUSE_MOE_SILU_MUL_QUANT, Structure
-from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 

@@ -16,7 +16,8 @@ from seamwise.compile.startup_times import Ledger
 from seamwise.passes import FUSE_RMS_NORM_QUANT, SCHEMES, Report
 from seamwise.passes.quantization.quantize_linear import QUANTIZE_LINEAR
 from seamwise.passes.quantization.quantize_weights import quantize_weights
-from seamwise.runtime.build.loading import capture_model, compile_model
+from seamwise.runtime.build.capture_model import capture_model
+from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 

@@ -25,7 +25,7 @@ from seamwise.compile.shard_plan import OWN_PLAN
 from seamwise.compile.startup_times import Ledger
 from seamwise.kernels import allreduce_rms_norm, dequantize_weight, norm_between_linears, reduce_scatter_rms_norm
 from seamwise.passes import Structure
-from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig

@@ -21,7 +21,7 @@ from seamwise.compile.program import Program
 from seamwise.compile.startup_times import Ledger
 from seamwise.passes import Parallel
 from seamwise.passes.shard.tensor_placement import Cut, Unplaceable
-from seamwise.runtime.build.loading import compile_model
+from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.ranks import placed
 from seamwise.runtime.build.runner_config import RunnerConfig

@@ -61,9 +61,9 @@ def run(options: argparse.Namespace) -> int:
         )
 
     from seamwise.compile import pack
-    from seamwise.compile.explain.collectives import balance_of
     from seamwise.compile.explain.html import as_html
     from seamwise.compile.explain.text import as_json, as_text, balance_text
+    from seamwise.compile.explain.traffic import balance_of
     from seamwise.compile.pipeline import PipelineConfig
     from seamwise.runtime.build.model_config import ModelConfig
     from seamwise.runtime.build.packs import load_program, open_pack

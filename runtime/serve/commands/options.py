@@ -27,20 +27,6 @@ def json_object(text: str) -> dict[str, Any]:
     return found
 
 
-_LOADING = (
-    "dtype",
-    "device",
-    "entry",
-    "max_model_len",
-    "load_format",
-    "quantization",
-    "kv_cache_dtype",
-    "allow_missed",
-    "runner",
-    "convert",
-    "pooler_config",
-    "hf_overrides",
-)
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
@@ -72,6 +58,7 @@ def add_command(
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Declare how a model is loaded."""
     parser.add_argument("--model", required=required, help="Hugging Face directory or hub id")
+    given = len(parser._actions)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -91,12 +78,13 @@ def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     parser.add_argument("--convert", default="auto", help="embed: let a generating model pool")
     parser.add_argument("--pooler-config", type=json_object, metavar="JSON", help="how: see PoolerConfig")
     parser.add_argument("--hf-overrides", type=json_object, metavar="JSON", help="values in place of config.json's")
+    parser.set_defaults(of_model=[a.dest for a in parser._actions[given:]])
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return what model_options asked for, as LLM's options."""
-    return {name: getattr(options, name) for name in _LOADING} | ({"pack_dir": None} if options.no_pack else {})
+    return {name: getattr(options, name) for name in options.of_model} | ({"pack_dir": None} if options.no_pack else {})
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:

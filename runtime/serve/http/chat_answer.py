@@ -13,7 +13,7 @@ from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 
 from .chat_schema import ChatRequest
 from .serving import Work
-from .sse import DONE, encode_json, event
+from .sse import DONE, event, json_response
 
 
 class ChatAnswer:
@@ -32,28 +32,18 @@ class ChatAnswer:
 
     async def whole(self, work: Work) -> Response:
         """Return the answer when all is done."""
-        texts: list[list[Part]] = [[] for _ in range(self._body.n)]
-        rows: list[list[dict[str, Any]]] = [[] for _ in range(self._body.n)]
-        ids: list[list[int]] = [[] for _ in range(self._body.n)]
-        last: dict[int, Delta] = {}
-        async for _, delta in work.deltas():
-            i = delta.index
-            texts[i] += self._read(delta)
-            rows[i] += _logprobs(delta.logprobs)
-            ids[i] += delta.token_ids
-            last[i] = delta
         choices = []
-        for i, parts in enumerate(texts):
+        for (_, i), delta in (await work.whole()).items():
             choice: dict[str, Any] = {
-                "index": i, "message": self._message(parts),
-                "logprobs": {"content": rows[i]} if self._body.logprobs else None,
-                "finish_reason": self._reason(i, last[i]), "stop_reason": last[i].stop_reason,
+                "index": i, "message": self._message(self._read(delta)),
+                "logprobs": {"content": _logprobs(delta.logprobs)} if self._body.logprobs else None,
+                "finish_reason": self._reason(i, delta), "stop_reason": delta.stop_reason,
             }  # fmt: skip
             if self._body.return_token_ids:
-                choice["token_ids"] = ids[i]
+                choice["token_ids"] = delta.token_ids
             choices.append(choice)
         body = {**self._head, "object": "chat.completion", "choices": choices, "usage": work.usage()}
-        return Response(encode_json(body), media_type="application/json")
+        return json_response(body)
 
     async def events(self, work: Work) -> AsyncIterator[bytes]:
         """Yield each delta as an event, the role first."""
@@ -143,5 +133,4 @@ def _logprobs(rows: list[list[TokenLogprob]] | None) -> list[dict[str, Any]]:
 
 
 def _token(one: TokenLogprob) -> dict[str, Any]:
-    text = one.text if one.text is not None else f"token_id:{one.token_id}"
-    return {"token": text, "logprob": one.logprob, "bytes": list(text.encode())}
+    return {"token": one.spelled, "logprob": one.logprob, "bytes": list(one.spelled.encode())}

@@ -11,15 +11,15 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 
 from seamwise.runtime.sampling.params import SamplingParams
-from seamwise.runtime.sampling.pooling import PoolingParams
+from seamwise.runtime.sampling.pooling_params import PoolingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
 from seamwise.runtime.serve.process.messages import Delta
-from seamwise.runtime.serve.process.streams import EngineError, RequestFailed, Stream
+from seamwise.runtime.serve.process.streams import EngineError, RequestFailed, Stream, merged
 from seamwise.runtime.serve.prompts import Prompts
 
-from .adapters import ServedAdapters
 from .errors import ApiError
 from .metrics import Metrics, RequestTimes
+from .served_adapters import ServedAdapters
 from .settings import ServeSettings
 from .sse import EventStream, while_connected
 
@@ -224,6 +224,14 @@ class Work:
                     task.cancel()
         finally:
             self.close()
+
+    async def whole(self) -> dict[tuple[int, int], Delta]:
+        """Return what each output got in all, by the prompt's number and its own, when all have ended."""
+        found: dict[tuple[int, int], Delta] = {}
+        async for i, delta in self.deltas():
+            key = i, delta.index
+            found[key] = merged(found[key], delta) if key in found else delta
+        return dict(sorted(found.items()))
 
     async def _take(self, i: int) -> list[Delta]:
         got = await self._streams[i].take()

@@ -13,7 +13,7 @@ from typing import Any
 
 from .child import Ended
 from .client import EngineClient
-from .group import Group
+from .expert_group import Group
 from .messages import Add, Delta, Ready, Stats
 from .streams import CallFailed, EngineError, Stream
 
@@ -22,7 +22,7 @@ _QUIET = (  # what an engine refuses while it has requests: then none may do it
     "reset_prefix_cache", "sleep", "start_weight_update", "update_weights_from_path",
 )  # fmt: skip
 _WEIGHTS = ("start_weight_update", "update_weights_from_path")  # or any method of a worker but the next
-_READS = ("is_paused", "is_sleeping", "list_loras", "weight_version", "weights_digest", "weight_state")
+_READS = ("is_paused", "is_sleeping", "list_loras", "weights_digest", "weight_state")
 
 
 class Engines:

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
             send(Stage(name))
 
         llm = _load(options, entered)
-        from .loop import EngineLoop
+        from .engine_loop import EngineLoop
 
         send(_ready(llm, str(options["model"])))
         stage = "a step"
@@ -99,9 +99,7 @@ def _ready(llm: Any, model: str) -> Ready:
     from seamwise.runtime.serve.async_llm import params_sent
 
     runner, tokenizer, explain = llm.engine.runner, llm.tokenizer, dict[str, Any]()
-    read: dict[str, Any] = {
-        "tokenizer": None, "chat_templates": {}, "special_tokens": {}, "split_special_tokens": False,
-    }  # fmt: skip
+    read: dict[str, Any] = {}
     if tokenizer is not None:
         read = {
             "tokenizer": tokenizer.as_json(), "chat_templates": dict(tokenizer.chat_templates),

@@ -50,6 +50,11 @@ class TokenLogprob(Struct, array_like=True):
     rank: int
     text: str | None
 
+    @property
+    def spelled(self) -> str:
+        """The token as OpenAI's objects have it: its text, or its id where there is no tokenizer."""
+        return self.text if self.text is not None else f"token_id:{self.token_id}"
+
 
 class Delta(Struct, array_like=True):
     """What one output of a request got since the last delta of it.
@@ -164,12 +169,12 @@ class Ready(Struct, tag=True, array_like=True):
     num_blocks: int
     dtype: str
     device: str
-    tokenizer: str | None
-    chat_templates: dict[str, str]
-    special_tokens: dict[str, str]
-    split_special_tokens: bool
     startup_s: dict[str, float]
     explain: dict[str, Any]
+    tokenizer: str | None = None
+    chat_templates: dict[str, str] = field(default_factory=dict)
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    split_special_tokens: bool = False
     world_size: int = 1
     default_sampling: dict[str, Any] = field(default_factory=dict)
 

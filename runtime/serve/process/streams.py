@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from msgspec.structs import replace
+
 from .messages import Delta
 
 
@@ -79,10 +81,7 @@ def merged(first: Delta, second: Delta) -> Delta:
     logprobs = None
     if first.logprobs is not None and second.logprobs is not None:
         logprobs = first.logprobs + second.logprobs
-    return Delta(
-        request_id=first.request_id, index=first.index, text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids, logprobs=logprobs, finish_reason=second.finish_reason,
-        stop_reason=second.stop_reason, num_cached_tokens=second.num_cached_tokens,
-        num_preemptions=second.num_preemptions, request_finished=second.request_finished,
-        prompt_logprobs=first.prompt_logprobs, times_s=second.times_s, vector=second.vector,
+    return replace(
+        second, text=first.text + second.text, token_ids=first.token_ids + second.token_ids, logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs,
     )  # fmt: skip

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from seamwise.runtime.weights.checkpoint import Convert, kept_dtypes, open_source, parameter_shapes
+from seamwise.compile.parameter import parameters_in
+from seamwise.runtime.weights.checkpoint import Convert, open_source
 
 
 def load_weights(
@@ -19,19 +20,16 @@ def load_weights(
     `within` and `convert` are as in open_source. Peak memory is the model and one tensor. Raises ValueError as
     open_source does; the module is then as it was.
     """
-    shapes, tied = parameter_shapes(module)
-    buffers = kept_dtypes(module)
+    wanted, buffers = parameters_in(module), dict(module.named_buffers())
     source = open_source(
-        path, shapes, tied, dtype=dtype, device=device, load_format=load_format, seed=seed, kept_dtypes=buffers,
-        within=within, convert=convert,
-    )  # fmt: skip
-    loaded = {}
-    for name in shapes:
-        read = source.read(name, dtype=dtype, device=device)
-        loaded[name] = read if name in buffers else nn.Parameter(read, requires_grad=False)
-    for name in (*shapes, *tied):
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, loaded[tied.get(name, name)])
+        path, wanted, dtype=dtype, device=device, load_format=load_format, seed=seed, within=within, convert=convert
+    )
+    read = {name: source.read(name, dtype=dtype, device=device) for name in wanted}
+    for name, parameter in wanted.items():
+        value = read[name] if name in buffers else nn.Parameter(read[name], requires_grad=False)
+        for each in (name, *parameter.aliases):
+            parent, _, leaf = each.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, value)
     for owner in module.modules():
         for leaf, buffer in list(owner.named_buffers(recurse=False)):
             setattr(owner, leaf, buffer.to(device))

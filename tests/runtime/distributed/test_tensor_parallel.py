@@ -20,7 +20,7 @@ from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels.comm import norm_between_linears
 from seamwise.runtime.distributed.group import leave_group
-from seamwise.runtime.weights.adapters import read_adapter
+from seamwise.runtime.weights.read_adapter import read_adapter
 
 # Two KV heads are fewer than four ranks, and 97 words divide among no ranks.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -22,8 +22,8 @@ from test_machine import EngineMachine
 
 from seamwise.runtime.engine.answer import Answers
 from seamwise.runtime.engine.control import Control
-from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.loop import Loop
+from seamwise.runtime.engine.outbox import Outbox
 from seamwise.runtime.engine.request import Request
 from seamwise.runtime.engine.worker import Worker
 from seamwise.runtime.kv.pool import BlockPool
@@ -112,8 +112,8 @@ FAULTS = (
     Fault("token shown twice", Request._completion, "c.token_ids[start : c.num_taken]",
           "c.token_ids[max(start - 1, 0) : c.num_taken]"),
     Fault("text shown twice", Request._completion, "c.text[text:]", "c.text[max(text - 1, 0):]"),
-    Fault("output given twice", Engine._hand_over, "self._ready = []", "pass"),
-    Fault("output never given", Engine._give, "self._ready.append(due)", "pass"),
+    Fault("output given twice", Outbox.hand_over, "self.due = []", "pass"),
+    Fault("output never given", Outbox.give, "self.due.append(due)", "pass"),
     Fault("request lost after an interrupt", Scheduler.rebuild, "self._wait(s)", "s.num_preemptions or self._wait(s)",
           FAILING, seed=2),
     Fault("sampling options of the slot's last owner", Loop.launch,
@@ -121,7 +121,7 @@ FAULTS = (
     Fault("options in the wrong slot", SamplingSlots.enter, "self.whole[slot] =", "self.whole[slot - 1] ="),
     Fault("token written one place too far", Worker._run, "history[batch.sampling.slots, batch.sampling.positions]",
           "history[batch.sampling.slots, batch.sampling.positions + 1]"),
-    Fault("output given out twice after an interrupt", Engine._recover, "due.request.given = due.after", "pass"),
+    Fault("output given out twice after an interrupt", Outbox.settle, "due.request.given = due.after", "pass"),
     Fault("promised what a window needs no more", plan._admit, "candidate.names[hits :", "candidate.names[:"),
     Fault("blocks of a window dropped too late", commit._forget_early, "group.first_needed(slots.computed[rows])",
           "group.first_needed(slots.computed[rows] - 1)"),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seamwise.runtime.engine.pooling import Pooling
+from seamwise.runtime.engine.pooled_states import Pooling
 
 
 def a_step(*parts: tuple[int, int, int, int]) -> Any:

@@ -14,9 +14,9 @@ from tiny_models import save_tiny
 
 from seamwise import ModelRunner
 from seamwise.runtime.build.step import StepInput
-from seamwise.runtime.runner.adapters import NotWritten
+from seamwise.runtime.runner.adapter_slots import NotWritten
 from seamwise.runtime.runner.recordings import Full
-from seamwise.runtime.weights.adapters import read_adapter
+from seamwise.runtime.weights.read_adapter import read_adapter
 
 REQUESTS = [[(7 * i + r) % 90 + 3 for i in range(n)] for r, n in enumerate((5, 21, 4, 18))]
 STEPS = ({0: 4, 2: 3, 1: 20}, {3: 17, 0: 1, 2: 1, 1: 1}, {3: 1})
@@ -208,8 +208,8 @@ def test_adapters_come_back_after_sleep(model: Path, tmp_path: Path, pack_dir: P
             "quantization='int8': it quantizes the rows that adapters read",
         ),
         *(
-            ({"enable_lora": True, f"{kind}_parallel_size": 2}, "over the ranks of tensor_parallel_size alone")
-            for kind in ("pipeline", "data")
+            ({"enable_lora": True, **ranks}, "over the ranks of tensor_parallel_size alone")
+            for ranks in ({"pipeline_parallel_size": 2}, {"data_parallel_size": 2, "enable_expert_parallel": True})
         ),
         (
             {"enable_lora": True, "tensor_parallel_size": 2, "enable_sequence_parallel": True, "enable_async_tp": True},

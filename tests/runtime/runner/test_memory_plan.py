@@ -29,7 +29,7 @@ def run(path, tokens, blocks):
     cache_bytes = blocks * runner.kv_spec.bytes_per_block
     plan = runner.plan(max_num_batched_tokens=tokens, max_num_seqs=32, kv_cache_memory_bytes=cache_bytes)
     runner.allocate_kv(plan.num_blocks)
-    for cache in runner._caches_flat:
+    for cache in (cache for layer in runner.kv_caches for cache in layer):
         cache.fill_(1)
     table = 1 + np.arange(32, dtype=np.int32)[:, None] % (blocks - 1)
     one = np.ones(32, dtype=np.int32)

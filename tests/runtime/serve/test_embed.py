@@ -24,7 +24,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 
 from seamwise import LLM, SamplingParams
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.sampling.pooling import PoolingParams
+from seamwise.runtime.sampling.pooling_params import PoolingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
 
 Make = Callable[..., LLM]

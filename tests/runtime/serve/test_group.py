@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from seamwise.runtime.serve.process import client, group
+from seamwise.runtime.serve.process import client, expert_group
 from seamwise.runtime.serve.process.child import Ended
 from seamwise.runtime.serve.process.client import EngineClient
-from seamwise.runtime.serve.process.group import Group
+from seamwise.runtime.serve.process.expert_group import Group
 from seamwise.runtime.serve.process.messages import Event, Ready
 
 STARTS: dict[int, int] = {}
@@ -51,7 +51,7 @@ class FakeChild:
 @pytest.mark.parametrize("good", [0, 1])
 def test_one_that_is_given_up_takes_the_others_along(good: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "Child", FakeChild)
-    monkeypatch.setattr(group, "_GRACE_S", 0.01)
+    monkeypatch.setattr(expert_group, "_GRACE_S", 0.01)
     monkeypatch.setattr(client, "_LONGEST_PAUSE_S", 0.01)
     monkeypatch.setattr(FakeChild, "good", good)
     STARTS.clear()

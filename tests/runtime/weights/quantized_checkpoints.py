@@ -24,7 +24,8 @@ from seamwise import ModelRunner
 from seamwise.compile.derive import parameters_of
 from seamwise.compile.pipeline import PipelineConfig, ordered_passes
 from seamwise.compile.startup_times import Ledger
-from seamwise.runtime.build.loading import compile_model, load_step_weights
+from seamwise.runtime.build.compile_model import compile_model
+from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny_adapters import save_adapter
 
-from seamwise.runtime.weights.adapters import read_adapter
+from seamwise.runtime.weights.read_adapter import read_adapter
 
 DoRA = "DoRA divides by the norm of each changed row"
 
@@ -58,9 +58,9 @@ def test_identity_is_content(saved: Path, tmp_path: Path) -> None:
 
 def test_every_key_of_peft_is_read_or_known_or_refused() -> None:
     """A key that a newer PEFT writes is refused when it is set; today's are all accounted for."""
-    from seamwise.runtime.weights import adapters
+    from seamwise.runtime.weights import read_adapter
 
-    known = {*adapters._READ, *adapters._OF_TRAINING, *adapters._WHY, "bias"}
+    known = {*read_adapter._READ, *read_adapter._OF_TRAINING, *read_adapter._WHY, "bias"}
     unset = {key: value for key, value in LoraConfig().to_dict().items() if key not in known}
     assert not any(unset.values()), unset
 

@@ -13,8 +13,9 @@ from plain_modules import load_weights
 from tiny_checkpoints import WRITERS, draw, load, on_meta, save, save_shards, write_index
 from torch import Tensor
 
+from seamwise.compile.parameter import Parameter, parameters_in
 from seamwise.runtime.weights import checkpoint
-from seamwise.runtime.weights.checkpoint import Checkpoint, open_source, parameter_shapes
+from seamwise.runtime.weights.checkpoint import Checkpoint, open_source
 from seamwise.runtime.weights.file_formats import FORMATS
 from seamwise.runtime.weights.files import FileSlice
 from seamwise.runtime.weights.gguf.quants import KINDS
@@ -167,8 +168,7 @@ def test_an_index_that_promises_what_a_shard_lacks_is_reported(tmp_path: Path) -
 @formats
 def test_a_file_that_changes_between_header_and_tensors_is_named(format: str, tmp_path: Path) -> None:
     save(tmp_path, draw(), format)
-    shapes, tied = parameter_shapes(on_meta())
-    opened = Checkpoint.open(tmp_path, shapes, tied)
+    opened = Checkpoint.open(tmp_path, parameters_in(on_meta()))
     opened.read("embed.weight", dtype=torch.float32, device="cpu")
     (tmp_path / "new").mkdir()
     save(tmp_path / "new", {n: t + 1 for n, t in draw().items()}, format)
@@ -205,7 +205,8 @@ def test_progress_is_shown_on_a_terminal_only(
 def test_a_model_larger_than_memory_is_refused_before_anything_is_allocated(load_format: str, tmp_path: Path) -> None:
     save(tmp_path, draw())
     with pytest.raises(ValueError, match=r"has 2199\.0 GB of weights in torch\.bfloat16, cpu has \d+\.\d GB of memory"):
-        open_source(tmp_path, {"a": (1 << 20, 1 << 20)}, dtype=torch.bfloat16, device="cpu", load_format=load_format)
+        wanted = {"a": Parameter(shape=(1 << 20, 1 << 20))}
+        open_source(tmp_path, wanted, dtype=torch.bfloat16, device="cpu", load_format=load_format)
 
 
 def test_memory_peaks_at_the_model_and_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from seamwise.compile.parameter import Parameter
 from seamwise.runtime.weights.checkpoint import open_source
 from seamwise.runtime.weights.files import FileSlice
 from seamwise.runtime.weights.format_safetensors import read_safetensors
 
 SHAPE = (5, 6, 7)
+WANTED = Parameter(shape=SHAPE)
 
 
 @given(dim=st.integers(-3, 2), ends=st.tuples(st.integers(0, 5), st.integers(0, 5)), seed=st.integers(0, 9))
@@ -28,11 +30,15 @@ def test_a_part_is_that_part(
     start, end = sorted(ends)
     for load_format in ("safetensors", "pt"):
         source = open_source(
-            directory, {"before": (3,), "x": SHAPE}, dtype=torch.float32, device="cpu", load_format=load_format
+            directory,
+            {"before": Parameter(shape=(3,)), "x": WANTED},
+            dtype=torch.float32,
+            device="cpu",
+            load_format=load_format,
         )
         part = source.read("x", dtype=torch.float32, device="cpu", part=(dim, start, end))
         assert part.is_contiguous() and torch.equal(part, x.float().narrow(dim, start, end - start))
-    dummy = open_source(directory, {"x": SHAPE}, dtype=torch.float32, device="cpu", load_format="dummy")
+    dummy = open_source(directory, {"x": WANTED}, dtype=torch.float32, device="cpu", load_format="dummy")
     whole = dummy.read("x", dtype=torch.float32, device="cpu")
     part = dummy.read("x", dtype=torch.float32, device="cpu", part=(dim, start, end))
     assert torch.equal(part, whole.narrow(dim, start, end - start))

@@ -12,8 +12,9 @@ from plain_modules import load_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from seamwise.compile.parameter import parameters_in
 from seamwise.model_defs.moe import MoE, Routing
-from seamwise.runtime.weights.checkpoint import Checkpoint, parameter_shapes
+from seamwise.runtime.weights.checkpoint import Checkpoint
 
 E, D, I = 3, 8, 5
 NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -79,8 +80,7 @@ def test_one_by_one_stacked_and_mixtrals_names_load_alike(tmp_path: Path) -> Non
 def test_a_part_is_the_wholes_part(name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory, apart = tmp_path_factory.mktemp("parts"), draw()
     save_file(apart, directory / "model.safetensors")
-    shapes, _ = parameter_shapes(on_meta())
-    opened = Checkpoint.open(directory, shapes)
+    opened = Checkpoint.open(directory, parameters_in(on_meta()))
     whole = dict(zip(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), stack(apart), strict=True))[name]
     dim = data.draw(st.integers(0, 2))
     start = data.draw(st.integers(0, whole.shape[dim] - 1))

@@ -190,22 +190,23 @@ def test_weights_are_the_formats_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 def plain_weights(directory: Path) -> Held:
     """Return what is read of a checkpoint that no kernel reads as it is stored."""
+    from seamwise.compile.parameter import parameters_in
     from seamwise.model_defs import build_model
     from seamwise.runtime.build.model_config import ModelConfig
-    from seamwise.runtime.weights.checkpoint import open_source, parameter_shapes
+    from seamwise.runtime.weights.checkpoint import open_source
     from seamwise.runtime.weights.quantization_config import read_quantization
 
     config = ModelConfig.from_directory(directory)
-    shapes, tied = parameter_shapes(build_model(config.architecture, config.raw))
+    wanted = parameters_in(build_model(config.architecture, config.raw))
     published: Any = read_quantization(config.raw, "test").published  # type: ignore[union-attr]
-    linears = [math.prod(shape) for name, shape in shapes.items() if "_proj.weight" in name]
+    linears = [math.prod(p.shape) for name, p in wanted.items() if "_proj.weight" in name]
     say = f"{len(linears)} weights are dequantized at load and take {2 * sum(linears) / 1e9:.3g} GB in torch.bfloat16, "
-    read = partial(published.read, parameters=shapes, dtype=torch.bfloat16)
+    read = partial(published.read, parameters=wanted, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=say) as told:
-        source = open_source(directory, shapes, tied, dtype=torch.bfloat16, device="cpu", read=read)
+        source = open_source(directory, wanted, dtype=torch.bfloat16, device="cpu", read=read)
     held = float(str(told[0].message).rpartition(", ")[2].split()[0])
     assert 0.25 < held / (2 * sum(linears) / 1e9) < 0.5  # 4 bits and their scales
-    return {n: source.read(n, dtype=torch.bfloat16, device="cpu") for n in shapes}
+    return {n: source.read(n, dtype=torch.bfloat16, device="cpu") for n in wanted}
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq, act-order", "awq", "fp8, static", "nf4", "nvfp4"])
@@ -261,7 +262,8 @@ KV_NAMES = [
 @pytest.mark.parametrize("asked", [False, True], ids=["model's cache", "fp8 cache"])
 def test_scales_of_keys_and_values_in_every_spelling(names: tuple[str, str], asked: bool, tmp_path: Path) -> None:
     from seamwise.compile.startup_times import Ledger
-    from seamwise.runtime.build.loading import compile_model, load_step_weights
+    from seamwise.runtime.build.compile_model import compile_model
+    from seamwise.runtime.build.loading import load_step_weights
     from seamwise.runtime.build.model_config import ModelConfig
     from seamwise.runtime.build.runner_config import RunnerConfig
 

@@ -15,7 +15,7 @@ from plain_modules import load_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from seamwise.runtime.weights.checkpoint import parameter_shapes
+from seamwise.compile.parameter import parameters_in
 from seamwise.runtime.weights.file_formats import FORMATS
 
 
@@ -37,7 +37,7 @@ def on_meta(tied: bool = False) -> Tiny:
 
 def draw(tied: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(s, generator=generator).to(dtype) for n, s in parameter_shapes(Tiny(tied))[0].items()}
+    return {n: torch.randn(p.shape, generator=generator).to(dtype) for n, p in parameters_in(Tiny(tied)).items()}
 
 
 def load(path: Path, module: nn.Module | None = None, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:

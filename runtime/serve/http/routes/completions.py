@@ -82,23 +82,8 @@ class _Answer:
 
     async def whole(self, work: Work) -> Response:
         """Return the answer when all is done."""
-        choices: dict[int, dict[str, Any]] = {}
-        async for i, delta in work.deltas():
-            new = self._choice(i, delta)
-            old = choices.get(new["index"])
-            if old is None:
-                choices[new["index"]] = new
-                continue
-            old["text"] += new["text"]
-            old["finish_reason"], old["stop_reason"] = new["finish_reason"], new["stop_reason"]
-            for name in ("token_ids", "prompt_token_ids"):
-                if name in new:
-                    old[name] = old.get(name, []) + new[name]
-            if new["logprobs"] is not None:
-                for name, values in new["logprobs"].items():
-                    old["logprobs"][name] += values
-        found = [choices[i] for i in sorted(choices)]
-        return json_response({**self._head, "choices": found, "usage": work.usage()})
+        choices = [self._choice(i, delta) for (i, _), delta in (await work.whole()).items()]
+        return json_response({**self._head, "choices": choices, "usage": work.usage()})
 
     async def events(self, work: Work) -> AsyncIterator[bytes]:
         options = self._body.stream_options
@@ -131,16 +116,12 @@ def _logprobs(rows: list[list[TokenLogprob]], offset: int, most: int) -> dict[st
     """Return the completions API's parallel lists; of a token's text the offset follows."""
     tokens, offsets = [], []
     for row in rows:
-        tokens.append(_spelled(row[0]))
+        tokens.append(row[0].spelled)
         offsets.append(offset)
         offset += len(tokens[-1])
     return {
         "tokens": tokens,
         "token_logprobs": [row[0].logprob for row in rows],
-        "top_logprobs": [{_spelled(one): one.logprob for one in row} if most else None for row in rows],
+        "top_logprobs": [{one.spelled: one.logprob for one in row} if most else None for row in rows],
         "text_offset": offsets,
     }
-
-
-def _spelled(one: TokenLogprob) -> str:
-    return one.text if one.text is not None else f"token_id:{one.token_id}"

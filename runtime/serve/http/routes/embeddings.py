@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 from seamwise.runtime.serve.http.schema import Labels, TokenId
 from seamwise.runtime.serve.http.serving import Work, chosen, request_name
 from seamwise.runtime.serve.http.sse import json_response, while_connected
@@ -45,22 +45,19 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     work = Work(state, llm, request_id, name)
     pooling = PoolingParams(dimensions=body.dimensions, use_activation=body.use_activation)
     await work.submit(encoded, NO_SAMPLING, priority=0, stream_interval=0, pooling=pooling)
-    return await while_connected(request, _answer(work, body, name, len(inputs)), work.close)
+    return await while_connected(request, _answer(work, body, name), work.close)
 
 
-async def _answer(work: Work, body: EmbeddingRequest, model: str, count: int) -> Response:
-    vectors = [b""] * count
-    async for i, delta in work.deltas():
-        assert delta.vector is not None  # a text that failed has raised
-        vectors[i] = delta.vector
+async def _answer(work: Work, body: EmbeddingRequest, model: str) -> Response:
     as_text = body.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": i, "embedding": base64.b64encode(v).decode() if as_text else _floats(v)}
-        for i, v in enumerate(vectors)
+        {"object": "embedding", "index": i, "embedding": _encoded(delta.vector, as_text)}
+        for (i, _), delta in (await work.whole()).items()
     ]
     usage = {name: n for name, n in work.usage().items() if name in ("prompt_tokens", "total_tokens")}
     return json_response({"object": "list", "data": data, "model": model, "usage": usage})
 
 
-def _floats(vector: bytes) -> list[float]:
-    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+def _encoded(vector: bytes | None, as_text: bool) -> str | list[float]:
+    assert vector is not None  # a text that failed has raised
+    return base64.b64encode(vector).decode() if as_text else list(struct.unpack(f"<{len(vector) // 4}f", vector))

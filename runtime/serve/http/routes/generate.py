@@ -16,7 +16,6 @@ from seamwise.runtime.serve.http.schema import Body, TokenId
 from seamwise.runtime.serve.http.serving import Work, chosen, request_name
 from seamwise.runtime.serve.http.sse import DONE, event, json_response
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
-from seamwise.runtime.serve.process.streams import merged
 
 from .describe import GENERATES
 
@@ -65,13 +64,9 @@ class _Answer:
         yield DONE
 
     async def whole(self, work: Work) -> Response:
-        whole: dict[int, Delta] = {}
-        prompt: Any = None
-        async for _, delta in work.deltas():
-            prompt = prompt or delta.prompt_logprobs
-            before = whole.get(delta.index)
-            whole[delta.index] = delta if before is None else merged(before, delta)
-        return json_response(self._body([whole[i] for i in sorted(whole)], prompt) | {"usage": work.usage()})
+        deltas = [*(await work.whole()).values()]
+        prompt = next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None)
+        return json_response(self._body(deltas, prompt) | {"usage": work.usage()})
 
     def _body(self, deltas: Sequence[Delta], prompt: Sequence[list[TokenLogprob] | None] | None) -> dict[str, Any]:
         body: dict[str, Any] = {"request_id": self._request_id, "choices": [_choice(delta) for delta in deltas]}

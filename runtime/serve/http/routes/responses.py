@@ -108,11 +108,8 @@ class _Answer:
         self._number = -1
 
     async def whole(self, work: Work) -> Response:
-        text, reason = "", None
-        async for _, delta in work.deltas():
-            text += delta.text
-            reason = delta.finish_reason
-        return json_response(self._finished(text, reason, work))
+        (delta,) = (await work.whole()).values()
+        return json_response(self._finished(delta.text, delta.finish_reason, work))
 
     async def events(self, work: Work) -> AsyncIterator[bytes]:
         text, reason, place = "", None, {"item_id": self._item_id, "output_index": 0, "content_index": 0}

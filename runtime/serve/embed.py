@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,7 +16,9 @@ from seamwise.runtime.engine.outputs import (
     RequestOutput,
     ScoringOutput,
 )
-from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
+
+from .prompt_batch import asked, run
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -78,23 +79,10 @@ def _pooled(
     lora_request: LoRARequest | None,
 ) -> list[RequestOutput]:  # fmt: skip
     llm = cast("LLM", pools)
-    many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-    given = params or PoolingParams()
-    wanted = [given] * len(many) if isinstance(given, PoolingParams) else list(given)
-    if len(wanted) != len(many):
-        raise ValueError(f"got {len(wanted)} pooling_params for {len(many)} prompts; wanted one, or one for each")
-    requests = []
-    for i, (prompt, pooling) in enumerate(zip(many, wanted, strict=True)):
-        try:
-            text, ids = llm._prompt(prompt)
-            llm.engine.check(ids, NO_SAMPLING, pooling)
-        except ValueError as error:
-            raise ValueError(f"prompt {i}: {error}" if len(many) > 1 else str(error)) from None
-        requests.append((text, ids, NO_SAMPLING))
-    if lora_request is not None:
-        llm.engine.add_lora(lora_request)
-        lora_request = replace(lora_request, load_inplace=False)  # it has been read by now
-    found = llm._run(requests, [0] * len(many), [lora_request] * len(many), use_tqdm, wanted)
+    batch = asked(
+        llm.engine, llm._prompt, prompts, NO_SAMPLING, lora_request, pooling=params or PoolingParams()
+    )  # fmt: skip
+    found = run(llm.engine, llm._ids, batch, use_tqdm)
     for one in found:
         if one.vector is None:
             raise RuntimeError(one.outputs[0].stop_reason or f"request {one.request_id} was aborted")

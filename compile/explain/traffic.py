@@ -22,7 +22,7 @@ from seamwise.kernels import (
 )
 from seamwise.kernels.comm.collectives import group_size
 from seamwise.kernels.contract import contract_of
-from seamwise.passes.graph import VIEWS, is_getitem, is_op, place, value
+from seamwise.passes.graph import VIEWS, is_getitem, is_op, value
 from seamwise.passes.shard.balance_experts import TABLE
 
 if TYPE_CHECKING:
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
 _OPS = torch.ops._c10d_functional
 _FUSED = (allreduce_rms_norm.op, allreduce_rms_norm_quant.op, reduce_scatter_rms_norm.op, norm_between_linears.op)
 _PLAIN = (_OPS.all_reduce.default, _OPS.all_gather_into_tensor.default, _OPS.reduce_scatter_tensor.default)
-
-
-def count_all_reduces(module: GraphModule) -> int:
-    """Return how many sums over ranks attention and MLPs end in: all but the embedding's."""
-    sums = module.graph.find_nodes(op="call_function", target=_OPS.all_reduce.default)
-    return sum("embed" not in place(n) for n in sums)
-
-
-def count_exchanges(module: GraphModule) -> int:
-    """Return how many layers send their rows to other ranks' experts."""
-    return len(module.graph.find_nodes(op="call_function", target=ep_dispatch.op))
 
 
 def communicates(module: GraphModule) -> bool:
@@ -97,11 +86,10 @@ def balance_of(program: Program, dtype: torch.dtype) -> dict[str, int]:
     """
     tables = [recipe for recipe in program.recipes.values() if recipe.get("state") == TABLE]
     experts, width = len(tables[0]["values"]), len(tables[0]["values"][0])
-    own = {n: shape for n, shape in program.parameters.items() if n.startswith(f"{tables[0]['layer']}.experts.")}
-    kept = {n: getattr(torch, program.kept_dtypes.get(n) or str(dtype).removeprefix("torch.")) for n in own}
+    own = [p for n, p in program.parameters.items() if n.startswith(f"{tables[0]['layer']}.experts.")]
     return {
         "layers": len(tables), "experts": experts, "places": experts + width - 2,
-        "expert_bytes": sum(math.prod(shape[1:]) * kept[n].itemsize for n, shape in own.items()),
+        "expert_bytes": sum(math.prod(p.shape[1:]) * (p.own_dtype or dtype).itemsize for p in own),
         "table_bytes": 4 * experts * width, "row_bytes": tables[0]["row_bytes"],
     }  # fmt: skip
 

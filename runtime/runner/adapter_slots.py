@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seamwise.compile.program import Executable, Program
 from seamwise.passes.add_adapters import INPUT, AdaptedLayer
-from seamwise.runtime.weights.adapters import Adapter, LowRank
+from seamwise.runtime.weights.read_adapter import Adapter, LowRank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

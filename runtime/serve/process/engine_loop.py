@@ -11,7 +11,7 @@ from seamwise.runtime.distributed.waves import RankWave
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from seamwise.runtime.engine.engine import Engine
 
 IDLE_BEAT_S = 0.2  # an idle engine says so at least this often
-METHODS = (  # what the other process may call: of the loop, else of the LLM
+METHODS = (  # what the other process may call: of the loop, the engine or the LLM
     "pause_generation", "resume_generation", "is_paused", "reset_prefix_cache", "sleep", "wake_up", "is_sleeping",
     "collective_rpc", "start_weight_update", "update_weights_from_path", "finish_weight_update",
-    "weight_version", "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
+    "weights_digest", "start_profile", "stop_profile", "add_lora", "remove_lora", "list_loras",
     "shutdown",
 )  # fmt: skip
 BETWEEN_WAVES = (  # these change what steps compute with: no rank may do so while others wait for its step
@@ -133,11 +133,9 @@ class EngineLoop:
                 self._send(Progress(self._stats, self._deltas.of(output)))
 
     def _call(self, call: Call) -> None:
-        try:
-            if call.method not in METHODS:
-                raise AttributeError
-            target = getattr(self, call.method, None) or getattr(self.llm, call.method)
-        except AttributeError:
+        owners = (self, self.engine, self.llm) if call.method in METHODS else ()
+        target = next((getattr(one, call.method) for one in owners if hasattr(one, call.method)), None)
+        if target is None:
             self._send(Result(call.call_id, error=f"this engine has no {call.method}", kind="unsupported"))
             return
         self._send(Stage(call.method))  # it may take longer than a step may: a trace is written, weights are read
@@ -180,12 +178,6 @@ class EngineLoop:
 
     def add_lora(self, name: str, number: int, path: str, load_inplace: bool) -> bool:
         return self.engine.add_lora(LoRARequest(name, number, path, load_inplace))
-
-    def remove_lora(self, number: int) -> bool:
-        return self.engine.remove_lora(number)
-
-    def list_loras(self) -> list[int]:
-        return sorted(self.engine.list_loras())
 
     def update_weights_from_path(self, path: str) -> None:
         """Write a checkpoint's tensors into the model, by their names."""
