@@ -15,7 +15,7 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], instead: Mappin
     """Raise ValueError for a name that is not known: what stands instead of it, the nearest known one, or all."""
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+            close = difflib.get_close_matches(str(name), known, 1, cutoff=0.75)
             hint = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(sorted(known))}"
             raise ValueError(f"there is no {what} {name!r}; {instead.get(name, hint)}")
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .arguments import refuse_unknown
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EPLBConfig:
@@ -34,8 +36,6 @@ class EPLBConfig:
                 raise ValueError("eplb_config needs enable_eplb=True, which it is of")
             return None
         if isinstance(given, Mapping):
-            known = [field.name for field in fields(cls)]
-            if other := [name for name in given if name not in known]:
-                raise ValueError(f"eplb_config: there is no option {other[0]!r}; wanted one of {', '.join(known)}")
+            refuse_unknown(given, [field.name for field in fields(cls)], {}, "option of eplb_config:")
             return cls(**given)
         return given or cls()

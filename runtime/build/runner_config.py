@@ -198,7 +198,7 @@ class RunnerConfig:
                       those of a GGUF file packed where a kernel reads them so
         kv_cache_dtype  "fp8" (or "fp8_e4m3"): keys and values in float8, by the checkpoint's scales or as they are;
                       "auto": so where the checkpoint has scales, else the model's dtype
-        allow_missed  names of passes that may match fewer places than the model's structure promises
+        allow_missed  names of passes that may match fewer places than the model and its graph promise
         enable_lora   requests may have adapters: at most max_loras (1) in a step, of rank max_lora_rank (16)
         runner        "pooling": the model gives vectors; "generate"; "auto": pooling for a class without a head and
                       where sentence-transformers' files are

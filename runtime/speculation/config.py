@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from seamwise.runtime.build.arguments import refuse_unknown
 
 _OPTIONS = {  # method -> the options that it alone reads
     "ngram": ("prompt_lookup_min", "prompt_lookup_max"), "draft_model": ("model",), "first_layers": ("num_layers",),
@@ -80,9 +81,5 @@ class SpeculativeConfig:
             return given
         if not isinstance(given, Mapping):
             raise ValueError(f"speculative_config={given!r}, wanted a mapping like {{'method': 'ngram'}}")
-        names = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in names:
-                near = get_close_matches(str(name), names, 1) or [", ".join(names)]
-                raise ValueError(f"speculative_config: {name!r} is no option of it; wanted {near[0]}")
+        refuse_unknown(given, [field.name for field in fields(cls)], {}, "option of speculative_config:")
         return cls(**given)

@@ -31,7 +31,7 @@ def test_the_longest_match_and_of_equal_ones_the_latest(tokens: list[int], short
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"methods": "ngram"}, "'methods' is no option of it; wanted method"),
+        ({"methods": "ngram"}, "no option of speculative_config: 'methods'; did you mean method"),
         ({"method": "crystal ball"}, "'crystal ball' is not known; wanted one of draft_model, first_layers, mtp,"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens=0, wanted a whole number above 0"),
         ({"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "prompt_lookup_min=4 is above prompt_lookup_max=3"),
