@@ -16,16 +16,19 @@ test: $(VENV)/installed-dev
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ./check
 
 # torch first and by its exact version: its CPU build then satisfies every other package.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/torch: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the other pinned packages into $(VENV) (a minute or two)"
 	@$(INSTALL) torch setuptools wheel
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch
 	@$(INSTALL) --no-build-isolation -e ".[gguf]"
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+$(VENV)/installed-dev: $(VENV)/torch
 	@$(INSTALL) --no-build-isolation -e ".[gguf,plot,serve,grammar,test,dev]"
-	@touch $@
+	@touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -110,12 +110,13 @@ def kernels(rows: Rows) -> str:
         theirs = {f"x_{field}": torch_row.get(field) for field in ("eager_us", "compile_us")}
         shown[key] = row | {k: f"{us / row['us']:.2f}" if us else NOT_MEASURED for k, us in theirs.items()} | {
             "of_copy": f"{100 * row['gb_per_s'] / copy:.0f} %" if copy else NOT_MEASURED,
+            "predicted": f"{expected:,.1f}" if (expected := row.get("predicted_us")) else NOT_MEASURED,
             "x_best": f"{other[best] / row['us']:.2f} {best}" if best else "none",
         }  # fmt: skip
     columns = {
-        "provider": "{provider}", "us": "{us:,.1f}", "GB/s": "{gb_per_s:,.0f}", "of copy": "{of_copy}",
-        "TFLOP/s": "{tflop_per_s:,.1f}", "x eager": "{x_eager_us}", "x torch.compile": "{x_compile_us}",
-        "x best other": "{x_best}",
+        "provider": "{provider}", "us": "{us:,.1f}", "predicted us": "{predicted}", "GB/s": "{gb_per_s:,.0f}",
+        "of copy": "{of_copy}", "TFLOP/s": "{tflop_per_s:,.1f}", "x eager": "{x_eager_us}",
+        "x torch.compile": "{x_compile_us}", "x best other": "{x_best}",
     }  # fmt: skip
     return listed(shown, "kernels/(.+)", "shape", columns)
 

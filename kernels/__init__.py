@@ -8,7 +8,6 @@ if __name__ != "kernels":
     from .activation.silu_mul_quant import silu_mul_quant as silu_mul_quant
     from .activation.swiglu_clamped import swiglu_clamped as swiglu_clamped
     from .attn.attention import attention as attention
-    from .attn.attention_cascade import attention_cascade as attention_cascade
     from .attn.attention_partial import attention_partial as attention_partial
     from .attn.attention_quant import attention_quant as attention_quant
     from .attn.kv_append import kv_append as kv_append

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from seamwise.bench.kernels import device_us
 from seamwise.bench.timing import copy_rate, matmul_rate, read_rate
 
 from .rows import Absent, Context, Row
@@ -17,7 +18,7 @@ _ASKED = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,power.dr
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """Yield the device's state, then bytes a second copied and read, and bf16 and fp8 matrix products."""
+    """Yield the device's state, bytes a second copied and read, bf16 and fp8 matrix products, and a launch's time."""
     megabytes, size = (16, 256) if context.tiny else (1024, 8192)
     yield from context.take("environment/device", 3, lambda: describe(context.device))
     ceilings: dict[str, Callable[[], Row]] = {
@@ -25,6 +26,7 @@ def rows(context: Context) -> Iterator[Row]:
         "read": partial(read_rate, context.device, megabytes << 20),
         "bf16": partial(matmul_rate, context.device, size, torch.bfloat16),
         "fp8": partial(float8_rate, context.device, size),
+        "launch": partial(launch_time, context.device),
     }
     for name, measure in ceilings.items():
         yield from context.take(f"environment/{name}", 3, measure)
@@ -51,3 +53,11 @@ def float8_rate(device: str, size: int) -> Row:
     if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         raise Absent("float8 needs compute capability 8.9")
     return matmul_rate(device, size, torch.float8_e4m3fn)
+
+
+def launch_time(device: str) -> Row:
+    """Copy 4 bytes, timed as kernels are: what a launch costs before anything is moved."""
+    source = torch.zeros(1, device=device)
+    sink = torch.empty_like(source)
+    us, spread_us, _ = device_us(lambda: sink.copy_(source), device)
+    return {"us": us, "spread_us": spread_us}

@@ -19,6 +19,7 @@ from seamwise.bench.peers import Call, peer
 from seamwise.kernels import tuned
 from seamwise.kernels.contract import CONTRACTS, Contract
 
+from .goals import NotMeasured, Rows, need
 from .rows import Context, Row
 
 # What a goal reads: taken in the first round, beside every "prefill" shape, which are those of 64 MB or more.
@@ -46,7 +47,7 @@ def rows(context: Context) -> Iterator[Row]:
     for name, contract in sorted(CONTRACTS.items()):
         for label, sizes in shapes_of(contract, context.tiny).items():
             key, extra = f"kernels/{name}/{label}", name not in FIRST and "prefill" not in label
-            yield from context.take(key, 6, partial(measure, contract, sizes, device=context.device), extra=extra)
+            yield from context.take(key, 6, partial(measure_predicted, context, contract, sizes), extra=extra)
     for name, contract in sorted(CONTRACTS.items()):
         if contract._key is None:
             continue
@@ -60,6 +61,27 @@ def rows(context: Context) -> Iterator[Row]:
         for label, sizes in shapes_of(contract, context.tiny).items():
             compare = partial(measure_torch, contract, sizes, device=context.device, compiled=not context.tiny)
             yield from context.take(f"kernels/{name}/{label}/torch", 15, compare, extra=True)
+
+
+def measure_predicted(context: Context, contract: Contract, sizes: Mapping[str, Any]) -> Row:
+    """Measure a kernel; `predicted_us` is what was to be expected of it, and the row's place in a first table."""
+    row = measure(contract, sizes, device=context.device)
+    return {"predicted_us": predict_us(context.results.rows, row)} | row
+
+
+def predict_us(rows: Rows, row: Row) -> float | None:
+    """Return the time of a perfect kernel by what this run's device was seen to do, or None where that is not known.
+
+    One launch, and then the longer of a copy of as many bytes and as many flops in a matrix product: of float8 where
+    numbers of 8 bits are multiplied (Hopper multiplies int8 as fast), else of bfloat16.
+    """
+    try:
+        launch, copy = need(rows, "environment/launch"), need(rows, "environment/copy")
+        product = need(rows, f"environment/{'fp8' if 'scaled_linear' in row['contract'] else 'bf16'}")
+    except NotMeasured:
+        return None
+    moved_us, product_us = row["bytes"] / copy["gb_per_s"] / 1e3, row["flops"] / product["tflop_per_s"] / 1e6
+    return float(launch["us"] + max(moved_us, product_us))
 
 
 def shapes_of(contract: Contract, tiny: bool) -> Mapping[str, Mapping[str, Any]]:

@@ -58,8 +58,8 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, length_ptr, start_ptr, out_ptr, lse_ptr, sink_ptr, slope_ptr, k_scale_ptr,
     v_scale_ptr, static_ptr, group_scale_ptr, tokens, requests, table_stride, q_token, q_head, k_block, k_head, v_block,
     v_head, k_scale_step, v_scale_step, scale, blocks, room, P, D, H, GROUP: tl.constexpr, PACK: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Write rows; with lse_ptr the states of a split, with static_ptr or group_scale_ptr rows quantized to float8."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -90,8 +90,7 @@ def _attention_kernel(
         if slope_ptr is not None:
             slope = tl.load(slope_ptr + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
         start, end = 0, tl.minimum(length, room)  # of the keys that the tile's queries see
-        if CAUSAL:
-            end = tl.minimum(end, length - stop + begun + QUERIES)
+        end = tl.minimum(end, length - stop + begun + QUERIES)
         if WINDOW != 0:
             seen_from = _first_seen(length - stop + begun, WINDOW)
             start = seen_from // KEYS * KEYS
@@ -117,9 +116,7 @@ def _attention_kernel(
                 scores = (SOFTCAP * 1.4426950408889634) * _tanh(scores * (1.0 / SOFTCAP))
             if slope_ptr is not None:
                 scores += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
-            seen = known[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= position[:, None])
+            seen = known[None, :] & (key[None, :] <= position[:, None])
             if WINDOW != 0:
                 seen = seen & (key[None, :] >= _first_seen(position, WINDOW)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -191,7 +188,7 @@ def kernel_builds(
             if dtype != "fp32" or width <= (64 if "k_ptr" in types else 128):  # wider ones are refused
                 chosen = {
                     **config(group, tokens, requests, width, itemsize), "GROUP": group, "PRECISION": precision,
-                    "CAUSAL": True, "UNIT": SPLIT_UNIT, "WINDOW": 0, "SOFTCAP": 0.0, **constants,
+                    "UNIT": SPLIT_UNIT, "WINDOW": 0, "SOFTCAP": 0.0, **constants,
                     **{name: None for name in _OPTIONAL if name not in types},
                 }  # fmt: skip
                 yield Build(_attention_kernel, chosen, {"scale": "fp32", **integers, **types})
@@ -221,7 +218,7 @@ def launch(
     out: Tensor, q_THD: Tensor, k_cache: Tensor, v_cache: Tensor, block_table_RB: Tensor, seq_lens_R: Tensor,
     query_starts_S: Tensor, scale: float, window: int = 0, softcap: float = 0.0, sinks_H: Tensor | None = None,
     alibi_slopes_H: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None, *,
-    lse: Tensor | None = None, static: Tensor | None = None, group_scale: Tensor | None = None, causal: bool = True,
+    lse: Tensor | None = None, static: Tensor | None = None, group_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run the kernel; rows that no request owns are left as they are. With `lse` (S, T, H), out holds S splits."""
     tokens, heads, width = q_THD.shape
@@ -237,7 +234,7 @@ def launch(
         v_scale, static, group_scale, tokens, requests, block_table_RB.stride(0), *q_THD.stride()[:2],
         *k_cache.stride()[:2], *v_cache.stride()[:2], *(int(s is not None and len(s) > 1) for s in (k_scale, v_scale)),
         scale, k_cache.shape[0], block_table_RB.shape[1] * k_cache.shape[2], k_cache.shape[2], width, heads,
-        GROUP=group, PRECISION=precision, CAUSAL=causal, WINDOW=window, SOFTCAP=softcap, UNIT=SPLIT_UNIT, **chosen,
+        GROUP=group, PRECISION=precision, WINDOW=window, SOFTCAP=softcap, UNIT=SPLIT_UNIT, **chosen,
     )  # fmt: skip
 
 

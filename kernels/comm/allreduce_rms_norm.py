@@ -121,21 +121,17 @@ def one_shot(x_TD: Tensor, group_name: str) -> bool:
 
 
 def summed(x_TD: Tensor, group_name: str) -> Tensor:
-    """Return the ranks' sum of x: in two shots where memory is shared and holds it, else by the plain collective."""
-    shared = shared_memory(group_name)
-    if shared is None or not shared.holds(x_TD):
+    """Return the ranks' sum of x: in two shots where memory is shared and holds it, else by the plain collective.
+
+    torch's kernel sums bfloat16 and float32, in whole 16 bytes.
+    """
+    shared, served = shared_memory(group_name), x_TD.dtype in (torch.bfloat16, torch.float32)
+    if shared is None or not shared.holds(x_TD) or not served or x_TD.nbytes % 16:
         return all_reduce(x_TD, group_name)
     return torch.ops.symm_mem.two_shot_all_reduce_(shared.copy(x_TD), "sum", group_name).clone()
 
 
-def refuses_shared(group_name: str) -> str | None:
-    """Return why kernels that read all ranks' rows cannot serve these arguments, or None."""
-    if group_name and shared_memory(group_name) is None:
-        return f"the ranks of group {group_name!r} share no memory; call share_memory on every rank first"
-    return None
-
-
-@allreduce_rms_norm.provider("triton", devices=("cuda",), triton=True, refuses=refuses_shared)
+@allreduce_rms_norm.provider("triton", devices=("cuda",), triton=True)
 def allreduce_rms_norm_triton(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str
 ) -> tuple[Tensor, Tensor]:

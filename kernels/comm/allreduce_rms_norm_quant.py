@@ -28,7 +28,7 @@ from seamwise.kernels.quant.quantize import (
     store_quantized,
 )
 
-from .allreduce_rms_norm import allreduce_rms_norm, normed_sum, one_shot, refuses_shared, summed, summed_row
+from .allreduce_rms_norm import allreduce_rms_norm, normed_sum, one_shot, summed, summed_row
 from .collectives import all_reduce, published
 
 
@@ -84,7 +84,7 @@ allreduce_rms_norm_quant.builds(
 )  # fmt: skip
 
 
-@allreduce_rms_norm_quant.provider("triton", devices=("cuda",), triton=True, refuses=(refuses_shared, refuses_group))
+@allreduce_rms_norm_quant.provider("triton", devices=("cuda",), triton=True, refuses=refuses_group)
 def allreduce_rms_norm_quant_triton(
     x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, dtype: torch.dtype,
     group: int = 0, scale: Tensor | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,11 +54,16 @@ def all_gather_rows(x_TD: Tensor, group_name: str) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """One group's buffer on this rank, and the addresses of all ranks' buffers, int64 on the device, in rank order."""
+    """One group's buffer on this rank, and the addresses of all ranks' buffers, int64 on the device, in rank order.
 
+    workspace_bytes  of torch's GEMMs that exchange rows meanwhile
+    """
+
+    group: Any
     buffer: Tensor
     handle: Any
     peers_R: Tensor
+    workspace_bytes: int
 
     def holds(self, x: Tensor) -> bool:
         return x.nbytes <= self.buffer.nbytes
@@ -71,22 +76,36 @@ class SharedMemory:
 _SHARED: dict[str, SharedMemory] = {}
 
 
-def share_memory(group_name: str, num_bytes: int, device: torch.device) -> None:
+def share_memory(group_name: str, num_bytes: int, device: torch.device, workspace_bytes: int = 0) -> None:
     """Allocate a buffer that the group's ranks read from each other, and let the fused collectives use it.
 
-    Every rank calls it once, before anything is compiled or captured. The ranks must reach each other's memory
-    (NVLink); torch raises RuntimeError where they cannot.
+    workspace_bytes  for `norm_between_linears` too: torch's GEMMs would allocate it when they first need so much, and
+                     free what recorded steps still write to
+
+    Every rank calls it before anything is captured; what is shared already stays where it is. The ranks must reach
+    each other's memory (NVLink); torch raises RuntimeError where they cannot.
     """
     from torch._C._distributed_c10d import _SymmetricMemory
 
-    buffer = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device, group_name)
-    handle = _SymmetricMemory.rendezvous(buffer)
-    _SHARED[group_name] = SharedMemory(buffer, handle, torch.tensor(handle.buffer_ptrs, device=device))
+    shared = shared_memory(group_name)
+    if shared is None:
+        buffer = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device, group_name)
+        handle = _SymmetricMemory.rendezvous(buffer)
+        peers_R = torch.tensor(handle.buffer_ptrs).to(device)
+        shared = SharedMemory(_resolve(group_name), buffer, handle, peers_R, 0)
+    if workspace_bytes > shared.workspace_bytes:
+        from torch.distributed import _symmetric_memory  # defines the GEMMs' ops, too
+
+        reserve: Callable[..., Any] = _symmetric_memory.get_symm_mem_workspace  # of a str, as _resolve
+        reserve(group_name, workspace_bytes)
+        shared = replace(shared, workspace_bytes=workspace_bytes)
+    _SHARED[group_name] = shared
 
 
 def shared_memory(group_name: str) -> SharedMemory | None:
-    """Return the memory that the group's ranks share, or None where none was asked for."""
-    return _SHARED.get(group_name)
+    """Return the memory that the group's ranks share, or None: none was asked for, or by a group that has ended."""
+    shared = _SHARED.get(group_name)
+    return shared if shared is not None and shared.group is _resolve(group_name) else None
 
 
 @contextmanager

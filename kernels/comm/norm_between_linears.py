@@ -73,24 +73,16 @@ def make(draw: Draw, T: int, K: int, D: int, N: int, bias: bool = False, residua
     return x_TK, down_DK, *norm, up_ND, draw(N) if bias else None
 
 
-def _refuses(group_name: str) -> str | None:
-    if not group_name or shared_memory(group_name) is None:
-        return f"the ranks of group {group_name!r} share no memory; call share_memory on every rank first"
-    return None
-
-
-@norm_between_linears.provider("symmetric", devices=("cuda",), refuses=_refuses, strided=True)
+@norm_between_linears.provider("symmetric", devices=("cuda",), strided=True)
 def norm_between_linears_symmetric(
     x_TK: Tensor, down_DK: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str,
     up_ND: Tensor, bias_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """torch's GEMMs that exchange each rank's rows while others are multiplied; their workspace grows at first use."""
-    import torch.distributed._symmetric_memory  # defines the ops
-
-    rows = x_TK.shape[0]
-    if not rows:
-        return norm_between_linears.meaning(x_TK, down_DK, residual_SD, weight_D, eps, group_name, up_ND, bias_N)
+    """torch's GEMMs that exchange each rank's rows while others are multiplied, where their workspace is reserved."""
+    rows, shared = x_TK.shape[0], shared_memory(group_name)
     padded = pad(x_TK, (0, 0, 0, -rows % group_size(group_name)))
+    if not rows or shared is None or padded.shape[0] * down_DK.shape[0] * x_TK.itemsize > shared.workspace_bytes:
+        return norm_between_linears_chunked(x_TK, down_DK, residual_SD, weight_D, eps, group_name, up_ND, bias_N)
     total_SD = torch.ops.symm_mem.fused_matmul_reduce_scatter(padded, down_DK.t(), "sum", 0, group_name)
     normed_SD, total_SD = normed_sum(total_SD, residual_SD, weight_D, eps, rms_norm, add_rms_norm)
     _, (made,) = torch.ops.symm_mem.fused_all_gather_matmul(normed_SD, [up_ND.t()], 0, group_name, return_A=False)

@@ -16,7 +16,7 @@ from seamwise.kernels.norm.add_rms_norm import add_rms_norm
 from seamwise.kernels.norm.rms_norm import rms_norm
 from seamwise.kernels.signature import cdiv
 
-from .allreduce_rms_norm import BUILDS, allreduce_rms_norm, normed_sum, refuses_shared, sum_norm
+from .allreduce_rms_norm import BUILDS, allreduce_rms_norm, normed_sum, sum_norm
 from .collectives import all_gather_rows, group_rank, group_size, published, reduce_scatter_rows, shared_memory
 
 
@@ -69,12 +69,12 @@ def make(draw: Draw, T: int, D: int, residual: bool = True, gather: bool = False
 reduce_scatter_rms_norm.builds(BUILDS)
 
 
-@reduce_scatter_rms_norm.provider("triton", devices=("cuda",), triton=True, refuses=refuses_shared)
+@reduce_scatter_rms_norm.provider("triton", devices=("cuda",), triton=True)
 def reduce_scatter_rms_norm_triton(
     x_TD: Tensor, residual_SD: Tensor | None, weight_D: Tensor, eps: float, group_name: str, gather: bool = False
 ) -> tuple[Tensor, Tensor]:
     shared, ranks = shared_memory(group_name), group_size(group_name)
-    if (shared is not None and not shared.holds(x_TD)) or x_TD.shape[0] % ranks:
+    if (group_name and (shared is None or not shared.holds(x_TD))) or x_TD.shape[0] % ranks:
         return reduce_scatter_rms_norm_collective(x_TD, residual_SD, weight_D, eps, group_name, gather)
     rows = x_TD.shape[0] // ranks
     with published(x_TD, group_name) as peers_R:

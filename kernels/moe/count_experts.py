@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seamwise.kernels.contract import contract
+from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 
 
 def limits_choices(experts_TX: Tensor, loads_LE: Tensor) -> str | None:
@@ -45,3 +46,27 @@ def make(draw: Draw, T: int, K: int, L: int, E: int) -> tuple[Any, ...]:
     slots_T[2::3] = -1
     loads_LE = draw.integers(0, 9, L, E).int()
     return draw.integers(-1, E, T, L * K).int(), slots_T, loads_LE
+
+
+@triton.jit
+def _count_experts_kernel(experts_ptr, slots_ptr, loads_ptr, choices, X, K, E, BLOCK: tl.constexpr):
+    """Whole numbers add up to the same in any order, so programs need not wait for each other."""
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = choice < choices
+    expert = tl.load(experts_ptr + choice, mask=inside, other=-1)
+    known = (expert >= 0) & (expert < E) & (tl.load(slots_ptr + choice // X, mask=inside, other=-1) >= 0)
+    tl.atomic_add(loads_ptr + (choice % X // K) * E + expert, 1, mask=known, sem="relaxed")
+
+
+_CONFIG = {"BLOCK": 256, "num_warps": 4}  # unmeasured: a decode step of 64 tokens and 58 layers is 116 programs
+_TYPES = {**dict.fromkeys(("experts_ptr", "loads_ptr"), "*i32"), "slots_ptr": "*i64"}
+count_experts.builds([Build(_count_experts_kernel, _CONFIG, _TYPES)])
+
+
+@count_experts.provider("triton", devices=("cuda",), triton=True)
+def count_experts_triton(experts_TX: Tensor, slots_T: Tensor, loads_LE: Tensor) -> None:
+    choices, (columns, (layers, experts)) = experts_TX.numel(), (experts_TX.shape[1], loads_LE.shape)
+    if choices:
+        _count_experts_kernel[(triton.cdiv(choices, _CONFIG["BLOCK"]),)](
+            experts_TX, slots_T, loads_LE, choices, columns, columns // layers, experts, **_CONFIG
+        )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seamwise.kernels.contract import contract
+from seamwise.kernels.contract import Build, contract
 from seamwise.kernels.draw import Draw
+from seamwise.kernels.lazy_triton import tl, triton
 
 
 @contract(args={"experts_TK": "[T K] int32", "slots_T": "int64", "table_EC": "[E C] int32"})
@@ -51,5 +52,35 @@ def make(draw: Draw, T: int, K: int, E: int, more: int = 0) -> tuple[Any, ...]:
     """E experts and `more` further copies, of the first ones; some choices are -1, and every third row is padding."""
     slots_T = torch.arange(T, device=draw.device)
     slots_T[2::3] = -1
-    table = torch.tensor(table_of([p % E for p in range(E + more)], E, 2 + more), dtype=torch.int32, device=draw.device)
-    return draw.integers(-1, E, T, K).int(), slots_T, table, 5
+    place_EC = torch.arange(E * (1 + more), device=draw.device).view(-1, E).T
+    place_EC = torch.where(place_EC < E + more, place_EC, -1)
+    table_EC = torch.cat(((place_EC >= 0).sum(1, keepdim=True), place_EC), 1).int()
+    return draw.integers(-1, E, T, K).int(), slots_T, table_EC, 5
+
+
+@triton.jit
+def _place_experts_kernel(
+    experts_ptr, slots_ptr, table_ptr, places_ptr, choices, E, C, K, first, BLOCK: tl.constexpr
+):  # fmt: skip
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside, row = choice < choices, choice // K
+    expert = tl.load(experts_ptr + choice, mask=inside, other=-1)
+    known = (expert >= 0) & (expert < E) & (tl.load(slots_ptr + row, mask=inside, other=-1) >= 0)
+    copies_ptr = table_ptr + expert.to(tl.int64) * C
+    turn = (row + first) % tl.load(copies_ptr, mask=known, other=1)
+    tl.store(places_ptr + choice, tl.load(copies_ptr + 1 + turn, mask=known, other=-1), mask=inside)
+
+
+_CONFIG = {"BLOCK": 256, "num_warps": 4}  # unmeasured: a decode step of 64 tokens is two programs
+_TYPES = {**dict.fromkeys(("experts_ptr", "table_ptr", "places_ptr"), "*i32"), "slots_ptr": "*i64"}
+place_experts.builds([Build(_place_experts_kernel, _CONFIG, _TYPES)])
+
+
+@place_experts.provider("triton", devices=("cuda",), triton=True)
+def place_experts_triton(experts_TK: Tensor, slots_T: Tensor, table_EC: Tensor, first: int) -> Tensor:
+    places_TK, choices = torch.empty_like(experts_TK), experts_TK.numel()
+    if choices:
+        _place_experts_kernel[(triton.cdiv(choices, _CONFIG["BLOCK"]),)](
+            experts_TK, slots_T, table_EC, places_TK, choices, *table_EC.shape, experts_TK.shape[1], first, **_CONFIG
+        )  # fmt: skip
+    return places_TK

@@ -57,6 +57,8 @@ class RunnerConfig:
                    it is so
     disable_cascade_attn  on a CPU, attend to each request alone; else blocks that several begin with are read once for
                    all, where that is measured to be faster; results are the same in bits
+    disable_custom_all_reduce  on GPUs, let NCCL sum all that ranks share; else ranks of 2, 4, 6 or 8 read each other's
+                   memory for sums of up to 8 MiB, which must be within reach
     hf_overrides   values in place of config.json's, by its keys, as {"rope_parameters": {"rope_type": "yarn", …}}
     load_format    "auto": what is there; "safetensors", "pt", "npz", "gguf"; "dummy": seeded random weights
     enforce_eager  record nothing: every step runs op by op
@@ -88,6 +90,7 @@ class RunnerConfig:
     block_size: int = 16
     disable_hybrid_kv_cache_manager: bool = False
     disable_cascade_attn: bool = False
+    disable_custom_all_reduce: bool = False
     hf_overrides: Mapping[str, Any] | None = None
     load_format: str = "auto"
     seed: int = 0

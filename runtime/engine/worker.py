@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.runner.profile import span
@@ -140,13 +142,19 @@ class Worker:
             pooled = self.pooling.take(output.hidden_states, batch.step)
             none = Sampled(tokens=np.empty(0, dtype=np.int64), logprobs={}, failed={})
             return Result(sampled=none, prompts=[], began=began, ended=time.perf_counter(), pooled=pooled)
-        logits = output.logits
-        count = len(batch.sampling.slots)
-        sampled = sample(logits[:count], batch.sampling, self._mode)
+        with torch.cuda.device_of(
+            output.logits
+        ):  # this thread's current GPU, where kernels are launched, may be another
+            sampled, prompts = self._sampled(output.logits, batch)
         history[batch.sampling.slots, batch.sampling.positions] = sampled.tokens
-        prompts, at = [], count
+        return Result(sampled=sampled, prompts=prompts, began=began, ended=time.perf_counter())
+
+    def _sampled(self, logits: Tensor, batch: Batch) -> tuple[Sampled, list[tuple[int, int, list[Found]]]]:
+        """Choose tokens by the first rows, and say how likely prompts were by those behind."""
+        at = len(batch.sampling.slots)
+        sampled, prompts = sample(logits[:at], batch.sampling, self._mode), []
         for p in batch.prompts:
             rows = logits[at : at + len(p.following)]
             prompts.append((p.sequence, p.start, prompt_logprobs(rows, p.following, p.count, self._mode)))
             at += len(p.following)
-        return Result(sampled=sampled, prompts=prompts, began=began, ended=time.perf_counter())
+        return sampled, prompts

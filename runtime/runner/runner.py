@@ -34,7 +34,7 @@ from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program, open_pack, pack_parts, with_recorded
 from seamwise.runtime.build.progress import shown_ledger
-from seamwise.runtime.build.ranks import placed
+from seamwise.runtime.build.ranks import placed, share_sums
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import StepInput, StepOutput, check_plain, step_of_padding
 from seamwise.runtime.distributed.group import check_alike, smallest
@@ -113,6 +113,7 @@ class ModelRunner:
                 settings = placed(RunnerConfig.for_model(config, **options))
             if torch.device(settings.device).index is not None:
                 torch.cuda.set_device(settings.device)  # where kernels are launched
+            share_sums(settings)
             program, buffers = load_program(config, settings, ledger)
             with ledger.stage("load weights"):
                 weights = load_step_weights(Path(path), settings, program, buffers)
@@ -212,7 +213,7 @@ class ModelRunner:
         if self.adapters.in_step:
             of_rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
             batch = replace(batch, token_adapters=of_rows)
-        with self._turn, self._cascade():
+        with self._launching(), self._turn:
             match self._recordings.kind_of(batch):
                 case Empty():
                     results = self._empty()
@@ -234,7 +235,7 @@ class ModelRunner:
         Returns what the next stage takes; of the last one the logits, and hidden states where it was loaded for them.
         """
         self._check_ready(batch)
-        with self._cascade(), reusing_memory():
+        with self._launching(), reusing_memory():
             results = self.executable(*self._inputs(batch), *carried)
         stage, stages = self.options.pipeline.stage
         if stage + 1 == stages:
@@ -244,7 +245,7 @@ class ModelRunner:
     def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
         """Run a step as two that take turns, op by op."""
         self._recordings.stats.steps["in_turns"] += 1
-        with self._cascade(), reusing_memory():
+        with self._launching(), reusing_memory():
             results = self.executable.in_turns(*map(self._inputs, parts))
         found = halves(given, self.options)
         wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
@@ -255,7 +256,10 @@ class ModelRunner:
         assert logits is not None
         return _output(given, logits, hidden)
 
-    def _cascade(self) -> contextlib.AbstractContextManager[None]:
+    def _launching(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it kernels may be launched: on this runner's GPU, whose ever the thread is; attention may cascade."""
+        if torch.device(self.options.device).type == "cuda":
+            return torch.cuda.device_of(self.executable.weights[0])
         return cascade(None if self.options.disable_cascade_attn else self.recording_stats.spared)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -270,7 +274,8 @@ class ModelRunner:
         named = named_tensors(weights)
         if self.options.pooler is not None:
             named = without_head(named)
-        self.weights.write(named.items())
+        with self._launching():
+            self.weights.write(named.items())
 
     def start_weight_update(self) -> None:
         """Begin an update in any number of update_weights calls: no step runs until finish_weight_update."""

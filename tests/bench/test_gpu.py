@@ -57,6 +57,7 @@ def test_every_stage_runs_at_tiny_shapes(whole: Path) -> None:
     absent = {k for k, r in rows.items() if r["status"] == "absent"}
     assert all("/vllm/" in k for k in absent)
     assert {k.split("/")[1] for k in rows if k.startswith("kernels/")} == {*CONTRACTS, "tuned"}
+    assert all(row["predicted_us"] > 0 for row in rows.values() if "provider_us" in row)
     for scheme in ("bf16", "fp8"):
         row = rows[f"steps/llama-3-8b/{scheme}/graph/4"]
         assert row["step_us"] > 0 and row["host_us"] > 0 and row["layers"] == 2 and row["kv_bytes"] == 4 * 21 * 256

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from seamwise.bench.gpu.goals import judge
+from seamwise.bench.gpu.kernels import predict_us
 from seamwise.bench.gpu.rows import Row
 
 HEAD: Row = {"machine": {"commit": "c" * 40, "torch": "2.x", "triton": "3.x"}, "device": "cpu", "shapes": "tiny"}
@@ -50,6 +53,20 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     rows["deepseek/memory"]["device_bytes"] = 102
     assert judge(rows)[-1].word == "met"
     assert {o.word for o in judge({})} == {"not measured"}
+
+
+def test_a_kernel_is_predicted_by_launch_bytes_and_flops_as_they_were_measured() -> None:
+    rows = {
+        "environment/launch": {"us": 2.0}, "environment/copy": {"gb_per_s": 4000.0},
+        "environment/bf16": {"tflop_per_s": 800.0}, "environment/fp8": {"tflop_per_s": 1600.0},
+    }  # fmt: skip
+    rows = {key: {"key": key, "status": "ok"} | row for key, row in rows.items()}
+    assert predict_us(rows, kernel("rms_norm", 8e6, 1.0)) == pytest.approx(2 + 2)
+    for name, us in (("grouped_linear", 3.0), ("grouped_scaled_linear", 2.5), ("scaled_linear", 2.5)):
+        assert predict_us(rows, kernel(name, 8e3, 1.0) | {"flops": 800e6}) == pytest.approx(us)
+    rows["environment/fp8"] |= {"status": "absent", "reason": "an old device"}
+    assert predict_us(rows, kernel("scaled_linear", 8e6, 1.0)) is None
+    assert predict_us(rows, kernel("rms_norm", 8e6, 1.0)) is not None
 
 
 def kernel(contract: str, num_bytes: float, gb_per_s: float, **given: Any) -> Row:

@@ -76,6 +76,10 @@ class Watch(TorchDispatchMode):
         self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.device((kwargs or {}).get("device") or "cpu").type == "cuda":
+            for tensor in tree_leaves(args):  # where its value is known, it would really be copied
+                if isinstance(tensor, FakeTensor):
+                    tensor.constant = None
         if func is torch.ops.aten._local_scalar_dense.default:
             self.seen.copies.append(f"{func} waits for a value")
         result = func(*args, **(kwargs or {}))
@@ -117,20 +121,37 @@ def contiguous(self: FakeTensor) -> Tensor:
     return self if self.is_contiguous() else torch.ops.aten.clone.default(self, memory_format=torch.contiguous_format)
 
 
+def copy_(self: FakeTensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """As Tensor.copy_, which asks for a guard of the device too."""
+    return torch.ops.aten.copy_.default(self, source, non_blocking)
+
+
 def pretend(patch: pytest.MonkeyPatch) -> None:
-    """Let torch say that there is one GPU of sm_90."""
+    """Let torch say that there are two GPUs of sm_90, of which a thread has one current."""
     major, minor = divmod(CAPABILITY, 10)
+    current = [0]
+
+    def exchange(index: int) -> int:
+        before = current[0]
+        if index >= 0:
+            current[0] = index
+        return before
+
     properties = types.SimpleNamespace(multi_processor_count=132, total_memory=141 << 30, major=major, minor=minor)
     patch.setattr(fake_tensor, "init_gpu_context", lambda *args, **given: None)
     patch.setattr(torch.cuda, "is_available", lambda: True)
-    patch.setattr(torch.cuda, "device_count", lambda: 1)
-    patch.setattr(torch.cuda, "current_device", lambda: 0)
+    patch.setattr(torch.cuda, "device_count", lambda: 2)
+    patch.setattr(torch.cuda, "current_device", lambda: current[0])
+    patch.setattr(torch.cuda, "set_device", lambda device: exchange(torch.device(device).index))
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        patch.setattr(torch.cuda, name, exchange)
     patch.setattr(torch.cuda, "get_device_capability", lambda *args: (major, minor))
     patch.setattr(torch.cuda, "get_device_properties", lambda *args: properties)
     patch.setattr(torch.cuda, "get_device_name", lambda *args: "Dry-Device")
     patch.setattr(torch.cuda, "mem_get_info", lambda *args: (140 << 30, 141 << 30))
     patch.setattr(FakeTensor, "__getitem__", get_item, raising=False)
     patch.setattr(FakeTensor, "contiguous", contiguous, raising=False)
+    patch.setattr(FakeTensor, "copy_", copy_, raising=False)
 
 
 @contextlib.contextmanager
@@ -146,8 +167,9 @@ def device(monkeypatch: pytest.MonkeyPatch, *, compiled: bool) -> Iterator[Seen]
         run = JITFunction.run
 
         def launch(self: Any, *args: Any, grid: Any, warmup: bool, **given: Any) -> Any:
-            on_host = [a.device for a in args if isinstance(a, Tensor) and a.device.type != "cuda"]
-            assert not on_host, f"{self.fn.__name__} is given tensors of the host"
+            here = torch.device("cuda", torch.cuda.current_device())
+            away = {a.device for a in args if isinstance(a, Tensor)} - {here}
+            assert not away, f"{self.fn.__name__} is launched on {here}, and given tensors on {away}"
             sizes = grid(given) if callable(grid) else grid
             for size, most in zip(sizes, (2**31 - 1, 65_535, 65_535), strict=False):
                 assert 0 < int(size) <= most, f"{self.fn.__name__}: grid {sizes}"

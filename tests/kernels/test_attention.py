@@ -14,7 +14,6 @@ from laws import Rounding, check_narrow
 
 from seamwise.kernels import (
     attention,
-    attention_cascade,
     attention_partial,
     attention_quant,
     kv_append,
@@ -115,17 +114,6 @@ def test_merging_parts_that_saw_nothing_gives_zero() -> None:
     out, whole = merge_states(outs, lse, torch.float32)
     assert bool((out[0] == 5).all()) and bool((out[1] == 0).all())
     assert whole.tolist() == [[-200.0], [-torch.inf]]
-
-
-@pytest.mark.parametrize("shared", [0, 1, 3])
-def test_cascade_is_attention_over_prefix_and_suffix(shared: int) -> None:
-    q, k_cache, v_cache, table, *rest = batch([(12, 2), (13, 5), (30, 1)], sinks=True, softcap=2.0)
-    scale, _, softcap, sinks_H, *_ = rest[2:]
-    table[:, :shared] = table[0, :shared]
-    whole = attention.meaning(q, k_cache, v_cache, table, *rest)
-    suffix = table[:, shared:]
-    got = attention_cascade(q, k_cache, v_cache, table[0, :shared], suffix, *rest[:2], scale, softcap, sinks_H)
-    torch.testing.assert_close(got, whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("static", [False, True])

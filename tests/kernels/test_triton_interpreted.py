@@ -16,7 +16,8 @@ import torch
 @pytest.mark.parametrize("which", ["test_drawn", "test_examples", "not test_drawn and not test_examples"])
 def test_triton_kernels_in_the_interpreter(which: str) -> None:
     folder = Path(__file__).with_name("interpreted")
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-k", which, str(folder)]
+    options = ["-o", "addopts=-p no:cacheprovider -p no:schemathesis", "-k", which]
+    command = [sys.executable, "-m", "pytest", *options, str(folder)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder.parents[2])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -40,7 +40,7 @@ _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
 
 _SWITCHES = (
     "enforce_eager", "enable_eplb", "enable_dbo", "enable_lora", "enable_expert_parallel", "disable_cascade_attn",
-    "batch_invariant",
+    "disable_custom_all_reduce", "batch_invariant",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import check
 
-from seamwise.kernels import attention, attention_cascade, attention_partial, attention_quant, merge_states
+from seamwise.kernels import attention, attention_partial, attention_quant, merge_states
 from seamwise.kernels.attn import attention_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,19 +58,6 @@ def test_split_keys_are_merged_to_the_whole(
     near(split, whole, dtype)
     near(merged, whole, dtype)
     assert not torch.equal(split, whole) or dtype != torch.float32, "the keys were not split"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_cascade_leaves_rows_that_no_request_owns_zero(dtype: torch.dtype) -> None:
-    q, k_cache, v_cache, table, *rest = batch(
-        [(12, 2), (13, 5), (30, 1), (0, 0)], sinks=True, dtype=dtype, device=DEVICE
-    )
-    table[:, :3] = table[0, :3]
-    scale, _, softcap, sinks_H, *_ = rest[2:]
-    args = (q, k_cache, v_cache, table[0, :3], table[:, 3:].contiguous(), *rest[:2], scale, softcap, sinks_H)
-    (out,) = check(attention_cascade, "triton", args)
-    near(out, attention.meaning(q.double(), k_cache.double(), v_cache.double(), table, *rest), dtype)
-    assert bool((out[-2:] == 0).all())
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -20,7 +20,7 @@ from step_inputs import run_runner
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
-from seamwise import ModelRunner
+from seamwise import ModelRunner, caches
 from seamwise.compile.derive import parameters_of
 from seamwise.compile.pipeline import PipelineConfig, ordered_passes
 from seamwise.compile.startup_times import Ledger
@@ -255,4 +255,5 @@ def logits(runner: ModelRunner) -> list[Tensor]:
 
 
 def load(directory: Path, dtype: torch.dtype, **options: Any) -> ModelRunner:
-    return ModelRunner.load(directory, dtype=dtype, device="cpu", **options)
+    packs = caches.cache_dir() / "packs-of-quantized"  # apart from others', of which the oldest go
+    return ModelRunner.load(directory, dtype=dtype, device="cpu", **{"pack_dir": packs, **options})

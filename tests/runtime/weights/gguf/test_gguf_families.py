@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def load(path: Path, **options: Any) -> ModelRunner:
     options = {"dtype": "float32", "max_model_len": 64} | options
-    return ModelRunner.load(path, device="cpu", disable_hybrid_kv_cache_manager=True, **options)
+    return ModelRunner.load(path, device="cpu", pack_dir=None, disable_hybrid_kv_cache_manager=True, **options)
 
 
 def logits(runner: ModelRunner) -> torch.Tensor:
