@@ -116,10 +116,11 @@ void block(const Linear& c, Rows x, int64_t m, int64_t panel, const char* w, con
             for (int v = 0; v < V; ++v) {
                 float* at = total[r] + v * kLanes;
                 if constexpr (Words::kScaled) {
-                    Vec scaled = load(begin == 0 ? start + v * kLanes : at) + sum[r][v] * load(c.scale + at_group + v * kLanes);
+                    const Vec before = load(begin == 0 ? start + v * kLanes : at);
+                    Vec scaled = fused(before, sum[r][v], load(c.scale + at_group + v * kLanes));
                     if (c.offset) {
                         const float x_sum = c.x_sums[(m + r) * c.groups + group];
-                        scaled += load(c.offset + at_group + v * kLanes) * splat(x_sum);
+                        scaled = fused(scaled, load(c.offset + at_group + v * kLanes), splat(x_sum));
                     }
                     store(at, scaled);
                 } else {

@@ -27,7 +27,7 @@ struct Singles {  // a word is a float
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) out[v] = in_register(load(w + (kFirst + v) * kLanes * 4));
     }
-    static Vec multiply_add(Vec sum, Vec w, Vec x) { return sum + w * x; }
+    static Vec multiply_add(Vec sum, Vec w, Vec x) { return fused(sum, w, x); }
     static void put(float* y, Vec v, int columns) {
         if (columns == kLanes) store(y, v);
         else std::memcpy(y, &v, columns * sizeof(float));

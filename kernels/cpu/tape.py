@@ -271,10 +271,11 @@ def reusing_memory() -> Iterator[None]:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return uninitialized CPU memory: from the recording tape's pool or, if it is large, the step's; else torch's."""
-    pool = _recording.pool if _recording.tape is None else _recording.tape.pool
-    if _recording.tape is None and math.prod(shape) * dtype.itemsize < LARGE_BYTES:
-        pool = None
-    return torch.empty(shape, dtype=dtype) if pool is None else pool.empty(shape, dtype)
+    if _recording.tape is not None:
+        return _recording.tape.pool.empty(shape, dtype)
+    if _recording.pool is not None and math.prod(shape) * dtype.itemsize >= LARGE_BYTES:
+        return _recording.pool.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype)
 
 
 def _replayer(calls: list[tuple[Kernel, tuple[int | float, ...]]], seconds: Any = None) -> Callable[[], None]:

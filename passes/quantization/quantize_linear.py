@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from seamwise.kernels import dequantize_weight, quantize, scaled_linear, w4a16_linear
 from seamwise.passes.graph import aten, given, inserting, is_op, is_weight, place, replace, value
-from seamwise.passes.matcher import Miss
+from seamwise.passes.matcher import Excuse, Miss
 from seamwise.passes.rewrite import Pass, Report
 
 BLOCK = 128
@@ -40,6 +40,12 @@ def quantize_linears(module: GraphModule, report: Report) -> None:
             continue
         _rewrite(node, parts, quantized)
         report.matched += 1
+
+
+def _promised(module: GraphModule) -> int:
+    """Return how many linear layers read quantized weights: every one is to read them as they are stored."""
+    layers = module.graph.find_nodes(op="call_function", target=aten.linear.default)
+    return sum(_parts(given(layer).weight) is not None for layer in layers)
 
 
 def _parts(weight: Any) -> list[Node] | None:
@@ -91,8 +97,10 @@ def why_apart(parts: Sequence[Any]) -> str | None:
 
 
 def _why_not(parts: list[Node]) -> str | None:
-    why = _why_not_joined(parts)
-    return why or why_unserved(_form(parts[0]), _zeros(parts[0]) is not None, _quantizes_input(parts[0]))
+    if why := _why_not_joined(parts):
+        return why
+    why = why_unserved(_form(parts[0]), _zeros(parts[0]) is not None, _quantizes_input(parts[0]))
+    return None if why is None else Excuse(why)
 
 
 def _why_not_joined(parts: Sequence[Node]) -> str | None:
@@ -178,16 +186,9 @@ def _joined_input_scale(graph: Graph, parts: list[Node]) -> Node | None:
     return one.node
 
 
-def _served(module: GraphModule) -> Iterator[Node]:
-    """Yield the linear layers over weights that a kernel reads as they are stored."""
-    for node in module.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if (parts := _parts(given(node).weight)) is not None and _why_not(parts) is None:
-            yield node
-
-
 QUANTIZE_LINEAR = Pass(
     name="quantize_linear",
     lossy=True,  # inputs are quantized too
     rewrite=quantize_linears,  # after the joins: three linears are one by then, or two
-    expect=lambda _, module: len(list(_served(module))),
+    expect=lambda _, module: _promised(module),
 )

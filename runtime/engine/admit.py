@@ -22,7 +22,7 @@ from .request import Completion, Request
 _PROMPT_ROWS = 256  # prompt tokens of a step whose log probabilities are wanted: logits of so many rows are kept
 
 
-class Admission:
+class Intake:
     """What an engine asks of requests, and makes of them.
 
     eos_ids  the ids that end outputs: the model's, and the one that its tokenizer names (fine-tunes rename it)

@@ -69,7 +69,7 @@ class Drafting:
         """Return whether what runs is guessed on: a step is then planned only when the one before has ended."""
         if self.drafter is not None and self.watch.wants(len(scheduler.running)):
             return True
-        masks = (owners[s.arrival][1].options.mask_provider for s in scheduler.running)
+        masks = (owners[s.arrival][1].options.mask_provider for s in scheduler.running if s.blocked is None)
         return any(mask is not None and isinstance(mask, GuessableMask) for mask in masks)
 
     def propose(self, scheduler: Scheduler, owners: Owners) -> None:

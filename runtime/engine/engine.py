@@ -26,7 +26,7 @@ from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.pool import BlockPool
 from seamwise.runtime.runner.profile import span
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.sampling.grammar import REASON, Grammars
+from seamwise.runtime.sampling.grammar import REASON, GrammarMask, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.pooling_params import PoolingParams, finish
 from seamwise.runtime.sampling.report import check_mode
@@ -39,7 +39,7 @@ from seamwise.runtime.text.tokenizer import Tokenizer
 
 from .adapters import REASON as ADAPTER
 from .adapters import Adapters
-from .admit import Admission
+from .admit import Intake
 from .answer import Answers
 from .control import Change, Control
 from .drafting import Drafting
@@ -47,6 +47,8 @@ from .loop import Loop
 from .lora_request import LoRARequest
 from .outbox import Due, Outbox
 from .outputs import RequestMetrics, RequestOutput
+from .pace import REASON as SLOW_GRAMMAR
+from .pace import Pace
 from .pooled_states import Pooling
 from .request import Request
 from .worker import Worker
@@ -60,6 +62,7 @@ class Engine(Control):
     pooler     of a model that pools: requests are texts, and their outputs vectors
     offload    where blocks go that leave the KV cache
     together   other ranks take each step with this one, and wait for it
+    alike      other processes decide the same, each for itself: nothing may depend on the time that anything takes
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Engine(Control):
             config=config, pool=pool, longest=runner.options.max_model_len, policy=policy, recorder=recorder,
             offload=offload,
         )  # fmt: skip
-        self.pooler, self._admission = pooler, Admission(runner, tokenizer, pooler, seed)
+        self.pooler, self._intake = pooler, Intake(runner, tokenizer, pooler, seed)
         pooling = None if pooler is None else Pooling(pooler.kind, self.scheduler.slots.num_slots, pooler.size)
         stages: Any = runner if config.pipeline_parallel_size > 1 else None
         self.drafting, self.adapters = drafting or Drafting(), adapters
@@ -108,7 +111,8 @@ class Engine(Control):
         self._woken = Flag()
         if adapters is not None:
             adapters.ready = self.wake
-        self.together = False
+        self.together = self.alike = False
+        self.pace = Pace()
         self._name_weights()
 
     def has_unfinished_requests(self) -> bool:
@@ -121,12 +125,12 @@ class Engine(Control):
 
     def ends_with(self, ids: int | Series[int] | None) -> None:
         """Let these ids of the model, and the tokenizer's, end outputs of requests that are added from now on."""
-        self._admission.ends_with([] if ids is None else [ids] if isinstance(ids, int) else ids)
+        self._intake.ends_with([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The ids that end outputs."""
-        return self._admission.eos_ids
+        return self._intake.eos_ids
 
     def check(
         self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
@@ -137,7 +141,7 @@ class Engine(Control):
         """
         if params.structured_outputs is not None:
             params.structured_outputs.check()
-        return self._admission.room(prompt_token_ids, params, pooling)
+        return self._intake.room(prompt_token_ids, params, pooling)
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, prompt: str | None = None,
@@ -162,17 +166,17 @@ class Engine(Control):
             raise ValueError(f"priority={priority!r}: wanted a whole number; lower ones go first, 0 is the default")
         if mask_providers and len(mask_providers) != params.n:
             raise ValueError(f"got {len(mask_providers)} mask_providers, wanted one for each of n={params.n} outputs")
-        max_tokens = self._admission.room(prompt_token_ids, params, pooling)
+        max_tokens = self._intake.room(prompt_token_ids, params, pooling)
         self.scheduler.admissible(request_id, len(prompt_token_ids), params.n)
         pooled = None
         if self.pooler is not None and pooling is not None:
             pooled = partial(finish, pooler=self.pooler, params=pooling)
         adapter = None if lora_request is None else self._with_adapters().add(lora_request)
-        waits = [] if adapter is None else [ADAPTER]
+        waits, masks = [] if adapter is None else [ADAPTER], list[GrammarMask]()
         if params.structured_outputs is not None:
             if mask_providers or blocked:
                 raise ValueError("structured_outputs bring their own mask_providers, and block the request themselves")
-            mask_providers = self.grammars.start(request_id, params.structured_outputs, params.n)
+            masks = mask_providers = self.grammars.start(request_id, params.structured_outputs, params.n)
             waits.append(REASON)
         request = Request(
             request_id=request_id, prompt=prompt, prompt_token_ids=list(prompt_token_ids), params=params,
@@ -181,7 +185,7 @@ class Engine(Control):
         )  # fmt: skip
         for index in range(params.n):
             provider = mask_providers[index] if mask_providers else None
-            made = self._admission.completion(
+            made = self._intake.completion(
                 request, index, provider, self._answers.detokenizer(request.prompt_token_ids, params),
                 root=self._root(request), max_tokens=max_tokens, predicted=self.scheduler.predict(max_tokens),
                 names_ahead=self.drafting.names_ahead,
@@ -197,6 +201,8 @@ class Engine(Control):
             self._requests[request_id] = request  # from here on it is in the engine
             if self.adapters is not None and adapter is not None:
                 self.adapters.waiting.append(request_id)
+            if masks:
+                self.pace.add(request, masks)
 
     def abort_request(self, request_id: str, reason: str = "abort", message: str | None = None) -> RequestOutput | None:
         """End a request now and release its memory; return what it produced, None when there is no such request.
@@ -246,9 +252,11 @@ class Engine(Control):
         """
         self._recover()
         self._name_weights()
-        self.grammars.settle(self._grammar_ready, self._refused)
+        self.grammars.settle(self._grammar_ready, self._refused, wait=self.alike)
         if self.adapters is not None and self.adapters.waiting:
             self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
+        if not self.alike:
+            self.pace.settle(self._requests, self.scheduler, self._sits_out)
         if self._paused != "keep" and self._requests:
             while self._loop.may_launch:
                 with self._change, span("plan"):
@@ -277,6 +285,11 @@ class Engine(Control):
     def _waits_no_longer(self, request: Request, reason: str) -> None:
         with self._change:
             request.waits = [one for one in request.waits if one != reason]
+            self._apply_block(request)
+
+    def _sits_out(self, request: Request, sits: bool) -> None:
+        with self._change:
+            request.waits = [*(one for one in request.waits if one != SLOW_GRAMMAR), *[SLOW_GRAMMAR] * sits]
             self._apply_block(request)
 
     def _refused(self, request_id: str, error: Exception) -> None:
@@ -320,6 +333,7 @@ class Engine(Control):
             raise result
         with self._change, span("answer"):
             self._loop.commit(result)
+            self.pace.note(result.ended - result.began)
             self._answer()
 
     def _answer(self) -> None:

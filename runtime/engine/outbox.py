@@ -42,6 +42,8 @@ class Outbox:
 
     def take_back(self, request: Request) -> None:
         """Forget what a request was to give: its next output has that too."""
+        if not self.due:
+            return
         request.given = next((due.before for due in self.due if due.request is request), request.given)
         self.due = [due for due in self.due if due.request is not request]
 

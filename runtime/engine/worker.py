@@ -142,9 +142,8 @@ class Worker:
             pooled = self.pooling.take(output.hidden_states, batch.step)
             none = Sampled(tokens=np.empty(0, dtype=np.int64), logprobs={}, failed={})
             return Result(sampled=none, prompts=[], began=began, ended=time.perf_counter(), pooled=pooled)
-        with torch.cuda.device_of(
-            output.logits
-        ):  # this thread's current GPU, where kernels are launched, may be another
+        # Kernels are launched on the thread's current GPU, which may be another.
+        with torch.cuda.device_of(output.logits):
             sampled, prompts = self._sampled(output.logits, batch)
         history[batch.sampling.slots, batch.sampling.positions] = sampled.tokens
         return Result(sampled=sampled, prompts=prompts, began=began, ended=time.perf_counter())

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,42 +27,60 @@ class GrammarMask:
     """One output's place in its grammar. A MaskProvider.
 
     It follows the output's ids wherever they go: what it has taken beyond them is rolled back, what is new is taken.
+    compiled  gives the grammar's matcher, of which this is to have a copy; it is first asked for when a mask is
+    spent_s   what it has taken since take_s was last asked
     """
 
-    matcher: Any
+    compiled: Callable[[], Any]
     num_words: int
     taken: list[int] = field(default_factory=list)
+    spent_s: float = 0.0
+    _matcher: Any = None
 
     def allowed_words(self, output_ids: list[int]) -> np.ndarray | None:
         """Return (⌈V/32⌉,) int32 words, bit t % 32 of word t // 32 set where token t may follow.
 
         Raises ValueError when the grammar has got too complex for its limits, or the ids do not follow it.
         """
-        self._go_to(output_ids)
-        words = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.int32)
-        if self.matcher.is_error():
-            raise ValueError(f"structured_outputs: {self.matcher.get_error().splitlines()[0]}")
-        return words[: self.num_words]
+        with self._at(output_ids) as matcher:
+            words = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
+            if matcher.is_error():
+                raise ValueError(f"structured_outputs: {matcher.get_error().splitlines()[0]}")
+            return words[: self.num_words]
 
     def forced(self, output_ids: list[int]) -> list[int]:
         """Return the tokens that must come next, as far as they are certain; what is wrong shows in allowed_words."""
-        self._go_to(output_ids)
-        return list(self.matcher.compute_ff_tokens())
+        with self._at(output_ids) as matcher:
+            return list(matcher.compute_ff_tokens())
 
     def follows(self, output_ids: list[int], guess: list[int]) -> int:
         """Return how many tokens of a guess, from the first, may come next."""
-        self._go_to(output_ids)
-        return int(self.matcher.validate_tokens(guess))
+        with self._at(output_ids) as matcher:
+            return int(matcher.validate_tokens(guess))
 
-    def _go_to(self, output_ids: list[int]) -> None:
-        same = 0
-        while same < min(len(self.taken), len(output_ids)) and self.taken[same] == output_ids[same]:
-            same += 1
-        if back := len(self.taken) - same:
-            self.matcher.rollback(back)
-        if new := output_ids[same:]:
-            self.matcher.consume_tokens(new)
-        self.taken = list(output_ids)
+    def take_s(self) -> float:
+        """Return the seconds it has taken since the last call; no step that asks it may be running."""
+        spent, self.spent_s = self.spent_s, 0.0
+        return spent
+
+    @contextmanager
+    def _at(self, output_ids: list[int]) -> Iterator[Any]:
+        """Give the matcher at the end of an output; count the time until it is given back."""
+        began = time.perf_counter()
+        try:
+            if self._matcher is None:
+                self._matcher = self.compiled().deep_copy()
+            same = 0
+            while same < min(len(self.taken), len(output_ids)) and self.taken[same] == output_ids[same]:
+                same += 1
+            if back := len(self.taken) - same:
+                self._matcher.rollback(back)
+            if new := output_ids[same:]:
+                self._matcher.consume_tokens(new)
+            self.taken = list(output_ids)
+            yield self._matcher
+        finally:
+            self.spent_s += time.perf_counter() - began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +123,7 @@ class Grammars:
             raise ValueError(f"structured_outputs: {matcher.get_error().splitlines()[0]}")
         return matcher
 
-    def start(self, request_id: str, params: StructuredOutputsParams, num_outputs: int) -> list[LateMask]:
+    def start(self, request_id: str, params: StructuredOutputsParams, num_outputs: int) -> list[GrammarMask]:
         """Begin to compile; return a mask for each output, to be asked once the request is unblocked.
 
         Raises ValueError for a model without a tokenizer. What is wrong with the grammar shows in `settle`.
@@ -108,18 +131,20 @@ class Grammars:
         if self._tokenizer is None:
             raise ValueError("structured_outputs needs a tokenizer; this model directory has none")
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "seamwise-grammar")
+            self._pool = ThreadPoolExecutor(1, "seamwise-grammar", _yields_to_others)
         future = self._pool.submit(self.compile, params)
         self.pending.append(Compiling(request_id=request_id, future=future))
         future.add_done_callback(lambda _: self._ready())
         words = -(-self._vocab_size // 32)
-        return [LateMask(future, words) for _ in range(num_outputs)]
+        return [GrammarMask(future.result, words) for _ in range(num_outputs)]
 
-    def settle(self, unblock: Callable[[str], None], fail: Callable[[str, Exception], None]) -> None:
-        """Unblock the requests whose grammar is ready, and end those whose grammar is refused."""
+    def settle(
+        self, unblock: Callable[[str], None], fail: Callable[[str, Exception], None], wait: bool = False
+    ) -> None:
+        """Unblock requests whose grammar is ready, and end those whose grammar is refused; wait: until all are."""
         if not self.pending:
             return
-        done = [c for c in self.pending if c.future.done()]
+        done = [c for c in self.pending if wait or c.future.done()]
         self.pending = [c for c in self.pending if c not in done]
         for compiling in done:
             error = compiling.future.exception()
@@ -136,27 +161,7 @@ class Grammars:
             self._pool.shutdown(cancel_futures=True)
 
 
-@dataclass(slots=True, eq=False)
-class LateMask:
-    """The mask of an output whose grammar is compiled while the request waits. A MaskProvider."""
-
-    compiled: Future[Any]
-    num_words: int
-    mask: GrammarMask | None = None
-
-    def allowed_words(self, output_ids: list[int]) -> np.ndarray | None:
-        """As GrammarMask's."""
-        return self._made().allowed_words(output_ids)
-
-    def forced(self, output_ids: list[int]) -> list[int]:
-        """As GrammarMask's."""
-        return self._made().forced(output_ids)
-
-    def follows(self, output_ids: list[int], guess: list[int]) -> int:
-        """As GrammarMask's."""
-        return self._made().follows(output_ids, guess)
-
-    def _made(self) -> GrammarMask:
-        if self.mask is None:
-            self.mask = GrammarMask(self.compiled.result().deep_copy(), self.num_words)
-        return self.mask
+def _yields_to_others() -> None:
+    """Let this thread have what the threads that compute leave: on Linux a thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

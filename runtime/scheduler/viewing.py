@@ -17,7 +17,6 @@ from .view import Candidate, Progress, Shared, View, frozen
 if TYPE_CHECKING:
     from .scheduler import Scheduler
 
-_NONE_SHARED: Shared = ()
 _REFRESHED = 32  # waiting sequences whose cached prefix is looked up again for a step, in turn
 
 
@@ -29,7 +28,8 @@ def take_view(scheduler: Scheduler) -> View:
     pending = np.minimum(slots.known[active] + slots.drafts[active], slots.limit[active]) - scheduled
     max_chunk = slots.max_chunk[active]
     wanted = np.minimum(np.minimum(pending, max_chunk), limits.long_prefill_token_threshold or NO_LIMIT)
-    own, shared = np.zeros(len(active), dtype=np.int64), _NONE_SHARED
+    own = np.zeros(len(active), dtype=np.int64)
+    shared: Shared = ()
     missing = np.maximum(-(-(scheduled + wanted) // pool.block_size) - held, 0)
     if missing.sum() * len(pool.groups) > pool.num_available:
         own, shared = _what_they_would_free(pool, [slots.sequences[slot] for slot in active.tolist()])

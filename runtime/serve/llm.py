@@ -246,6 +246,7 @@ class LLM(ModelControl, Pools):
             logprobs_mode=logprobs_mode, drafting=drafting, adapters=adapters, pooler=runner.options.pooler,
             offload=offload, recorder=recorder,
         )  # fmt: skip
+        self.engine.alike = runner.options.tensor_parallel_size > 1 and not processes
         if generation_config == "vllm":
             self.engine.ends_with(runner.config.raw.get("eos_token_id"))
 

@@ -181,6 +181,17 @@ def test_panels_are_w4a16_linear(T: int, N: int, K: int, group: int, zero: bool,
     torch.testing.assert_close(linear_int.run("cpp", *given_).double(), exact, rtol=0.01, atol=0.01 * K**0.5)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_rows_integers_have_the_same_bits_in_any_batch(int8: bool) -> None:
+    """Of 35 groups: a product that is fused with its sum in some blocks and not in others changes a bit in 20,000."""
+    sizes = {"T": 300, "N": 256, "K": 1100, "group": 32, "offset": True, "bias": True, "int8": int8}
+    x, *rest = linear_int.make_inputs(sizes, dtype=torch.bfloat16, device="cpu")
+    whole = linear_int.run("cpp", x, *rest)
+    for rows_at_once in (1, 7):
+        parts = [linear_int.run("cpp", part, *rest) for part in x.split(rows_at_once)]
+        assert torch.equal(torch.cat(parts), whole), rows_at_once
+
+
 @pytest.mark.parametrize("columns", [7, 32])
 def test_int8_panels_of_any_view(columns: int) -> None:
     matrix = torch.randint(-128, 127, (65, 33), dtype=torch.int8)

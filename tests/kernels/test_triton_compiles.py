@@ -23,8 +23,9 @@ def check(name: str, capability: int, every: bool) -> None:
     assert builds or capability < 89, "its file names no build"
     some = [builds[i] for i in sorted({i % len(builds) for i in SOME[capability]})] if builds else []
     found = list(usages(CONTRACTS[name], capability, builds if every else some))
-    # Up to 16 bytes are no pressure: ptxas parks what only the epilogue reads, where that fits one more block.
-    spilling = [u for u in found if u.stack_bytes > 16]
+    # Up to 16 bytes are no pressure: ptxas parks what only the epilogue reads, where that fits one more block. Nor is
+    # an array of a library's, beside few registers: triton 3.6's cosine of a large angle keeps 28 bytes of 2 / pi.
+    spilling = [u for u in found if u.stack_bytes > 16 and u.registers >= 64]
     assert not spilling, spilling
     too_large = [u for u in found if u.shared_bytes > SHARED_LIMIT[capability]]
     assert not too_large, too_large

@@ -13,7 +13,7 @@ from step_inputs import Steps
 from seamwise import LLM, ModelRunner, StepInput
 from seamwise.compile.pipeline import PipelineConfig, rewrite
 from seamwise.compile.startup_times import Ledger
-from seamwise.passes import FUSE_RMS_NORM_QUANT, SCHEMES, Report
+from seamwise.passes import FUSE_QKV, FUSE_RMS_NORM_QUANT, SCHEMES
 from seamwise.passes.quantization.quantize_linear import QUANTIZE_LINEAR
 from seamwise.passes.quantization.quantize_weights import quantize_weights
 from seamwise.runtime.build.capture_model import capture_model
@@ -106,9 +106,25 @@ def test_joined_weights_must_be_stored_alike(model_dir: Path) -> None:
     config, chosen = options(model_dir, "own", None, disabled=("pack_linear",))
     model = capture_model(config, chosen, Ledger())
     quantize_weights(replace(SCHEMES["fp8"], rows=48)).apply(model.captured.module, model.structure)
-    report = Report(name="quantize_linear")
-    QUANTIZE_LINEAR.rewrite(model.captured.module, report)
-    assert report.matched == 0 and "blocks of (48, 0) have no kernel" in report.misses[0].reason
+    report = QUANTIZE_LINEAR.apply(model.captured.module, model.structure)
+    assert report.matched == report.expected == 0 and "blocks of (48, 0) have no kernel" in report.misses[0].reason
+
+
+def test_weights_that_were_joined_wrongly_break_the_promise(model_dir: Path) -> None:
+    """A layer whose weight is quantized in part is no fault of the checkpoint: joining must have left it apart."""
+    config, chosen = options(model_dir, "own", None)
+    model = capture_model(config, chosen, Ledger())
+    module = model.captured.module
+    quantize_weights(SCHEMES["fp8"]).apply(module, model.structure)
+    FUSE_QKV.apply(module, model.structure)
+    joined = next(n for n in module.graph.nodes if n.target is torch.ops.aten.cat.default)
+    first, *others = joined.args[0]
+    with module.graph.inserting_before(joined):
+        plain = module.graph.call_function(torch.ops.aten.neg.default, (first,))
+    plain.meta = dict(first.meta)
+    joined.args = ([plain, *others], *joined.args[1:])
+    report = QUANTIZE_LINEAR.apply(module, model.structure)
+    assert report.expected == report.matched + 1 and "which is not quantized" in report.misses[0].reason
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -2,6 +2,7 @@
 
 The interpreter's conversions drop a carry into the exponent, round ties up and truncate to bfloat16, and its dot takes
 bfloat16 for integers (triton 3.9, and issue #4972). Here torch converts, so that bfloat16 and float8 can be tested.
+That of triton 3.6 makes numbers of arrays in a way that numpy 2.5 refuses, and knows no constant of bfloat16.
 """
 
 from __future__ import annotations
@@ -45,6 +46,19 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
     return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
+def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+    _patched(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def _get_bf16(self: Any, value: float) -> Any:
+    wide = self.get_fp32(value)
+    return interpreter.TensorHandle(_convert_float(wide.data, tl.float32, tl.bfloat16, None), tl.bfloat16)
+
+
+_patched = interpreter._patch_lang_tensor
 if interprets():
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter.InterpreterBuilder.get_bf16 = _get_bf16
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _create_dot

@@ -127,7 +127,7 @@ class World:
         form, masks = one.params.structured_outputs, list[OneByOne]()
         if form is not None:
             matcher = self.grammars.compile(form)
-            masks = [OneByOne(GrammarMask(matcher.deep_copy(), 10)) for _ in range(one.params.n)]
+            masks = [OneByOne(GrammarMask(lambda made=matcher: made, 10)) for _ in range(one.params.n)]
         params = replace(one.params, structured_outputs=None)
         self.plain.add_request(
             "alone", [*one.prompt], params, lora_request=self.loras[one.adapter], mask_providers=masks

@@ -183,24 +183,27 @@ def test_sigterm_lets_requests_finish_within_the_deadline(timeout_s: float, fini
 
     code = DRAIN.format(here=str(Path(__file__).parent), timeout=timeout_s)
     process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    address = process.stdout.readline().strip()
-    with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(post, f"{address}/v1/completions", {"prompt": "Z", "max_tokens": 20})
-        until(lambda: get(f"{address}/load")[1]["num_requests_running"] == 1)
-        process.terminate()
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        with ThreadPoolExecutor(2) as pool:
+            running = pool.submit(post, f"{address}/v1/completions", {"prompt": "Z", "max_tokens": 20})
+            until(lambda: get(f"{address}/load")[1]["num_requests_running"] == 1)
+            process.terminate()
 
-        def refused() -> bool:
-            status, late = post(f"{address}/v1/completions", {"prompt": "a", "max_tokens": 1})
-            return status == 503 and "shutting down" in late["error"]["message"]
+            def refused() -> bool:
+                status, late = post(f"{address}/v1/completions", {"prompt": "a", "max_tokens": 1})
+                return status == 503 and "shutting down" in late["error"]["message"]
 
-        until(refused)
-        status, answer = running.result(60)
-    if finishes:
-        assert status == 200 and answer["choices"][0]["text"] == "Z" * 20
-    else:
-        assert status == 503 and "shutting down" in answer["error"]["message"]
-    assert process.wait(60) == 0
+            until(refused)
+            status, answer = running.result(60)
+        if finishes:
+            assert status == 200 and answer["choices"][0]["text"] == "Z" * 20
+        else:
+            assert status == 503 and "shutting down" in answer["error"]["message"]
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
@@ -226,3 +229,10 @@ def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
 
     threading.Thread(target=run, daemon=True).start()  # a front end that stands still ends nothing but the wait
     ended.result(120)
+
+
+def test_one_is_made_and_its_end_is_told_by_vllms_names() -> None:
+    given = {"model": "fake", "engine_factory": "fake_llm:make", "max_num_seqs": 2}
+    llm = AsyncLLM.from_engine_args(given, max_num_seqs=3)
+    assert llm.engine.members[0].options["max_num_seqs"] == 3
+    assert isinstance(llm.dead_error, EngineError) and str(llm.dead_error) == llm.engine.reason != ""
