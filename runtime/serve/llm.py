@@ -225,7 +225,8 @@ class LLM(ModelControl, Pools):
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         offload = make_offload(
             runner, ahead=2 * -(-max_num_batched_tokens // runner.block_size) * len(runner.kv_groups),
-            num_ranks=runner.options.num_ranks, enable_prefix_caching=enable_prefix_caching,
+            num_ranks=runner.options.num_ranks, on_ranks=runner.open_stores if processes else None,
+            enable_prefix_caching=enable_prefix_caching,
             **{name: value for name, value in given.items() if name.startswith("kv_offloading_")},
         )  # fmt: skip
         recorder = None if decisions_dir is None else record_in(decisions_dir, limits, data_parallel_rank)
