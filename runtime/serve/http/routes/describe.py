@@ -36,7 +36,7 @@ def answers(*statuses: int, stream: bool = False, content: dict[str, Any] | None
     ok: dict[str, Any] = content or {"application/json": {"schema": {"type": "object"}}}
     if stream:
         ok = {**ok, "text/event-stream": {"schema": {"type": "string"}}}
-    errors = {status: {"description": _WHAT[status], "model": Error} for status in statuses}
+    errors: dict[int | str, Any] = {s: {"description": _WHAT[s], "model": Error} for s in statuses}
     return {200: {"description": "The answer.", "content": ok}, **errors}
 
 
