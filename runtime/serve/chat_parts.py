@@ -6,6 +6,7 @@ object that is the whole answer, {"name": …, "parameters": {…}} (Llama 3); r
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Iterator
@@ -13,10 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_NO_ARGUMENTS = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*\}\s*</tool_call>')
-_START = re.compile(
-    r'\s*(\{\s*("(n(a(m(e("(\s*(:(\s*("(?:[^"\\]|\\.)*("(\s*(\}.*|,(\s*(".*)?)?)?)?)?)?)?)?)?)?)?)?)?)?)?)?$', re.S
-)
+_OTHER_CALLS = ("<function=", "<arg_key>")  # what is no JSON between the marks: Qwen3-Coder, GLM 4.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +63,16 @@ class ChatParts:
             if self._after_mark and self._scan is None:
                 self._held = self._held.lstrip("\n")
                 self._after_mark = not self._held
-            before = len(self._held)
+            before = len(self._held), self._started
             if self._scan is not None:
                 yield from self._read_arguments()
             elif self.thinking:
                 yield from self._read_reasoning(ended)
             elif self.tools == "llama3_json" and not self._started:
-                yield from self._read_object(ended)
+                yield from self._read_bare_call(ended)
             else:
                 yield from self._read_text(ended)
-            if len(self._held) == before:
+            if (len(self._held), self._started) == before:
                 return
 
     def _read_reasoning(self, ended: bool) -> Iterator[Part]:
@@ -122,23 +120,38 @@ class ChatParts:
             self._started = self._started or bool(before.strip())
             yield Part("text", before.rstrip())
             return
-        if match := _NAME.match(inside):
-            self._held = inside[match.end() :]
-            yield self._call(match[1], "</tool_call>")
-        elif match := _NO_ARGUMENTS.match(inside + "</tool_call>" if ended else inside):
-            call = self._call(match[1], "</tool_call>")
-            self._scan, self._held, self._after_mark = None, inside[match.end() :], True
-            yield from (call, Part("arguments", "{}", call.call, call.call_id))
-        elif ended or "</tool_call>" in inside or not _START.match(inside):  # it is no call: give it as it is
-            text, self._held = self._held, ""
-            yield Part("text", text)
+        parts = self._read_object(inside, "</tool_call>")
+        if parts is None or (ended and not parts):  # it is no call: give it as it is
+            parts, self._held = [Part("text", self._held)], ""
+        yield from parts
 
-    def _read_object(self, ended: bool) -> Iterator[Part]:
-        if match := _NAME.match(self._held):
-            self._held, self._started = self._held[match.end() :], True
-            yield self._call(match[1], "}")
-        elif ended or not _START.match(self._held):
-            self._started = True  # an answer in words
+    def _read_bare_call(self, ended: bool) -> Iterator[Part]:
+        """Read a call that is all of the answer, or follows another one."""
+        parts = self._read_object(self._held.lstrip("; \n") if self.num_calls else self._held, "}")
+        self._started = parts is None or (ended and not parts)  # an answer in words
+        yield from parts or ()
+
+    def _read_object(self, text: str, close: str) -> list[Part] | None:
+        """Return the parts of a call that begins here, [] where that is not certain yet, None where none does.
+
+        Arguments behind the name are given as they come; keys in another order wait for the object's end.
+        """
+        if match := _NAME.match(text):
+            self._held = text[match.end() :]
+            return [self._call(match[1], close)]
+        if text.strip() and not text.lstrip().startswith("{"):
+            return None
+        whole = _Arguments(0, "", "")
+        size = whole.advance(text)
+        if not whole.ended:
+            return []
+        if (found := _whole_call(text[:size])) is None:
+            return None
+        name, arguments = found
+        call = self._call(name, close)
+        assert self._scan is not None
+        self._scan.ended, self._held = True, text[size - 1 :]
+        return [call, Part("arguments", arguments, call.call, call.call_id)]
 
     def _call(self, name: str, close: str) -> Part:
         self._scan = _Arguments(self.num_calls, f"call_{uuid.uuid4().hex[:24]}", close)
@@ -191,6 +204,18 @@ class _Arguments:
         return len(text)
 
 
+def _whole_call(text: str) -> tuple[str, str] | None:
+    """Return the name and the arguments' JSON of a call in one object, whatever stands beside them; None: no call."""
+    try:
+        found = json.loads(text)
+        given = found.get("arguments", found.get("parameters"))
+        given = json.loads(given) if isinstance(given, str) else {} if given is None else given
+    except (ValueError, RecursionError):
+        return None
+    fits = isinstance(found.get("name"), str) and isinstance(given, dict)
+    return (found["name"], json.dumps(given, ensure_ascii=False)) if fits else None
+
+
 def _after(text: str, mark: str) -> str:
     return text.partition(mark)[2] if mark in text else text
 
@@ -204,11 +229,11 @@ def _overlap(text: str, mark: str) -> int:
 
 
 def tool_format(template: str) -> str | None:
-    """Return how a model whose chat template this is writes calls; None when the template has no tools."""
+    """Return how a model whose chat template this is writes calls; None for one without tools, or with other calls."""
     if "tools" not in template:
         return None
     if "<tool_call>" in template:
-        return "hermes"
+        return None if any(mark in template for mark in _OTHER_CALLS) else "hermes"
     return "llama3_json" if '"parameters"' in template or "python_tag" in template else None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FORMATS = ("auto", "string", "openai")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
 
@@ -48,6 +49,7 @@ def render_chat(
         or (chat_template_content_format == "auto" and not _takes_parts(render, asked))
     ):
         asked = [_flat(message) for message in asked]
+    asked = _with_calls(render, asked, messages)
     try:
         return render(asked)
     except (ValueError, TemplateError) as error:
@@ -78,6 +80,9 @@ def _message(message: Any) -> dict[str, Any]:
         raise ValueError(
             f"chat: a content is {content!r}, wanted a string or a list of {{'type': 'text', 'text': str}}"
         )
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if reasoning is not None:  # templates know it by either of two names, gpt-oss's by the other
+        result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
     if message["role"] == "assistant" and message.get("tool_calls"):
         result["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
     return result
@@ -101,10 +106,63 @@ def _tool_call(call: Any) -> Any:
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = json.loads(function["arguments"] or "{}") or {}  # null is none, too
     except ValueError as error:
         raise ValueError(f"chat: a tool call's arguments are {function['arguments']!r}, not JSON: {error}") from error
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _with_calls(render: Any, asked: list[dict[str, Any]], given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with tool calls in the first form in which a template shows every call.
+
+    Some read arguments as an object and some as its JSON; some leave out calls beside a content that is "", and some
+    print None. Where no form shows them, it is the first: an object beside "".
+    """
+    marked, count = [], 0
+    for message in asked:
+        if calls := _calls(message):
+            names = [f"seamwise-call-{count + i}-" for i in range(len(calls))]
+            made = [{"function": {"name": name, "arguments": {"seamwise-argument": 1}}} for name in names]
+            message = {**message, "tool_calls": [{**c, **m} for c, m in zip(calls, made, strict=True)]}
+            count += len(calls)
+        marked.append(message)
+    if not count:
+        return asked
+    for as_text in (False, True):
+        for content in ("", None):
+            try:
+                shown = render(_in_form(marked, marked, content, as_text))
+            except Exception:  # whatever it raises, this is not what it reads
+                continue
+            if all(f"seamwise-call-{i}-" in shown for i in range(count)) and "'seamwise-argument'" not in shown:
+                return _in_form(asked, given, content, as_text)
+    return _in_form(asked, given, "", False)
+
+
+def _calls(message: Mapping[str, Any]) -> list[Any]:
+    calls = list(message.get("tool_calls") or ()) if message["role"] == "assistant" else []
+    return calls if all(isinstance(call, Mapping) for call in calls) else []
+
+
+def _in_form(
+    asked: Sequence[dict[str, Any]], given: Sequence[Mapping[str, Any]], content: str | None, as_text: bool
+) -> list[dict[str, Any]]:
+    """Return messages whose calls have arguments as text, as it was given, or as objects, beside a content or this."""
+    made = []
+    for message, original in zip(asked, given, strict=True):
+        if calls := _calls(message):
+            calls = [_call_as_text(call) for call in _calls(original)] if as_text else calls
+            message = {**message, "content": message.get("content") or content, "tool_calls": calls}
+        made.append(message)
+    return made
+
+
+def _call_as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
+        return call
+    text = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _flat(message: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class ServeSettings:
         """Return the template of `chat_template`. Raises ValueError when it cannot be read or is no template."""
         if self.chat_template is None:
             return None
-        from seamwise.runtime.serve.chat_template import check_template
+        from seamwise.runtime.text.chat_template import check_template
 
         try:
             source = self.chat_template.read_text()

@@ -122,6 +122,14 @@ def _logprobs(rows: list[list[TokenLogprob]], offset: int, most: int) -> dict[st
     return {
         "tokens": tokens,
         "token_logprobs": [row[0].logprob for row in rows],
-        "top_logprobs": [{one.spelled: one.logprob for one in row} if most else None for row in rows],
+        "top_logprobs": [_by_spelling(row) if most else None for row in rows],
         "text_offset": offsets,
     }
+
+
+def _by_spelling(row: list[TokenLogprob]) -> dict[str, float]:
+    """Return log probabilities by tokens' texts; tokens that share one, parts of characters say, by their ids too."""
+    found: dict[str, float] = {}
+    for one in row:
+        found[f"token_id:{one.token_id}" if one.spelled in found else one.spelled] = one.logprob
+    return found
