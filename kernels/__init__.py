@@ -37,6 +37,7 @@ if __name__ != "kernels":
     from .linear.w4a16_linear import w4a16_linear as w4a16_linear
     from .moe.count_experts import count_experts as count_experts
     from .moe.grouped_linear import grouped_linear as grouped_linear
+    from .moe.grouped_linear_int import grouped_linear_int as grouped_linear_int
     from .moe.grouped_linear_packed import grouped_linear_packed as grouped_linear_packed
     from .moe.grouped_mxfp4_linear import grouped_mxfp4_linear as grouped_mxfp4_linear
     from .moe.grouped_scaled_linear import grouped_scaled_linear as grouped_scaled_linear

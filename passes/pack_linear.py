@@ -30,6 +30,7 @@ from seamwise.kernels import (
     w4a16_linear,
 )
 from seamwise.kernels.contract import Contract
+from seamwise.kernels.signature import WrongArguments
 
 from .graph import arguments, aten, fake_values, given, inserting, is_op, is_weight, place, replace, value
 from .matcher import Miss
@@ -78,7 +79,7 @@ def _is_tied(node: Node) -> bool:
     readers = [u for u in table.users if is_op(u, aten.linear.default) and given(u).weight is table]
     linears = [u for u in readers if _why_not(u) is None]
     packed = [pack_linear.meaning(value(table)), value(index), *value(table).shape]
-    return 0 < len(linears) == len(table.users) - 1 and _unserved(gather_packed_rows, packed) is None
+    return 0 < len(linears) == len(table.users) - 1 and unserved(gather_packed_rows, packed) is None
 
 
 def _gather_packed(node: Node, shared: dict[Node, Node]) -> None:
@@ -95,16 +96,17 @@ def _why_not(node: Node) -> str | None:
     if not is_weight(weight):
         return "its weight is computed in the step"
     w = value(weight)
-    if reason := _unserved(pack_linear, [w]):
+    if reason := unserved(pack_linear, [w]):
         return f"no kernel packs {w.dtype} on {w.device.type}: {reason}"
     arguments = [value(x), pack_linear.meaning(w), w.shape[0], *([] if bias is None else [value(bias)])]
-    reason = _unserved(linear_packed, arguments)
+    reason = unserved(linear_packed, arguments)
     return reason and f"no kernel takes its input: {reason}"
 
 
-def _int_arguments(
+def int_arguments(
     shape: tuple[int, int], is_point: bool, x: Any, packed: Any, scale: Any, zero: Any, group: int, bias: Any
 ) -> Any:
+    """Return the arguments of `linear_int` for those of `w4a16_linear` over a weight of this shape."""
     offset = aten.neg.default(aten.mul.Tensor(zero, scale)) if is_point else zero
     offsets = None if offset is None else pack_group_values(offset)
     return x, pack_int_panels(packed, shape[1]), pack_group_values(scale), offsets, group, shape[0], bias
@@ -114,11 +116,11 @@ def _pack_int(node: Node) -> str | None:
     known: Any = fake_values(arguments(node))
     shape = (known[1].shape[0], known[0].shape[-1])
     is_point = known[3] is not None and not known[3].is_floating_point()
-    if reason := _unserved(linear_int, _int_arguments(shape, is_point, *known)):
+    if reason := unserved(linear_int, int_arguments(shape, is_point, *known)):
         return reason
     with inserting(node.graph, node, like=node) as proxy:
         proxied: Any = [*map(proxy, arguments(node))]
-        y = linear_int(*_int_arguments(shape, is_point, *proxied))
+        y = linear_int(*int_arguments(shape, is_point, *proxied))
     replace(node, y.node)
     return None
 
@@ -130,13 +132,9 @@ def _pack_experts(node: Node) -> str | None:
         packed = pack_linear(aten.flatten.using_ints(of(weight), 0, 1))
         return of(x), packed, value(weight).shape[1], *map(of, rest)
 
-    reason = "its weights are computed in the step"
-    if is_weight(weight):
-        try:
-            reason = _unserved(grouped_linear_packed, packed_arguments(fake_values)) or ""
-        except ValueError as error:  # what the op does not take, as experts of no whole panels
-            reason = str(error)
-    if reason:
+    if not is_weight(weight):
+        return "its weights are computed in the step"
+    if (reason := unserved(grouped_linear_packed, packed_arguments(fake_values))) is not None:
         return reason
     with inserting(node.graph, node, like=node) as proxy:
         y = grouped_linear_packed(*packed_arguments(proxy))
@@ -144,10 +142,13 @@ def _pack_experts(node: Node) -> str | None:
     return None
 
 
-def _unserved(record: Contract, arguments: Any) -> str | None:
+def unserved(record: Contract, arguments: Any) -> str | None:
     """Return why no kernel of an op takes these arguments, or None."""
-    if record.choose(arguments).call is not record.meaning:
-        return None
+    try:
+        if record.choose(arguments).call is not record.meaning:
+            return None
+    except WrongArguments as error:  # the op has limits that the plain layer has not: experts of whole panels
+        return str(error)
     reasons = (record.why_not(p, arguments) for p in record.providers[:-1])
     return next((r for r in reasons if r), "no kernel is registered")
 

@@ -1,5 +1,5 @@
 // Linear layer over weights packed once: y (M, N) = x (M, K) wᵀ + bias, float32 or bfloat16, float32 sums; and, for
-// bfloat16 rows, over int4 and int8 weights with scales.
+// bfloat16 rows, over int4 and int8 weights with scales. Each of them for the experts of a mixture, too.
 //
 // Packed weight: panels of 32 output columns; a panel holds, one after the other, the words of its columns, as
 // linear_words.h has them. Columns beyond N and an odd last input are zeros.
@@ -75,6 +75,36 @@ const char* unpack(const Linear& c, int64_t panel) {
     return (const char*)(to - c.words * kPanel * kTerms);
 }
 
+// Rows [m0, m1) of one panel; what several blocks of rows read is unpacked once.
+template <class Words>
+void sweep_panel(const Linear& c, Rows x, int64_t m0, int64_t m1, int64_t panel, bool more) {
+    if constexpr (Words::kScaled)
+        if (m1 - m0 > kBlockRows) return sweep<Unpacked>(c, x, m0, m1, panel, unpack<Words>(c, panel), more);
+    sweep<Words>(c, x, m0, m1, panel, c.panel(panel), more);
+}
+
+float sum(const BFloat16* x, int64_t count) {
+    constexpr int kStep = 2 * kLanes;
+    Vec total{};
+    for (int64_t k = 0; k < count; k += kStep) {
+        BFloat16 part[kStep] = {};
+        if (count - k < kStep) std::memcpy(part, x + k, (count - k) * sizeof(BFloat16));
+        const Vec pairs = load(count - k < kStep ? part : x + k);
+        if constexpr (kPairs) {
+            total = Pairs::multiply_add(total, (Vec)(0x3f803f80 - IntVec{}), pairs);
+        } else {
+            total = total + Pairs::widened(pairs, 0) + Pairs::widened(pairs, 1);
+        }
+    }
+    return horizontal_sum(total);
+}
+
+// Sums of a row's groups, which an offset is multiplied by.
+void sum_groups(const Linear& c, const char* row, float* to) {
+    for (int64_t g = 0, k = 0; g < c.groups; ++g, k += 2 * c.terms)
+        to[g] = sum((const BFloat16*)row + k, std::min(c.K - k, 2 * c.terms));
+}
+
 // Returns how many rows of x, in whole blocks, stay in the L2 cache.
 template <class Words>
 int64_t resident_rows(const Linear& c) {
@@ -97,19 +127,13 @@ int64_t run(const Linear& c, int64_t num_threads) {
         const int64_t m0 = c.M * chunk / chunks, m1 = c.M * (chunk + 1) / chunks;
         const int64_t last = panels * (share + 1) / shares;
         const Rows x = rows_for<Words>(c, m0, m1);
-        for (int64_t p = panels * share / shares; p < last; ++p) {
-            if constexpr (Words::kScaled) {
-                if (m1 - m0 > kBlockRows) {  // several blocks of rows read it: it is unpacked once
-                    sweep<Unpacked>(c, x, m0, m1, p, unpack<Words>(c, p), p + 1 < last);
-                    continue;
-                }
-            }
-            sweep<Words>(c, x, m0, m1, p, c.panel(p), p + 1 < last);
-        }
+        for (int64_t p = panels * share / shares; p < last; ++p) sweep_panel<Words>(c, x, m0, m1, p, p + 1 < last);
     });
     return 0;
 }
 
+// y[s] = x[s / top_k] w[e]ᵀ + bias[e] for the slots s in order[starts[e] … starts[e + 1]) of each expert e, whose panels
+// follow those of the one before; N is a multiple of 32. The other slots, from starts[experts] on, are zeros.
 // A task is some rows of one expert by a share of its panels; each expert is a linear layer of its own.
 template <class Words>
 int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* starts, int64_t experts, int64_t top_k,
@@ -117,6 +141,7 @@ int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* star
     struct Task {
         int64_t expert, first, count;
     };
+    for (int64_t s = starts[experts]; s < all.M; ++s) std::memset(all.y + order[s] * all.y_stride, 0, all.y_stride);
     static thread_local std::vector<Task> tasks;
     tasks.clear();
     const int64_t panels = all.N / kPanel, height = resident_rows<Words>(all);
@@ -129,31 +154,25 @@ int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* star
     parallel_for(num_threads, tasks.size() * shares, [&](int64_t i) {
         const Task task = task_at[i / shares];
         const int64_t share = i % shares, last = panels * (share + 1) / shares;
+        const int64_t first_panel = task.expert * panels;
         Linear c = all;
-        c.packed += task.expert * panels * c.panel_bytes;
+        c.packed += first_panel * c.panel_bytes;
         if (c.bias) c.bias = (const typename Words::Element*)c.bias + task.expert * c.N;
         c.places = order + task.first;
-        const Rows x = gathered<Words>(c, task.count, [&](int64_t m) { return c.x + c.places[m] / top_k * c.x_stride; });
-        for (int64_t p = panels * share / shares; p < last; ++p)
-            sweep<Words>(c, x, 0, task.count, p, c.panel(p), p + 1 < last);
+        const auto row_at = [&](int64_t m) { return c.x + c.places[m] / top_k * c.x_stride; };
+        if constexpr (Words::kScaled) {
+            static thread_local Scratch sums;
+            c.scale += first_panel * c.groups * kPanel;
+            if (c.offset) {
+                c.offset += first_panel * c.groups * kPanel;
+                c.x_sums = sums.reserve(task.count * c.groups);
+                for (int64_t m = 0; m < task.count; ++m) sum_groups(c, row_at(m), c.x_sums + m * c.groups);
+            }
+        }
+        const Rows x = gathered<Words>(c, task.count, row_at);
+        for (int64_t p = panels * share / shares; p < last; ++p) sweep_panel<Words>(c, x, 0, task.count, p, p + 1 < last);
     });
     return 0;
-}
-
-float sum(const BFloat16* x, int64_t count) {
-    constexpr int kStep = 2 * kLanes;
-    Vec total{};
-    for (int64_t k = 0; k < count; k += kStep) {
-        BFloat16 part[kStep] = {};
-        if (count - k < kStep) std::memcpy(part, x + k, (count - k) * sizeof(BFloat16));
-        const Vec pairs = load(count - k < kStep ? part : x + k);
-        if constexpr (kPairs) {
-            total = Pairs::multiply_add(total, (Vec)(0x3f803f80 - IntVec{}), pairs);
-        } else {
-            total = total + Pairs::widened(pairs, 0) + Pairs::widened(pairs, 1);
-        }
-    }
-    return horizontal_sum(total);
 }
 
 }  // namespace
@@ -192,13 +211,11 @@ extern "C" int64_t seamwise_linear(int64_t dtype, const char* x, const char* pac
     return dtype == 0 ? run<Singles>(c, num_threads) : run<Pairs>(c, num_threads);
 }
 
-// y[s] = x[s / top_k] w[e]ᵀ + bias[e] for the slots s in order[starts[e] … starts[e + 1]) of each expert e, whose panels
-// follow those of the one before; N is a multiple of 32. Slots from starts[experts] on are zeros.
+// Experts' layers, see run_grouped.
 extern "C" int64_t seamwise_grouped_linear(int64_t dtype, const char* x, const char* packed, const void* bias, char* y,
                                            const int32_t* order, const int32_t* starts, int64_t experts, int64_t slots,
                                            int64_t top_k, int64_t N, int64_t K, int64_t x_stride, int64_t num_threads) {
     const int64_t words = dtype == 0 ? K : (K + 1) / 2, terms = dtype == 0 ? 64 : INT64_MAX, y_stride = N * (dtype == 0 ? 4 : 2);
-    for (int64_t s = starts[experts]; s < slots; ++s) std::memset(y + order[s] * y_stride, 0, y_stride);
     const Linear c{x, packed, bias, y, slots, N, K, words, x_stride, y_stride, words * 4 * kPanel, terms};
     return dtype == 0 ? run_grouped<Singles>(c, order, starts, experts, top_k, num_threads)
                       : run_grouped<Pairs>(c, order, starts, experts, top_k, num_threads);
@@ -209,17 +226,23 @@ extern "C" int64_t seamwise_grouped_linear(int64_t dtype, const char* x, const c
 extern "C" int64_t seamwise_linear_int(int64_t bits, const char* x, const char* packed, const float* scale,
                                        const float* offset, float* x_sums, const void* bias, char* y, int64_t M, int64_t N,
                                        int64_t K, int64_t group, int64_t x_stride, int64_t y_stride, int64_t num_threads) {
-    const int64_t words = (K + 1) / 2, groups = (K + group - 1) / group;
-    if (offset)
-        parallel_for(M > kBlockRows ? num_threads : 1, M, [&](int64_t m) {
-            for (int64_t g = 0; g < groups; ++g) {
-                const int64_t count = K - g * group < group ? K - g * group : group;
-                x_sums[m * groups + g] = sum((const BFloat16*)(x + m * x_stride) + g * group, count);
-            }
-        });
-    const int64_t panel_bytes = words * kPanel * bits / 4;
+    const int64_t words = (K + 1) / 2, groups = (K + group - 1) / group, panel_bytes = words * kPanel * bits / 4;
     const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, panel_bytes, group / 2, scale, offset, x_sums, groups};
+    if (offset)
+        parallel_for(M > kBlockRows ? num_threads : 1, M,
+                     [&](int64_t m) { sum_groups(c, x + m * x_stride, x_sums + m * groups); });
     return bits == 4 ? run<Nibbles>(c, num_threads) : run<Bytes>(c, num_threads);
+}
+
+// Experts' layers over such integers, see run_grouped.
+extern "C" int64_t seamwise_grouped_linear_int(int64_t bits, const char* x, const char* packed, const float* scale,
+                                               const float* offset, const void* bias, char* y, const int32_t* order,
+                                               const int32_t* starts, int64_t experts, int64_t slots, int64_t top_k,
+                                               int64_t N, int64_t K, int64_t group, int64_t x_stride, int64_t num_threads) {
+    const int64_t words = (K + 1) / 2, groups = (K + group - 1) / group, panel_bytes = words * kPanel * bits / 4;
+    const Linear c{x, packed, bias, y, slots, N, K, words, x_stride, 2 * N, panel_bytes, group / 2, scale, offset, nullptr, groups};
+    return bits == 4 ? run_grouped<Nibbles>(c, order, starts, experts, top_k, num_threads)
+                     : run_grouped<Bytes>(c, order, starts, experts, top_k, num_threads);
 }
 
 // out (tokens, K) = rows of w (N, K) at `index`, from its panels. Returns 0, or 1 + the first token whose index lies

@@ -23,6 +23,7 @@ from seamwise.kernels.signature import cdiv
 from .linear import PANEL
 
 _LINEAR = Kernel("linear_cpu.cpp", "seamwise_linear_int")
+_PACKED_AT_ONCE = 1 << 22  # values: experts' of a layer, a hundred times as many, would take 20 bytes each meanwhile
 
 
 def _limits(stored: Tensor, in_features: int) -> str | None:
@@ -51,14 +52,20 @@ def _padded(stored: Tensor, in_features: int) -> Tensor:
 
 @pack_int_panels.provider("huge_pages", devices=("cpu",), strided=True)
 def pack_into_huge_pages(stored: Tensor, in_features: int) -> Tensor:
-    """The same, where the kernel reads fastest; a word of two inputs moves as one int16."""
-    padded = _padded(stored, in_features)
-    words = padded.contiguous().view(torch.int16).unflatten(0, (-1, PANEL)).transpose(1, 2)
-    if stored.dtype != torch.int32:
-        return huge_pages.empty(tuple(words.shape), torch.int16).copy_(words).view(torch.int8)
-    pairs = words.contiguous().view(torch.uint8)
-    out = huge_pages.empty(tuple(words.shape), torch.uint8)
-    return torch.bitwise_or(pairs[..., :PANEL], pairs[..., PANEL:] << 4, out=out)
+    """The same, where the kernel reads fastest, some panels at a time; a word of two inputs moves as one int16."""
+    int4 = stored.dtype == torch.int32
+    form = (cdiv(stored.shape[0], PANEL), cdiv(in_features, 2), PANEL)
+    out = huge_pages.empty(form, torch.uint8 if int4 else torch.int16)
+    step = max(_PACKED_AT_ONCE // max(PANEL * in_features, 1), 1)
+    for first in range(0, form[0], step):
+        padded = _padded(stored[first * PANEL : (first + step) * PANEL], in_features)
+        words = padded.contiguous().view(torch.int16).unflatten(0, (-1, PANEL)).transpose(1, 2)
+        if int4:
+            pairs = words.contiguous().view(torch.uint8)
+            torch.bitwise_or(pairs[..., :PANEL], pairs[..., PANEL:] << 4, out=out[first : first + step])
+        else:
+            out[first : first + step].copy_(words)
+    return out if int4 else out.view(torch.int8)
 
 
 @contract(opaque=True)
@@ -73,7 +80,8 @@ def pack_group_values(values_NG: Tensor) -> Tensor:
 _VALUES = "[cdiv(out_features,32) blocks(K,group) 32] float32"
 
 
-def _limits_panels(panels: Tensor) -> str | None:
+def limits_panels(panels: Tensor) -> str | None:
+    """Return why panels are none of their dtype, or None."""
     columns = PANEL if panels.dtype == torch.uint8 else 2 * PANEL
     return None if panels.shape[2] == columns else f"panels of {panels.dtype} have {panels.shape[2]}, wanted {columns}"
 
@@ -83,7 +91,7 @@ def _limits_panels(panels: Tensor) -> str | None:
         "panels": "[cdiv(out_features,32) cdiv(K,2) 32|64] uint8|int8!", "scale_PGC": _VALUES, "offset_PGC": _VALUES,
         "bias_N": "out_features",
     },
-    limits=_limits_panels, opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features,
+    limits=limits_panels, opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features,
 )  # fmt: skip
 def linear_int(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
@@ -159,7 +167,8 @@ def make(
     return draw(T, K), panels, scale_PGC, offset_PGC if offset else None, group, N, draw(N) if bias else None
 
 
-def _refuses(x_TK: Tensor, group: int, bias_N: Tensor | None) -> str | None:
+def refuses_int(x_TK: Tensor, group: int, bias_N: Tensor | None) -> str | None:
+    """Return why the kernels in C++ do not take this input, or None."""
     if x_TK.dtype != torch.bfloat16 or not x_TK.shape[1]:
         return f"x must be bfloat16 of some columns, got {x_TK.dtype} {tuple(x_TK.shape)}"
     if group % 2:
@@ -169,7 +178,7 @@ def _refuses(x_TK: Tensor, group: int, bias_N: Tensor | None) -> str | None:
     )
 
 
-@linear_int.provider("cpp", devices=("cpu",), refuses=_refuses, launches=True)
+@linear_int.provider("cpp", devices=("cpu",), refuses=refuses_int, launches=True)
 def linear_int_cpp(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,
     bias_N: Tensor | None = None,

@@ -2,6 +2,7 @@
 
 before: y = grouped_linear(x, reshape(dequantize_weight(flatten(w), flatten(s), …)), order, starts, top_k, bias)
 after:  xq, xs = quantize(x); y = grouped_scaled_linear(xq, xs, w, s, order, starts, top_k, dtype, bias)
+        y = grouped_linear_int(x, pack_int_panels(flatten(w)), …)    integers, where inputs stay as they are, on CPUs
 Experts whose form no kernel serves keep dequantized weights, computed at load, and are misses.
 """
 
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from seamwise.kernels import dequantize_weight, grouped_linear, grouped_scaled_linear, quantize
-from seamwise.passes.graph import aten, given, inserting, is_op, replace, value
+from seamwise.kernels import dequantize_weight, grouped_linear, grouped_linear_int, grouped_scaled_linear, quantize
+from seamwise.passes.graph import arguments, aten, fake_values, given, inserting, is_op, replace, value
+from seamwise.passes.pack_linear import int_arguments, unserved
 from seamwise.passes.rewrite import rewrite_each
 
-from .quantize_linear import ACTIVATIONS, BLOCK, why_unserved
+from .quantize_linear import ACTIVATIONS, BLOCK, keeps_input, why_unserved
 
 
 def quantize_experts(node: Node) -> str | None:
@@ -26,8 +28,8 @@ def quantize_experts(node: Node) -> str | None:
     stored, scale = (flat.args[0] for flat in (plain.stored, plain.scale))
     quantizes_input = bool(stored.meta["quantizes_input"])
     reason = why_unserved((plain.format, plain.rows, plain.columns), plain.zero is not None, quantizes_input)
-    if reason is not None or plain.format == "int4" or not quantizes_input:
-        return reason or f"{plain.format} weights of experts have no kernel"
+    if reason is not None or keeps_input(plain.format, quantizes_input):
+        return reason or _read_integers(node, plain)
     x, _, order, starts, top_k, *bias = node.args
     with inserting(node.graph, node, like=node) as proxy:
         both = quantize(proxy(x), ACTIVATIONS[plain.format], BLOCK if plain.columns else 0)
@@ -36,6 +38,23 @@ def quantize_experts(node: Node) -> str | None:
             q, s, proxy(stored), aten.to.dtype(proxy(scale), torch.float32), proxy(order), proxy(starts), top_k,
             value(node).dtype, *map(proxy, bias),
         )  # fmt: skip
+    replace(node, y.node)
+    return None
+
+
+def _read_integers(node: Node, plain: Any) -> str | None:
+    x, weight, *rest = arguments(node)
+    is_point = plain.zero is not None and not value(plain.zero).is_floating_point()
+
+    def packed_arguments(of: Any) -> Any:
+        scale = aten.to.dtype(of(plain.scale), torch.float32)
+        given = of(x), of(plain.stored), scale, of(plain.zero), plain.columns, None
+        return *int_arguments(value(weight).shape[1:], is_point, *given)[:-1], *map(of, rest)
+
+    if (reason := unserved(grouped_linear_int, packed_arguments(fake_values))) is not None:
+        return f"no kernel reads {plain.format} weights of these experts: {reason}"
+    with inserting(node.graph, node, like=node) as proxy:
+        y = grouped_linear_int(*packed_arguments(proxy))
     replace(node, y.node)
     return None
 

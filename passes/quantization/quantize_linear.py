@@ -58,7 +58,7 @@ def _parts(weight: Any) -> list[Node] | None:
 def why_unserved(form: tuple[str, int, int], has_zero: bool, quantizes_input: bool) -> str | None:
     """Return why no kernel reads a weight of this format whose scales serve blocks of (rows, columns), or None."""
     format, rows, columns = form
-    if _keeps_input(format, quantizes_input):
+    if keeps_input(format, quantizes_input):
         return None if rows == 1 else f"{format} weights share a scale over {rows} rows, wanted 1"
     if not quantizes_input:
         return f"{format} weights have no kernel for inputs that stay as they are"
@@ -68,7 +68,8 @@ def why_unserved(form: tuple[str, int, int], has_zero: bool, quantizes_input: bo
     return None if (rows, columns) in served else f"scales of blocks of ({rows}, {columns}) have no kernel"
 
 
-def _keeps_input(format: str, quantizes_input: bool) -> bool:
+def keeps_input(format: str, quantizes_input: bool) -> bool:
+    """Return whether integers of a format are read beside inputs that are not quantized."""
     return format == "int4" or (format == "int8" and not quantizes_input)
 
 
@@ -135,8 +136,8 @@ def _rewrite(node: Node, parts: list[Node], quantized: dict[tuple[Any, ...], Nod
     format, rows, columns = _form(parts[0])
     x, bias = given(node).input, given(node).bias
     key = (x, format, columns, *map(_input_scale, parts))
-    keeps_input = _keeps_input(format, _quantizes_input(parts[0]))
-    if not keeps_input and key not in quantized:
+    stays = keeps_input(format, _quantizes_input(parts[0]))
+    if not stays and key not in quantized:
         static = _joined_input_scale(node.graph, parts)
         with inserting(node.graph, node, like=node) as proxy:
             both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0, proxy(static))
@@ -154,7 +155,7 @@ def _rewrite(node: Node, parts: list[Node], quantized: dict[tuple[Any, ...], Nod
         stored = [proxy(given(p).stored) for p in parts]
         # a checkpoint's scales may have any floating dtype
         scales = [aten.to.dtype(proxy(given(p).scale), torch.float32) for p in parts]
-        if keeps_input:
+        if stays:
             zeros = None if _zeros(parts[0]) is None else joined([proxy(given(p).zero) for p in parts])
             y = w4a16_linear(rows_of(proxy(x)), joined(stored), joined(scales), zeros, columns, proxy(bias))
         else:

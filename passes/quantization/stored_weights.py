@@ -90,7 +90,8 @@ def _replace(module: GraphModule, node: Node, held: StoredWeight, names: dict[st
         if len(held.scale.shape) == 1:
             scale, zero = (None if t is None else aten.reshape.default(t, [1, 1]) for t in (scale, zero))
         if experts:  # as one weight: their blocks do not cross from one to the next
-            weight, scale = (aten.flatten.using_ints(t, 0, 1) for t in (weight, scale))
+            flat = (None if t is None else aten.flatten.using_ints(t, 0, 1) for t in (weight, scale, zero))
+            weight, scale, zero = flat
         form = (scheme.format, scheme.rows, scheme.columns)
         plain = dequantize_weight(weight, scale, zero, *form, K, like.dtype)
         plain = aten.reshape.default(plain, like.shape) if experts else plain
@@ -103,8 +104,8 @@ _DEQUANTIZED = ("stored", "scale", "zero")
 
 
 def _unpacked(zero: Proxy, rows: int) -> Proxy:
-    """Return int4 zero points (N, G) as int8, of int32 (⌈N/8⌉, G): a recipe has no ranges, hence the list of shifts."""
+    """Return int4 zero points (…, N, G) as int8, of int32 (…, ⌈N/8⌉, G): a recipe has no ranges, hence the shifts."""
     shifted = [aten.__rshift__.Scalar(zero, 4 * i) for i in range(8)]
-    nibbles = aten.bitwise_and.Scalar(aten.stack.default(shifted, 1), 15)
-    values = aten.sub.Scalar(aten.flatten.using_ints(nibbles, 0, 1), 8)
-    return aten.to.dtype(aten.slice.Tensor(values, 0, 0, rows), torch.int8)
+    nibbles = aten.bitwise_and.Scalar(aten.stack.default(shifted, -2), 15)
+    values = aten.sub.Scalar(aten.flatten.using_ints(nibbles, -3, -2), 8)
+    return aten.to.dtype(aten.slice.Tensor(values, -2, 0, rows), torch.int8)

@@ -14,7 +14,7 @@ import torch
 from seamwise import caches
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.runtime.weights.file_formats import check_load_format
-from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization
+from seamwise.runtime.weights.quantization_config import packed_gguf, read_quantization, warn_of_experts
 from seamwise.runtime.weights.quantization_rules import Quantization
 
 from .arguments import refuse_unknown
@@ -215,6 +215,8 @@ class RunnerConfig:
         stored = read_quantization(config.raw, config.architecture)
         if quantization == "gguf":
             stored, quantization = packed_gguf(config.raw), None
+        served = dtype == torch.bfloat16 and torch.device(device).type == "cpu"
+        warn_of_experts(config.raw, stored if served else None)
         kv_dtype = choose_kv_dtype(kv_cache_dtype, dtype, stored is not None and stored.has_kv_scales)
         entry = choose_entry(entry, config.architecture)
         pooler = choose_pooler(

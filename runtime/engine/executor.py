@@ -81,9 +81,9 @@ class Worker:
             return str(error)
         return None
 
-    def weight_state(self) -> tuple[str, frozenset[str]]:
-        """Return the version of this rank's weights, and what is asleep."""
-        return self.model_runner.weight_version, self.model_runner.asleep
+    def weight_state(self) -> tuple[str, frozenset[str], int]:
+        """Return the version of this rank's weights, what is asleep, and how often weights were written."""
+        return self.model_runner.weight_version, self.model_runner.asleep, self.model_runner.num_weight_updates
 
     def weights_digest(self) -> str:
         """Return a digest of this rank's weights."""

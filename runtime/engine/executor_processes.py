@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from torch import Tensor
 from seamwise.extras import pip_install
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.kv.rank_stores import RankStores
 from seamwise.runtime.runner.adapter_slots import AdapterSites, NotWritten
 from seamwise.runtime.runner.memory_plan import MemoryPlan
 from seamwise.runtime.weights.read_adapter import Adapter
 
-from .executor_rank import RankStart, main
+from .executor_rank import RankStart, main, serve_store
 from .executor_wire import to_frames
 
 _GRACE_S = 5.0  # after one rank's error the others, who may wait for it, answer within so long or count as lost
@@ -90,6 +92,7 @@ class RankProcesses:
         self.config, self.options, self.kv_spec, self.startup_s, self.program = ready[0]
         self.kv_spec = max((each[2] for each in ready), key=lambda spec: spec.bytes_per_block)  # of most layers
         self.num_blocks = 0
+        self._updates: int | None = 0
         self.adapters = AdapterSites(self.program)
 
     @property
@@ -146,6 +149,8 @@ class RankProcesses:
             raise ValueError(f"collective_rpc: {method!r} or its arguments cannot be sent to ranks: {error}") from error
         with self._lock:
             self._ended.wait_for(lambda: not self._begun)
+            if method != "weight_state":
+                self._updates = None  # whatever is called may write weights
             self._tell([b"call", message])
             return self._answers(f"collective_rpc({method!r})", timeout or self.timeout_s)
 
@@ -164,6 +169,18 @@ class RankProcesses:
         self.collective_rpc("allocate_kv", None, (num_blocks,))
         self.num_blocks = num_blocks
 
+    def open_stores(self, **options: Any) -> RankStores:
+        """Let each rank have tiers behind its part of the KV cache; options: open_store's."""
+        address, ranks = f"{self._folder}/kv", len(self._processes)
+        with connection.Listener(address, "AF_UNIX", backlog=ranks) as listener:
+            told = self.collective_rpc(serve_store, None, (address,), {"num_ranks": ranks, **options})
+            links = [listener.accept() for _ in range(ranks)]
+        layouts, outlives = zip(*told, strict=True)
+        stores = RankStores(sorted(links, key=lambda link: link.recv()), layouts, outlives[0])
+        threading.Thread(target=stores.listen, name="seamwise-kv", daemon=True).start()
+        stores.wait(written=False)  # by then ranks have said what their folders hold
+        return stores
+
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise ValueError for an adapter that does not fit; see ModelRunner.check_adapter."""
         self.adapters.check(adapter)
@@ -181,6 +198,23 @@ class RankProcesses:
             self.collective_rpc("set_adapter", None, (slot, None))
         if failed:
             raise NotWritten("; ".join(failed))
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of a block of the KV cache on the rank that has most of it."""
+        return self.kv_spec.bytes_per_block
+
+    @property
+    def num_weight_updates(self) -> int:
+        """How often weights were written."""
+        if self._updates is None:
+            state = self.collective_rpc("weight_state")
+            self._updates = sum(updates for _, _, updates in state)
+        return self._updates
+
+    def weights_digest(self) -> str:
+        """Return what names the weights of all ranks."""
+        return " ".join(self.collective_rpc("weights_digest"))
 
     def shutdown(self) -> None:
         """End every rank. A second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from seamwise.runtime.build.step import StepOutput
 from seamwise.runtime.distributed.group import meet
+from seamwise.runtime.kv.offload_options import open_store
+from seamwise.runtime.kv.rank_stores import Served
 from seamwise.runtime.runner.runner import ModelRunner
 
 from .executor import Worker, call_worker, make_worker
@@ -126,6 +129,22 @@ def _end_with_parent(folder: Path) -> None:
     connection.wait([parent.sentinel])
     shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def serve_store(worker: Worker, address: str, **options: Any) -> tuple[str, bool]:
+    """Open this rank's tiers of the KV cache, for whoever listens there; return what RankStores is told of them."""
+    store = open_store(worker.model_runner, rank=worker.rank, **options)
+    link = connection.Client(address, "AF_UNIX")
+    link.send(worker.rank)
+    served = Served(link, store)
+
+    def serve() -> None:
+        with contextlib.suppress(EOFError, OSError):  # whoever asked is gone
+            while True:
+                served.take(*link.recv())
+
+    threading.Thread(target=serve, name="seamwise-kv", daemon=True).start()
+    return store.layout, store.outlives
 
 
 class Stage:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 
@@ -25,30 +27,29 @@ _SCANS = 16  # the folder is read again after each such part of its capacity, so
 class DiskTier:
     """The blocks of a folder, at most capacity_bytes of them; n processes that share it exceed that by n/16 at most.
 
+    part  the name of a folder inside, for blocks of which others keep other parts
+
     Raises ValueError for a folder that cannot be made or that others can write: outputs follow from what it holds.
     """
 
     outlives = True
 
-    def __init__(self, folder: Path, capacity_bytes: int) -> None:
-        self.folder, self.capacity_bytes = folder, capacity_bytes
+    def __init__(self, folder: Path, capacity_bytes: int, part: str = "") -> None:
+        self.folder, self.capacity_bytes = folder / part, capacity_bytes
         self.used_bytes = 0
         self._written, self._made = 0, 0
         self._sizes: dict[str, int] = {}
+        self.changed: deque[BlockName] = deque()
         self._lock = Lock()
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = folder.stat()
-            caches.remove_left_overs(folder, _WRITING)
+            for each in (folder, self.folder):
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _check_own(each)
+            caches.remove_left_overs(self.folder, _WRITING)
             with self._lock:
                 self._make_room(0)
         except OSError as error:
             raise ValueError(f"kv_offloading_folder={str(folder)!r}: {error}; name a folder of your own") from error
-        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ValueError(
-                f"kv_offloading_folder={str(folder)!r} can be written by others (mode {stat.filemode(found.st_mode)}),"
-                " and outputs follow from what it holds; `chmod go-w` it, or name a folder of your own"
-            )
 
     def __contains__(self, name: BlockName) -> bool:
         file = name.hex() + _SUFFIX
@@ -99,6 +100,14 @@ class DiskTier:
         self.used_bytes += size - self._sizes.pop(file, 0)
         if size:
             self._sizes[file] = size
+        else:
+            self._say((file,))
+
+    def _say(self, files: Iterable[str]) -> None:
+        """Note that these files came or went."""
+        for file in files:
+            with contextlib.suppress(ValueError):  # a file of somebody else's
+                self.changed.append(bytes.fromhex(file.removesuffix(_SUFFIX)))
 
     def _remove(self, file: str) -> None:
         (self.folder / file).unlink(missing_ok=True)
@@ -113,7 +122,8 @@ class DiskTier:
                     with contextlib.suppress(FileNotFoundError):  # another process was first
                         is_at = entry.stat()
                         found.append((is_at.st_mtime_ns, entry.name, is_at.st_size))
-        self._sizes = {name: bytes_ for _, name, bytes_ in found}
+        before, self._sizes = self._sizes, {name: bytes_ for _, name, bytes_ in found}
+        self._say(before.keys() ^ self._sizes.keys())
         self.used_bytes, self._written = sum(self._sizes.values()), 0
         if self.used_bytes + size <= self.capacity_bytes:
             return
@@ -122,3 +132,12 @@ class DiskTier:
             if self.used_bytes <= kept:
                 break
             self._remove(name)
+
+
+def _check_own(folder: Path) -> None:
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"kv_offloading_folder={str(folder)!r} can be written by others (mode {stat.filemode(found.st_mode)}),"
+            " and outputs follow from what it holds; `chmod go-w` it, or name a folder of your own"
+        )

@@ -1,7 +1,7 @@
 """Between the KV cache and the tiers behind it: what is about to leave the cache is kept, what is asked for comes back.
 
-    resting, next to be evicted ──copy──► host memory ──least recently used──► disk     (in threads)
-    cache  ◄──verified, published──────────── either of them: meanwhile the request is blocked, "kv load"
+    resting, next to be evicted ──copy──► a store (block_store.py: host memory, disk)
+    cache  ◄──verified, published──────── meanwhile the request is blocked, "kv load"
 
 Nothing is copied before the cache is so full that the next step may evict. A copy reads a block that nobody may take
 (BlockPool.copying); a load writes blocks that it alone holds, under a lease. Whatever is not there, or not what its
@@ -11,43 +11,19 @@ to be told that something has changed.
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
+from .block_store import BlockStore
 from .hits import longest_hit, name_in
 from .names import BlockName
 from .pool import BlockPool
-from .stored_block import HEAD_BYTES, DamagedBlock, layout_digest, opened, seal
-from .tiers import Stored, Tier
+from .rank_stores import RankStores
 
 REASON = "kv load"  # why a request is blocked meanwhile
-_PENDING_BYTES = 256 << 20  # of copies that no tier has taken yet: a slow disk then costs blocks, not memory
-_TOGETHER = 64  # blocks that are read or written at once
-logger = logging.getLogger("seamwise.kv")
-
-
-class BlockMemory(Protocol):
-    """What has the cache's blocks: a ModelRunner, or anything that stands for one.
-
-    kv_block_bytes  of a block, of all layers that share it
-    kv_layout       what these bytes are: dtype, shapes, layers, and the program that computes them
-    """
-
-    kv_block_bytes: int
-    kv_layout: str
-
-    def read_kv_blocks(self, blocks: Sequence[int]) -> np.ndarray:
-        """Return the bytes of blocks, (n, kv_block_bytes) uint8, in memory of their own."""
-
-    def write_kv_blocks(self, blocks: Sequence[int], data: np.ndarray) -> None:
-        """Write what read_kv_blocks gave."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,35 +58,20 @@ class Load:
 class Offload:
     """The tiers of one engine. All but what threads do is called where the pool is changed.
 
-    tiers     in the order in which they are asked and filled
+    store     what copies blocks and brings them back
     ahead     blocks that the steps under way and the next may evict: so many of those next to be evicted are copied
     min_tokens  what is shorter is computed rather than loaded
     ready     called in a thread when a copy or a load has ended
     """
 
-    def __init__(
-        self, memory: BlockMemory, tiers: Sequence[Tier], *, ahead: int, min_tokens: int = 1,
-        executor: Callable[[], Executor] = lambda: ThreadPoolExecutor(1, "seamwise-kv"),
-    ) -> None:  # fmt: skip
-        self.memory, self.tiers, self.ahead, self.min_tokens = memory, tiers, ahead, min_tokens
+    def __init__(self, store: BlockStore | RankStores, *, ahead: int, min_tokens: int = 1) -> None:
+        self.store, self.ahead, self.min_tokens = store, ahead, min_tokens
         self.stats = OffloadStats()
         self.ready: Callable[[], None] = lambda: None
         self.loads: list[Load] = []
-        self.layout = memory.kv_layout
-        self._layout = layout_digest(self.layout)
-        self._copier, self._writer, self._loader = executor(), executor(), executor()  # each in order
-        self._copies: list[tuple[list[int], Future[None]]] = []
-        self._pending: set[BlockName] = set()  # copied or being copied, and in no tier yet
-        self._lock = threading.Lock()
+        self.layout, self.outlives = store.layout, store.outlives
+        self._copies: list[tuple[list[int], Future[int]]] = []
         self._num_loads = 0
-
-    @property
-    def outlives(self) -> bool:
-        """Whether blocks are kept beyond this process."""
-        return self.tiers[-1].outlives
-
-    def __contains__(self, name: BlockName) -> bool:
-        return any(name in tier for tier in self.tiers)
 
     def store_ahead(self, pool: BlockPool) -> None:
         """Begin to copy the resting blocks that the next step may evict and that no tier has.
@@ -118,22 +79,19 @@ class Offload:
         Each once until it is used again: a tier that loses what it is given keeps no block from being handed out.
         """
         near = list(islice(pool.resting, max(self.ahead - len(pool.free), 0)))
-        pool.kept.update(block for block in near if block not in pool.kept and pool.names[block] in self)
-        room = _PENDING_BYTES // self.memory.kv_block_bytes - len(self._pending)
-        found = [b for b in near if b not in pool.kept and pool.names[b] not in self._pending][: max(room, 0)]
+        pool.kept.update(block for block in near if block not in pool.kept and pool.names[block] in self.store)
+        found = [block for block in near if block not in pool.kept]
         if found:
-            names = [pool.names[block] for block in found]
-            self._pending.update(names)
             for block in found:
                 pool.copy(block)
-            self._copies.append((found, self._submit(self._copier, self._copy, found, names)))
+            self._copies.append((found, self._told(self.store.copy(found, [pool.names[b] for b in found]))))
 
     def wanted(self, pool: BlockPool, names: Sequence[BlockName], hits: int) -> tuple[list[BlockName], int]:
         """Return what to load for a request of which the cache has `hits` blocks, and how many it then has.
 
         Nothing, where too few tokens would be gained.
         """
-        best = longest_hit(pool.groups, pool.block_size, names, _Either(pool.by_name, self))
+        best = longest_hit(pool.groups, pool.block_size, names, _Either(pool.by_name, self.store))
         if best <= hits or (best - hits) * pool.block_size < self.min_tokens:
             return [], hits
         needed = [
@@ -160,34 +118,37 @@ class Offload:
         self._num_loads += 1
         lease = f"{REASON} {self._num_loads}"
         blocks = dict(zip(wanted, pool.take_leased(lease, kept, len(wanted)), strict=True))
-        load = Load(lease=lease, blocks=blocks, done=self._submit(self._loader, self._load, blocks))
+        load = Load(lease=lease, blocks=blocks, done=self._told(self.store.load(blocks)))
         self.loads.append(load)
         return load
 
     def settle(self, pool: BlockPool) -> list[Load]:
         """Take back what copies have read, publish what was loaded; return the loads that have ended."""
         for copy in [copy for copy in self._copies if copy[1].done()]:
-            copy[1].result()
+            self.stats.stored += copy[1].result()
             for block in reversed(copy[0]):
                 pool.copied(block)
             self._copies.remove(copy)
         ended = [load for load in self.loads if load.done.done()]
         for load in ended:
-            for name in load.done.result():
+            loaded = load.done.result()
+            for name in loaded:
                 pool.publish(load.blocks[name], name)
             pool.end_lease(load.lease)
             self.loads.remove(load)
+            self.stats.loaded += len(loaded)
+            self.stats.lost += len(load.blocks) - len(loaded)
+        self.stats.failed = self.store.failed
         return ended
 
     def finish(self) -> None:
         """Wait until nothing reads or writes the cache any more; settle() is the caller's."""
-        self._wait(self._copier, self._loader)
+        self.store.wait(written=False)
 
     def forget(self, pool: BlockPool) -> list[str]:
         """Forget all that is under way, whatever of it was noted; return the leases of loads."""
-        self._wait(self._copier, self._loader)
-        self._wait(self._writer)
-        self._copies, self.loads, self._pending = [], [], set()
+        self.store.wait(written=True)
+        self._copies, self.loads = [], []
         return [lease for lease in pool.leases if lease.startswith(REASON)]
 
     def close(self, pool: BlockPool) -> None:
@@ -197,85 +158,13 @@ class Offload:
         """
         self.forget(pool)
         if self.outlives:
-            last = self.tiers[-1]
-            kept: list[Any] = [one for tier in self.tiers[:-1] for one in tier.let_go()]
-            kept += [block for block in pool.resting if pool.names[block] not in last]
-            kept = kept[-(last.capacity_bytes // (HEAD_BYTES + self.memory.kv_block_bytes)) :]
-            for name, stored in (one for one in kept if not isinstance(one, int)):
-                self._put_down(len(self.tiers) - 1, [(name, stored)])
-            blocks = [one for one in kept if isinstance(one, int)]
-            for start in range(0, len(blocks), _TOGETHER):
-                self._copy(part := blocks[start : start + _TOGETHER], [pool.names[block] for block in part])
-                self._wait(self._writer)
-        for thread in (self._copier, self._writer, self._loader):
-            thread.shutdown()
+            self.stats.stored += self.store.keep([(block, pool.names[block]) for block in pool.resting])
+        self.stats.failed = self.store.failed
+        self.store.close()
 
-    def _submit(self, thread: Executor, work: Callable[..., Any], *given: Any) -> Future[Any]:
-        future = thread.submit(work, *given)
+    def _told(self, future: Future[Any]) -> Future[Any]:
         future.add_done_callback(lambda _: self.ready())
         return future
-
-    def _wait(self, *threads: Executor) -> None:
-        """Wait until all that was given to these threads is done."""
-        wait([thread.submit(int) for thread in threads])
-
-    def _copy(self, blocks: Sequence[int], names: Sequence[BlockName]) -> None:
-        data = self.memory.read_kv_blocks(blocks)
-        self._writer.submit(self._put, names, data).add_done_callback(_tell)
-
-    def _put(self, names: Sequence[BlockName], data: np.ndarray) -> None:
-        for name, row in zip(names, data, strict=True):
-            stored = np.empty(HEAD_BYTES + len(row), dtype=np.uint8)
-            stored[HEAD_BYTES:] = row
-            seal(stored.data, name, self._layout)
-            self._put_down(0, [(name, stored.data)])
-            self._count("stored")
-            self._pending.discard(name)
-
-    def _put_down(self, first: int, left: list[tuple[BlockName, Stored]]) -> None:
-        """Give blocks to a tier, and what it lets go of to the next one."""
-        for tier in self.tiers[first:]:
-            following = []
-            for name, stored in left:
-                try:
-                    following += tier.put(name, stored) if name not in tier else []
-                except OSError as error:
-                    self._count("failed", f"a block of the KV cache could not be kept: {error}")
-            left = following
-
-    def _load(self, blocks: dict[BlockName, int]) -> list[BlockName]:
-        """Read, check and write blocks; return the names of those that the cache now has."""
-        loaded: list[BlockName] = []
-        asked = list(blocks)
-        for start in range(0, len(asked), _TOGETHER):
-            found = [(name, data) for name in asked[start : start + _TOGETHER] if (data := self._fetch(name))]
-            if found:
-                rows = np.stack([np.frombuffer(data, dtype=np.uint8) for _, data in found])
-                self.memory.write_kv_blocks([blocks[name] for name, _ in found], rows)
-                loaded += [name for name, _ in found]
-        self._count("loaded", number=len(loaded))
-        return loaded
-
-    def _fetch(self, name: BlockName) -> memoryview | None:
-        """Return a block's bytes from the first tier that has it whole."""
-        for tier in self.tiers:
-            try:
-                stored = tier.get(name)
-                if stored is not None:
-                    return opened(memoryview(stored), name, self._layout, self.memory.kv_block_bytes)
-            except OSError as error:
-                self._count("failed", f"a block of the KV cache could not be read: {error}")
-            except DamagedBlock as error:
-                logger.warning("a stored block of the KV cache, %s, is computed again: %s", name.hex(), error)
-                tier.remove(name)
-        self._count("lost")
-        return None
-
-    def _count(self, name: str, problem: str = "", number: int = 1) -> None:
-        if problem:
-            logger.warning("%s", problem)
-        with self._lock:
-            setattr(self.stats, name, getattr(self.stats, name) + number)
 
 
 class _Either:
@@ -286,8 +175,3 @@ class _Either:
 
     def __contains__(self, name: object) -> bool:
         return any(name in one for one in self._found)
-
-
-def _tell(future: Future[None]) -> None:
-    if (error := future.exception()) is not None:
-        logger.error("blocks of the KV cache were not kept", exc_info=error)

@@ -6,7 +6,7 @@ A tier is a bounded store of bytes by block name. It may lose or damage what it 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from threading import Lock
 from typing import Protocol
 
@@ -20,11 +20,13 @@ class Tier(Protocol):
 
     capacity_bytes  the most that it holds; used_bytes: what it holds now
     outlives        whether it keeps them beyond this process
+    changed         names that it let go of, or that others gave it, unasked: whoever reads them takes them away
     """
 
     capacity_bytes: int
     used_bytes: int
     outlives: bool
+    changed: deque[BlockName]
 
     def __contains__(self, name: BlockName) -> bool:
         """Return whether get() may find it; one that is asked for often stays."""
@@ -54,6 +56,7 @@ class HostTier:
         self.capacity_bytes = capacity_bytes
         self.used_bytes = 0
         self.blocks: OrderedDict[BlockName, Stored] = OrderedDict()
+        self.changed: deque[BlockName] = deque()
         self._lock = Lock()
 
     def __contains__(self, name: BlockName) -> bool:
@@ -67,6 +70,7 @@ class HostTier:
             while self.used_bytes > self.capacity_bytes:
                 left.append(self.blocks.popitem(last=False))
                 self.used_bytes -= len(left[-1][1])
+                self.changed.append(left[-1][0])
         return left
 
     def get(self, name: BlockName) -> Stored | None:

@@ -234,7 +234,8 @@ class LLM(ModelControl, Pools):
             drafting = Drafting(drafter=drafter, most=speculation.num_speculative_tokens)
         offload = make_offload(
             runner, ahead=2 * -(-max_num_batched_tokens // runner.block_size) * len(runner.kv_groups),
-            num_ranks=runner.options.num_ranks, enable_prefix_caching=enable_prefix_caching,
+            num_ranks=runner.options.num_ranks, on_ranks=runner.open_stores if processes else None,
+            enable_prefix_caching=enable_prefix_caching,
             kv_offloading_size=kv_offloading_size, kv_offloading_backend=kv_offloading_backend,
             kv_offloading_folder=kv_offloading_folder, kv_offloading_folder_size=kv_offloading_folder_size,
             kv_offloading_min_tokens=kv_offloading_min_tokens,

@@ -16,7 +16,7 @@ from torch import Tensor
 from seamwise.compile.parameter import Parameter
 
 from . import machine_memory
-from .experts import stack_experts
+from .experts import stack_experts, stacked_name
 from .file_formats import check_load_format, find_tensors
 from .files import StoredTensor
 from .tied import differ
@@ -224,7 +224,7 @@ def _as_wanted(name: str, tensor: StoredTensor, parameters: Mapping[str, Paramet
     if name not in parameters and (other := _OTHER_SCALE.get(name.rpartition(".")[2])) is not None:
         name = f"{name.rpartition('.')[0]}.{other}" if f"{name.rpartition('.')[0]}.{other}" in parameters else name
     packed = {f"{name}{end}": part for end, part in tensor.packed.items()}
-    if packed.keys() & parameters.keys():
+    if any(one in parameters or stacked_name(one)[0] in parameters for one in packed):
         return packed
     return {name: _single(tensor) if name in parameters and parameters[name].shape == (1,) else tensor}
 

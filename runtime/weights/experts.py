@@ -2,7 +2,7 @@
 
 stacked          model.layers.0.mlp.experts.gate_up_proj (E, 2·I, D) and .down_proj (E, D, I)
 one by one       model.layers.0.mlp.experts.7.gate_proj.weight (I, D), .up_proj.weight, .down_proj.weight (D, I)
-quantized        7.gate_proj.weight_scale and 7.up_proj.weight_scale are gate_up_proj_scale; so are _scale_inv, _packed
+quantized        7.gate_proj.weight_scale and 7.up_proj.weight_scale are gate_up_proj_scale; so all parts
 Mixtral's names  model.layers.0.block_sparse_moe.experts.7.w1.weight, .w3.weight, .w2.weight; .block_sparse_moe.gate
 """
 
@@ -18,7 +18,7 @@ from seamwise.compile.parameter import Parameter
 
 from .files import StoredTensor
 
-_EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)\.(\w+)\.weight(|_scale|_scale_inv|_packed)")
+_EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)\.(\w+)\.weight(|_scale|_scale_inv|_packed|_offset|_zero_point)")
 _PARTS = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 _OLDER_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -34,7 +34,7 @@ def stack_experts(
     parts: dict[str, dict[tuple[int, int], tuple[str, StoredTensor]]] = {}
     for stored_name, tensor in found.items():
         name = stored_name.replace(".block_sparse_moe.", ".mlp.")
-        stacked, place = _stacked_name(name)
+        stacked, place = stacked_name(name)
         if stored_name in parameters or not (name in parameters or stacked in parameters):
             kept[stored_name] = tensor
         elif name in parameters:
@@ -53,7 +53,7 @@ def missing_experts(names: Iterable[str], parameters: Mapping[str, Parameter]) -
     """Yield, of each stacked parameter that some of the names are parts of, these names and those that are missing."""
     parts: dict[str, dict[tuple[int, int], str]] = {}
     for name in names:
-        stacked, place = _stacked_name(name.replace(".block_sparse_moe.", ".mlp."))
+        stacked, place = stacked_name(name.replace(".block_sparse_moe.", ".mlp."))
         if name not in parameters and stacked in parameters:
             parts.setdefault(stacked, {})[place] = name
     for stacked, held in parts.items():
@@ -70,7 +70,7 @@ def _wanted(stacked: str, shape: tuple[int, ...]) -> dict[tuple[int, int], str]:
     return {(e, part): f"{owner}.{e}.{n}.weight{end}" for e in range(shape[0]) for n, part, end in named}
 
 
-def _stacked_name(name: str) -> tuple[str, tuple[int, int]]:
+def stacked_name(name: str) -> tuple[str, tuple[int, int]]:
     """Return the stacked parameter that an expert's weight is part of, the expert, and which part it is."""
     match = _EXPERT.fullmatch(name)
     part = match and _PARTS.get(_OLDER_PARTS.get(match[3], match[3]))

@@ -13,6 +13,7 @@ FineGrainedFP8Config, https://huggingface.co/docs/transformers/quantization/fine
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,16 @@ def packed_gguf(raw: Mapping[str, Any]) -> Quantization:
             f" model is in {found}; leave the option out, and weights are dequantized"
         )
     return Quantization(rules=tuple(_gguf_rule(kinds, kind) for kind in served))
+
+
+def warn_of_experts(raw: Mapping[str, Any], kept: Quantization | None) -> None:
+    """Say what experts of a GGUF file take that are dequantized: those that no rule keeps packed."""
+    names = {target for rule in kept.rules for target in rule.targets} if kept else set()
+    if plain := [sizes for name, sizes in raw.get("gguf_experts", {}).items() if name not in names]:
+        taken, held = (1e-9 * sum(several) for several in zip(*plain, strict=True))
+        says = f"experts are dequantized at load: {taken:.3g} GB in 16 bits, {held:.3g} GB in the file"
+        fix = f"quantization='gguf' keeps a layer's packed that are all in one of {', '.join(PACKED)}"
+        warnings.warn(f"{says}; {fix}, in bfloat16 on a CPU", stacklevel=4)
 
 
 def _gguf_rule(kinds: Mapping[str, str], kind: str) -> Rule:

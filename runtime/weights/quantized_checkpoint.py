@@ -5,6 +5,7 @@ A tensor weight_shape is not read: it repeats what config.json says.
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -39,7 +40,9 @@ def stored_weights(quantization: Quantization, model: nn.Module) -> dict[str, St
             weight = getattr(module, leaf, None)
             if isinstance(weight, nn.Parameter) and weight.dim() == 3:
                 each = [f"{name}.{e}.{part}" for e in range(weight.shape[0]) for part in parts]
-                found = [_rule_of(quantization, one, {"Linear", "Module"}) for one in each]
+                found = [_rule_of(quantization, f"{name}.{leaf}", set())]
+                if f"{name}.{leaf}" not in found[0][1]:  # a GGUF file names all of them as one
+                    found = [_rule_of(quantization, one, {"Linear", "Module"}) for one in each]
                 met |= {target for _, targets in found for target in targets}
                 if any(rule is not found[0][0] for rule, _ in found):
                     raise ValueError(f"quantization_config: experts of {name} are not all stored alike; wanted so")
@@ -79,17 +82,18 @@ def _stored(name: str, shape: torch.Size, rule: Rule, parts: int = 1) -> StoredW
     """
     (*experts, N, K), scheme = shape, rule.scheme
     rows, columns, packed = scheme.rows, scheme.columns, scheme.format == "int4"
-    if experts and (rule.has_zero or rule.has_offset or rule.has_input_scale or not rows or N // parts % rows):
+    words = 8 if rule.has_zero and packed else 1  # rows of zero points in a word
+    if experts and (rule.has_input_scale or not rows or N // parts % math.lcm(rows, words)):
         raise ValueError(
             f"quantization_config: {name}, experts of {N // parts} rows in {rule}, is not served; wanted channels,"
-            " groups or blocks that divide the rows, no zero points and no input scales"
+            " groups, or blocks and words of zero points that divide the rows, and no input scales"
         )
     scales = (*experts, -(-N // rows) if rows else 1, -(-K // columns) if columns else 1) if rows or columns else (1,)
     zero = None
     if rule.has_offset:
         zero = Held(f"{name}_offset", scales, torch.float32)
     elif rule.has_zero:
-        form = ((-(-N // 8), scales[1]), torch.int32) if packed else (scales, torch.int8)
+        form = ((*experts, -(-N // 8), scales[-1]), torch.int32) if packed else (scales, torch.int8)
         zero = Held(f"{name}_zero_point", *form)
     return StoredWeight(
         scheme=scheme,

@@ -58,7 +58,7 @@ def test_the_ranks_parts_are_those_of_the_dequantized_weights(name: str, size: i
 
 
 @pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("name", ["fp8 blocks", "W8A8 int8", "W4A16"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "W8A8 int8", "W4A16_ASYM"])
 def test_experts_parts_too(name: str, experts: bool, tmp_path: Path) -> None:
     means = save_quantized(tmp_path, LAYOUTS[name], torch.float32, "Qwen3MoeForCausalLM", **MOE)
     for rank in range(2) if name == "fp8 blocks" else [1]:

@@ -53,7 +53,6 @@ def _run(options: argparse.Namespace, settings: ServeSettings) -> int:
     logging.getLogger("uvicorn").setLevel("WARNING")
     try:
         from seamwise.runtime.serve.async_llm import AsyncLLM
-        from seamwise.runtime.serve.http.app import build_app
         from seamwise.runtime.serve.http.run import serve
         from seamwise.runtime.serve.http.serving import Serving
         from seamwise.runtime.serve.recipe import check_recipe, write_recipe
@@ -69,7 +68,7 @@ def _run(options: argparse.Namespace, settings: ServeSettings) -> int:
     names = settings.served_model_name or (options.model,)
     state = Serving(dict.fromkeys(names, llm), settings)
     check = None if options.expect is None else partial(check_recipe, expected=options.expect)
-    return serve(build_app(state), state, settings, ready=lambda address: _say(address, names[0]), check=check)
+    return serve(state, ready=lambda address: _say(address, names[0]), check=check)
 
 
 def _say(address: str, model: str) -> None:

@@ -23,14 +23,13 @@ _FAMILIES = (adapters, health, completions, chat, responses, generate, tokens, e
 def build_app(state: Serving) -> ASGIApp:
     """Return the application that serves these models; they start with it, and end with it."""
     settings = state.settings
-    distinct = list({id(llm): llm for llm in state.models.values()}.values())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for llm in distinct:
+        for llm in state.metrics:
             llm.engine.start()
         yield
-        await asyncio.gather(*(llm.shutdown() for llm in distinct))
+        await asyncio.gather(*(llm.shutdown() for llm in state.metrics))
 
     app = FastAPI(
         title="Seamwise", version=version("seamwise"), lifespan=lifespan, docs_url=None, redoc_url=None,

@@ -2,91 +2,72 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from typing import Any
-
-from fastapi import Response
 
 from seamwise.runtime.serve.chat_parts import ChatParts, Part
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 
-from .chat_schema import ChatRequest
+from .answers import Choices
 from .serving import Work
-from .sse import DONE, event, json_response
 
 
-class ChatAnswer:
+class ChatAnswer(Choices):
     """One chat request's answer.
 
     parts   makes the reader of one choice's text
     prefix  text that each answer starts with (echo)
     """
 
-    def __init__(
-        self, body: ChatRequest, request_id: str, model: str, parts: Callable[[], ChatParts], prefix: str = ""
-    ) -> None:
-        self._body, self._prefix = body, prefix
-        self._head = {"id": request_id, "created": int(time.time()), "model": model}
-        self._parts = [parts() for _ in range(body.n)]
+    whole_kind, event_kind = "chat.completion", "chat.completion.chunk"
 
-    async def whole(self, work: Work) -> Response:
-        """Return the answer when all is done."""
-        choices = []
-        for (_, i), delta in (await work.whole()).items():
-            choice: dict[str, Any] = {
-                "index": i, "message": self._message(self._read(delta)),
-                "logprobs": {"content": _logprobs(delta.logprobs)} if self._body.logprobs else None,
-                "finish_reason": self._reason(i, delta), "stop_reason": delta.stop_reason,
-            }  # fmt: skip
-            if self._body.return_token_ids:
+    def __init__(self, work: Work, parts: Callable[[], ChatParts], prefix: str) -> None:
+        super().__init__(work)
+        self._prefix, self._begun = prefix, set[int]()
+        self._parts = [parts() for _ in range(self.body.n)]
+
+    def choice(self, prompt: int, delta: Delta) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": delta.index, "message": self._message(self._read(delta)),
+            "logprobs": {"content": _logprobs(delta.logprobs)} if self.body.logprobs else None,
+            "finish_reason": self._reason(delta), "stop_reason": delta.stop_reason,
+        }  # fmt: skip
+        return choice | ({"token_ids": delta.token_ids} if self.body.return_token_ids else {})
+
+    def parts(self, prompt: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Yield the role first, then each piece; what belongs to the whole delta stands in the first or last one."""
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            yield _chunk(delta.index, {"role": "assistant", "content": self._prefix})
+        pieces = [self._piece(part) for part in self._read(delta)]
+        if not pieces and (delta.finish_reason or self.body.logprobs or self.body.return_token_ids):
+            pieces = [{}]
+        for number, piece in enumerate(pieces):
+            choice = _chunk(delta.index, piece)
+            if number == len(pieces) - 1:
+                choice["finish_reason"] = self._reason(delta)
+                if delta.finish_reason:
+                    choice["stop_reason"] = delta.stop_reason
+            if number == 0 and self.body.logprobs:
+                choice["logprobs"] = {"content": _logprobs(delta.logprobs)}
+            if number == 0 and self.body.return_token_ids:
                 choice["token_ids"] = delta.token_ids
-            choices.append(choice)
-        body = {**self._head, "object": "chat.completion", "choices": choices, "usage": work.usage()}
-        return json_response(body)
-
-    async def events(self, work: Work) -> AsyncIterator[bytes]:
-        """Yield each delta as an event, the role first."""
-        options, begun = self._body.stream_options, set[int]()
-        head = {**self._head, "object": "chat.completion.chunk"}
-        running = options is not None and options.continuous_usage_stats
-        async for _, delta in work.deltas():
-            usage = {"usage": work.usage()} if running else {}
-            if delta.index not in begun:
-                begun.add(delta.index)
-                first = {"role": "assistant", "content": self._prefix}
-                yield event({**head, "choices": [_chunk(delta.index, first)], **usage})
-            pieces = [self._piece(part) for part in self._read(delta)]
-            if not pieces and (delta.finish_reason or self._body.logprobs or self._body.return_token_ids):
-                pieces = [{}]
-            for number, piece in enumerate(pieces):
-                choice = _chunk(delta.index, piece)
-                if number == len(pieces) - 1:
-                    choice["finish_reason"] = self._reason(delta.index, delta)
-                    if delta.finish_reason:
-                        choice["stop_reason"] = delta.stop_reason
-                if number == 0 and self._body.logprobs:
-                    choice["logprobs"] = {"content": _logprobs(delta.logprobs)}
-                if number == 0 and self._body.return_token_ids:
-                    choice["token_ids"] = delta.token_ids
-                yield event({**head, "choices": [choice], **usage})
-        if options is not None and options.include_usage:
-            yield event({**head, "choices": [], "usage": work.usage()})
-        yield DONE
+            yield choice
 
     def _read(self, delta: Delta) -> list[Part]:
         reader = self._parts[delta.index]
         parts = reader.feed(delta.text)
         if delta.finish_reason is not None:
             parts += reader.end()
-        if self._body.parallel_tool_calls is False:
+        if self.body.parallel_tool_calls is False:
             parts = [part for part in parts if part.call == 0]
-        if not self._body.include_reasoning:
+        if not self.body.include_reasoning:
             parts = [part for part in parts if part.kind != "reasoning"]
         return parts
 
-    def _reason(self, index: int, delta: Delta) -> str | None:
-        return "tool_calls" if delta.finish_reason == "stop" and self._parts[index].num_calls else delta.finish_reason
+    def _reason(self, delta: Delta) -> str | None:
+        called = delta.finish_reason == "stop" and self._parts[delta.index].num_calls
+        return "tool_calls" if called else delta.finish_reason
 
     @staticmethod
     def _piece(part: Part) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from seamwise.runtime.serve.process.streams import CallFailed, EngineError, RequestFailed, RequestRefused, Unsupported
+from seamwise.runtime.serve.process.streams import CallFailed, EngineError, RequestFailed, Unsupported
 
 logger = logging.getLogger("seamwise.http")
 _TYPES = {
@@ -41,6 +41,15 @@ class ClientGone(Exception):
     """The client closed the connection, broke the protocol, or took nothing for too long."""
 
 
+_STATUSES: dict[type[Exception], int] = {  # the message is for the client
+    ValueError: 400,
+    CallFailed: 409,
+    RequestFailed: 500,
+    Unsupported: 501,
+    EngineError: 503,
+}
+
+
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """Return the JSON of an error."""
     return {"error": {"message": message, "type": _TYPES.get(status, "APIError"), "param": param, "code": status}}
@@ -60,16 +69,11 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ClientGone):
         return ApiError(499, "the client is gone")
-    if isinstance(error, RequestRefused | ValueError):
-        return ApiError(400, str(error))
-    if isinstance(error, CallFailed):
-        return ApiError(409, str(error))
-    if isinstance(error, RequestFailed):
-        return ApiError(500, str(error))
-    if isinstance(error, Unsupported):
-        return ApiError(501, str(error))
-    if isinstance(error, EngineError):
-        return ApiError(503, str(error), retry_s=5)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    for kind, status in _STATUSES.items():
+        if isinstance(error, kind):
+            return ApiError(status, str(error), retry_s=5 if status == 503 else None)
     logger.error("an error that was not foreseen", exc_info=error)
     return ApiError(500, "the server met an error of its own; its log says which")
 
@@ -77,21 +81,13 @@ def as_api_error(error: Exception) -> ApiError:
 def add_handlers(app: FastAPI) -> None:
     """Let the application answer every exception in this form."""
 
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error, request))
-
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return error_response(ApiError(error.status_code, str(error.detail)))
-
-    async def other(request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            return error_response(_invalid(error, request))
         return error_response(as_api_error(error))
 
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
-    for kind in (ApiError, ValueError, CallFailed, EngineError, Unsupported, Exception):
-        app.add_exception_handler(kind, other)
+    for kind in (RequestValidationError, HTTPException, ApiError, *_STATUSES, Exception):
+        app.add_exception_handler(kind, answer)
 
 
 def _invalid(error: RequestValidationError, request: Request) -> ApiError:

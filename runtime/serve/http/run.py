@@ -13,12 +13,12 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from seamwise.runtime.serve.async_llm import AsyncLLM
 from seamwise.runtime.serve.process.child import Ended
 from seamwise.runtime.serve.process.streams import EngineError
 
+from .app import build_app
 from .serving import Serving
 from .settings import ServeSettings
 
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    app: ASGIApp, state: Serving, settings: ServeSettings, ready: Callable[[str], None] = lambda address: None,
+    state: Serving, ready: Callable[[str], None] = lambda address: None,
     check: Callable[[AsyncLLM], Awaitable[None]] | None = None,
 ) -> int:  # fmt: skip
     """Serve until a signal, and return the exit status. The first line on stderr says why, when that is not 0.
@@ -86,10 +86,10 @@ def serve(
     check  is awaited for each before requests are taken; a ValueError of it ends the server
     """
     state.held = None if check is None else "the model is being checked against its recipe"
-    sock = listen(settings)
+    sock = listen(state.settings)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on", server_header=False,
-        timeout_keep_alive=65, h11_max_incomplete_event_size=64 << 10,
+        build_app(state), log_config=None, access_log=False, timeout_graceful_shutdown=5, lifespan="on",
+        server_header=False, timeout_keep_alive=65, h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     server = Server(config, state)
     host, port = sock.getsockname()[:2]
@@ -101,12 +101,12 @@ async def _serve(
     server: Server, sock: socket.socket, state: Serving, ready: Callable[[], None],
     check: Callable[[AsyncLLM], Awaitable[None]] | None,
 ) -> int:  # fmt: skip
-    status, models = 0, list({id(llm): llm for llm in state.models.values()}.values())
+    status = 0
 
     async def loaded() -> None:
         nonlocal status
         try:
-            for llm in models:
+            for llm in state.metrics:
                 await llm.ready()
                 await llm.prompts()
                 if check is not None:
@@ -114,27 +114,15 @@ async def _serve(
             for adapter in state.adapters.by_name.values():
                 await state.llm.add_lora(adapter)
             state.held = None
-        except Ended as ended:
-            status = fail(ended)
-            server.should_exit = True
-        except EngineError:  # it was told to end while it loaded
-            server.should_exit = True
+            ready()
+            while not (failures := [llm.engine.failure for llm in state.metrics if llm.engine.failure is not None]):
+                await asyncio.sleep(0.5)
+            status = fail(failures[0])
+        except EngineError as error:  # without a cause it was told to end while it loaded
+            status = fail(error) if isinstance(error, Ended) else 0
         except ValueError as error:
             status = fail(Ended(str(error), "caller"))
-            server.should_exit = True
-        else:
-            ready()
-            await given_up()
-
-    async def given_up() -> None:
-        nonlocal status
-        while True:
-            await asyncio.sleep(0.5)
-            for llm in models:
-                if llm.engine.failure is not None:
-                    status = fail(llm.engine.failure)
-                    server.should_exit = True
-                    return
+        server.should_exit = True
 
     watching: asyncio.Task[Any] = asyncio.create_task(loaded())
     try:

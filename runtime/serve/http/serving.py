@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any
 
 from fastapi import Request, Response
 
@@ -23,13 +23,14 @@ from .served_adapters import ServedAdapters
 from .settings import ServeSettings
 from .sse import EventStream, while_connected
 
-_UNSEEN = 16  # tokens between deltas that no client sees
+_UNSEEN = 16  # tokens between deltas that no client sees: they come as often as metrics want them
 Route = Callable[[str, Request, Any], str | None]
 
 
 class Serving:
     """One server's state, kept by the application as app.state.serving.
 
+    metrics  of each model, once, whatever number of names it has
     route  may say which served model a request is for: (the name it asks for, the request, its body) -> a name, or
            None: as asked
     """
@@ -37,15 +38,13 @@ class Serving:
     def __init__(self, models: dict[str, AsyncLLM], settings: ServeSettings, route: Route | None = None) -> None:
         self.models, self.settings, self.route = models, settings, route
         self.default = next(iter(models))
-        self.metrics = {
-            id(llm): Metrics(llm.engine, name, settings.metric_aliases) for name, llm in _first_names(models)
-        }
+        names = {llm: name for name, llm in reversed(models.items())}  # a model's first name
+        self.metrics = {llm: Metrics(llm.engine, name, settings.metric_aliases) for llm, name in names.items()}
         self.started_s = time.time()
         self.draining = False
         self.held: str | None = None  # why requests are not taken yet, though the engine is ready
-        self.num_in_work = 0
+        self.works: set[Work] = set()  # that are not closed
         self.adapters = ServedAdapters(settings.lora_modules)  # of the first model
-        self._names: dict[str, list[str]] = {}  # a request's id in answers -> its ids in the engine
         self._template = settings.own_template()
 
     @property
@@ -53,19 +52,16 @@ class Serving:
         """The model that is served, the first where there are several."""
         return self.models[self.default]
 
+    @property
+    def num_in_work(self) -> int:
+        """Prompts of requests that are not closed."""
+        return sum(len(work.streams) for work in self.works)
+
     def names_in_work(self, request_ids: Sequence[str] | None) -> list[str] | None:
         """Return the engine's ids of requests by the ids that their answers carry; None: of all."""
-        return None if request_ids is None else [one for name in request_ids for one in self._names.get(name, ())]
-
-    def remember(self, name: str, engine_id: str) -> None:
-        """Note a request that is in work."""
-        self._names.setdefault(name, []).append(engine_id)
-
-    def forget(self, name: str, engine_id: str) -> None:
-        """Note that a request is no longer in work."""
-        held = [one for one in self._names.pop(name, []) if one != engine_id]
-        if held:
-            self._names[name] = held
+        if request_ids is None:
+            return None
+        return [stream.request_id for work in self.works if work.name in request_ids for stream in work.streams]
 
     def refuse(self, path: str) -> ApiError | None:
         """Say why no request is taken now: the server is about to end."""
@@ -96,7 +92,7 @@ class Serving:
 
     def admit(self, llm: AsyncLLM, count: int) -> None:
         """Raise ApiError when so many more requests are too many now."""
-        metrics = self.metrics[id(llm)]
+        metrics = self.metrics[llm]
         if self.num_in_work + count > self.settings.max_concurrent_requests:
             metrics.reject("max_concurrent_requests")
             raise ApiError(
@@ -122,108 +118,104 @@ class Serving:
             )
 
 
-def _first_names(models: dict[str, AsyncLLM]) -> list[tuple[str, AsyncLLM]]:
-    """Return each model once, by its first name."""
-    names = {id(llm): name for name, llm in reversed(models.items())}
-    return [(name, models[name]) for name in names.values()]
-
-
 def serving(request: Request) -> Serving:
     """Return the application's state."""
     found: Serving = request.app.state.serving
     return found
 
 
-async def chosen(body: Any, request: Request) -> tuple[Serving, str, AsyncLLM, Prompts]:
-    """Return the state, and the model that a request is for: as it names it, and its tokenizer and templates.
-
-    Raises ApiError 404 for one that is not served, EngineError while it is not loaded.
-    """
-    state = serving(request)
-    name, llm = state.choose(body.model, request, body)
-    return state, name, llm, await state.prompts(llm)
-
-
-def request_name(request: Request, asked: str | None, prefix: str) -> str:
-    """Return the id that a request has in answers and logs."""
-    return f"{prefix}-{asked or request.state.request_id}"
-
-
-class Answer(Protocol):
-    """Turns the deltas of a request's work into what its client reads."""
-
-    async def whole(self, work: Work) -> Response:
-        """Return the answer when all is done."""
-
-    def events(self, work: Work) -> AsyncIterator[bytes]:
-        """Yield it in parts."""
-
-
 class Work:
-    """The generation of one HTTP request: one stream for each prompt, in the engine until it is closed.
+    """One HTTP request: the model that it is for, and its generation, a stream for each prompt, until it is closed.
 
-    name   of the request in answers; model: what it asks for, which may be an adapter
+    body     what was asked, as its route has it
+    name     of the request in answers and logs
+    model    as the request names it, which may be an adapter
+    prompts  the model's tokenizer and templates
+    streams  what is generated, in the order of its prompts
     """
 
-    def __init__(self, state: Serving, llm: AsyncLLM, name: str, model: str) -> None:
-        self._state, self._llm, self._name = state, llm, name
-        self._adapter = state.adapters.by_name.get(model)
-        self._metrics = state.metrics[id(llm)]
-        self._streams: list[Stream] = []
+    def __init__(
+        self, state: Serving, body: Any, request: Request, prefix: str, model: str, llm: AsyncLLM, prompts: Prompts
+    ) -> None:
+        self.state, self.body, self.model, self.llm, self.prompts = state, body, model, llm, prompts
+        self._request = request
+        self.name = f"{prefix}-{self._asked('request_id', request.state.request_id)}"
+        self.streams: list[Stream] = []
         self._times: list[RequestTimes] = []
+        self._changed = asyncio.Event()
+
+    @classmethod
+    async def of(cls, body: Any, request: Request, prefix: str = "") -> Work:
+        """Return the work that a request is, its name with this prefix.
+
+        Raises ApiError 404 for a model that is not served, EngineError while it is not loaded.
+        """
+        state = serving(request)
+        model, llm = state.choose(body.model, request, body)
+        return cls(state, body, request, prefix, model, llm, await state.prompts(llm))
+
+    def _asked(self, name: str, otherwise: Any) -> Any:
+        """Return a field of the body, where its route has it and the request says it."""
+        value = getattr(self.body, name, None)
+        return otherwise if value is None else value
 
     async def submit(
-        self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams, *, priority: int,
-        stream_interval: int, pooling: PoolingParams | None = None,
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams,
+        pooling: PoolingParams | None = None,
     ) -> None:  # fmt: skip
-        """Queue the prompts, (text, ids) each. Raises ValueError, ApiError and EngineError; nothing is queued then.
-
-        stream_interval  0: the client waits for the end, and deltas come as often as metrics want them
-        """
+        """Queue the prompts, (text, ids) each. Raises ValueError, ApiError and EngineError; nothing is queued then."""
         if params.structured_outputs is not None:  # here, so that a hostile grammar costs neither engine nor event loop
             await asyncio.to_thread(params.structured_outputs.check)
         for _, ids in prompts:
             if pooling is None:  # else the engine checks what it pools
-                self._state.check(params, ids, self._llm)
-        self._state.admit(self._llm, len(prompts))
+                self.state.check(params, ids, self.llm)
+        self.state.admit(self.llm, len(prompts))
+        interval = _UNSEEN
+        if self._asked("stream", False):
+            interval = self._asked("stream_interval", self.state.settings.stream_interval)
+        self.state.works.add(self)
         for text, ids in prompts:
-            name = uuid.uuid4().hex  # a client's own id may come twice
             try:
-                stream = self._llm.submit(
-                    name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval or _UNSEEN,
-                    lora_request=self._adapter, pooling=pooling,
+                stream = self.llm.submit(
+                    uuid.uuid4().hex,  # a client's own id may come twice
+                    ids, params, prompt=text, priority=self._asked("priority", 0), stream_interval=interval,
+                    lora_request=self.state.adapters.by_name.get(self.model), pooling=pooling,
                 )  # fmt: skip
             except Exception:
                 self.close()
                 raise
-            self._streams.append(stream)
-            self._times.append(self._metrics.arrived(len(ids), params, stream.rank))
-            self._state.remember(self._name, name)
-            self._state.num_in_work += 1
+            stream.changed = self._changed  # whichever of them has something new wakes the one reader
+            self.streams.append(stream)
+            self._times.append(self.state.metrics[self.llm].arrived(len(ids), params, stream.rank))
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield (number of the prompt, what an output of it got) until all ended; closing it early ends them."""
+        """Yield (number of the prompt, what an output of it got) until all ended; closing it early ends them.
+
+        Raises how the first of them ended that did not end well.
+        """
+        left = dict(enumerate(self.streams))
         try:
-            if len(self._streams) == 1:
-                while got := await self._take(0):
-                    for delta in got:
-                        yield 0, delta
-                return
-            waits = {asyncio.create_task(self._take(i)): i for i in range(len(self._streams))}
-            try:
-                while waits:
-                    done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        i = waits.pop(task)
-                        if got := task.result():
-                            waits[asyncio.create_task(self._take(i))] = i
+            while left:
+                await self._changed.wait()
+                self._changed.clear()
+                for i, stream in [*left.items()]:
+                    if got := stream.now():
+                        self._note(i, got)
                         for delta in got:
                             yield i, delta
-            finally:
-                for task in waits:
-                    task.cancel()
+                        self._changed.set()  # its end may stand behind what it got
+                    elif stream.finished:
+                        del left[i]
         finally:
             self.close()
+
+    def _note(self, i: int, got: list[Delta]) -> None:
+        self.state.metrics[self.llm].got(self._times[i], got)
+        for delta in got:
+            if delta.finish_reason == "error":
+                raise RequestFailed(str(delta.stop_reason))
+            if delta.finish_reason == "abort":
+                raise EngineError("the request was aborted: the engine was paused, or /abort_requests was called")
 
     async def whole(self) -> dict[tuple[int, int], Delta]:
         """Return what each output got in all, by the prompt's number and its own, when all have ended."""
@@ -233,31 +225,20 @@ class Work:
             found[key] = merged(found[key], delta) if key in found else delta
         return dict(sorted(found.items()))
 
-    async def _take(self, i: int) -> list[Delta]:
-        got = await self._streams[i].take()
-        self._metrics.got(self._times[i], got)
-        for delta in got:
-            if delta.finish_reason == "error":
-                raise RequestFailed(str(delta.stop_reason))
-            if delta.finish_reason == "abort":
-                raise EngineError("the request was aborted: the engine was paused, or /abort_requests was called")
-        return got
-
-    async def answered(self, request: Request, answer: Answer, *, stream: bool | None) -> Response:
+    async def answered(
+        self, whole: Callable[[], Coroutine[Any, Any, Response]], events: Callable[[], AsyncIterator[bytes]]
+    ) -> Response:
         """Return the response: events, or one answer when all is done. The work ends with it, or with its client."""
-        if stream:
-            return await EventStream.of(
-                answer.events(self), request, self._state.settings.write_timeout_s, self.close
-            )  # fmt: skip
-        return await while_connected(request, answer.whole(self), self.close)
+        if self._asked("stream", False):
+            return await EventStream.of(events(), self._request, self.state.settings.write_timeout_s, self.close)
+        return await while_connected(self._request, whole(), self.close)
 
     def close(self) -> None:
         """End what still runs."""
-        for stream in self._streams:
-            self._llm.engine.drop(stream)
-            self._state.forget(self._name, stream.request_id)
-        self._state.num_in_work -= len(self._streams)
-        self._streams = []
+        for stream in self.streams:
+            self.llm.engine.drop(stream)
+        self.streams = []
+        self.state.works.discard(self)
 
     def usage(self) -> dict[str, Any]:
         """Return OpenAI's count of tokens until now."""

@@ -45,33 +45,35 @@ class Stream:
         self.reader: asyncio.Task[None] | None = None
         self._pending: dict[int, Delta] = {}
         self._error: Exception | None = None
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()  # set where something is new, or the request has ended
 
     def put(self, delta: Delta) -> None:
         """Add what the engine sent."""
         before = self._pending.get(delta.index)
         self._pending[delta.index] = delta if before is None else merged(before, delta)
         self.finished = self.finished or delta.request_finished
-        self._changed.set()
+        self.changed.set()
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error, after what it still holds."""
         self._error = error
         self.finished = True
-        self._changed.set()
+        self.changed.set()
 
     async def take(self) -> list[Delta]:
         """Wait for something new and return it, each output at most once; nothing when all was taken.
 
         Raises EngineError or RequestRefused when that is how the request ended.
         """
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            if self.finished:
-                return []
-            self._changed.clear()
-            await self._changed.wait()
+        while not (taken := self.now()) and not self.finished:
+            self.changed.clear()
+            await self.changed.wait()
+        return taken
+
+    def now(self) -> list[Delta]:
+        """Return what is new, each output at most once. Raises as take does, once all before that was taken."""
+        if not self._pending and self._error is not None:
+            raise self._error
         taken, self._pending = list(self._pending.values()), {}
         return taken
 

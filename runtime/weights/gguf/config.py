@@ -15,9 +15,10 @@ import torch
 
 from seamwise.model_defs.hf_config import Reader
 from seamwise.model_defs.rope import Rope
+from seamwise.runtime.weights.experts import stacked_name
 from seamwise.runtime.weights.file_formats import FORMATS
 
-from .families import family_of
+from .families import Family, family_of
 from .file import GgufHeader, read_gguf_header
 from .quants import KINDS
 from .weights import LONGROPE_FACTORS, ROPE_FACTORS, huggingface_name
@@ -66,6 +67,7 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     for key, name in keys.items():  # else a class's default would stand for it
         if name not in raw and name not in _DERIVED:
             raise ValueError(f"{path}: has no {kind}.{key}; convert the model again, with a newer llama.cpp")
+    kinds_of_experts, raw["gguf_experts"] = _experts(header, family)
     raw |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -82,7 +84,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
                 (name := huggingface_name(stored, family)) != "model.embed_tokens.weight"
                 or "output.weight" not in tensors
             )
-        },
+        }
+        | kinds_of_experts,
         "eos_token_id": sorted({metadata[k] for e in _ENDS if (k := f"tokenizer.ggml.{e}") in metadata}),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
     }
@@ -94,7 +97,6 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
     if kind in _BY_WIDTH:  # the file does not say it
         whole = read.size("num_hidden_layers") == _BY_WIDTH[kind]
         raw["query_pre_attn_scalar"] = raw["hidden_size"] // raw["num_attention_heads"] if whole else raw["head_dim"]
-    _warn_of_experts(header)
     if _experts_in_mxfp4(header):
         raw["quantization_config"] = {"quant_method": "mxfp4"}
     rope = _longrope(header, own) if kind == "phi3" else _rope(header, own, raw)
@@ -143,14 +145,23 @@ def _experts_in_mxfp4(header: GgufHeader) -> bool:
     return header.metadata["general.architecture"] == "gpt-oss" and kinds == {"MXFP4"}
 
 
-def _warn_of_experts(header: GgufHeader) -> None:
-    """Say what experts take that are quantized: no kernel reads them as they are."""
-    blocks = [t for n, t in header.tensors.items() if "_exps." in n and t.kind in KINDS and KINDS[t.kind].block > 1]
-    if blocks and not _experts_in_mxfp4(header):
-        taken, held = 2e-9 * sum(math.prod(t.shape) for t in blocks), 1e-9 * sum(t.where.num_bytes for t in blocks)
-        what = "experts are dequantized at load, for no kernel reads their blocks"
-        says = f"{header.path}: {what}: {taken:.3g} GB in 16 bits, {held:.3g} GB in the file"
-        warnings.warn(says, stacklevel=3)
+def _experts(header: GgufHeader, family: Family) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Return the kind of each stacked weight of experts, and what those in blocks take, in bytes: in 16 bits and here.
+
+    The weights of gpt-oss in MXFP4 are read as they are, and so not among the second.
+    """
+    kinds, sizes = dict[str, str](), dict[str, tuple[int, int]]()
+    for stored, tensor in header.tensors.items():
+        if "_exps." not in stored or len(tensor.shape) != 3 or tensor.kind not in KINDS:
+            continue
+        name = huggingface_name(stored, family)
+        stacked = stacked_name(name.replace("*", "0"))[0] or name
+        if "*" in name:
+            kinds[stacked] = tensor.kind if kinds.get(stacked, tensor.kind) == tensor.kind else "several"
+        if KINDS[tensor.kind].block > 1 and not _experts_in_mxfp4(header):
+            taken, held = sizes.get(stacked, (0, 0))
+            sizes[stacked] = taken + 2 * math.prod(tensor.shape), held + tensor.where.num_bytes
+    return kinds, sizes
 
 
 def _dtype(header: GgufHeader) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from seamwise.runtime.build.step import StepInput, StepOutput
+from seamwise.runtime.kv.block_store import BlockStore
 from seamwise.runtime.kv.disk_tier import DiskTier
 from seamwise.runtime.kv.names import BlockName
 from seamwise.runtime.kv.offload import Offload
+from seamwise.runtime.kv.rank_stores import RankStores, Served
 from seamwise.runtime.kv.tiers import HostTier, Stored, Tier
 from seamwise.testing import FakeRunner
 
@@ -44,12 +50,12 @@ class Hands(Executor):
         self.run()
 
 
-class ByHand(Offload):
-    """An offload whose threads are hands."""
+class StoreByHand(BlockStore):
+    """A store whose threads are hands."""
 
-    def __init__(self, runner: FakeRunner, tiers: list[Tier], **options: Any) -> None:
+    def __init__(self, runner: FakeRunner, tiers: list[Tier]) -> None:
         self.hands: list[Hands] = []
-        super().__init__(runner, tiers, executor=self._hand, **options)
+        super().__init__(runner, tiers, executor=self._hand)
 
     def _hand(self) -> Hands:
         self.hands.append(Hands())
@@ -60,10 +66,72 @@ class ByHand(Offload):
             assert isinstance(thread, Hands)
             thread.run()
 
+
+class ByHand(Offload):
+    """An offload whose threads are hands: those of one store, or of each rank's."""
+
+    def __init__(self, runner: FakeRunner, *tiers: list[Tier], **options: Any) -> None:
+        runners = getattr(runner, "ranks", [runner])
+        stores = [StoreByHand(r, of) for r, of in zip(runners, tiers, strict=True)]
+        self.tiers = [tier for of in tiers for tier in of]
+        self.hands = [hand for store in stores for hand in store.hands]
+        super().__init__(stores[0] if len(stores) == 1 else joined(stores), **options)
+
     def work(self) -> None:
         """Let everything be done."""
         for hand in self.hands:
             hand.run()
+
+
+class AtOnce(Executor):
+    """Does what it is given where it is given."""
+
+    def submit(self, work: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*given, **named))
+        return future
+
+
+class To:
+    """A link that delivers where it is sent, pickled as a real one does."""
+
+    def __init__(self, receiver: Callable[..., None], *first: Any) -> None:
+        self.receiver, self.first = receiver, first
+
+    def send(self, message: Any) -> None:
+        self.receiver(*self.first, *pickle.loads(pickle.dumps(message)))
+
+
+def joined(stores: Sequence[BlockStore]) -> RankStores:
+    """Return ranks' stores as one, without the processes."""
+    served: list[Served] = []
+    links = [To(lambda *message, rank=rank: served[rank].take(*message)) for rank in range(len(stores))]
+    whole = RankStores(links, [store.layout for store in stores], stores[0].outlives, sender=AtOnce)
+    for rank, store in enumerate(stores):
+        served.append(Served(To(whole.heard, rank), store))
+    return whole
+
+
+class TwoRanks:
+    """Two runners that take the same steps, each with a cache of its own, and must say the same."""
+
+    def __init__(self, **options: Any) -> None:
+        self.ranks = [FakeRunner(**options) for _ in range(2)]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ranks[0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weights":
+            for rank in self.ranks:
+                rank.weights = value
+        else:
+            super().__setattr__(name, value)
+
+    def step(self, batch: StepInput) -> StepOutput:
+        one, other = (rank.step(batch) for rank in self.ranks)
+        assert torch.equal(one.logits, other.logits), "ranks have computed with different pasts"
+        return one
 
 
 class FaultyDisk(DiskTier):

@@ -40,7 +40,7 @@ from seamwise.runtime.engine import engine as engine_module
 from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.engine.outputs import RequestOutput
-from seamwise.runtime.kv import offload
+from seamwise.runtime.kv import block_store, offload
 from seamwise.runtime.sampling.params import RequestOutputKind
 from seamwise.runtime.scheduler import commit, queue, scheduler, slots, waiting_for_tiers
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
@@ -53,7 +53,9 @@ from seamwise.testing import FakeRunner
 
 _INTERRUPTED = {
     m.__file__
-    for m in (answer, drafting, loop, engine_module, commit, offload, queue, scheduler, slots, waiting_for_tiers)
+    for m in (
+        answer, block_store, drafting, loop, engine_module, commit, offload, queue, scheduler, slots, waiting_for_tiers
+    )
 }  # fmt: skip
 GROUPS: list[Groups] = [
     (FULL,), (FULL,), (KVGroup(kind="sliding_window", size=5),), (FULL, KVGroup(kind="sliding_window", size=3)),

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 from drawn_requests import Drawn, alone
-from drawn_tiers import FAULTS, ByHand, FaultyDisk, make_tiers
+from drawn_tiers import FAULTS, ByHand, FaultyDisk, StoreByHand, TwoRanks, make_tiers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
 from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.kv import block_store
+from seamwise.runtime.kv.block_store import BlockStore
 from seamwise.runtime.kv.disk_tier import DiskTier
 from seamwise.runtime.kv.offload import Offload
 from seamwise.runtime.kv.tiers import HostTier, Tier
@@ -44,6 +46,7 @@ class Life:
     faults: list[str | None]
     work: list[int]
     change_weights: bool
+    ranks: int = 1
 
 
 LIVES = st.lists(
@@ -51,6 +54,7 @@ LIVES = st.lists(
         Life, requests=st.lists(st.tuples(st.integers(0, 3), st.integers(5, 24)), min_size=1, max_size=10),
         together=st.integers(1, 3), faults=st.lists(st.sampled_from([None, None, *FAULTS]), max_size=8),
         work=st.lists(st.integers(0, 7), min_size=1, max_size=6), change_weights=st.sampled_from([False, False, True]),
+        ranks=st.integers(1, 2),
     ), min_size=1, max_size=3,
 )  # fmt: skip
 SEEN: Counter[str] = Counter()
@@ -61,11 +65,13 @@ def run_lives(
 ) -> None:
     """Run engines one after the other over one folder, and compare each output with that of the request alone."""
     for changed, life in enumerate(lives, start=1):
-        runner = FakeRunner(
+        runner: Any = (FakeRunner if life.ranks == 1 else TwoRanks)(
             num_blocks=1 + len(groups) * 28 // block_size * blocks // 8, block_size=block_size, kv_groups=groups
         )
-        tiers = make_tiers(kind, folder, runner.kv_block_bytes, room)
-        offload = ByHand(runner, tiers, ahead=ahead)
+        folders = [folder] if life.ranks == 1 else [folder / f"rank{rank}" for rank in range(life.ranks)]
+        each = [make_tiers(kind, one, runner.kv_block_bytes, room) for one in folders]
+        tiers = each[len(lives) % life.ranks]  # faults are of one rank's disk
+        offload = ByHand(runner, *each, ahead=ahead)
         config = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=3)
         engine = Engine(runner, None, config, offload=offload)  # type: ignore[arg-type]
         disk, left, turn, running = tiers[-1], [*enumerate(life.requests)], 0, {}
@@ -82,14 +88,13 @@ def run_lives(
                     wanted = alone(drawn, runner, engine.scheduler.longest).outputs[0]
                     assert output.outputs[0].token_ids == wanted.token_ids
             engine.scheduler.check()
-            which = life.work[turn % len(life.work)]
             for i, hand in enumerate(offload.hands):
-                hand.run(which >> i & 1)
+                hand.run(life.work[(turn + i // 3) % len(life.work)] >> i % 3 & 1)
             turn += 1
             if turn > 400:  # nobody waits for ever for a thread that works now and then
                 offload.work()
             assert turn < 1000, "no progress"
-        for tier in tiers:
+        for tier in offload.tiers:
             assert tier.used_bytes <= tier.capacity_bytes
         if life.change_weights:
             runner.weights = changed  # those of no other life
@@ -107,6 +112,7 @@ def run_lives(
         SEEN["faults"] += getattr(disk, "num_faults", 0)
         SEEN["lives"] += 1
         SEEN["lives with loads"] += offload.stats.loaded > 0
+        SEEN["loads of ranks"] += offload.stats.loaded if life.ranks > 1 else 0
 
 
 DRAWN = given(
@@ -138,11 +144,12 @@ def test_a_thousand_runs_with_faults(**drawn: Any) -> None:
         run_lives(**drawn, folder=Path(folder))
 
 
-def make_engine(tiers: list[Tier], blocks: int = 13, kind: type[Offload] = ByHand, **options: Any) -> Engine:
-    """Return an engine whose threads work after each step, or, of kind Offload, when they like."""
+def make_engine(tiers: list[Tier], blocks: int = 13, by_hand: bool = True, **options: Any) -> Engine:
+    """Return an engine whose threads work after each step, or, not by hand, when they like."""
     runner = FakeRunner(num_blocks=blocks, block_size=4)
     config = SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=3)
-    offload = kind(runner, tiers, ahead=8, **options)
+    options["ahead"] = 8
+    offload = ByHand(runner, tiers, **options) if by_hand else Offload(BlockStore(runner, tiers), **options)
     return Engine(runner, None, config, offload=offload)  # type: ignore[arg-type]
 
 
@@ -225,6 +232,26 @@ def test_a_tier_that_keeps_nothing_keeps_no_block_from_use() -> None:
     engine.close()
 
 
+def test_a_slow_tier_costs_blocks_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, names = FakeRunner(num_blocks=12, block_size=4), [bytes([i]) * 16 for i in range(12)]
+    monkeypatch.setattr(block_store, "_UNWRITTEN_BYTES", 3 * runner.kv_block_bytes)
+    tier = HostTier(1 << 20)
+    tier.outlives = True  # type: ignore[misc]
+    store = StoreByHand(runner, [tier])
+    copies = [store.copy([1, 2], names[1:3]), store.copy([3, 4, 5], names[3:6]), store.copy([6], names[6:7])]
+    reads, writes, _ = store.hands
+    reads.run()
+    assert [copy.result() for copy in copies] == [2, 1, 0] and not tier.blocks
+    writes.run()
+    assert [*tier.blocks] == names[1:4]
+    again = store.copy([4, 5, 6], names[4:7])
+    reads.run()
+    writes.run()
+    assert again.result() == 3 and [*tier.blocks] == names[1:7]
+    assert store.keep([(block, names[block]) for block in range(1, 12)]) == 5, "what nobody waits for is kept whole"
+    assert [*tier.blocks] == names[1:]
+
+
 def test_short_hits_are_computed() -> None:
     engine = make_engine([HostTier(1 << 20)], min_tokens=13)
     run(engine, *STEMS)
@@ -250,7 +277,6 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_offload import STEMS, make_engine, run
 from seamwise.runtime.kv.disk_tier import DiskTier
-from seamwise.runtime.kv.offload import Offload
 
 random.seed(int(sys.argv[3]))
 left = random.randrange(1, 40)
@@ -271,7 +297,7 @@ class Dying:
 
 Path.open = lambda self, mode="r", **options: Dying(whole(self, mode)) if mode == "xb" else whole(self, mode, **options)
 while True:
-    engine = make_engine([DiskTier(Path(sys.argv[1]), 20_000)], kind=Offload)
+    engine = make_engine([DiskTier(Path(sys.argv[1]), 20_000)], by_hand=False)
     run(engine, *random.choices(STEMS, k=6))
     engine.close()
     for path in Path(sys.argv[1]).glob("*.kv"):
@@ -296,8 +322,7 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     script = (
         "import random, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
         "from test_offload import STEMS, make_engine, run; from seamwise.runtime.kv.disk_tier import DiskTier\n"
-        "from seamwise.runtime.kv.offload import Offload\n"
-        "engine = make_engine([DiskTier(Path(sys.argv[1]), 1200)], kind=Offload)\n"
+        "engine = make_engine([DiskTier(Path(sys.argv[1]), 1200)], by_hand=False)\n"
         "random.seed(sys.argv[3])\n"
         "for _ in range(40): run(engine, random.choice(STEMS))\n"
         "engine.close(); print(engine.offload.stats.loaded, engine.offload.stats.failed)"

@@ -165,13 +165,12 @@ DRAIN = """
 import asyncio, sys
 sys.path.insert(0, {here!r})
 from servers import fake_llm
-from seamwise.runtime.serve.http.app import build_app
 from seamwise.runtime.serve.http.run import serve
 from seamwise.runtime.serve.http.serving import Serving
 from seamwise.runtime.serve.http.settings import ServeSettings
 settings = ServeSettings(port=0, shutdown_timeout_s={timeout})
 state = Serving({{"fake": fake_llm()}}, settings)
-sys.exit(serve(build_app(state), state, settings, ready=lambda address: print(address, flush=True)))
+sys.exit(serve(state, ready=lambda address: print(address, flush=True)))
 """
 
 

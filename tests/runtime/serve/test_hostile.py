@@ -107,7 +107,7 @@ def settle(running: Running) -> None:
     while running.state.num_in_work or engine.num_requests or engine.stats.num_running or engine.stats.kv_cache_usage:
         assert time.monotonic() < deadline, (running.state.num_in_work, engine.num_requests, engine.stats)
         time.sleep(0.05)
-    assert not any(member._calls for member in engine.members) and not running.state._names
+    assert not any(member._calls for member in engine.members) and not running.state.works
 
 
 def test_hostile_requests_lose_nothing(fake: Running) -> None:

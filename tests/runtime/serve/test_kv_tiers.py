@@ -114,12 +114,53 @@ def test_what_contradicts_is_refused_by_name(tiny_llama_dir: Path, options: dict
         LLM(tiny_llama_dir, max_num_seqs=2, max_model_len=64, **options)
 
 
-def test_ranks_are_refused_by_name() -> None:
+def test_ranks_that_decide_for_themselves_are_refused_by_name() -> None:
     runner = FakeRunner(num_blocks=5, block_size=4)
-    with pytest.raises(
-        ValueError, match=r"kv_offloading_size and kv_offloading_folder with 2 ranks: .* leave them, or"
-    ):
+    with pytest.raises(ValueError, match=r"kv_offloading_size and .* with 2 ranks that decide for themselves: .*'mp'"):
         make_offload(runner, ahead=1, num_ranks=2, enable_prefix_caching=True, kv_offloading_size=1)
+
+
+@pytest.mark.slow
+def test_each_rank_keeps_its_part_and_what_one_has_lost_is_computed(tmp_path: Path, pack_dir: Path) -> None:
+    for seed in (0, 1):
+        save_tiny(tmp_path / str(seed), "LlamaForCausalLM", seed=seed)
+    tiers: dict[str, Any] = {"kv_offloading_folder": tmp_path / "kv", "kv_offloading_folder_size": 0.1}
+    options: dict[str, Any] = {**SMALL, **tiers, "dtype": "float32", "device": "cpu", "pack_dir": pack_dir}
+    wanted = []
+    for seed in (0, 1):
+        alone = LLM(tmp_path / str(seed), **options)
+        wanted.append([tokens for tokens, _ in results(alone)])
+        alone.shutdown()
+    of_one = sorted(path.name for path in (tmp_path / "kv").glob("*.kv"))
+
+    def tokens(llm: LLM) -> list[list[int]]:
+        return [tokens for tokens, _ in results(llm)]
+
+    llm = LLM(
+        tmp_path / "0", tensor_parallel_size=2, num_gpu_blocks_override=26, kv_offloading_size=0.1, **options
+    )  # fmt: skip
+    assert tokens(llm) == wanted[0] and stats(llm).stored > 0 and stats(llm).loaded == stats(llm).lost == 0
+    assert tokens(llm) == wanted[0] and stats(llm).hits > 0, "nothing came back"
+    before = stats(llm).loaded
+    llm.update_weights(load_file(tmp_path / "1/model.safetensors"))
+    assert tokens(llm) == wanted[1] and stats(llm).loaded == before, "what other weights computed is loaded"
+    llm.update_weights(load_file(tmp_path / "0/model.safetensors"))
+    assert tokens(llm) == wanted[0] and stats(llm).loaded > before
+    llm.shutdown()
+    assert sorted(path.name for path in (tmp_path / "kv").glob("*.kv")) == of_one
+    parts = [sorted((tmp_path / "kv" / f"rank{rank}of2").glob("*.kv")) for rank in range(2)]
+    assert [path.name for path in parts[0]] == [path.name for path in parts[1]] and not {*of_one} & {
+        path.name for path in parts[0]
+    }
+    for index, path in enumerate(parts[1]):  # of rank 1 alone, every third file is whole
+        data = path.read_bytes()
+        if index % 3:
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if index % 3 == 1 else data[: len(data) // 2])
+    parts[0][3].unlink()
+    later = LLM(tmp_path / "0", tensor_parallel_size=2, **options)
+    assert tokens(later) == wanted[0] and stats(later).lost > 0
+    assert tokens(later) == wanted[0]
+    later.shutdown()
 
 
 @pytest.mark.slow

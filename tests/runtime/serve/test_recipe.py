@@ -9,7 +9,6 @@ import pytest
 from servers import fake_llm
 
 from seamwise.runtime.serve.cli import main
-from seamwise.runtime.serve.http.app import build_app
 from seamwise.runtime.serve.http.run import serve
 from seamwise.runtime.serve.http.serving import Serving
 from seamwise.runtime.serve.http.settings import ServeSettings
@@ -39,7 +38,7 @@ def test_what_was_written_is_accepted_and_a_change_is_named(tmp_path: Path, caps
 
     settings = ServeSettings(port=0)
     state = Serving({"fake": fake_llm()}, settings)
-    status = serve(build_app(state), state, settings, check=lambda llm: check_recipe(llm, {"vocab_size": 3}))
+    status = serve(state, check=lambda llm: check_recipe(llm, {"vocab_size": 3}))
     first = capsys.readouterr().err.splitlines()[0]
     assert status == 2 and "not what the recipe was written for: vocab_size is 82, the recipe expects 3" in first
 

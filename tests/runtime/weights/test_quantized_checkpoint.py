@@ -81,12 +81,33 @@ def test_experts_read_the_stored_weights(name: str, entry: str, tmp_path: Path) 
     served, missed = reports["quantize_experts"].matched, reports["quantize_experts"].misses
     format = {"W4A16": "int4", "W8A16 groups": "int8"}.get(name)
     assert (served, len(missed)) == ((0, 2) if format else (2, 0))
-    assert all(f"{format} weights of experts have no kernel" in miss.reason for miss in missed)
+    assert all(f"no kernel reads {format} weights of these experts: x must be bfloat16" in m.reason for m in missed)
     found = dequantized(tmp_path, torch.float32, entry)
     for parameter in ("gate_up_proj", "down_proj"):
         parameter = f"model.layers.1.mlp.experts.{parameter}"
         assert torch.equal(found[parameter], means.get_parameter(parameter).flatten(0, 1))
     assert_within_budget(logits(runner), means, REQUESTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [("W4A16_ASYM", "own"), ("W4A16_ASYM", "transformers"), ("W8A16 groups", "own")],
+)
+def test_experts_integers_stay_packed(name: str, entry: str, tmp_path: Path) -> None:
+    means = save_quantized(tmp_path, LAYOUTS[name], torch.bfloat16, "Qwen3MoeForCausalLM", **MOE)
+    runner = load(tmp_path, torch.bfloat16, entry=entry)
+    (report,) = [r for r in runner.program.reports if r.name == "quantize_experts"]
+    assert (report.matched, report.misses) == (2, []) and runner.program.providers["grouped_linear_int:cpp"] == 2
+    assert not any("dequantize_weight" in str(recipe) for recipe in runner.program.recipes.values())
+    assert_within_budget(logits(runner), means, REQUESTS)
+
+
+def test_zero_points_of_experts_fill_their_words(tmp_path: Path) -> None:
+    save_quantized(tmp_path, LAYOUTS["W4A16_ASYM"], torch.bfloat16, "Qwen3MoeForCausalLM", **MOE)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"moe_intermediate_size": 132}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"experts of 132 rows in .* words of zero points that divide the rows"):
+        load(tmp_path, torch.bfloat16)
 
 
 @pytest.mark.parametrize("entry", ["own", "transformers"])
@@ -120,9 +141,11 @@ def test_a_form_without_kernel_keeps_the_dequantized_weight_and_says_why(name: s
     assert_within_budget(logits(runner), means, REQUESTS)
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "FP8", "W4A16_ASYM"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "FP8", "W4A16_ASYM", "experts"])
 def test_every_rewrite_over_stored_weights_is_valid(name: str, tmp_path: Path) -> None:
-    save_quantized(tmp_path, LAYOUTS[name], torch.bfloat16)
+    of_experts = ("Qwen3MoeForCausalLM", MOE) if name == "experts" else ("LlamaForCausalLM", {})
+    layout = LAYOUTS.get(name, LAYOUTS["W4A16_ASYM"])
+    save_quantized(tmp_path, layout, torch.bfloat16, of_experts[0], **of_experts[1])
     program = load(tmp_path, torch.bfloat16, pipeline=PipelineConfig(validate=True)).program
     certificates = {r.name: r.certificate for r in program.reports if r.certificate is not None}
     assert "fuse_silu_mul_quant" in certificates

@@ -12,7 +12,7 @@ from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.chat_parts import ChatParts, reasoning_marks, tool_format
 from seamwise.runtime.serve.http.chat_answer import ChatAnswer
 from seamwise.runtime.serve.http.chat_schema import ChatRequest, Template
-from seamwise.runtime.serve.http.serving import Serving, Work, chosen, request_name
+from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import json_response
 from seamwise.runtime.serve.prompts import Prompts
 from seamwise.runtime.serve.tool_choice import tool_form
@@ -25,25 +25,21 @@ router = APIRouter()
 @router.post("/v1/chat/completions", responses=GENERATES, response_class=Response)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the conversation, n times; one answer, or events with stream=true."""
-    state, name, llm, prompts = await chosen(body, request)
+    work = await Work.of(body, request, "chatcmpl")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = body.sampling(llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
-    tools = _tools(body, prompts)
-    text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
-    marks = reasoning_marks(prompts.templates.get("default", ""))
+    params = body.sampling(work.llm.default_sampling, max_tokens=most, logprobs=body.num_logprobs())
+    tools = _tools(body, work.prompts)
+    text, ids = await asyncio.to_thread(rendered, body, work, with_tools=tools is not None)
+    marks = reasoning_marks(work.prompts.templates.get("default", ""))
     thinking = marks is not None and text.rstrip().endswith(marks[0])
     params = _formed(body, params, tools, ("", marks[1]) if marks and thinking else marks)
-    request_id = request_name(request, body.request_id, "chatcmpl")
-    work = Work(state, llm, request_id, name)
-    interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
-    await work.submit([(text, ids)], params, priority=body.priority, stream_interval=interval)
+    await work.submit([(text, ids)], params)
 
     def parts() -> ChatParts:
         return ChatParts(tools=tools, reasoning=marks, thinking=thinking)
 
-    prefix = body.messages[-1].text() if body.echo else ""
-    answer = ChatAnswer(body, request_id, name, parts, prefix)
-    return await work.answered(request, answer, stream=body.stream)
+    answer = ChatAnswer(work, parts, body.messages[-1].text() if body.echo else "")
+    return await work.answered(answer.whole, answer.events)
 
 
 class RenderRequest(ChatRequest):
@@ -53,10 +49,10 @@ class RenderRequest(ChatRequest):
 @router.post("/v1/chat/completions/render", responses=ASKS, response_class=Response)
 async def render(body: RenderRequest, request: Request) -> Response:
     """Return the text and ids that /v1/chat/completions would continue."""
-    state, name, _, prompts = await chosen(body, request)
-    tools = _tools(body, prompts)
-    text, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=tools is not None)
-    return json_response({"model": name, "prompt": text, "prompt_token_ids": ids, "token_ids": ids})
+    work = await Work.of(body, request)
+    tools = _tools(body, work.prompts)
+    text, ids = await asyncio.to_thread(rendered, body, work, with_tools=tools is not None)
+    return json_response({"model": work.model, "prompt": text, "prompt_token_ids": ids, "token_ids": ids})
 
 
 def _tools(body: ChatRequest, prompts: Prompts) -> str | None:
@@ -90,9 +86,9 @@ def _formed(
     return params if form is None else replace(params, structured_outputs=replace(form, reasoning=reasoning))
 
 
-def rendered(body: Template, prompts: Prompts, state: Serving, *, with_tools: bool) -> tuple[str, list[int]]:
+def rendered(body: Template, work: Work, *, with_tools: bool) -> tuple[str, list[int]]:
     """Return a conversation's text and ids. Raises ValueError for what the template does not take."""
-    if body.chat_template is not None and not state.settings.trust_request_chat_template:
+    if body.chat_template is not None and not work.state.settings.trust_request_chat_template:
         raise ValueError(
             "chat_template: templates from requests are refused; start the server with trust_request_chat_template"
         )
@@ -104,14 +100,14 @@ def rendered(body: Template, prompts: Prompts, state: Serving, *, with_tools: bo
     if body.reasoning_effort is not None:
         more["reasoning_effort"] = body.reasoning_effort
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if with_tools else None
-    text = prompts.render(
+    text = work.prompts.render(
         [message.as_template_reads() for message in body.messages], chat_template=body.chat_template, tools=tools,
         continue_final_message=body.continue_final_message, chat_template_kwargs=more,
         add_generation_prompt=(
             not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
         ),
     )  # fmt: skip
-    ids = prompts.encode(text, add_special_tokens=body.add_special_tokens)
+    ids = work.prompts.encode(text, add_special_tokens=body.add_special_tokens)
     if not ids:
         raise ValueError("messages: the chat template renders them to nothing; wanted text")
     return text, ids

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from seamwise.runtime.serve.http.answers import Choices
 from seamwise.runtime.serve.http.schema import Sampling, TokenId
-from seamwise.runtime.serve.http.serving import Work, chosen, request_name
-from seamwise.runtime.serve.http.sse import DONE, event, json_response
+from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 from seamwise.runtime.serve.prompts import Prompts
 
@@ -41,20 +39,17 @@ class CompletionRequest(Sampling):
 @router.post("/v1/completions", responses=GENERATES, response_class=Response)
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt, with n outputs each; one answer, or events with stream=true."""
-    state, name, llm, prompts = await chosen(body, request)
-    asked = body.prompts()
-    if not 1 <= len(asked) <= state.settings.max_prompts:
-        raise ValueError(f"prompt: got {len(asked)} prompts, wanted 1 to {state.settings.max_prompts} (max_prompts)")
+    work, asked = await Work.of(body, request, "cmpl"), body.prompts()
+    most = work.state.settings.max_prompts
+    if not 1 <= len(asked) <= most:
+        raise ValueError(f"prompt: got {len(asked)} prompts, wanted 1 to {most} (max_prompts)")
     if body.echo and body.logprobs is not None:
         raise ValueError("echo and logprobs: prompt tokens have no log probabilities here; leave one out")
-    params = body.sampling(llm.default_sampling, max_tokens=body.max_tokens, logprobs=body.logprobs)
-    encoded = await asyncio.to_thread(_encoded, prompts, asked, body)
-    request_id = request_name(request, body.request_id, "cmpl")
-    work = Work(state, llm, request_id, name)
-    interval = (body.stream_interval or state.settings.stream_interval) if body.stream else 0
-    await work.submit(encoded, params, priority=body.priority, stream_interval=interval)
-    answer = _Answer(body, request_id, name, [text or "" for text, _ in encoded])
-    return await work.answered(request, answer, stream=body.stream)
+    params = body.sampling(work.llm.default_sampling, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    encoded = await asyncio.to_thread(_encoded, work.prompts, asked, body)
+    await work.submit(encoded, params)
+    answer = _Answer(work, [text or "" for text, _ in encoded])
+    return await work.answered(answer.whole, answer.events)
 
 
 def _encoded(prompts: Prompts, asked: list[Any], body: CompletionRequest) -> list[tuple[str | None, list[int]]]:
@@ -72,42 +67,27 @@ def _encoded(prompts: Prompts, asked: list[Any], body: CompletionRequest) -> lis
     return found
 
 
-class _Answer:
-    """Turns deltas into OpenAI's objects."""
+class _Answer(Choices):
+    """texts: of the prompts, where they come again (echo)."""
 
-    def __init__(self, body: CompletionRequest, request_id: str, model: str, texts: list[str]) -> None:
-        self._body, self._texts = body, texts
-        self._head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model}
+    def __init__(self, work: Work, texts: list[str]) -> None:
+        super().__init__(work)
+        self._texts = texts
         self._offsets: dict[int, int] = {}
 
-    async def whole(self, work: Work) -> Response:
-        """Return the answer when all is done."""
-        choices = [self._choice(i, delta) for (i, _), delta in (await work.whole()).items()]
-        return json_response({**self._head, "choices": choices, "usage": work.usage()})
-
-    async def events(self, work: Work) -> AsyncIterator[bytes]:
-        options = self._body.stream_options
-        running = options is not None and options.continuous_usage_stats
-        async for i, delta in work.deltas():
-            chunk = {**self._head, "choices": [self._choice(i, delta)]}
-            yield event(chunk | {"usage": work.usage()} if running else chunk)
-        if options is not None and options.include_usage:
-            yield event({**self._head, "choices": [], "usage": work.usage()})
-        yield DONE
-
-    def _choice(self, i: int, delta: Delta) -> dict[str, Any]:
-        index = i * self._body.n + delta.index
+    def choice(self, prompt: int, delta: Delta) -> dict[str, Any]:
+        index = prompt * self.body.n + delta.index
         first = index not in self._offsets
-        text = self._texts[i] + delta.text if first and self._body.echo else delta.text
-        start = self._offsets.get(index, len(self._texts[i]) if self._body.echo else 0)
+        text = self._texts[prompt] + delta.text if first and self.body.echo else delta.text
+        start = self._offsets.get(index, len(self._texts[prompt]) if self.body.echo else 0)
         choice: dict[str, Any] = {
             "index": index, "text": text, "logprobs": None, "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }  # fmt: skip
         if delta.logprobs is not None:
-            choice["logprobs"] = _logprobs(delta.logprobs, start, self._body.logprobs or 0)
+            choice["logprobs"] = _logprobs(delta.logprobs, start, self.body.logprobs or 0)
         self._offsets[index] = start + len(delta.text)
-        if self._body.return_token_ids:
+        if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice
 

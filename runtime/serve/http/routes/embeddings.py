@@ -12,7 +12,7 @@ from pydantic import Field
 
 from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 from seamwise.runtime.serve.http.schema import Labels, TokenId
-from seamwise.runtime.serve.http.serving import Work, chosen, request_name
+from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import json_response, while_connected
 
 from .describe import GENERATES
@@ -33,29 +33,28 @@ class EmbeddingRequest(Labels):
 @router.post("/v1/embeddings", responses=GENERATES, response_class=Response)
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """Return one vector for each input; 400 for a model that generates and does not pool."""
-    state, name, llm, prompts = await chosen(body, request)
+    work = await Work.of(body, request, "embd")
+    prompts, most = work.prompts, work.state.settings.max_prompts
     given: Any = body.input
     inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-    if not 1 <= len(inputs) <= state.settings.max_prompts:
-        raise ValueError(f"input: got {len(inputs)}, wanted 1 to {state.settings.max_prompts} (max_prompts)")
+    if not 1 <= len(inputs) <= most:
+        raise ValueError(f"input: got {len(inputs)}, wanted 1 to {most} (max_prompts)")
     encoded = await asyncio.to_thread(lambda: [prompts.of(one) for one in inputs])
     for _, ids in encoded:
         prompts.check(ids)
-    request_id = request_name(request, None, "embd")
-    work = Work(state, llm, request_id, name)
     pooling = PoolingParams(dimensions=body.dimensions, use_activation=body.use_activation)
-    await work.submit(encoded, NO_SAMPLING, priority=0, stream_interval=0, pooling=pooling)
-    return await while_connected(request, _answer(work, body, name), work.close)
+    await work.submit(encoded, NO_SAMPLING, pooling)
+    return await while_connected(request, _answer(work, body), work.close)
 
 
-async def _answer(work: Work, body: EmbeddingRequest, model: str) -> Response:
+async def _answer(work: Work, body: EmbeddingRequest) -> Response:
     as_text = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": i, "embedding": _encoded(delta.vector, as_text)}
         for (i, _), delta in (await work.whole()).items()
     ]
     usage = {name: n for name, n in work.usage().items() if name in ("prompt_tokens", "total_tokens")}
-    return json_response({"object": "list", "data": data, "model": model, "usage": usage})
+    return json_response({"object": "list", "data": data, "model": work.model, "usage": usage})
 
 
 def _encoded(vector: bytes | None, as_text: bool) -> str | list[float]:

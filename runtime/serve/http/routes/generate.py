@@ -13,7 +13,7 @@ from pydantic import Field
 
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.http.schema import Body, TokenId
-from seamwise.runtime.serve.http.serving import Work, chosen, request_name
+from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import DONE, event, json_response
 from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
 
@@ -36,43 +36,36 @@ class GenerateRequest(Body):
 @router.post("/inference/v1/generate", responses=GENERATES, response_class=Response)
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Continue token ids; the answer holds the ids of n outputs, with their log probabilities when asked for."""
-    state, model, llm, prompts = await chosen(body, request)
-    prompts.check(body.token_ids)
-    given = {"detokenize": False, **llm.default_sampling, **body.sampling_params}
+    work = await Work.of(body, request, "generate-tokens")
+    work.prompts.check(body.token_ids)
+    given = {"detokenize": False, **work.llm.default_sampling, **body.sampling_params}
     if taken := given.keys() & {"output_kind", "stream_interval", "logits_processors", "repetition_detection"}:
         raise ValueError(f"sampling_params: {min(taken)} is not taken here; leave it out")
     try:
         params = SamplingParams(**given)
     except TypeError as error:  # a name that is no field, or a value that cannot be compared
         raise ValueError(f"sampling_params: {error}") from None
-    name = request_name(request, body.request_id, "generate-tokens")
-    work = Work(state, llm, name, model)
-    interval = state.settings.stream_interval if body.stream else 0
-    await work.submit([(None, body.token_ids)], params, priority=body.priority, stream_interval=interval)
-    return await work.answered(request, _Answer(name), stream=body.stream)
+    await work.submit([(None, body.token_ids)], params)
+    return await work.answered(lambda: _whole(work), lambda: _events(work))
 
 
-class _Answer:
-    """Turns deltas into ids, and log probabilities where they are asked for."""
+async def _events(work: Work) -> AsyncIterator[bytes]:
+    async for _, delta in work.deltas():
+        yield event(_body(work, [delta]))
+    yield DONE
 
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
 
-    async def events(self, work: Work) -> AsyncIterator[bytes]:
-        async for _, delta in work.deltas():
-            yield event(self._body([delta], delta.prompt_logprobs))
-        yield DONE
+async def _whole(work: Work) -> Response:
+    deltas = [*(await work.whole()).values()]
+    return json_response(_body(work, deltas) | {"usage": work.usage()})
 
-    async def whole(self, work: Work) -> Response:
-        deltas = [*(await work.whole()).values()]
-        prompt = next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None)
-        return json_response(self._body(deltas, prompt) | {"usage": work.usage()})
 
-    def _body(self, deltas: Sequence[Delta], prompt: Sequence[list[TokenLogprob] | None] | None) -> dict[str, Any]:
-        body: dict[str, Any] = {"request_id": self._request_id, "choices": [_choice(delta) for delta in deltas]}
-        if prompt is not None:
-            body["prompt_logprobs"] = [None if row is None else _row(row) for row in prompt]
-        return body
+def _body(work: Work, deltas: Sequence[Delta]) -> dict[str, Any]:
+    """Return deltas as ids, with log probabilities where they are asked for."""
+    body: dict[str, Any] = {"request_id": work.name, "choices": [_choice(delta) for delta in deltas]}
+    for prompt in [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None][:1]:
+        body["prompt_logprobs"] = [None if row is None else _row(row) for row in prompt]
+    return body
 
 
 def _choice(delta: Delta) -> dict[str, Any]:

@@ -52,7 +52,7 @@ async def ready(request: Request) -> Response:
 async def load(request: Request) -> Response:
     """What is in work now."""
     state = serving(request)
-    engines = [llm.engine.stats for llm in {id(llm): llm for llm in state.models.values()}.values()]
+    engines = [llm.engine.stats for llm in state.metrics]
     return json_response(
         {
             "server_load": state.num_in_work,

@@ -44,7 +44,7 @@ for _path in _FILES:
 async def status(request: Request) -> Response:
     """What the status page shows: load, latencies, start-up, the compiler's report."""
     state = serving(request)
-    engine, metrics = state.llm.engine, state.metrics[id(state.llm)]
+    engine, metrics = state.llm.engine, state.metrics[state.llm]
     values = metrics.values()
     queries = values["vllm:prefix_cache_queries_total"]
     told = {

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.http.schema import Body, Labels, Whole
-from seamwise.runtime.serve.http.serving import Work, chosen, request_name
+from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import event, json_response
 
 from .describe import GENERATES
@@ -79,41 +79,37 @@ class ResponsesRequest(Labels):
 @router.post("/v1/responses", responses=GENERATES, response_class=Response)
 async def respond(body: ResponsesRequest, request: Request) -> Response:
     """Answer the input; one answer, or OpenAI's named events with stream=true."""
-    state, name, llm, prompts = await chosen(body, request)
+    work = await Work.of(body, request, "resp")
     asked = {"temperature": body.temperature, "top_p": body.top_p, "seed": body.seed}
     given = {key: value for key, value in asked.items() if value is not None}
-    params = SamplingParams(**{**llm.default_sampling, **given, "max_tokens": body.max_output_tokens})
-    text = await asyncio.to_thread(prompts.render, body.messages())
-    ids = await asyncio.to_thread(prompts.encode, text, add_special_tokens=False)
-    request_id = request_name(request, None, "resp")
-    work = Work(state, llm, request_id, name)
-    await work.submit(
-        [(text, ids)], params, priority=0, stream_interval=state.settings.stream_interval if body.stream else 0
-    )
-    answer = _Answer(body, request_id, name)
-    return await work.answered(request, answer, stream=body.stream)
+    params = SamplingParams(**{**work.llm.default_sampling, **given, "max_tokens": body.max_output_tokens})
+    text = await asyncio.to_thread(work.prompts.render, body.messages())
+    ids = await asyncio.to_thread(work.prompts.encode, text, add_special_tokens=False)
+    await work.submit([(text, ids)], params)
+    answer = _Answer(work, body)
+    return await work.answered(answer.whole, answer.events)
 
 
 class _Answer:
     """Turns deltas into a response object, or the events that build it up."""
 
-    def __init__(self, body: ResponsesRequest, request_id: str, model: str) -> None:
-        self._item_id = request_id.replace("resp-", "msg-", 1)
+    def __init__(self, work: Work, body: ResponsesRequest) -> None:
+        self._work, self._item_id = work, work.name.replace("resp-", "msg-", 1)
         self._head: dict[str, Any] = {
-            "id": request_id, "object": "response", "created_at": int(time.time()), "model": model,
+            "id": work.name, "object": "response", "created_at": int(time.time()), "model": work.model,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "metadata": body.metadata,
             "temperature": body.temperature, "top_p": body.top_p, "tools": [], "tool_choice": "auto",
             "parallel_tool_calls": False, "error": None, "previous_response_id": None,
         }  # fmt: skip
         self._number = -1
 
-    async def whole(self, work: Work) -> Response:
-        (delta,) = (await work.whole()).values()
-        return json_response(self._finished(delta.text, delta.finish_reason, work))
+    async def whole(self) -> Response:
+        (delta,) = (await self._work.whole()).values()
+        return json_response(self._finished(delta.text, delta.finish_reason))
 
-    async def events(self, work: Work) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         text, reason, place = "", None, {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        async for _, delta in work.deltas():
+        async for _, delta in self._work.deltas():
             if reason is None and self._number < 0:
                 begun = {**self._head, "status": "in_progress", "output": [], "incomplete_details": None, "usage": None}
                 yield self._event("response.created", response=begun)
@@ -123,7 +119,7 @@ class _Answer:
             text, reason = text + delta.text, delta.finish_reason
             if delta.text:
                 yield self._event("response.output_text.delta", **place, delta=delta.text, logprobs=[])
-        whole = self._finished(text, reason, work)
+        whole = self._finished(text, reason)
         yield self._event("response.output_text.done", **place, text=text, logprobs=[])
         yield self._event("response.content_part.done", **place, part=_part(text))
         yield self._event("response.output_item.done", output_index=0, item=whole["output"][0])
@@ -137,9 +133,9 @@ class _Answer:
         content = [_part(text)] if status != "in_progress" else []
         return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
-    def _finished(self, text: str, reason: str | None, work: Work) -> dict[str, Any]:
+    def _finished(self, text: str, reason: str | None) -> dict[str, Any]:
         status = "incomplete" if reason == "length" else "completed"
-        usage = work.usage()
+        usage = self._work.usage()
         return {
             **self._head, "status": status, "output": [self._item(text, status)],
             "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,

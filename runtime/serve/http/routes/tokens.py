@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from seamwise.runtime.serve.http.chat_schema import Template
 from seamwise.runtime.serve.http.schema import Body, TokenId
-from seamwise.runtime.serve.http.serving import chosen
+from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import json_response
 
 from .chat import rendered
@@ -45,11 +45,12 @@ class DetokenizeRequest(Body):
 @router.post("/tokenize", responses=ASKS, response_class=Response)
 async def tokenize(body: TokenizeRequest | TokenizeChatRequest, request: Request) -> Response:
     """Return the ids of a prompt, or of a conversation by the chat template."""
-    state, _, _, prompts = await chosen(body, request)
+    work = await Work.of(body, request)
+    prompts = work.prompts
     if isinstance(body, TokenizeRequest):
         ids = await asyncio.to_thread(prompts.encode, body.prompt, add_special_tokens=body.add_special_tokens)
     else:
-        _, ids = await asyncio.to_thread(rendered, body, prompts, state, with_tools=bool(body.tools))
+        _, ids = await asyncio.to_thread(rendered, body, work, with_tools=bool(body.tools))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": prompts.info.max_model_len, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = prompts.pieces(ids)
@@ -59,6 +60,6 @@ async def tokenize(body: TokenizeRequest | TokenizeChatRequest, request: Request
 @router.post("/detokenize", responses=ASKS, response_class=Response)
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Return the text of ids."""
-    _, _, _, prompts = await chosen(body, request)
+    prompts = (await Work.of(body, request)).prompts
     text = await asyncio.to_thread(prompts.decode, body.tokens, skip_special_tokens=body.skip_special_tokens)
     return json_response({"prompt": text})

@@ -15,7 +15,7 @@ from gguf_families import encode_all, write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_inputs import Steps, whole
-from tiny_models import reference, save_tiny
+from tiny_models import assert_within_budget, reference, save_tiny
 
 from seamwise import ModelRunner, StepInput
 from seamwise.runtime.build.model_config import ModelConfig
@@ -115,16 +115,21 @@ def test_prompts_beyond_the_original_length_take_the_long_factors(tmp_path: Path
     torch.testing.assert_close(got, torch.cat(reference(model, requests)), atol=3e-5, rtol=1e-5)
 
 
-def as_stored(model: Any, kind: str) -> None:
-    """Give a model's experts the values that a file holds of them."""
+def as_stored(model: Any, gate: str, up: str | None = None, down: str | None = None) -> None:
+    """Give a model's experts the values that a file holds of them, in these kinds; in gate's where none is given."""
     transposed = model.config.model_type == "gpt_oss"  # blocks lie along columns
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                values = (parameter.transpose(1, 2) if transposed else parameter).contiguous().numpy()
-                stored = gguf.dequantize(encode_all(values, kind).reshape(-1), gguf.GGMLQuantizationType[kind])
-                read = torch.from_numpy(np.ascontiguousarray(stored.reshape(values.shape)))
+                parts = (parameter.transpose(1, 2) if transposed else parameter).chunk(2 if "up" in name else 1, 1)
+                kinds = (gate, up or gate) if "up" in name else (down or gate,)
+                read = torch.cat([stored(p, kind) for p, kind in zip(parts, kinds, strict=True)], 1)
                 parameter.copy_(read.transpose(1, 2) if transposed else read)
+
+
+def stored(values: torch.Tensor, kind: str) -> torch.Tensor:
+    raw = encode_all(values.contiguous().numpy(), kind).reshape(-1)
+    return torch.from_numpy(gguf.dequantize(raw, gguf.GGMLQuantizationType[kind]).reshape(values.shape))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +153,37 @@ def test_experts_in_blocks_mean_the_gguf_packages_values(which: str, kind: str, 
     torch.testing.assert_close(logits(runner), torch.cat(reference(model, REQUESTS)), atol=3e-5, rtol=1e-5)
 
 
-def test_a_mixture_keeps_its_dense_layers_packed(tmp_path: Path) -> None:
-    """With quantization="gguf": attention, shared experts, the head; not what expands latents, which is in two."""
+@pytest.mark.parametrize(
+    ("which", "kinds", "kept"),
+    [("mixtral", ("Q4_0", "Q4_0", "Q4_0"), 4), ("qwen2-moe", ("Q4_1", "Q4_1", "Q8_0"), 4),
+     ("qwen3-moe", ("Q4_K", "Q4_K", "Q6_K"), 4), ("qwen3-moe", ("Q4_K", "Q6_K", "Q4_K"), 2)],
+)  # fmt: skip
+def test_experts_stay_packed(which: str, kinds: tuple[str, str, str], kept: int, tmp_path: Path) -> None:
+    """As in files of mixed kinds; where gate and up are in two, both are dequantized, with the warning."""
+    architecture, changes = MODELS[which]
+    (tmp_path / "hf").mkdir()
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256} if kinds[0] == "Q4_K" else {}
+    sizes["num_experts_per_tok"] = changes.get("num_experts", 4)  # all: bfloat16 may choose other ones than float64
+    model = save_tiny(tmp_path / "hf", architecture, **changes | sizes)
+    write_family(
+        model, tmp_path / "tiny.gguf", kinds=dict(zip(("gate_exps", "up_exps", "down_exps"), kinds, strict=True))
+    )
+    as_stored(model, *kinds)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runner = load(tmp_path / "tiny.gguf", dtype="bfloat16", quantization="gguf")
+    warned = [str(w.message) for w in caught if "experts are dequantized at load" in str(w.message)]
+    assert len(warned) == (kept < 4) and runner.program.providers["grouped_linear_int:cpp"] == kept
+    assert sum("dequantize_weight" in str(r) for r in runner.program.recipes.values()) == 0
+    model.config._experts_implementation = "batched_mm"  # which runs in float64 too
+    assert_within_budget([logits(runner)], model, REQUESTS)
+
+
+def test_a_mixture_keeps_its_layers_packed(tmp_path: Path) -> None:
+    """With quantization="gguf": attention, experts, the head; not what expands latents, which is in two.
+
+    In float32 no kernel reads experts so, and they are dequantized.
+    """
     architecture, changes = MODELS["deepseek-v3"]
     (tmp_path / "hf").mkdir()
     sizes = {"moe_intermediate_size": 32, "intermediate_size": 96, "q_lora_rank": 32, "vocab_size": 96}
@@ -163,7 +197,9 @@ def test_a_mixture_keeps_its_dense_layers_packed(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="experts are dequantized at load"):
         runner = load(tmp_path / "tiny.gguf", quantization="gguf")
     held = [name for name in runner.program.parameters if name.endswith("_packed")]
-    assert len(held) == 3 * 4 + 3 + 2 * 3 + 1  # attention; the dense layer; shared experts; the head
+    assert len(held) == 3 * 4 + 3 + 2 * (2 + 3) + 1  # attention; the dense layer; experts and shared ones; the head
+    (report,) = [r for r in runner.program.reports if r.name == "quantize_experts"]
+    assert [m.reason.partition(" weights ")[0] for m in report.misses] == ["no kernel reads int8"] * 4
     torch.testing.assert_close(logits(runner), torch.cat(reference(model, REQUESTS)), atol=1e-4, rtol=1e-4)
 
 
