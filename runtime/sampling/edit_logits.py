@@ -95,8 +95,8 @@ def _early_stops(options: RowOptions, num_output: int, mask: np.ndarray | None, 
     stops = (*options.stop_ids, *options.params.stop_tokens)
     if num_output >= options.params.min_tokens or not stops:
         return ()
-    others = options.mask_provider is None or mask is None or (mask & ~allowed_words(np.array(stops), vocab)).any()
-    return stops if others else ()
+    complete = options.mask_provider is not None and mask is not None
+    return () if complete and not (mask & ~allowed_words(np.array(stops), vocab)).any() else stops
 
 
 def _edits(options: RowOptions, tokens: np.ndarray, mask: np.ndarray | None, last: np.ndarray) -> _Edits:

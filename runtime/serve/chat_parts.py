@@ -44,6 +44,8 @@ class ChatParts:
     _started: bool = False
     _after_mark: bool = False  # newlines that follow belong to the mark
     _scan: _Arguments | None = None
+    _whole: _Arguments | None = None  # of an object that has no end yet, of which so many characters are seen
+    _seen: int = 0
 
     def feed(self, text: str) -> list[Part]:
         """Take more text and return what it certainly is; what may yet become a mark waits."""
@@ -141,10 +143,12 @@ class ChatParts:
             return [self._call(match[1], close)]
         if text.strip() and not text.lstrip().startswith("{"):
             return None
-        whole = _Arguments(0, "", "")
-        size = whole.advance(text)
+        whole = self._whole or _Arguments(0, "", "")
+        self._seen += whole.advance(text[self._seen :])
+        self._whole = None if whole.ended else whole
         if not whole.ended:
             return []
+        size, self._seen = self._seen, 0
         if (found := _whole_call(text[:size])) is None:
             return None
         name, arguments = found
@@ -169,7 +173,7 @@ class ChatParts:
             end = "}" + scan.close if scan.close.startswith("<") else scan.close
             tight = re.sub(r"^\}\s*", "}", rest)
             if tight.startswith(end):
-                self._held, self._scan, self._after_mark = _after(rest, scan.close), None, True
+                self._held, self._scan, self._after_mark = rest.partition(scan.close)[2], None, True
             elif not end.startswith(tight):
                 self._scan, self._held = None, rest.removeprefix("}")
 
@@ -214,10 +218,6 @@ def _whole_call(text: str) -> tuple[str, str] | None:
         return None
     fits = isinstance(found.get("name"), str) and isinstance(given, dict)
     return (found["name"], json.dumps(given, ensure_ascii=False)) if fits else None
-
-
-def _after(text: str, mark: str) -> str:
-    return text.partition(mark)[2] if mark in text else text
 
 
 def _overlap(text: str, mark: str) -> int:

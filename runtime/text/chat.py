@@ -46,10 +46,10 @@ def render_chat(
     if (
         chat_template_content_format == "string"
         or not any(isinstance(m.get("content"), list) for m in asked)
-        or (chat_template_content_format == "auto" and not _takes_parts(render, asked))
+        or (chat_template_content_format == "auto" and not _takes_parts(render, _in_form(asked)))
     ):
         asked = [_flat(message) for message in asked]
-    asked = _with_calls(render, asked, messages)
+    asked = _with_calls(render, asked)
     try:
         return render(asked)
     except (ValueError, TemplateError) as error:
@@ -83,8 +83,6 @@ def _message(message: Any) -> dict[str, Any]:
     reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
     if reasoning is not None:  # templates know it by either of two names, gpt-oss's by the other
         result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
-    if message["role"] == "assistant" and message.get("tool_calls"):
-        result["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
     return result
 
 
@@ -100,43 +98,26 @@ def _part(part: Any) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _tool_call(call: Any) -> Any:
-    """Return a tool call whose arguments are an object: clients send JSON, templates read fields."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"] or "{}") or {}  # null is none, too
-    except ValueError as error:
-        raise ValueError(f"chat: a tool call's arguments are {function['arguments']!r}, not JSON: {error}") from error
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _with_calls(render: Any, asked: list[dict[str, Any]], given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _with_calls(render: Any, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages with tool calls in the first form in which a template shows every call.
 
     Some read arguments as an object and some as its JSON; some leave out calls beside a content that is "", and some
     print None. Where no form shows them, it is the first: an object beside "".
     """
-    marked, count = [], 0
-    for message in asked:
-        if calls := _calls(message):
-            names = [f"seamwise-call-{count + i}-" for i in range(len(calls))]
-            made = [{"function": {"name": name, "arguments": {"seamwise-argument": 1}}} for name in names]
-            message = {**message, "tool_calls": [{**c, **m} for c, m in zip(calls, made, strict=True)]}
-            count += len(calls)
-        marked.append(message)
-    if not count:
-        return asked
-    for as_text in (False, True):
-        for content in ("", None):
-            try:
-                shown = render(_in_form(marked, marked, content, as_text))
-            except Exception:  # whatever it raises, this is not what it reads
-                continue
-            if all(f"seamwise-call-{i}-" in shown for i in range(count)) and "'seamwise-argument'" not in shown:
-                return _in_form(asked, given, content, as_text)
-    return _in_form(asked, given, "", False)
+    names = [f"seamwise-call-{i}-" for i in range(sum(len(_calls(m)) for m in asked))]
+    functions = [{"name": name, "arguments": {"seamwise-argument": 1}} for name in names]
+    left, plain = iter(functions), _in_form(asked)
+    marked = [
+        {**m, "tool_calls": [{**call, "function": next(left)} for call in _calls(m)]} if _calls(m) else m for m in asked
+    ]
+    for as_text, content in [(as_text, content) for as_text in (False, True) for content in ("", None) if names]:
+        try:
+            shown = render(_in_form(marked, as_text, content))
+        except Exception:  # whatever it raises, this is not what it reads
+            continue
+        if all(name in shown for name in names) and "'seamwise-argument'" not in shown:
+            return _in_form(asked, as_text, content)
+    return plain
 
 
 def _calls(message: Mapping[str, Any]) -> list[Any]:
@@ -144,25 +125,27 @@ def _calls(message: Mapping[str, Any]) -> list[Any]:
     return calls if all(isinstance(call, Mapping) for call in calls) else []
 
 
-def _in_form(
-    asked: Sequence[dict[str, Any]], given: Sequence[Mapping[str, Any]], content: str | None, as_text: bool
-) -> list[dict[str, Any]]:
-    """Return messages whose calls have arguments as text, as it was given, or as objects, beside a content or this."""
-    made = []
-    for message, original in zip(asked, given, strict=True):
-        if calls := _calls(message):
-            calls = [_call_as_text(call) for call in _calls(original)] if as_text else calls
-            message = {**message, "content": message.get("content") or content, "tool_calls": calls}
-        made.append(message)
-    return made
+def _in_form(asked: list[dict[str, Any]], as_text: bool = False, content: str | None = "") -> list[dict[str, Any]]:
+    """Return messages whose calls have arguments as text or as objects, and stand beside a content, or this one."""
+    return [
+        {**m, "content": m.get("content") or content, "tool_calls": [_call(c, as_text) for c in _calls(m)]}
+        if _calls(m)
+        else m
+        for m in asked
+    ]
 
 
-def _call_as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+def _call(call: Mapping[str, Any], as_text: bool) -> Mapping[str, Any]:
+    """Return a tool call with its arguments as text, as it was given if it was, or as an object."""
     function = call.get("function")
-    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str):
+    given = function.get("arguments") or "{}" if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or isinstance(given, str) == as_text:
         return call
-    text = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": text}}
+    try:
+        made = json.dumps(given, ensure_ascii=False) if as_text else json.loads(given) or {}
+    except ValueError as error:
+        raise ValueError(f"chat: a tool call's arguments are {given!r}, not JSON: {error}") from error
+    return {**call, "function": {**function, "arguments": made}}
 
 
 def _flat(message: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -94,16 +95,12 @@ class _Answer(Choices):
 
 def _logprobs(rows: list[list[TokenLogprob]], offset: int, most: int) -> dict[str, Any]:
     """Return the completions API's parallel lists; of a token's text the offset follows."""
-    tokens, offsets = [], []
-    for row in rows:
-        tokens.append(row[0].spelled)
-        offsets.append(offset)
-        offset += len(tokens[-1])
+    tokens = [row[0].spelled for row in rows]
     return {
         "tokens": tokens,
         "token_logprobs": [row[0].logprob for row in rows],
         "top_logprobs": [_by_spelling(row) if most else None for row in rows],
-        "text_offset": offsets,
+        "text_offset": [*accumulate(map(len, tokens), initial=offset)][:-1],
     }
 
 
