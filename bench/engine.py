@@ -101,12 +101,13 @@ def abort_ms(waiting: int) -> float:
     """Return the ms of processor time in which so many waiting requests are aborted one by one, the least of five."""
     engine = Engine(NoModel(65, 256), None, SchedulerConfig(max_num_seqs=4))  # type: ignore[arg-type]
     params, took = SamplingParams(temperature=0, detokenize=False, max_tokens=9), []
+    names = [str(i) for i in range(waiting)]
     for _ in range(5):
-        for i in range(waiting):
-            engine.add_request(str(i), [3, 4, 5], params)
+        for name in names:
+            engine.add_request(name, [3, 4, 5], params)
         began = time.thread_time()
-        for i in range(waiting):
-            engine.abort_request(str(i))
+        for name in names:
+            engine.abort_request(name)
         took.append(1e3 * (time.thread_time() - began))
     engine.close()
     return min(took)

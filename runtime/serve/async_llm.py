@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,11 @@ from seamwise.runtime.engine.outputs import (
     RequestMetrics,
     RequestOutput,
 )
-from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 
 from .process.engines import Engines
-from .process.messages import Add, Delta, Ready, TokenLogprob
+from .process.messages import Add, Delta, Ready
 from .process.streams import EngineError, RequestFailed, Stream
 from .prompts import Prompts
 
@@ -108,18 +108,16 @@ class AsyncLLM:
         prompts = await self.prompts()
         text, ids = await asyncio.to_thread(prompts.of, prompt)
         name = request_id if request_id is not None else f"async-{next(self._ids)}"
-        metrics = RequestMetrics(arrival_time=time.perf_counter())
-        output = RequestOutput(request_id=name, prompt=text, prompt_token_ids=ids, metrics=metrics)
-        output.outputs += [CompletionOutput(index=i, text="", token_ids=[]) for i in range(params.n)]
         stream = self.submit(
-            name,
-            ids,
-            params,
-            prompt=text,
-            priority=priority,
-            stream_interval=stream_interval,
+            name, ids, params, prompt=text, priority=priority, stream_interval=stream_interval,
             lora_request=lora_request,
-        )
+        )  # fmt: skip
+        async with aclosing(self.outputs(stream, empty_output(name, ids, text, params.n))) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def outputs(self, stream: Stream, output: RequestOutput) -> AsyncGenerator[RequestOutput]:
+        """Yield a request's output each time that it grew; closing this early aborts the request."""
         try:
             while deltas := await stream.take():
                 for delta in deltas:
@@ -134,10 +132,9 @@ class AsyncLLM:
         pooling: PoolingParams | None = None,
     ) -> Stream:  # fmt: skip
         """Queue a request of token ids and return its stream of deltas. Raises EngineError when the engine cannot."""
-        lora = None if lora_request is None else _sent(lora_request)
-        pooled = None if pooling is None else asdict(pooling)
+        sent = params_sent(params)
         return self.engine.add(
-            Add(request_id, prompt_token_ids, params_sent(params), prompt, priority, stream_interval, lora, pooled)
+            Add(request_id, prompt_token_ids, sent, prompt, priority, stream_interval, lora_request, pooling)
         )
 
     async def encode(
@@ -149,16 +146,13 @@ class AsyncLLM:
         name = request_id if request_id is not None else f"async-{next(self._ids)}"
         pooling = pooling_params or PoolingParams()
         stream = self.submit(name, ids, NO_SAMPLING, priority=priority, lora_request=lora_request, pooling=pooling)
-        try:
-            (delta,) = await stream.take()
-            if delta.vector is None:
-                raise RequestFailed(str(delta.stop_reason or f"request {name} was aborted"))
-            vector = PoolingOutput(data=np.frombuffer(delta.vector, dtype="<f4"))
+        async for output in self.outputs(stream, empty_output(name, ids)):
+            if output.vector is None:
+                raise RequestFailed(str(output.outputs[0].stop_reason or f"request {name} was aborted"))
             yield PoolingRequestOutput(
-                request_id=name, outputs=vector, prompt_token_ids=ids, num_cached_tokens=delta.num_cached_tokens
-            )
-        finally:
-            self.engine.drop(stream)
+                request_id=name, outputs=PoolingOutput(data=output.vector), prompt_token_ids=ids,
+                num_cached_tokens=output.metrics.num_cached_tokens,
+            )  # fmt: skip
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; ids of none are no mistake."""
@@ -205,7 +199,7 @@ class AsyncLLM:
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Read an adapter now. Raises ValueError for one that is refused."""
-        return bool(await self.engine.call("add_lora", *_sent(lora_request)))
+        return bool(await self.engine.call("add_lora", **asdict(lora_request)))
 
     async def remove_lora(self, lora_id: int) -> bool:
         return bool(await self.engine.call("remove_lora", lora_id))
@@ -241,19 +235,11 @@ class AsyncLLM:
         await self.engine.stop()
 
 
-def _sent(lora_request: LoRARequest) -> tuple[str, int, str, bool]:
-    return lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path, lora_request.load_inplace
-
-
 def params_sent(params: SamplingParams) -> dict[str, Any]:
-    """Return the fields that differ from SamplingParams' defaults."""
+    """Return the fields that differ from SamplingParams' defaults; records in them are sent as their fields."""
     given = {f.name: value for f in fields(params) if (value := getattr(params, f.name)) != f.default}
     if given.pop("logits_processors", None):
         raise ValueError("logits_processors: functions are not sent to another process; use LLM")
-    if repetition := params.repetition_detection:
-        given["repetition_detection"] = asdict(repetition)
-    if structured := params.structured_outputs:
-        given["structured_outputs"] = {k: v for k, v in asdict(structured).items() if v is not None}
     given.pop("output_kind", None)  # what is sent is always new; AsyncLLM's outputs grow
     return given
 
@@ -277,6 +263,15 @@ def _plain(name: str, value: Any) -> Any:
     raise ValueError(f"{name}={value!r}: another process cannot be given it; wanted plain data")
 
 
+def empty_output(request_id: str, ids: list[int], prompt: str | None = None, n: int = 1) -> RequestOutput:
+    """Return the output of a request that got nothing yet; see grow."""
+    return RequestOutput(
+        request_id=request_id, prompt=prompt, prompt_token_ids=ids,
+        metrics=RequestMetrics(arrival_time=time.perf_counter()),
+        outputs=[CompletionOutput(index=i, text="", token_ids=[]) for i in range(n)],
+    )  # fmt: skip
+
+
 def grow(output: RequestOutput, delta: Delta) -> None:
     """Add to an output what it got."""
     completion = output.outputs[delta.index]
@@ -284,18 +279,15 @@ def grow(output: RequestOutput, delta: Delta) -> None:
     completion.token_ids += delta.token_ids
     completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
     if delta.logprobs is not None:
-        completion.logprobs = completion.logprobs or []
-        for row in delta.logprobs:
-            completion.logprobs.append(_row(row))
-            completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + row[0].logprob
+        completion.logprobs = (completion.logprobs or []) + delta.logprobs
+        for token, row in zip(delta.token_ids, delta.logprobs, strict=True):
+            completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + row[token].logprob
     if delta.prompt_logprobs is not None:
-        output.prompt_logprobs = [None if row is None else _row(row) for row in delta.prompt_logprobs]
+        output.prompt_logprobs = delta.prompt_logprobs
+    if delta.vector is not None:
+        output.vector = np.frombuffer(delta.vector, dtype="<f4")
     metrics, now = output.metrics, time.perf_counter()
     metrics.num_cached_tokens, metrics.num_preemptions = delta.num_cached_tokens, delta.num_preemptions
     metrics.first_token_time = metrics.first_token_time or now
     if delta.request_finished:
         output.finished, metrics.finished_time = True, now
-
-
-def _row(row: list[TokenLogprob]) -> dict[int, Logprob]:
-    return {one.token_id: Logprob(one.logprob, one.rank, one.text) for one in row}

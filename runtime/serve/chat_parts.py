@@ -144,11 +144,10 @@ class ChatParts:
         if text.strip() and not text.lstrip().startswith("{"):
             return None
         whole = self._whole or _Arguments(0, "", "")
-        self._seen += whole.advance(text[self._seen :])
-        self._whole = None if whole.ended else whole
+        size = self._seen + whole.advance(text[self._seen :])
+        self._whole, self._seen = (None, 0) if whole.ended else (whole, size)
         if not whole.ended:
             return []
-        size, self._seen = self._seen, 0
         if (found := _whole_call(text[:size])) is None:
             return None
         name, arguments = found
@@ -160,6 +159,7 @@ class ChatParts:
     def _call(self, name: str, close: str) -> Part:
         self._scan = _Arguments(self.num_calls, f"call_{uuid.uuid4().hex[:24]}", close)
         self.num_calls += 1
+        self._whole, self._seen = None, 0
         return Part("call", name, self._scan.call, self._scan.call_id)
 
     def _read_arguments(self) -> Iterator[Part]:

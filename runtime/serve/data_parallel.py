@@ -9,24 +9,21 @@ import asyncio
 import queue
 import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from seamwise.runtime.engine.admit import check_request
 from seamwise.runtime.engine.lora_request import LoRARequest
-from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.runner.named_tensors import named_tensors
-from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
+from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.pooling_params import PoolingParams
 
-from .async_llm import AsyncLLM, grow
+from .async_llm import AsyncLLM, empty_output
 from .process.messages import Ready
 from .process.streams import Stream
 
@@ -70,12 +67,7 @@ class DataParallel:
         priority: int = 0, lora_request: LoRARequest | None = None, pooling: PoolingParams | None = None,
     ) -> None:  # fmt: skip
         """Queue a request at the engine with the shortest queue; step() returns its output when it has ended."""
-        params = replace(params, output_kind=RequestOutputKind.CUMULATIVE)
-        output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=prompt_token_ids,
-            metrics=RequestMetrics(arrival_time=time.perf_counter()),
-            outputs=[CompletionOutput(index=i, text="", token_ids=[]) for i in range(params.n)],
-        )  # fmt: skip
+        output = empty_output(request_id, prompt_token_ids, prompt, params.n)
 
         async def submit() -> None:
             stream = self._llm.submit(
@@ -89,16 +81,12 @@ class DataParallel:
 
     async def _read(self, stream: Stream, output: RequestOutput) -> None:
         try:
-            while deltas := await stream.take():
-                for delta in deltas:
-                    grow(output, delta)
-                    if delta.vector is not None:
-                        output.vector = np.frombuffer(delta.vector, dtype="<f4")
+            async for _ in self._llm.outputs(stream, output):
+                pass
             self._ended.put(output)
         except Exception as error:
             self._ended.put(error)
         finally:
-            self._llm.engine.drop(stream)
             self._streams.pop(output.request_id, None)
 
     def step(self) -> list[RequestOutput]:

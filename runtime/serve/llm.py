@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import reprlib
 from collections.abc import Mapping, Sequence
-from operator import index
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from seamwise.runtime.weights.hub import resolve_model
 
 from .cache_memory import CacheMemory
 from .embed import Pools
-from .prompt_batch import Prompt, asked, run
+from .prompt_batch import Prompt, asked, read_prompt, run
 
 _INSTEAD = {  # arguments of vLLM's generate and chat, and what there is instead
     "prompt_token_ids": 'give prompts as {"prompt_token_ids": […]}',
@@ -142,10 +141,7 @@ class LLM(ModelControl, Pools):
                         f"data_parallel_rank={data_parallel_rank} needs data_parallel_address, where it meets"
                     )
                 meet(data_parallel_address, data_parallel_rank, data_parallel_size, device, data_parallel_timeout_s)
-        memory = CacheMemory(
-            gpu_memory_utilization=gpu_memory_utilization, kv_cache_memory_bytes=kv_cache_memory_bytes,
-            num_gpu_blocks_override=num_gpu_blocks_override,
-        )  # fmt: skip
+        memory = CacheMemory(**_fields(CacheMemory, given))
         stages = options.get("pipeline_parallel_size", 1)
         processes = starts_ranks(
             distributed_executor_backend, stages if stages != 1 else options.get("tensor_parallel_size", 1)
@@ -172,12 +168,7 @@ class LLM(ModelControl, Pools):
         check_options(options, {*inspect.signature(LLM).parameters} - {"model", "options"})
         if type(seed) is not int:
             raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
-        limits = SchedulerConfig(
-            max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs, watermark=watermark,
-            scheduling_policy=scheduling_policy, async_scheduling=async_scheduling,
-            long_prefill_token_threshold=long_prefill_token_threshold,
-            scheduler_reserve_full_isl=scheduler_reserve_full_isl, pipeline_parallel_size=stages,
-        )  # fmt: skip
+        limits = SchedulerConfig(**_fields(SchedulerConfig, given))
         self.data_parallel_rank = data_parallel_rank
         self.profiler_config = None if profiler_config is None else ProfilerConfig.of(profiler_config)
         speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
@@ -236,9 +227,7 @@ class LLM(ModelControl, Pools):
             runner, ahead=2 * -(-max_num_batched_tokens // runner.block_size) * len(runner.kv_groups),
             num_ranks=runner.options.num_ranks, on_ranks=runner.open_stores if processes else None,
             enable_prefix_caching=enable_prefix_caching,
-            kv_offloading_size=kv_offloading_size, kv_offloading_backend=kv_offloading_backend,
-            kv_offloading_folder=kv_offloading_folder, kv_offloading_folder_size=kv_offloading_folder_size,
-            kv_offloading_min_tokens=kv_offloading_min_tokens,
+            **{name: value for name, value in given.items() if name.startswith("kv_offloading_")},
         )  # fmt: skip
         recorder = None if decisions_dir is None else record_in(decisions_dir, limits, data_parallel_rank)
         self.engine = Engine(
@@ -333,19 +322,15 @@ class LLM(ModelControl, Pools):
         return self.tokenizer
 
     def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self._tokenizer().encode(prompt)
-        if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), str):
-            return prompt["prompt"], self._tokenizer().encode(prompt["prompt"])
-        ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
-        try:
-            return None, [index(t) for t in ids]  # type: ignore[union-attr]  # numpy's and torch's whole numbers too
-        except TypeError:
-            wanted = 'a string, {"prompt": str} or {"prompt_token_ids": [int, …]}'
-            raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
+        return read_prompt(prompt, lambda text: self._tokenizer().encode(text))
 
 
 _DEFAULTS = inspect.signature(LLM).parameters
+
+
+def _fields(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are fields of this record, which has their names."""
+    return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
 
 def _engines(model: str | Path, options: dict[str, Any], has_tokenizer: bool) -> Any:

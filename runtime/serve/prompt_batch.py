@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 from seamwise.runtime.engine.lora_request import LoRARequest
@@ -12,6 +14,18 @@ from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling_params import PoolingParams
 
 Prompt = str | Mapping[str, Any]
+
+
+def read_prompt(prompt: Any, encode: Callable[[str], list[int]]) -> tuple[str | None, list[int]]:
+    """Return (text, ids) of a string, {"prompt": str}, {"prompt_token_ids": [int]} or a list of ids."""
+    given = prompt.get("prompt_token_ids", prompt.get("prompt")) if isinstance(prompt, Mapping) else prompt
+    if isinstance(given, str):
+        return given, encode(given)
+    try:
+        return None, [index(token) for token in given]  # numpy's and torch's whole numbers too
+    except TypeError:
+        wanted = 'a string, {"prompt": str} or {"prompt_token_ids": [int, …]}'
+        raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import index
-from reprlib import repr as shortened
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -13,6 +11,7 @@ from seamwise.runtime.text.chat import render_chat
 from seamwise.runtime.text.chat_template import SandboxedTemplates
 
 from .process.messages import Ready
+from .prompt_batch import read_prompt
 
 
 class Prompts:
@@ -57,15 +56,7 @@ class Prompts:
 
     def of(self, prompt: Any) -> tuple[str | None, list[int]]:
         """Return (text, ids) of a string, {"prompt": str}, {"prompt_token_ids": [int]} or a list of ids."""
-        if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
-        if isinstance(prompt, str):
-            return prompt, self.encode(prompt)
-        try:
-            return None, [index(token) for token in prompt]
-        except TypeError:
-            wanted = 'a string, {"prompt": str} or {"prompt_token_ids": [int, …]}'
-            raise ValueError(f"got {shortened(prompt)}, wanted {wanted}") from None
+        return read_prompt(prompt, self.encode)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return a conversation as text, by the model's template or chat_template (a name of one, or its source).

@@ -9,7 +9,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ def json_object(text: str) -> dict[str, Any]:
     return found
 
 
+_MODEL: dict[str, tuple[Any, str | None]] = {  # LLM's options of loading: their types, and what is said of them
+    "dtype": (str, None), "device": (str, None), "max_model_len": (int, None),
+    "entry": (str, "own: Seamwise's definition; transformers: the model's own class"),
+    "load_format": (str, "auto, safetensors, pt, npz, gguf; dummy: random weights"),
+    "quantization": (str, "fp8, fp8_block, int8 or w4a16: quantize linear layers at load; gguf: keep integers packed"),
+    "kv_cache_dtype": (str, "fp8: keys and values in float8"),
+    "runner": (str, "pooling: give vectors of texts; generate: continue them"),
+    "convert": (str, "embed: let a generating model pool"),
+    "pooler_config": (json_object, "how, as a JSON object: see PoolerConfig"),
+    "hf_overrides": (json_object, "values in place of config.json's, as a JSON object"),
+}  # fmt: skip
 _ENGINE: dict[str, Any] = {  # LLM's further options, with their types
     "tokenizer": str, "seed": int, "max_num_seqs": int, "max_num_batched_tokens": int, "gpu_memory_utilization": float,
     "kv_cache_memory_bytes": int, "block_size": int, "cudagraph_mode": str, "speculative_config": json_object,
@@ -56,39 +67,26 @@ def add_command(
 
 
 def model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Declare how a model is loaded."""
+    """Declare how a model is loaded; what is not given keeps LLM's defaults."""
     parser.add_argument("--model", required=required, help="Hugging Face directory or hub id")
-    given = len(parser._actions)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--entry", default="auto", help="own: Seamwise's definition; transformers: the model's own class"
-    )
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--load-format", default="auto", help="auto, safetensors, pt, npz, gguf; dummy: random weights")
-    parser.add_argument(
-        "--quantization",
-        help="fp8, fp8_block, int8 or w4a16: quantize linear layers at load; gguf: keep integers packed",
-    )
-    parser.add_argument("--kv-cache-dtype", default="auto", help="fp8: keys and values in float8")
-    parser.add_argument(
-        "--allow-missed", nargs="+", default=(), metavar="PASS", help="passes that may match less than promised"
-    )
-    parser.add_argument("--runner", default="auto", help="pooling: give vectors of texts; generate: continue them")
-    parser.add_argument("--convert", default="auto", help="embed: let a generating model pool")
-    parser.add_argument("--pooler-config", type=json_object, metavar="JSON", help="how: see PoolerConfig")
-    parser.add_argument("--hf-overrides", type=json_object, metavar="JSON", help="values in place of config.json's")
-    parser.set_defaults(of_model=[a.dest for a in parser._actions[given:]])
+    for name, (kind, what) in _MODEL.items():
+        parser.add_argument(flag(name), type=kind, help=what)
+    what = "passes that may match less than promised"
+    parser.add_argument("--allow-missed", nargs="+", metavar="PASS", help=what)
     parser.add_argument("--no-pack", action="store_true", help="compile anew, and keep nothing")
 
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return what model_options asked for, as LLM's options."""
-    return {name: getattr(options, name) for name in options.of_model} | ({"pack_dir": None} if options.no_pack else {})
+    return _given(options, (*_MODEL, "allow_missed")) | ({"pack_dir": None} if options.no_pack else {})
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:
-    """Declare LLM's further options; those that are not given keep LLM's defaults."""
+    """Declare LLM's further options, as model_options."""
     group = parser.add_argument_group("engine", "as LLM's; see its description")
     for name, kind in _ENGINE.items():
         group.add_argument(flag(name), type=kind)
@@ -99,10 +97,8 @@ def engine_options(parser: argparse.ArgumentParser) -> None:
 
 def engine_loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return what engine_options and model_options asked for, as LLM's options."""
-    given = {name: getattr(options, name) for name in (*_ENGINE, *_SWITCHES, "cache_dir")}
-    if options.no_prefix_caching:
-        given["enable_prefix_caching"] = False
-    return loading(options) | {name: value for name, value in given.items() if value is not None}
+    given = loading(options) | _given(options, (*_ENGINE, *_SWITCHES, "cache_dir"))
+    return given | ({"enable_prefix_caching": False} if options.no_prefix_caching else {})
 
 
 def flag(name: str) -> str:

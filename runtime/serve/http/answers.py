@@ -8,10 +8,16 @@ from typing import Any
 
 from fastapi import Response
 
+from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.serve.process.messages import Delta
 
 from .serving import Work
 from .sse import DONE, event, json_response
+
+
+def spelled(token: int, its: Logprob) -> str:
+    """Return a token as OpenAI's objects have it: its text, or its id where there is no tokenizer."""
+    return its.decoded_token if its.decoded_token is not None else f"token_id:{token}"
 
 
 class Choices:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.serve.chat_parts import ChatParts, Part
-from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.process.messages import Delta
 
-from .answers import Choices
+from .answers import Choices, spelled
 from .serving import Work
 
 
@@ -29,7 +30,7 @@ class ChatAnswer(Choices):
     def choice(self, prompt: int, delta: Delta) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.index, "message": self._message(self._read(delta)),
-            "logprobs": {"content": _logprobs(delta.logprobs)} if self.body.logprobs else None,
+            "logprobs": {"content": _logprobs(delta)} if self.body.logprobs else None,
             "finish_reason": self._reason(delta), "stop_reason": delta.stop_reason,
         }  # fmt: skip
         return choice | ({"token_ids": delta.token_ids} if self.body.return_token_ids else {})
@@ -49,7 +50,7 @@ class ChatAnswer(Choices):
                 if delta.finish_reason:
                     choice["stop_reason"] = delta.stop_reason
             if number == 0 and self.body.logprobs:
-                choice["logprobs"] = {"content": _logprobs(delta.logprobs)}
+                choice["logprobs"] = {"content": _logprobs(delta)}
             if number == 0 and self.body.return_token_ids:
                 choice["token_ids"] = delta.token_ids
             yield choice
@@ -102,16 +103,17 @@ def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _logprobs(rows: list[list[TokenLogprob]] | None) -> list[dict[str, Any]]:
+def _logprobs(delta: Delta) -> list[dict[str, Any]]:
     """Return OpenAI's content of logprobs: each token with its bytes, and the most likely ones by rank."""
     found = []
-    for row in rows or ():
-        best = sorted(row, key=lambda one: one.rank)
-        asked = len(row) - 1 if row[0].rank > len(row) - 1 else len(row)
-        top = [_token(one) for one in best[: max(asked, 0)]]
-        found.append({**_token(row[0]), "top_logprobs": top})
+    for token, row in zip(delta.token_ids, delta.logprobs or (), strict=False):
+        best = sorted(row.items(), key=lambda one: one[1].rank)
+        asked = len(row) - 1 if row[token].rank > len(row) - 1 else len(row)
+        top = [_token(*one) for one in best[: max(asked, 0)]]
+        found.append({**_token(token, row[token]), "top_logprobs": top})
     return found
 
 
-def _token(one: TokenLogprob) -> dict[str, Any]:
-    return {"token": one.spelled, "logprob": one.logprob, "bytes": list(one.spelled.encode())}
+def _token(token: int, its: Logprob) -> dict[str, Any]:
+    text = spelled(token, its)
+    return {"token": text, "logprob": its.logprob, "bytes": list(text.encode())}

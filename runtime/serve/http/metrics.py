@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -21,17 +23,18 @@ _LONG_SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 1
 _COUNTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
+@dataclass(slots=True)
 class RequestTimes:
-    """When one request's tokens came, for the histograms."""
+    """When one request's tokens came, and what else is known of it until now, for the histograms."""
 
-    __slots__ = ("arrival_s", "cached", "first_s", "last_s", "prompt_tokens", "rank", "tokens")
-
-    def __init__(self, prompt_tokens: int, rank: int) -> None:
-        self.rank = rank
-        self.arrival_s = time.perf_counter()
-        self.first_s = self.last_s = 0.0
-        self.tokens = self.cached = 0
-        self.prompt_tokens = prompt_tokens
+    prompt_tokens: int
+    rank: int
+    arrival_s: float = field(default_factory=time.perf_counter)
+    first_s: float = 0.0
+    last_s: float = 0.0
+    tokens: int = 0
+    cached: int = 0
+    preemptions: int = 0
 
 
 class Metrics:
@@ -55,8 +58,8 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.prefix_queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Tokens found in the prefix cache.")
-        self.counted = {  # fields of Stats
-            "num_preemptions": counter("num_preemptions", "Requests that gave their blocks back."),
+        self.preemptions = counter("num_preemptions", "Requests that gave their blocks back.")
+        self.counted = {  # Stats.counters
             "num_drafts": counter("spec_decode_num_drafts", "Guesses of a sequence's next tokens."),
             "num_draft_tokens": counter("spec_decode_num_draft_tokens", "Tokens guessed."),
             "num_accepted_tokens": counter("spec_decode_num_accepted_tokens", "Guessed tokens that stood."),
@@ -91,7 +94,7 @@ class Metrics:
         self.of_n = histogram("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
         self.of_max = histogram("request_params_max_tokens", "max_tokens of a request.", _COUNTS)
         for rank in range(len(engine.members)):  # they are there from the start
-            for made in vars(self).values():
+            for made in (*vars(self).values(), *self.counted.values()):
                 if isinstance(made, (Counter, Histogram)) and made._labelnames == names:
                     made.labels(*self._of(rank))
         self.registry.register(_Now(engine, self._of, aliases))
@@ -102,19 +105,12 @@ class Metrics:
 
     def progress(self, rank: int, stats: Stats, deltas: list[Delta]) -> None:
         """Take an engine's word after a step."""
-        last, of = self._last.setdefault(rank, Stats()), self._of(rank)
-        for name, counter in self.counted.items():
-            now, before = getattr(stats, name), getattr(last, name)
-            # less: another process, its counters start anew
-            counter.labels(*of).inc(now - before if now >= before else now)
-        places = stats.num_accepted_tokens_per_pos
-        before_at = last.num_accepted_tokens_per_pos
-        for place, count in enumerate(places):
-            before = before_at[place] if place < len(before_at) and before_at[place] <= count else 0
-            self.accepted_at.labels(*of, str(place)).inc(count - before)
-        self._last[rank] = Stats(
-            **{name: getattr(stats, name) for name in self.counted}, num_accepted_tokens_per_pos=places
-        )
+        last, of = self._last.get(rank, Stats()), self._of(rank)
+        self._last[rank] = stats
+        for name, now in stats.counters.items():
+            self.counted[name].labels(*of).inc(_more(now, last.counters.get(name, 0)))
+        for place, (now, before) in enumerate(zip_longest(stats.accepted_per_pos, last.accepted_per_pos, fillvalue=0)):
+            self.accepted_at.labels(*of, str(place)).inc(_more(now, before))
         if deltas:
             self.iteration.labels(*of).observe(sum(len(delta.token_ids) for delta in deltas))
 
@@ -146,6 +142,9 @@ class Metrics:
             elif count:
                 self.itl.labels(*of).observe((now - times.last_s) / count)
             times.last_s = now
+            preempted = max(delta.num_preemptions, times.preemptions)  # an output's older delta may come behind
+            self.preemptions.labels(*of).inc(preempted - times.preemptions)
+            times.preemptions = preempted
             times.tokens += count
             self.generation_tokens.labels(*of).inc(count)
             if delta.finish_reason is not None:
@@ -182,6 +181,11 @@ class Metrics:
     def text(self) -> bytes:
         """Return the exposition."""
         return generate_latest(self.registry)
+
+
+def _more(now: int, before: int) -> int:
+    """Return by how much a counter grew; another process' starts anew."""
+    return now - before if now >= before else now
 
 
 class _Now:

@@ -226,12 +226,15 @@ class Work:
         return dict(sorted(found.items()))
 
     async def answered(
-        self, whole: Callable[[], Coroutine[Any, Any, Response]], events: Callable[[], AsyncIterator[bytes]]
+        self, whole: Callable[[], Coroutine[Any, Any, Response]], events: Callable[[], AsyncIterator[bytes]] | None
     ) -> Response:
         """Return the response: events, or one answer when all is done. The work ends with it, or with its client."""
-        if self._asked("stream", False):
+        if events is not None and self._asked("stream", False):
             return await EventStream.of(events(), self._request, self.state.settings.write_timeout_s, self.close)
-        return await while_connected(self._request, whole(), self.close)
+        try:
+            return await while_connected(self._request.receive, whole())
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End what still runs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import ApiError, ClientGone, as_api_error, error_body
+from .errors import ClientGone, as_api_error, error_body
 
 DONE = b"data: [DONE]\n\n"
 encode_json = msgspec.json.Encoder().encode
@@ -51,25 +51,20 @@ class EventStream(Response):
     ) -> EventStream:
         """Wait for the first event and return the response. Raises what happens before it; `close` ends the work."""
         try:
-            first: bytes = await while_connected(request, anext(events))  # type: ignore[arg-type]
+            first: bytes = await while_connected(request.receive, anext(events))  # type: ignore[arg-type]
         except BaseException:
             close()
             raise
         return cls(events, first, write_timeout_s, close)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.create_task(self._write(send))
-        leaving = asyncio.create_task(_left(receive))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await while_connected(receive, self._write(send))
+        except (ClientGone, OSError):
+            pass  # nobody is there to be told
         finally:
-            for task in (writing, leaving):
-                task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
             await self._events.aclose()  # type: ignore[attr-defined]
             self._close()
-        if not writing.cancelled() and (error := writing.exception()) and not isinstance(error, ClientGone | OSError):
-            raise error
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -92,24 +87,21 @@ class EventStream(Response):
             raise ClientGone from None
 
 
-async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def while_connected(
-    request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None] = lambda: None
-) -> T:
-    """Return what `work` gives; cancel it when the client leaves first. `close` is called at the end of either."""
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` gives. Raises ClientGone, and cancels it, when the client leaves first."""
     working = asyncio.create_task(work)
-    leaving = asyncio.create_task(_left(request.receive))
+    leaving = asyncio.create_task(_left(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ApiError(499, "the client closed the connection")
+        raise ClientGone
     finally:
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
-        close()

@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from .child import Child, Ended
-from .messages import Abort, Add, Call, Delta, Event, Progress, Ready, Refused, Result, Stage, Stats, Wave
+from .messages import Abort, Add, Call, Command, Delta, Event, Progress, Ready, Refused, Result, Stage, Stats, Wave
 from .streams import CallFailed, EngineError, QueueFull, RequestRefused, Stream, Unsupported
 
 logger = logging.getLogger("seamwise.engine")
+_ERRORS = {"caller": ValueError, "machine": CallFailed, "unsupported": Unsupported}  # by Result.kind
 _MOST_RESTARTS = 5  # starts that fail one after the other before it is given up
 _LONGEST_PAUSE_S = 16.0
 
@@ -26,6 +27,7 @@ class EngineClient:
     reason   why it is not ready, in a sentence
     info     what the engine said of itself when it was ready
     stats    its last word
+    changed  is set where the state is another, or a stage of start-up
     watch    is called with every event that carries progress, for metrics
     rank     of the engine, where several serve one model
     on_wave, settle  of an engine that takes steps with others: hears of waves; says why all of them end, when all have
@@ -56,7 +58,7 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count()
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -88,31 +90,10 @@ class EngineClient:
         if self._task is None:
             self._task = asyncio.create_task(self._supervise())
 
-    async def wait_ready(self) -> Ready:
-        """Wait until the engine takes requests. Raises Ended with the cause when it was given up."""
-        self.start()
-        while True:
-            if self.state == "ready":
-                assert self.info is not None
-                return self.info
-            if self.failure is not None:
-                raise self.failure
-            if self.state == "stopped":
-                raise EngineError("the engine was shut down")
-            self._changed.clear()
-            await self._changed.wait()
-
-    def check(self) -> None:
-        """Raise EngineError when the engine does not take requests now."""
-        if self.state != "ready":
-            raise EngineError(self.reason)
-
     def add(self, request: Add) -> Stream:
-        """Send a request whose id is not in use; its deltas come by the stream. Raises EngineError."""
-        self.check()
+        """Send a request whose id is not in use to an engine that is ready; its deltas come by the stream."""
         stream = self._streams[request.request_id] = Stream(request.request_id, self.rank)
-        assert self._child is not None
-        self._child.send(request)
+        self.send(request)
         return stream
 
     def abort(self, request_ids: Iterable[str] | None = None) -> None:
@@ -120,8 +101,8 @@ class EngineClient:
         named = None if request_ids is None else [name for name in request_ids if name in self._streams]
         for name in self._streams if named is None else named:
             self._streams[name].aborted = True
-        if self._child is not None and named != []:
-            self._child.send(Abort(named))
+        if named != []:
+            self.send(Abort(named))
 
     def drop(self, stream: Stream) -> None:
         """End a request whose reader is gone."""
@@ -130,15 +111,13 @@ class EngineClient:
             del self._streams[stream.request_id]
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method in the engine process.
+        """Call a method in the engine process, which is ready.
 
-        Raises ValueError, RuntimeError as the method does; Unsupported when there is none; EngineError.
+        Raises ValueError, RuntimeError as the method does; Unsupported when there is none; EngineError when it ends.
         """
-        self.check()
         call_id = next(self._ids)
         future = self._calls[call_id] = asyncio.get_running_loop().create_future()
-        assert self._child is not None
-        self._child.send(Call(call_id, method, list(args), kwargs))
+        self.send(Call(call_id, method, list(args), kwargs))
         try:
             return await future
         finally:
@@ -149,10 +128,10 @@ class EngineClient:
         if self._child is not None:
             self._child.give_up()
 
-    def tell(self, wave: Wave) -> None:
-        """Send what is to be done with a wave."""
+    def send(self, command: Command) -> None:
+        """Send what is to be done, where there is a process."""
         if self._child is not None:
-            self._child.send(wave)
+            self._child.send(command)
 
     async def stop(self) -> None:
         """End the engine process and every stream; what its KV cache holds is kept where it was told so."""
@@ -195,7 +174,7 @@ class EngineClient:
 
     def _enter(self, state: str, reason: str) -> None:
         self.state, self.reason = state, reason
-        self._changed.set()
+        self.changed.set()
 
     def _end_streams(self, cause: str) -> None:
         self.stats = Stats()
@@ -221,7 +200,10 @@ class EngineClient:
         elif isinstance(event, Result):
             future = self._calls.get(event.call_id)
             if future is not None and not future.done():
-                _answer(future, event)
+                if event.error is None:
+                    future.set_result(event.value)
+                else:
+                    future.set_exception(_ERRORS[event.kind](event.error))
         elif isinstance(event, Ready):
             self.info = event
             self._enter("ready", "")
@@ -229,15 +211,4 @@ class EngineClient:
             assert self.on_wave is not None
             self.on_wave(event)
         elif isinstance(event, Stage):
-            self._changed.set()
-
-
-def _answer(future: asyncio.Future[Any], result: Result) -> None:
-    if result.error is None:
-        future.set_result(result.value)
-    elif result.kind == "unsupported":
-        future.set_exception(Unsupported(result.error))
-    elif result.kind == "caller":
-        future.set_exception(ValueError(result.error))
-    else:
-        future.set_exception(CallFailed(result.error))
+            self.changed.set()

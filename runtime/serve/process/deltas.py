@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from seamwise.runtime.sampling.logprob import Logprob
 
-from .messages import Delta, TokenLogprob
+from .messages import Delta
 
 
 class Deltas:
@@ -35,12 +32,8 @@ class Deltas:
                 found.append(_delta(output, completion))
                 if completion.finish_reason is not None:
                     ended.add(completion.index)
-        if found and output.prompt_logprobs is not None:
-            ids = output.prompt_token_ids
-            found[0].prompt_logprobs = [
-                None if row is None else _row(token, row)
-                for token, row in zip(ids, output.prompt_logprobs, strict=True)
-            ]
+        if found:
+            found[0].prompt_logprobs = output.prompt_logprobs
         if output.finished:
             if found:
                 found[-1].request_finished, found[-1].times_s = True, _times(output.metrics)
@@ -50,21 +43,11 @@ class Deltas:
 
 
 def _delta(output: RequestOutput, completion: CompletionOutput) -> Delta:
-    logprobs = None
-    if completion.logprobs is not None:
-        rows = zip(completion.token_ids, completion.logprobs, strict=True)
-        logprobs = [_row(token, row) for token, row in rows]
     return Delta(
         request_id=output.request_id, index=completion.index, text=completion.text, token_ids=completion.token_ids,
-        logprobs=logprobs, finish_reason=completion.finish_reason, stop_reason=completion.stop_reason,
+        logprobs=completion.logprobs, finish_reason=completion.finish_reason, stop_reason=completion.stop_reason,
         num_cached_tokens=output.metrics.num_cached_tokens, num_preemptions=output.metrics.num_preemptions,
     )  # fmt: skip
-
-
-def _row(token: int, row: Mapping[int, Logprob]) -> list[TokenLogprob]:
-    """Return the token's own log probability first, then the others as they come."""
-    ids = [token, *(one for one in row if one != token)]
-    return [TokenLogprob(one, row[one].logprob, row[one].rank, row[one].decoded_token) for one in ids if one in row]
 
 
 def _times(m: RequestMetrics) -> list[float]:

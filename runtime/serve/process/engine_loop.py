@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from seamwise.runtime.distributed.waves import RankWave
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
-from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
+from seamwise.runtime.sampling.pooling_params import NO_SAMPLING
 from seamwise.runtime.scheduler.config import QueueFullError
 
 from .deltas import Deltas
@@ -114,11 +114,10 @@ class EngineLoop:
             self._send(Refused(add.request_id, self._closed, full=True))
             return
         try:
-            pooling = None if add.pooling is None else PoolingParams(**add.pooling)
-            params = _params(add) if pooling is None else NO_SAMPLING
+            params = _params(add) if add.pooling is None else NO_SAMPLING
             self.engine.add_request(
                 add.request_id, add.prompt_token_ids, params, prompt=add.prompt, priority=add.priority,
-                lora_request=None if add.lora is None else LoRARequest(*add.lora), pooling=pooling,
+                lora_request=add.lora, pooling=add.pooling,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             self._send(Refused(add.request_id, str(error)))
@@ -176,8 +175,8 @@ class EngineLoop:
     def is_paused(self) -> bool:
         return self.engine.is_paused
 
-    def add_lora(self, name: str, number: int, path: str, load_inplace: bool) -> bool:
-        return self.engine.add_lora(LoRARequest(name, number, path, load_inplace))
+    def add_lora(self, **lora_request: Any) -> bool:
+        return self.engine.add_lora(LoRARequest(**lora_request))
 
     def update_weights_from_path(self, path: str) -> None:
         """Write a checkpoint's tensors into the model, by their names."""
@@ -198,16 +197,17 @@ class EngineLoop:
         stats.kv_cache_usage = 1 - pool.num_available / max(1, pool.num_blocks - 1)
         stats.paused = self.engine.is_paused
         drafts = self.engine.drafting.stats
-        stats.num_drafts, stats.num_draft_tokens = drafts.num_drafts, drafts.num_draft_tokens
-        stats.num_accepted_tokens = drafts.num_accepted_tokens
-        stats.num_accepted_tokens_per_pos = drafts.num_accepted_tokens_per_pos
-        stats.speculating = drafts.active and bool(drafts.num_accepted_tokens_per_pos)
+        stats.accepted_per_pos = drafts.num_accepted_tokens_per_pos
+        stats.speculating = drafts.active and bool(stats.accepted_per_pos)
         stats.speculation_gain = drafts.gain
+        stats.counters = {
+            "num_drafts": drafts.num_drafts, "num_draft_tokens": drafts.num_draft_tokens,
+            "num_accepted_tokens": drafts.num_accepted_tokens,
+        }  # fmt: skip
         if self.engine.offload is not None:
-            for field in fields(self.engine.offload.stats):
-                setattr(stats, f"kv_{field.name}", getattr(self.engine.offload.stats, field.name))
+            stats.counters |= {f"kv_{name}": count for name, count in asdict(self.engine.offload.stats).items()}
         if isinstance(self.engine.runner, ModelRunner):
-            stats.cascade_tiles = self.engine.runner.recording_stats.cascade_tiles
+            stats.counters["cascade_tiles"] = self.engine.runner.recording_stats.cascade_tiles
 
 
 def _params(add: Add) -> SamplingParams:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .child import Ended
@@ -46,6 +46,7 @@ class Engines:
         self._options, self._seed, self._arrivals = dict(options), int(options.get("seed", 0)), 0
         self._timeouts = {"step_timeout_s": step_timeout_s, "start_timeout_s": start_timeout_s}
         self.watch: Callable[[int, Stats, list[Delta]], None] = lambda rank, stats, deltas: None
+        self._changed = asyncio.Event()  # of any of them
         together = count > 1 and bool(options.get("enable_expert_parallel"))
         self.group = Group(self._options, 0.8 * step_timeout_s) if together else None
         self.members = [self._made(rank, count) for rank in range(count)]
@@ -56,6 +57,7 @@ class Engines:
     def _made(self, rank: int, count: int) -> EngineClient:
         ranks = {"data_parallel_size": count, "data_parallel_rank": rank} if count > 1 else {}
         made = EngineClient(self._options | ranks, rank=rank, **self._timeouts)
+        made.changed = self._changed
         made.watch = lambda stats, deltas: self.watch(rank, stats, deltas)
         if self.group is not None:
             self.group.add(made)
@@ -64,8 +66,11 @@ class Engines:
     @property
     def state(self) -> str:
         """ "ready" when an engine takes requests and all once did, or all do of a group; else another one's state."""
-        others = [m for m in self.members if m.state != "ready"]
-        if not others or (self.group is None and len(others) < len(self.members) and all(m.info for m in self.members)):
+        return self._state_of(self.members)
+
+    def _state_of(self, members: Sequence[EngineClient]) -> str:
+        others = [m for m in members if m.state != "ready"]
+        if not others or (self.group is None and len(others) < len(members) and all(m.info for m in members)):
             return "ready"
         return others[0].state
 
@@ -88,9 +93,7 @@ class Engines:
     @property
     def failure(self) -> Ended | None:
         """Why the last engine was given up, when all are, or one that never took a request."""
-        failed = [m.failure for m in self.members if m.failure is not None]
-        never = [m.failure for m in self.members if m.failure is not None and m.info is None]
-        return never[0] if never else failed[0] if len(failed) == len(self.members) else None
+        return _failure_of(self.members)
 
     @property
     def stats(self) -> Stats:
@@ -100,7 +103,7 @@ class Engines:
             return each[0]
         total = Stats(**{
             name: sum(getattr(s, name) for s in each)
-            for name in ("num_running", "num_waiting", "num_steps", "num_preemptions")
+            for name in ("num_running", "num_waiting", "num_steps")
         })  # fmt: skip
         total.kv_cache_usage = sum(s.kv_cache_usage for s in each) / len(each)
         total.paused, total.sleeping = all(s.paused for s in each), max(s.sleeping for s in each)
@@ -134,17 +137,18 @@ class Engines:
     async def wait_ready(self) -> Ready:
         """Wait until the state is "ready". Raises `failure` where there is one, EngineError when they were stopped."""
         self.start()
-        while self.state != "ready":
-            if self.failure is not None:
-                raise self.failure
-            waits = [asyncio.create_task(m.wait_ready()) for m in self.members if m.state not in ("ready", "failed")]
-            done, others = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for task in others:
-                task.cancel()
-            if (error := next(iter(done)).exception()) is not None and not isinstance(error, Ended):
-                raise error
+        await self._until_ready(lambda: self.members)
         assert self.info is not None
         return self.info
+
+    async def _until_ready(self, members: Callable[[], Sequence[EngineClient]]) -> None:
+        while (state := self._state_of(members())) != "ready":
+            if (failure := _failure_of(members())) is not None:
+                raise failure
+            if state == "stopped":
+                raise EngineError("the engine was shut down")
+            self._changed.clear()
+            await self._changed.wait()
 
     def check(self) -> None:
         """Raise EngineError when no engine takes requests now."""
@@ -181,13 +185,13 @@ class Engines:
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method in every engine process; return the first one's result, all of collective_rpc's by rank.
 
-        Raises as EngineClient.call; where one engine cannot do it now, none does it.
+        Raises as EngineClient.call, EngineError where one is not ready; where one cannot do it now, none does it.
         """
-        if len(self.members) == 1:
-            return await self.members[0].call(method, *args, **kwargs)
         for member in self.members:
             if member.state != "ready":
                 raise EngineError(self._named(member, member.reason))
+        if len(self.members) == 1:
+            return await self.members[0].call(method, *args, **kwargs)
         running = sum(m.num_running for m in self.members)
         if method in _QUIET and running:
             raise CallFailed(f"{running} requests are running; finish or abort them first")
@@ -232,7 +236,9 @@ class Engines:
             raise CallFailed("the engines are paused or asleep; let them go on first")
         joining = [self._made(rank, count) for rank in range(len(self.members), count)]
         try:
-            await asyncio.gather(*(m.wait_ready() for m in joining))
+            for member in joining:
+                member.start()
+            await self._until_ready(lambda: joining)
         except BaseException:
             await asyncio.gather(*(m.stop() for m in joining))
             raise
@@ -255,3 +261,11 @@ class Engines:
 
     def _named(self, member: EngineClient, text: str) -> str:
         return text if len(self.members) == 1 or self.group is not None else f"engine {member.rank}: {text}"
+
+
+def _failure_of(members: Sequence[EngineClient]) -> Ended | None:
+    failed = [m for m in members if m.failure is not None]
+    never = [m for m in failed if m.info is None]
+    if never or len(failed) == len(members):
+        return (never or failed)[0].failure
+    return None

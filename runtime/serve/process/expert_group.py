@@ -55,7 +55,7 @@ class Group:
     def _start(self, wave: int | None) -> None:
         if wave is not None:
             for member in self._members:
-                member.tell(Wave("start", wave))
+                member.send(Wave("start", wave))
 
     async def _settle(self, member: EngineClient, ended: Ended) -> Ended:
         """Return why the group ends, once every engine has: none can take a step without the others."""

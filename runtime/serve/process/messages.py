@@ -9,6 +9,10 @@ from typing import Any
 
 from msgspec import Struct, field, msgpack
 
+from seamwise.runtime.engine.lora_request import LoRARequest
+from seamwise.runtime.sampling.logprob import Logprob
+from seamwise.runtime.sampling.pooling_params import PoolingParams
+
 # msgspec copies a default list or dict for each message
 
 
@@ -16,7 +20,7 @@ class Add(Struct, tag=True, array_like=True):
     """Queue a request. params: what differs from SamplingParams' defaults.
 
     stream_interval  tokens between two deltas of an output; 0: one delta, at its end
-    pooling          PoolingParams' fields, of a text whose vector is wanted: params are not read then
+    pooling          of a text whose vector is wanted: params are not read then
     """
 
     request_id: str
@@ -25,8 +29,8 @@ class Add(Struct, tag=True, array_like=True):
     prompt: str | None = None
     priority: int = 0
     stream_interval: int = 1
-    lora: tuple[str, int, str, bool] | None = None  # LoRARequest's fields
-    pooling: dict[str, Any] | None = None
+    lora: LoRARequest | None = None
+    pooling: PoolingParams | None = None
 
 
 class Abort(Struct, tag=True, array_like=True):
@@ -44,24 +48,12 @@ class Call(Struct, tag=True, array_like=True):
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-class TokenLogprob(Struct, array_like=True):
-    token_id: int
-    logprob: float
-    rank: int
-    text: str | None
-
-    @property
-    def spelled(self) -> str:
-        """The token as OpenAI's objects have it: its text, or its id where there is no tokenizer."""
-        return self.text if self.text is not None else f"token_id:{self.token_id}"
-
-
 class Delta(Struct, array_like=True):
     """What one output of a request got since the last delta of it.
 
-    logprobs  for each token: the sampled one's first, then the most likely ones
+    logprobs  as CompletionOutput has them: in each row the sampled token first, then the most likely ones
     num_cached_tokens, num_preemptions  of the request, until now
-    prompt_logprobs  with the first one: for each token of the prompt as in logprobs, None for the first
+    prompt_logprobs  with the first one, as RequestOutput has them
     times_s   with the last one: seconds that the request waited, until its first token, and after it
     vector    with the last one, of a text that was pooled: float32, the lowest byte of each first
     """
@@ -70,48 +62,39 @@ class Delta(Struct, array_like=True):
     index: int
     text: str
     token_ids: list[int]
-    logprobs: list[list[TokenLogprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     request_finished: bool = False
-    prompt_logprobs: list[list[TokenLogprob] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     times_s: list[float] = field(default_factory=list)
     vector: bytes | None = None
 
 
 class Stats(Struct, array_like=True):
-    """The engine's state after a step, or idle. Counters never go down within one engine process.
+    """The engine's state after a step, or idle.
 
     sleeping  0: awake; 1: weights are kept elsewhere; 2: they are gone
-    num_drafts, num_draft_tokens, num_accepted_tokens  guesses of speculation: how often, their tokens, what stood;
-              the last by position too
     speculating, speculation_gain  whether guessing pays, and tokens a second with it of those without
-    kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed  see OffloadStats
-    cascade_tiles  see RecordingStats; of a model on one rank
+    counters  by name what never goes down within one engine process:
+              num_drafts, num_draft_tokens, num_accepted_tokens: see DraftStats
+              kv_queries, kv_hits, kv_stored, kv_loaded, kv_lost, kv_failed: see OffloadStats; with tiers
+              cascade_tiles: see RecordingStats; of a model on one rank
+    accepted_per_pos  guesses that stood, by position
     """
 
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
     num_steps: int = 0
-    num_preemptions: int = 0
     paused: bool = False
     sleeping: int = 0
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     speculating: bool = False
     speculation_gain: float = 1.0
-    kv_queries: int = 0
-    kv_hits: int = 0
-    kv_stored: int = 0
-    kv_loaded: int = 0
-    kv_lost: int = 0
-    kv_failed: int = 0
-    cascade_tiles: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
+    accepted_per_pos: list[int] = field(default_factory=list)
 
 
 class Wave(Struct, tag=True, array_like=True):

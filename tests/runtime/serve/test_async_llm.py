@@ -19,10 +19,11 @@ from servers import fake_llm
 
 from seamwise.runtime.engine.lora_request import LoRARequest
 from seamwise.runtime.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.serve.async_llm import AsyncLLM
 from seamwise.runtime.serve.process.deltas import Deltas
-from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.process.messages import Delta
 from seamwise.runtime.serve.process.streams import EngineError, Stream, Unsupported, merged
 
 
@@ -109,7 +110,7 @@ def test_options_that_are_no_plain_data_are_refused() -> None:
 
 def test_a_stream_merges_what_is_not_taken() -> None:
     def delta(text: str, finished: bool = False) -> Delta:
-        row = [[TokenLogprob(1, -0.1, 1, text)]]
+        row = [{1: Logprob(-0.1, 1, text)}]
         return Delta("r", 0, text, [1], row, "stop" if finished else None, request_finished=finished)
 
     async def go() -> None:

@@ -175,7 +175,7 @@ def test_a_server_that_is_started_again_finds_its_blocks(tiny_llama_dir: Path, t
                 last = output
             assert last.metrics is not None
             await asyncio.sleep(0.3)  # until its counters have come
-            return last.outputs[0].token_ids, last.metrics.num_cached_tokens, llm.engine.stats.kv_hits
+            return last.outputs[0].token_ids, last.metrics.num_cached_tokens, llm.engine.stats.counters["kv_hits"]
         finally:
             await llm.shutdown()
 

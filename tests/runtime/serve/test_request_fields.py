@@ -6,11 +6,12 @@ from typing import Any, get_args
 
 import pytest
 
+from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.serve.http.chat_schema import ChatRequest
 from seamwise.runtime.serve.http.routes.completions import CompletionRequest, _logprobs
 from seamwise.runtime.serve.http.routes.responses import ResponsesRequest
 from seamwise.runtime.serve.http.schema import Body
-from seamwise.runtime.serve.process.messages import TokenLogprob
+from seamwise.runtime.serve.process.messages import Delta
 
 SAID = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}, "index": 0}]}
 
@@ -41,7 +42,7 @@ def test_a_streamed_calls_index_may_be_sent_back() -> None:
 
 def test_tokens_of_one_spelling_are_told_apart() -> None:
     """The sampled one's log probability is the one that stands under its text."""
-    row = [TokenLogprob(5, -0.5, 2, ""), TokenLogprob(7, -0.1, 1, "a"), TokenLogprob(9, -4.0, 3, "")]
-    got = _logprobs([row, [TokenLogprob(3, -1.0, 1, "b")]], 4, 3)
+    rows = [{5: Logprob(-0.5, 2, ""), 7: Logprob(-0.1, 1, "a"), 9: Logprob(-4.0, 3, "")}, {3: Logprob(-1.0, 1, "b")}]
+    got = _logprobs(Delta("x", 0, "b", [5, 3], logprobs=rows), rows, 4, 3)
     assert got["top_logprobs"] == [{"": -0.5, "a": -0.1, "token_id:9": -4.0}, {"b": -1.0}]
     assert (got["tokens"], got["token_logprobs"], got["text_offset"]) == (["", "b"], [-0.5, -1.0], [4, 4])

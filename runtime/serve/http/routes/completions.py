@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from seamwise.runtime.serve.http.answers import Choices
+from seamwise.runtime.sampling.logprob import Logprob
+from seamwise.runtime.serve.http.answers import Choices, spelled
 from seamwise.runtime.serve.http.schema import Sampling, TokenId
 from seamwise.runtime.serve.http.serving import Work
-from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.process.messages import Delta
 from seamwise.runtime.serve.prompts import Prompts
 
 from .describe import GENERATES
@@ -86,27 +87,29 @@ class _Answer(Choices):
             "stop_reason": delta.stop_reason,
         }  # fmt: skip
         if delta.logprobs is not None:
-            choice["logprobs"] = _logprobs(delta.logprobs, start, self.body.logprobs or 0)
+            choice["logprobs"] = _logprobs(delta, delta.logprobs, start, self.body.logprobs or 0)
         self._offsets[index] = start + len(delta.text)
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice
 
 
-def _logprobs(rows: list[list[TokenLogprob]], offset: int, most: int) -> dict[str, Any]:
+def _logprobs(delta: Delta, rows: list[dict[int, Logprob]], offset: int, most: int) -> dict[str, Any]:
     """Return the completions API's parallel lists; of a token's text the offset follows."""
-    tokens = [row[0].spelled for row in rows]
+    own = [row[token] for token, row in zip(delta.token_ids, rows, strict=True)]
+    tokens = [spelled(token, its) for token, its in zip(delta.token_ids, own, strict=True)]
     return {
         "tokens": tokens,
-        "token_logprobs": [row[0].logprob for row in rows],
+        "token_logprobs": [its.logprob for its in own],
         "top_logprobs": [_by_spelling(row) if most else None for row in rows],
         "text_offset": [*accumulate(map(len, tokens), initial=offset)][:-1],
     }
 
 
-def _by_spelling(row: list[TokenLogprob]) -> dict[str, float]:
-    """Return log probabilities by tokens' texts; tokens that share one, parts of characters say, by their ids too."""
+def _by_spelling(row: dict[int, Logprob]) -> dict[str, float]:
+    """Return log probabilities by tokens' texts; of a text that several have, parts of characters say, also by ids."""
     found: dict[str, float] = {}
-    for one in row:
-        found[f"token_id:{one.token_id}" if one.spelled in found else one.spelled] = one.logprob
+    for token, its in row.items():
+        text = spelled(token, its)
+        found[f"token_id:{token}" if text in found else text] = its.logprob
     return found

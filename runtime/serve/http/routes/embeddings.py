@@ -13,7 +13,7 @@ from pydantic import Field
 from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 from seamwise.runtime.serve.http.schema import Labels, TokenId
 from seamwise.runtime.serve.http.serving import Work
-from seamwise.runtime.serve.http.sse import json_response, while_connected
+from seamwise.runtime.serve.http.sse import json_response
 
 from .describe import GENERATES
 
@@ -44,7 +44,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         prompts.check(ids)
     pooling = PoolingParams(dimensions=body.dimensions, use_activation=body.use_activation)
     await work.submit(encoded, NO_SAMPLING, pooling)
-    return await while_connected(request, _answer(work, body), work.close)
+    return await work.answered(lambda: _answer(work, body), None)
 
 
 async def _answer(work: Work, body: EmbeddingRequest) -> Response:

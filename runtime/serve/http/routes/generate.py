@@ -11,11 +11,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.serve.http.schema import Body, TokenId
 from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import DONE, event, json_response
-from seamwise.runtime.serve.process.messages import Delta, TokenLogprob
+from seamwise.runtime.serve.process.messages import Delta
 
 from .describe import GENERATES
 
@@ -80,5 +81,6 @@ def _choice(delta: Delta) -> dict[str, Any]:
     return choice
 
 
-def _row(row: list[TokenLogprob]) -> list[dict[str, Any]]:
-    return [{"token_id": one.token_id, "logprob": one.logprob, "rank": one.rank} for one in row]
+def _row(row: dict[int, Logprob]) -> list[dict[str, Any]]:
+    """Return the sampled token's log probability first, then the most likely ones'."""
+    return [{"token_id": token, "logprob": its.logprob, "rank": its.rank} for token, its in row.items()]
