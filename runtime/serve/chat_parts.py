@@ -101,7 +101,7 @@ class ChatParts:
             if self.tools == "hermes" and not ended:  # space before a call belongs to neither
                 cut = len(self._held[:cut].rstrip())
             text, self._held = self._held[:cut], self._held[cut:]
-            if self.num_calls and not text.strip():  # between two calls
+            if self.tools == "hermes" and self.num_calls and not text.strip():  # between two calls
                 return
             self._started = self._started or bool(text.strip())
             yield Part("text", text)
@@ -129,6 +129,8 @@ class ChatParts:
 
     def _read_bare_call(self, ended: bool) -> Iterator[Part]:
         """Read a call that is all of the answer, or follows another one."""
+        if self.num_calls and ended and not self._held.strip("; \n"):
+            self._held = ""
         parts = self._read_object(self._held.lstrip("; \n") if self.num_calls else self._held, "}")
         self._started = parts is None or (ended and not parts)  # an answer in words
         yield from parts or ()

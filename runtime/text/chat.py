@@ -138,8 +138,10 @@ def _in_form(asked: list[dict[str, Any]], as_text: bool = False, content: str | 
 def _call(call: Mapping[str, Any], as_text: bool) -> Mapping[str, Any]:
     """Return a tool call with its arguments as text, as it was given if it was, or as an object."""
     function = call.get("function")
-    given = function.get("arguments") or "{}" if isinstance(function, Mapping) else None
-    if not isinstance(function, Mapping) or isinstance(given, str) == as_text:
+    if not isinstance(function, Mapping):
+        return call
+    given = function.get("arguments") or "{}"
+    if isinstance(given, str) == as_text:
         return call
     try:
         made = json.dumps(given, ensure_ascii=False) if as_text else json.loads(given) or {}

@@ -75,6 +75,9 @@ CASES: dict[str, tuple[ChatParts, str, tuple[str, str, list[str]]]] = {
     "object and words": (
         ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}} is it', ("", " is it", ["add"]),
     ),
+    "object and a separator": (
+        ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}};\n', ("", "", ["add"]),
+    ),
     "object broken off": (ChatParts(tools="llama3_json"), '{"name": "ad', ("", '{"name": "ad', [])),
     "words, no object": (ChatParts(tools="llama3_json"), '{"nam": 3} is it', ("", '{"nam": 3} is it', [])),
     "no tools asked": (ChatParts(), CALL, ("", CALL, [])),
