@@ -43,7 +43,10 @@ BAD_GROUPS: list[tuple[dict[str, Any], str]] = [
     ({"weights": {"num_bits": 3}}, "3 bits of type 'int'; wanted 8 bits of either, or 4 of 'int'"),
     ({"weights": {"num_bits": 4, "strategy": "channel"}}, "int4 in format 'int-quantized' is not served"),
     ({"weights": {"type": "float", "symmetric": False}}, "symmetric is false, wanted true for float weights"),
-    ({"weights": {"strategy": "channel", "actorder": "group"}}, "actorder 'group'; wanted stored weights in the order"),
+    (
+        {"weights": {"strategy": "group", "group_size": 32, "actorder": "group"}},
+        "actorder 'group'; wanted stored weights in the order",
+    ),
     ({"weights": {"rounding": "up"}}, "rounding would be ignored"),
     ({"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "tensor"}}, "not served (strategy)"),
     ({"input_activations": {"num_bits": 8, "strategy": "tensor", "symmetric": False}}, "not served (symmetric)"),
