@@ -156,7 +156,9 @@ def read_pooler(directory: Path) -> Pooler | None:
         raise ValueError(f"{text}: do_lower_case is true, which is not served; lower texts, and remove it there")
     asked = directory / "config_sentence_transformers.json"
     if name := (_read(asked) if asked.exists() else {}).get("default_prompt_name"):
-        says = "sentence-transformers begins each text with that prompt; here texts stay as they are: put it before them"
+        says = (
+            "sentence-transformers begins each text with that prompt; here texts stay as they are: put it before them"
+        )
         warnings.warn(f"{asked}: default_prompt_name is {name!r}: {says}", stacklevel=2)
     return Pooler(
         kind=_kind(directory / str(modules[1].get("path")) / "config.json"), normalize=len(kinds) == 3,

@@ -24,9 +24,10 @@ from seamwise.runtime.engine.outputs import (
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 
+from .embed import pooled
 from .process.engines import Engines
 from .process.messages import Add, Delta, Ready
-from .process.streams import EngineError, RequestFailed, Stream
+from .process.streams import EngineError, Stream
 from .prompts import Prompts
 
 OWN_FACTORY = "seamwise.runtime.serve.llm:LLM"
@@ -147,12 +148,7 @@ class AsyncLLM:
         pooling = pooling_params or PoolingParams()
         stream = self.submit(name, ids, NO_SAMPLING, priority=priority, lora_request=lora_request, pooling=pooling)
         async for output in self.outputs(stream, empty_output(name, ids)):
-            if output.vector is None:
-                raise RequestFailed(str(output.outputs[0].stop_reason or f"request {name} was aborted"))
-            yield PoolingRequestOutput(
-                request_id=name, outputs=PoolingOutput(data=output.vector), prompt_token_ids=ids,
-                num_cached_tokens=output.metrics.num_cached_tokens,
-            )  # fmt: skip
+            yield pooled(output)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests; ids of none are no mistake."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _OTHER_CALLS = ("<function=", "<arg_key>")  # what is no JSON between the marks: Qwen3-Coder, GLM 4.5
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_END = re.compile(r"^\s*(\}\s*(</tool_call>)?)?")  # of a call, behind its arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,157 +42,132 @@ class ChatParts:
     reasoning: tuple[str, str] | None = None
     thinking: bool = False
     num_calls: int = 0
-    _held: str = ""
-    _started: bool = False
-    _after_mark: bool = False  # newlines that follow belong to the mark
-    _scan: _Arguments | None = None
-    _whole: _Arguments | None = None  # of an object that has no end yet, of which so many characters are seen
-    _seen: int = 0
+    _held: str = ""  # what may yet become a mark
+    _ended: bool = False
+    _parts: Iterator[Part | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parts = self._read()
 
     def feed(self, text: str) -> list[Part]:
         """Take more text and return what it certainly is; what may yet become a mark waits."""
         self._held += text
-        return list(self._joined(self._read(ended=False)))
+        return self._certain()
 
     def end(self) -> list[Part]:
         """Return what waited: the text has ended."""
-        return list(self._joined(self._read(ended=True)))
+        self._ended = True
+        return self._certain()
 
-    @staticmethod
-    def _joined(parts: Iterator[Part]) -> Iterator[Part]:
-        return (part for part in parts if part.text or part.kind == "call")
+    def _certain(self) -> list[Part]:
+        parts = iter(lambda: next(self._parts, None), None)
+        return [part for part in parts if part is not None and (part.text or part.kind == "call")]
 
-    def _read(self, *, ended: bool) -> Iterator[Part]:
-        while self._held:
-            if self._after_mark and self._scan is None:
-                self._held = self._held.lstrip("\n")
-                self._after_mark = not self._held
-            before = len(self._held), self._started
-            if self._scan is not None:
-                yield from self._read_arguments()
-            elif self.thinking:
-                yield from self._read_reasoning(ended)
-            elif self.tools == "llama3_json" and not self._started:
-                yield from self._read_bare_call(ended)
-            else:
-                yield from self._read_text(ended)
-            if (len(self._held), self._started) == before:
-                return
+    def _read(self) -> Iterator[Part | None]:
+        """Read an answer from its first to its last character; None stands where more text is to come first."""
+        if self.reasoning is not None:
+            mark, close = self.reasoning
+            yield from self._until(lambda: not _may_become(self._held.lstrip(), mark))
+            if not self.thinking and self._held.lstrip().startswith(mark):
+                self.thinking, self._held = True, self._held.lstrip()[len(mark) :]
+                yield from self._newlines()
+            if self.thinking and (yield from self._upto(close, "reasoning")):
+                yield from self._newlines()
+        if self.tools == "llama3_json":
+            while (yield from self._object(marked=False)):
+                yield from self._until(lambda: bool(self._held.strip("; \n")))
+                rest = self._held.lstrip("; \n")
+                self._held = rest if rest[:1] in ("", "{") else self._held
+        while (yield from self._upto(_OPEN if self.tools == "hermes" else "", "text")):
+            if not (yield from self._object(marked=True)):
+                yield Part("text", _OPEN)  # it is no call: give it as it is
 
-    def _read_reasoning(self, ended: bool) -> Iterator[Part]:
-        assert self.reasoning is not None
-        close = self.reasoning[1]
-        thought, found, rest = self._held.partition(close)
-        if found:
-            self.thinking, self._held, self._after_mark = False, rest, True
-            yield Part("reasoning", thought)
+    def _until(self, enough: Callable[[], bool]) -> Iterator[None]:
+        """Wait for more text until it is enough, or all."""
+        while not (enough() or self._ended):
+            yield None
+
+    def _newlines(self) -> Iterator[None]:
+        """Leave out the newlines that belong to the mark before them."""
+        yield from self._until(lambda: bool(self._held.lstrip("\n")))
+        self._held = self._held.lstrip("\n")
+
+    def _upto(self, mark: str, kind: Literal["text", "reasoning"]) -> Generator[Part | None, None, bool]:
+        """Give what comes before a mark, all where there is none; return whether it came."""
+        while True:
+            before, found, rest = self._held.partition(mark) if mark else (self._held, "", "")
+            if kind == "text" and found:
+                before = before.rstrip()
+            elif not found and not self._ended:
+                cut = len(before) - _overlap(before, mark)
+                if kind == "text" and self.tools:  # space before a call belongs to neither
+                    cut = len(before[:cut].rstrip())
+                before, rest = before[:cut], before[cut:]
+            self._held = rest
+            if before.strip() or not self.num_calls:  # else it stands between two calls, or behind the last
+                yield Part(kind, before)
+            if found or self._ended:
+                return bool(found)
+            yield None
+
+    def _object(self, *, marked: bool) -> Generator[Part | None, None, bool]:
+        """Read a call if one begins here, and return whether: what is behind its name comes as it is written, and keys
+        in another order come at the object's end. Without a mark before it an object without arguments is none."""
+        whole, seen = _Object(), 0
+
+        def known() -> bool:
+            nonlocal seen
+            text = self._held.lstrip()
+            if not whole.ended and text.startswith("{"):
+                seen += whole.advance(self._held[seen:])
+            return bool(whole.ended or _NAME.match(self._held) or (text and not text.startswith("{")))
+
+        yield from self._until(known)
+        if match := _NAME.match(self._held):
+            yield from self._call(match)
+        elif whole.ended and (found := _whole_call(self._held[:seen], marked)):
+            yield (call := self._named(found[0], seen - 1))
+            yield replace(call, kind="arguments", text=found[1])
+            yield from self._end_of_call()
         else:
-            cut = len(thought) if ended else len(thought) - _overlap(thought, close)
-            self._held = thought[cut:]
-            yield Part("reasoning", thought[:cut])
+            return False
+        return True
 
-    def _read_text(self, ended: bool) -> Iterator[Part]:
-        marks = []
-        if self.reasoning is not None and not self._started:
-            marks.append(self.reasoning[0])
-        if self.tools == "hermes":
-            marks.append("<tool_call>")
-        found = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
-        if not found:
-            cut = len(self._held) - (0 if ended else max((_overlap(self._held, mark) for mark in marks), default=0))
-            if self.tools == "hermes" and not ended:  # space before a call belongs to neither
-                cut = len(self._held[:cut].rstrip())
-            text, self._held = self._held[:cut], self._held[cut:]
-            if self.tools == "hermes" and self.num_calls and not text.strip():  # between two calls
-                return
-            self._started = self._started or bool(text.strip())
-            yield Part("text", text)
-            return
-        at, mark = min(found)
-        if mark == "<tool_call>":
-            yield from self._read_call(at, ended)
-        else:
-            before, self._held = self._held[:at], self._held[at + len(mark) :]
-            self._started = self.thinking = self._after_mark = True
-            yield Part("text", before.strip())
+    def _named(self, name: str, size: int) -> Part:
+        """Return the call that begins with so many characters."""
+        self._held, self.num_calls = self._held[size:], self.num_calls + 1
+        return Part("call", name, self.num_calls - 1, f"call_{uuid.uuid4().hex[:24]}")
 
-    def _read_call(self, at: int, ended: bool) -> Iterator[Part]:
-        """Read a call from its mark: as soon as its name is known, its arguments follow as they come."""
-        inside = self._held[at + len("<tool_call>") :]
-        if at:
-            before, self._held = self._held[:at], self._held[at:]
-            self._started = self._started or bool(before.strip())
-            yield Part("text", before.rstrip())
-            return
-        parts = self._read_object(inside, "</tool_call>")
-        if parts is None or (ended and not parts):  # it is no call: give it as it is
-            parts, self._held = [Part("text", self._held)], ""
-        yield from parts
-
-    def _read_bare_call(self, ended: bool) -> Iterator[Part]:
-        """Read a call that is all of the answer, or follows another one."""
-        if self.num_calls and ended and not self._held.strip("; \n"):
-            self._held = ""
-        parts = self._read_object(self._held.lstrip("; \n") if self.num_calls else self._held, "}")
-        self._started = parts is None or (ended and not parts)  # an answer in words
-        yield from parts or ()
-
-    def _read_object(self, text: str, close: str) -> list[Part] | None:
-        """Return the parts of a call that begins here, [] where that is not certain yet, None where none does.
-
-        Arguments behind the name are given as they come; keys in another order wait for the object's end.
-        """
-        if match := _NAME.match(text):
-            self._held = text[match.end() :]
-            return [self._call(match[1], close)]
-        if text.strip() and not text.lstrip().startswith("{"):
-            return None
-        whole = self._whole or _Arguments(0, "", "")
-        size = self._seen + whole.advance(text[self._seen :])
-        self._whole, self._seen = (None, 0) if whole.ended else (whole, size)
-        if not whole.ended:
-            return []
-        if (found := _whole_call(text[:size])) is None:
-            return None
-        name, arguments = found
-        call = self._call(name, close)
-        assert self._scan is not None
-        self._scan.ended, self._held = True, text[size - 1 :]
-        return [call, Part("arguments", arguments, call.call, call.call_id)]
-
-    def _call(self, name: str, close: str) -> Part:
-        self._scan = _Arguments(self.num_calls, f"call_{uuid.uuid4().hex[:24]}", close)
-        self.num_calls += 1
-        self._whole, self._seen = None, 0
-        return Part("call", name, self._scan.call, self._scan.call_id)
-
-    def _read_arguments(self) -> Iterator[Part]:
-        scan = self._scan
-        assert scan is not None
-        if not scan.ended:
-            size = scan.advance(self._held)
+    def _call(self, match: re.Match[str]) -> Iterator[Part | None]:
+        """Give a call that begins so, its arguments as they come, and leave out its end."""
+        yield (call := self._named(match[1], match.end()))
+        arguments = _Object()
+        while not arguments.ended and (self._held or not self._ended):
+            size = arguments.advance(self._held)
             text, self._held = self._held[:size], self._held[size:]
-            yield Part("arguments", text, scan.call, scan.call_id)
-        if scan.ended and (rest := self._held.lstrip()):
-            end = "}" + scan.close if scan.close.startswith("<") else scan.close
-            tight = re.sub(r"^\}\s*", "}", rest)
-            if tight.startswith(end):
-                self._held, self._scan, self._after_mark = rest.partition(scan.close)[2], None, True
-            elif not end.startswith(tight):
-                self._scan, self._held = None, rest.removeprefix("}")
+            yield replace(call, kind="arguments", text=text)
+            yield from self._until(lambda: arguments.ended or bool(self._held))
+        yield from self._end_of_call()
+
+    def _end_of_call(self) -> Iterator[None]:
+        """Leave out what closes a call behind its arguments."""
+
+        def ends() -> bool:
+            return _may_become("".join(self._held.split()), "}" + _CLOSE)
+
+        yield from self._until(lambda: not ends())
+        self._held = "" if ends() else _END.sub("", self._held)
+        yield from self._newlines()
 
 
 @dataclass(slots=True)
-class _Arguments:
+class _Object:
     """Finds the end of a JSON object that comes in pieces."""
 
-    call: int
-    call_id: str
-    close: str
     depth: int = 0
     quoted: bool = False
     escaped: bool = False
-    ended: bool = field(default=False)
+    ended: bool = False
 
     def advance(self, text: str) -> int:
         """Return how many characters of `text` still belong to the object."""
@@ -210,7 +187,7 @@ class _Arguments:
         return len(text)
 
 
-def _whole_call(text: str) -> tuple[str, str] | None:
+def _whole_call(text: str, marked: bool) -> tuple[str, str] | None:
     """Return the name and the arguments' JSON of a call in one object, whatever stands beside them; None: no call."""
     try:
         found = json.loads(text)
@@ -218,8 +195,13 @@ def _whole_call(text: str) -> tuple[str, str] | None:
         given = json.loads(given) if isinstance(given, str) else {} if given is None else given
     except (ValueError, RecursionError):
         return None
-    fits = isinstance(found.get("name"), str) and isinstance(given, dict)
+    said = marked or not found.keys().isdisjoint(("arguments", "parameters"))
+    fits = said and isinstance(found.get("name"), str) and isinstance(given, dict)
     return (found["name"], json.dumps(given, ensure_ascii=False)) if fits else None
+
+
+def _may_become(text: str, mark: str) -> bool:
+    return mark.startswith(text) and text != mark
 
 
 def _overlap(text: str, mark: str) -> int:

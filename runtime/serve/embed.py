@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -39,8 +40,8 @@ class Pools:
         Raises ValueError for a model that generates, and for a text or dimensions that cannot be served, naming its
         index, before anything is computed.
         """
-        found = _pooled(self, prompts, pooling_params, use_tqdm, lora_request)
-        return [_output(one, EmbeddingOutput(embedding=_vector(one).tolist())) for one in found]
+        found = self._pooled(prompts, pooling_params, use_tqdm, lora_request)
+        return [replace(one, outputs=EmbeddingOutput(embedding=one.outputs.data.tolist())) for one in found]
 
     @named_arguments(**_INSTEAD)
     def encode(
@@ -50,8 +51,7 @@ class Pools:
         """Return each text's vector as an array, `outputs[i].outputs.data`; as embed otherwise."""
         if pooling_task != "embed":
             raise ValueError(f"pooling_task={pooling_task!r}: wanted 'embed', a vector for each text")
-        found = _pooled(self, prompts, pooling_params, use_tqdm, lora_request)
-        return [_output(one, PoolingOutput(data=_vector(one))) for one in found]
+        return self._pooled(prompts, pooling_params, use_tqdm, lora_request)
 
     @named_arguments(**_INSTEAD)
     def score(
@@ -61,41 +61,32 @@ class Pools:
         left, right = ([one] if isinstance(one, (str, Mapping)) else list(one) for one in (data_1, data_2))
         if len(left) not in (1, len(right)):
             raise ValueError(f"score: got {len(left)} and {len(right)} texts, wanted as many, or one and any number")
-        found = _pooled(self, [*left, *right], PoolingParams(use_activation=True), use_tqdm, lora_request)
+        found = self._pooled([*left, *right], PoolingParams(use_activation=True), use_tqdm, lora_request)
         firsts, seconds = found[: len(left)], found[len(left) :]
         if len(firsts) == 1:
             firsts = firsts * len(seconds)
         return [
             PoolingRequestOutput(
                 request_id=b.request_id, prompt_token_ids=a.prompt_token_ids + b.prompt_token_ids,
-                outputs=ScoringOutput(score=float(_vector(a).astype(np.float64) @ _vector(b))),
+                outputs=ScoringOutput(score=float(a.outputs.data.astype(np.float64) @ b.outputs.data)),
             )
             for a, b in zip(firsts, seconds, strict=True)
         ]  # fmt: skip
 
-
-def _pooled(
-    pools: Pools, prompts: Any, params: PoolingParams | Sequence[PoolingParams] | None, use_tqdm: bool,
-    lora_request: LoRARequest | None,
-) -> list[RequestOutput]:  # fmt: skip
-    llm = cast("LLM", pools)
-    batch = asked(
-        llm.engine, llm._prompt, prompts, NO_SAMPLING, lora_request, pooling=params or PoolingParams()
-    )  # fmt: skip
-    found = run(llm.engine, llm._ids, batch, use_tqdm)
-    for one in found:
-        if one.vector is None:
-            raise RuntimeError(one.outputs[0].stop_reason or f"request {one.request_id} was aborted")
-    return found
+    def _pooled(
+        self, prompts: Any, params: PoolingParams | Sequence[PoolingParams] | None, use_tqdm: bool,
+        lora_request: LoRARequest | None,
+    ) -> list[Any]:  # fmt: skip
+        llm = cast("LLM", self)
+        batch = asked(llm.engine, llm._prompt, prompts, NO_SAMPLING, lora_request, pooling=params or PoolingParams())
+        return [pooled(one) for one in run(llm.engine, llm._ids, batch, use_tqdm)]
 
 
-def _vector(output: RequestOutput) -> np.ndarray:
-    assert output.vector is not None
-    return output.vector
-
-
-def _output(one: RequestOutput, outputs: Any) -> Any:
+def pooled(output: RequestOutput) -> PoolingRequestOutput[PoolingOutput]:
+    """Return the vector of a text. Raises RuntimeError with what went wrong where there is none."""
+    if output.vector is None:
+        raise RuntimeError(output.outputs[0].stop_reason or f"request {output.request_id} was aborted")
     return PoolingRequestOutput(
-        request_id=one.request_id, outputs=outputs, prompt_token_ids=one.prompt_token_ids,
-        num_cached_tokens=one.metrics.num_cached_tokens,
+        request_id=output.request_id, outputs=PoolingOutput(data=output.vector),
+        prompt_token_ids=output.prompt_token_ids, num_cached_tokens=output.metrics.num_cached_tokens,
     )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -14,6 +15,7 @@ from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling_params import PoolingParams
 
 Prompt = str | Mapping[str, Any]
+Queue = Callable[[str], None]  # queues a request by this name
 
 
 def read_prompt(prompt: Any, encode: Callable[[str], list[int]]) -> tuple[str | None, list[int]]:
@@ -28,24 +30,12 @@ def read_prompt(prompt: Any, encode: Callable[[str], list[int]]) -> tuple[str | 
         raise ValueError(f"got {reprlib.repr(prompt)}, wanted {wanted}") from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One prompt: its text, where it was given so, its ids, and how it is served."""
-
-    text: str | None
-    ids: list[int]
-    params: SamplingParams
-    pooling: PoolingParams | None
-    lora_request: LoRARequest | None
-    priority: int
-
-
 def asked(
     engine: Any, read: Callable[[Prompt], tuple[str | None, list[int]]], prompts: Prompt | Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams], lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
     *, pooling: PoolingParams | Sequence[PoolingParams] | None = None, priority: Sequence[int] | None = None,
-) -> list[Asked]:  # fmt: skip
-    """Return each prompt as it is served; adapters have been read then.
+) -> list[Queue]:  # fmt: skip
+    """Return what queues each prompt; adapters have been read then.
 
     read  a prompt's (text, ids)
     Raises ValueError for one that cannot be served, naming its index.
@@ -53,21 +43,24 @@ def asked(
     many = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
     rows = zip(
         many, _one_for_each(params, SamplingParams, len(many), "sampling_params"),
-        _one_for_each(pooling, PoolingParams, len(many), "pooling_params"), strict=True,
+        _one_for_each(pooling, PoolingParams, len(many), "pooling_params"),
+        _one_for_each(0 if priority is None else priority, int, len(many), "priorities"), strict=True,
     )  # fmt: skip
-    if priority is not None and len(priority) != len(many):
-        raise ValueError(f"got {len(priority)} priorities for {len(many)} prompts; wanted one for each")
     adapters = _one_for_each(lora_request, LoRARequest, len(many), "lora_requests")
-    found = []
-    for i, (prompt, p, pooled) in enumerate(rows):
+    found: list[Queue] = []
+    for i, (prompt, p, pooled, urgency) in enumerate(rows):
         try:
             text, ids = read(prompt)
             engine.check(ids, p, pooled)
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}" if len(many) > 1 else str(error)) from None
-        urgency = 0 if priority is None else priority[i]
         adapter = adapters[i] and replace(adapters[i], load_inplace=False)  # it has been read when requests are added
-        found.append(Asked(text=text, ids=ids, params=p, pooling=pooled, lora_request=adapter, priority=urgency))
+        found.append(
+            partial(
+                engine.add_request, prompt_token_ids=ids, params=replace(p, output_kind=RequestOutputKind.FINAL_ONLY),
+                prompt=text, priority=urgency, lora_request=adapter, pooling=pooled,
+            )
+        )  # fmt: skip
     for adapter in dict.fromkeys(a for a in adapters if a is not None):
         engine.add_lora(adapter)
     return found
@@ -81,19 +74,15 @@ def _one_for_each(given: Any, kind: type, count: int, name: str) -> list[Any]:
     return list(given)
 
 
-def run(engine: Any, numbers: Iterator[int], batch: Sequence[Asked], use_tqdm: bool) -> list[RequestOutput]:
+def run(engine: Any, numbers: Iterator[int], batch: Sequence[Queue], use_tqdm: bool) -> list[RequestOutput]:
     """Run requests to completion; when interrupted, none of them stays in the engine."""
     from tqdm import tqdm
 
     requests = {f"llm-{next(numbers)}": one for one in batch}
     done: dict[str, RequestOutput] = {}
     try:
-        for request_id, one in requests.items():
-            params = replace(one.params, output_kind=RequestOutputKind.FINAL_ONLY)
-            engine.add_request(
-                request_id, one.ids, params, prompt=one.text, priority=one.priority, lora_request=one.lora_request,
-                pooling=one.pooling,
-            )  # fmt: skip
+        for request_id, queue in requests.items():
+            queue(request_id)
         with tqdm(total=len(requests), desc="generate", unit="prompt", disable=None if use_tqdm else True) as bar:
             while len(done) < len(requests):
                 for output in engine.step():

@@ -73,7 +73,12 @@ def _rule(read: Reader) -> Rule:
     if format == "float8_e4m3fn" and not symmetric:
         raise ValueError(f"{weights.where}: symmetric is false, wanted true for float weights")
     scheme = Scheme(format, *_weight_blocks(weights, format))
-    reordered = scheme.columns and weights.raw.get("actorder") not in (None, False, "weight", "static")  # in groups only
+    reordered = scheme.columns and weights.raw.get("actorder") not in (
+        None,
+        False,
+        "weight",
+        "static",
+    )  # in groups only
     if weights.raw.get("dynamic") or reordered:
         raise ValueError(
             f"{weights.where}: dynamic {weights.raw.get('dynamic')!r}, actorder {weights.raw.get('actorder')!r}; wanted"

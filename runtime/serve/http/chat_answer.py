@@ -84,18 +84,16 @@ class ChatAnswer(Choices):
     def _message(self, parts: list[Part]) -> dict[str, Any]:
         text = self._prefix + "".join(part.text for part in parts if part.kind == "text")
         thought = "".join(part.text for part in parts if part.kind == "reasoning")
-        calls: dict[int, dict[str, Any]] = {}
-        for part in parts:
-            if part.kind == "call":
-                function = {"name": part.text, "arguments": ""}
-                calls[part.call] = {"id": part.call_id, "type": "function", "function": function}
-            elif part.kind == "arguments":
-                calls[part.call]["function"]["arguments"] += part.text
+        calls = []
+        for call in [part for part in parts if part.kind == "call"]:
+            arguments = "".join(part.text for part in parts if part.kind == "arguments" and part.call == call.call)
+            function = {"name": call.text, "arguments": arguments}
+            calls.append({"id": call.call_id, "type": "function", "function": function})
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         if thought:
             message |= {"reasoning": thought, "reasoning_content": thought}
         if calls:
-            message["tool_calls"] = list(calls.values())
+            message["tool_calls"] = calls
         return message
 
 

@@ -73,10 +73,7 @@ class ServeSettings:
         """Return every key that opens the server. Raises ValueError for a file that cannot be read or holds none."""
         found = list(self.api_key)
         if self.api_key_file is not None:
-            try:
-                lines = self.api_key_file.read_text().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"api_key_file={str(self.api_key_file)!r}: cannot be read: {error}") from error
+            lines = _read("api_key_file", self.api_key_file).splitlines()
             read = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
             if not read:
                 raise ValueError(f"api_key_file={str(self.api_key_file)!r}: holds no key; wanted one a line")
@@ -91,9 +88,13 @@ class ServeSettings:
             return None
         from seamwise.runtime.text.chat_template import check_template
 
-        try:
-            source = self.chat_template.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"chat_template={str(self.chat_template)!r}: cannot be read: {error}") from error
+        source = _read("chat_template", self.chat_template)
         check_template(source)
         return source
+
+
+def _read(name: str, file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}={str(file)!r}: cannot be read: {error}") from error

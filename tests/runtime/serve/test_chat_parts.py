@@ -73,12 +73,20 @@ CASES: dict[str, tuple[ChatParts, str, tuple[str, str, list[str]]]] = {
         ("", "", ["add", "now"]),
     ),
     "object and words": (
-        ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}} is it', ("", " is it", ["add"]),
+        ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}} is it', ("", "is it", ["add"]),
     ),
     "object and a separator": (
         ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}};\n', ("", "", ["add"]),
     ),
     "object broken off": (ChatParts(tools="llama3_json"), '{"name": "ad', ("", '{"name": "ad', [])),
+    "no call, an object": (ChatParts(tools="llama3_json"), '{"name": "now"}', ("", '{"name": "now"}', [])),
+    "thought and object": (
+        ChatParts(tools="llama3_json", reasoning=THINK), '<think>Hm</think>\n{"name": "add", "parameters": {"a": [1]}}',
+        ("Hm", "", ["add"]),
+    ),
+    "words after a call": (ChatParts(tools="hermes"), f"{CALL}\n Done. \nYes", ("", " Done. \nYes", ["add"])),
+    "cut in a call's end": (ChatParts(tools="hermes"), CALL[:-3], ("", "", ["add"])),
+    "a mark in a thought's place": (ChatParts(reasoning=THINK), "2 <think>", ("", "2 <think>", [])),
     "words, no object": (ChatParts(tools="llama3_json"), '{"nam": 3} is it', ("", '{"nam": 3} is it', [])),
     "no tools asked": (ChatParts(), CALL, ("", CALL, [])),
 }  # fmt: skip

@@ -69,6 +69,23 @@ def test_what_a_group_has_that_is_not_served_is_named(change: dict[str, Any], me
     test_what_is_not_served_is_named(INT8 | {"config_groups": {"group_0": group}}, message, tmp_path)
 
 
+@pytest.mark.parametrize("order", [True, "group", "static", None])
+def test_an_order_of_groups_says_nothing_of_channels(order: object) -> None:
+    """llm-compressor writes its default beside channels and tensors, too."""
+    group = INT8["config_groups"]["group_0"]
+    read = [
+        read_quantization(
+            {
+                "quantization_config": INT8
+                | {"config_groups": {"group_0": group | {"weights": group["weights"] | more}}}
+            },
+            "c",
+        )
+        for more in ({"actorder": order}, {})
+    ]
+    assert read[0] == read[1] is not None and read[0].rules[0].scheme.columns == 0
+
+
 def test_the_most_specific_target_holds(tmp_path: Path) -> None:
     layout, by_class = LAYOUTS["FP8_DYNAMIC"], LAYOUTS["FP8_DYNAMIC"].config()
     group = by_class["config_groups"]["group_0"]

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "integer"},
-            },
-        }
-    },
-}
+from pydantic import BaseModel
+
+
+class Cause(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Error(BaseModel):
+    error: Cause
+
+
 _WHAT = {
     400: "What the request asks cannot be served; the message says why.",
     401: "No API key, or a wrong one.",
@@ -38,9 +36,7 @@ def answers(*statuses: int, stream: bool = False, content: dict[str, Any] | None
     ok: dict[str, Any] = content or {"application/json": {"schema": {"type": "object"}}}
     if stream:
         ok = {**ok, "text/event-stream": {"schema": {"type": "string"}}}
-    errors: dict[int | str, Any] = {
-        s: {"description": _WHAT[s], "content": {"application/json": {"schema": _ERROR}}} for s in statuses
-    }
+    errors: dict[int | str, Any] = {s: {"description": _WHAT[s], "model": Error} for s in statuses}
     return {200: {"description": "The answer.", "content": ok}, **errors}
 
 
