@@ -51,8 +51,8 @@ def read_gguf(path: Path) -> dict[str, StoredTensor]:
 def huggingface_name(name: str, family: Family) -> str:
     """Return Hugging Face's name of a family's tensor, with a * for the number of an expert where it holds all of a
     layer's one after the other, or the name itself where there is none."""
-    if (one := _EXPERT.fullmatch(name)) and "*" in (known := family.layer.get(f"{one[2]}_exps") or ""):
-        return f"model.layers.{one[1]}.{known.replace('*', one[3])}.weight"
+    if (one := _EXPERT.fullmatch(name)) and "*" in (stacked := family.layer.get(f"{one[2]}_exps", "")):
+        return f"model.layers.{one[1]}.{stacked.replace('*', one[3])}.weight"
     if not (found := _NAME.fullmatch(name)):
         return name
     layer, part, leaf = found.groups()
