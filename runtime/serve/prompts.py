@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from seamwise.runtime.text.chat import render_chat
+from seamwise.runtime.text.chat_template import SandboxedTemplates
 
-from .chat_template import SandboxedTemplates
 from .process.messages import Ready
 from .prompt_batch import read_prompt
 

@@ -23,6 +23,7 @@ class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: Function
+    index: int | None = Field(None, exclude=True, description="What streamed calls have; their order says it.")
 
 
 class Message(Body):
@@ -39,10 +40,7 @@ class Message(Body):
 
     def as_template_reads(self) -> dict[str, Any]:
         """Return what the template is given, without what was not said."""
-        given = self.model_dump(exclude_none=True, exclude={"reasoning"})
-        if self.reasoning:
-            given["reasoning_content"] = self.reasoning
-        return {"content": "", **given}
+        return {"content": "", **self.model_dump(exclude_none=True)}
 
     def text(self) -> str:
         """Return the content in one piece."""

@@ -56,7 +56,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 class SandboxedTemplates:
-    """Stands where render_chat of runtime/text/chat.py expects transformers' tokenizer: it renders, and no more."""
+    """Stands where render_chat expects transformers' tokenizer: it renders, and no more."""
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         self._templates, self._special = templates, special_tokens
@@ -67,6 +67,8 @@ class SandboxedTemplates:
     ) -> str:  # fmt: skip
         """Return a conversation as text, by the named template, the given one, or the model's for tools or without."""
         assert not tokenize
+        if not (self._templates or chat_template):
+            raise ValueError("this tokenizer has no chat template; pass chat_template, or a prompt instead of messages")
         name = chat_template or ("tool_use" if tools and "tool_use" in self._templates else "default")
         return render(
             self._templates.get(name, name), conversation, special_tokens=self._special, tools=tools, **options

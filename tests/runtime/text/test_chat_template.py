@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from seamwise.runtime.serve.chat_template import render
+from seamwise.runtime.text.chat_template import render
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
