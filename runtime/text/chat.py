@@ -12,14 +12,15 @@ _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal"
 
 
 def render_chat(
-    full: Any, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None,
-    chat_template_content_format: str = "auto", add_generation_prompt: bool = True,
+    templates: Mapping[str, str], special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]], *,
+    chat_template: str | None = None, chat_template_content_format: str = "auto", add_generation_prompt: bool = True,
     continue_final_message: bool = False, tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """Return the prompt that a transformers tokenizer's template makes of a conversation.
+    """Return the prompt that a model's template makes of a conversation, as transformers does.
 
-    chat_template  instead of the tokenizer's own
+    templates, special_tokens  of the model's tokenizer, by name; "tool_use" is used where there are tools
+    chat_template  the name of one of them, or another's source
     chat_template_content_format  "string": a content given as parts becomes one string, its texts joined by newlines;
                    "openai": the template gets the parts; "auto": whichever the template understands
     add_generation_prompt, continue_final_message  begin an answer; leave the last message open instead
@@ -29,17 +30,25 @@ def render_chat(
     Raises ValueError for what is no conversation, a template that refuses it, or none to apply.
     Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html#chat-template.
     """
-    from jinja2 import TemplateError
+    from .chat_template import render as render_template
 
     if chat_template_content_format not in FORMATS:
         wanted = ", ".join(map(repr, FORMATS))
         raise ValueError(f"chat_template_content_format={chat_template_content_format!r}: wanted one of {wanted}")
-    options = _options(tools, chat_template_kwargs)
-    options |= {"chat_template": chat_template, "continue_final_message": continue_final_message}
-    options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+    if continue_final_message and add_generation_prompt:
+        raise ValueError(
+            "chat: continue_final_message goes on with the last message: set add_generation_prompt=false with it"
+        )
+    variables = {"documents": None, **special_tokens, **_options(tools, chat_template_kwargs)}
+    variables["add_generation_prompt"] = add_generation_prompt
+    name = chat_template or ("tool_use" if tools and "tool_use" in templates else "default")
+    if chat_template is None and name not in templates:
+        there = f"; there are {', '.join(templates)}" if templates else ""
+        raise ValueError(f"chat: this model has no chat template; give chat_template, or text{there}")
+    source = templates.get(name, name)
 
     def render(conversation: list[dict[str, Any]]) -> str:
-        return str(full.apply_chat_template(conversation, **options))
+        return render_template(source, conversation, variables)
 
     asked = [_message(message) for message in messages]
     if (
@@ -48,12 +57,19 @@ def render_chat(
         or (chat_template_content_format == "auto" and not _takes_parts(render, asked))
     ):
         asked = [_flat(message) for message in asked]
-    try:
-        return render(asked)
-    except (ValueError, TemplateError) as error:
-        raise ValueError(f"chat: {error}") from error
-    except (TypeError, AttributeError, KeyError) as error:  # what a template does with a content of another kind
-        raise ValueError(f"chat: this model's template does not take these messages ({error!r})") from error
+    text = render(asked)
+    return _until_final_message(text, asked) if continue_final_message else text
+
+
+def _until_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text up to the end of its last message's content, so that the model goes on with it."""
+    final = messages[-1].get("content") if messages else None
+    if isinstance(final, list) and final:
+        final = final[-1]["text"]
+    for content in (final, final.strip()) if isinstance(final, str) and final.strip() else ():  # templates may trim
+        if (at := text.rfind(content)) >= 0:
+            return text[: at + len(content)]
+    raise ValueError("continue_final_message: the last message's content was not found in the rendered chat")
 
 
 def _options(tools: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

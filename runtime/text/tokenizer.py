@@ -1,4 +1,4 @@
-"""A model directory's tokenizer: the light one for text and ids, transformers' own for chat templates and callers."""
+"""A model directory's tokenizer: the light one for text and ids, transformers' own for callers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Tokenizer:
     """Encodes prompts and decodes outputs, to the ids and texts of transformers' tokenizer.
 
     Text goes through the backend of transformers' tokenizer, which after a directory's first use is read without
-    transformers (0.1 s instead of 1.1); a GGUF file's is built here. transformers itself is imported for a chat
-    template, for get_tokenizer, and where its class has ways of its own.
+    transformers (0.1 s instead of 1.1); a GGUF file's is built here. transformers itself is imported for
+    get_tokenizer, and where its class has ways of its own.
 
     eos_id  the id that ends a text by the tokenizer, where it names one
     """
@@ -132,7 +132,8 @@ class Tokenizer:
 
         Raises ValueError for what is no conversation, a template that refuses it, or none to apply.
         """
-        return self.encode(render_chat(self.full, messages, **options), add_special_tokens=False)
+        text = render_chat(self.chat_templates, self.special_tokens, messages, **options)
+        return self.encode(text, add_special_tokens=False)
 
 
 def _of_gguf(metadata: dict[str, Any], where: str) -> tuple[Any, int | None]:

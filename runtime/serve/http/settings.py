@@ -86,7 +86,7 @@ class ServeSettings:
         """Return the template of `chat_template`. Raises ValueError when it cannot be read or is no template."""
         if self.chat_template is None:
             return None
-        from seamwise.runtime.serve.chat_template import check_template
+        from seamwise.runtime.text.chat_template import check_template
 
         source = _read("chat_template", self.chat_template)
         check_template(source)

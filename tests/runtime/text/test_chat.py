@@ -26,12 +26,14 @@ PARTS = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return Tokenizer(write(tmp_path_factory.mktemp("chat"), bpe(), {"tokenizer_config.json": {}})).full
+    """Return the templates and special tokens of a tokenizer that has no template."""
+    tokenizer = Tokenizer(write(tmp_path_factory.mktemp("chat"), bpe(), {"tokenizer_config.json": {}}))
+    return tokenizer.chat_templates, tokenizer.special_tokens
 
 
 def render(full: Any, content: Any, template: str, **options: Any) -> str:
     options = {"add_generation_prompt": False} | options
-    return render_chat(full, [{"role": "user", "content": content}], chat_template=template, **options)
+    return render_chat(*full, [{"role": "user", "content": content}], chat_template=template, **options)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_the_format_can_be_said(full: Any) -> None:
 
 def test_the_callers_messages_are_left_alone(full: Any) -> None:
     messages = [{"role": "user", "content": [dict(PARTS[0])]}]
-    render_chat(full, messages, chat_template=JOINS, add_generation_prompt=False)
+    render_chat(*full, messages, chat_template=JOINS, add_generation_prompt=False)
     assert messages == [{"role": "user", "content": [PARTS[0]]}]
 
 
@@ -90,23 +92,23 @@ def test_tools_and_their_calls(full: Any) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     options: dict[str, Any] = {"chat_template": TOOLS, "add_generation_prompt": False}
-    assert render_chat(full, messages, tools=[tool], **options) == "weather;?Bern"
-    assert render_chat(full, messages[:1], **options) == "?"
+    assert render_chat(*full, messages, tools=[tool], **options) == "weather;?Bern"
+    assert render_chat(*full, messages[:1], **options) == "?"
     call["function"]["arguments"] = "{"  # type: ignore[index]
     with pytest.raises(ValueError, match=r"a tool call's arguments are '{', not JSON"):
-        render_chat(full, messages, **options)
+        render_chat(*full, messages, **options)
     for wrong in ("weather", tool, ["weather"]):
         with pytest.raises(ValueError, match=r"tools: got .*, wanted a list of"):
-            render_chat(full, messages[:1], tools=wrong, **options)  # type: ignore[arg-type]
+            render_chat(*full, messages[:1], tools=wrong, **options)  # type: ignore[arg-type]
 
 
 def test_a_last_message_is_continued(full: Any) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [{"type": "text", "text": "So "}]}]
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-    got = render_chat(full, messages, chat_template=template, add_generation_prompt=False, continue_final_message=True)
+    got = render_chat(*full, messages, chat_template=template, add_generation_prompt=False, continue_final_message=True)
     assert got == "<user>Hi</><assistant>So "
-    with pytest.raises(ValueError, match="continue_final_message and add_generation_prompt are not compatible"):
-        render_chat(full, messages, chat_template=template, continue_final_message=True)
+    with pytest.raises(ValueError, match="set add_generation_prompt=false"):
+        render_chat(*full, messages, chat_template=template, continue_final_message=True)
 
 
 def test_variables_of_a_template(full: Any) -> None:
@@ -122,10 +124,10 @@ def test_variables_of_a_template(full: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no system') }}", "chat: no system"),
-        ("{{ messages[0].content + 1 }}", "does not take these messages"),
-        ("{% for", "chat: "),
-        (None, "chat: .*chat_template"),
+        ("{{ raise_exception('no system') }}", "chat: the template refuses this conversation: no system"),
+        ("{{ messages[0].content + 1 }}", "does not take this conversation"),
+        ("{% for", "chat: the template is not valid jinja, line 1"),
+        (None, "chat: this model has no chat template; give chat_template"),
     ],
 )
 def test_a_template_that_refuses_is_quoted(full: Any, template: str | None, message: str) -> None:
@@ -136,7 +138,16 @@ def test_a_template_that_refuses_is_quoted(full: Any, template: str | None, mess
 @pytest.mark.parametrize("message", ["Hi", {"content": "Hi"}, {"role": 3, "content": "Hi"}, None])
 def test_what_is_no_message_is_refused(full: Any, message: Any) -> None:
     with pytest.raises(ValueError, match=r"chat: got .*, wanted messages \{'role': str"):
-        render_chat(full, [message], chat_template=PRINTS)
+        render_chat(*full, [message], chat_template=PRINTS)
+
+
+def test_a_template_is_found_by_name_or_by_what_is_asked() -> None:
+    templates = {"tool_use": "tools", "rag": "rag"}
+    messages = [{"role": "user", "content": "Hi"}]
+    assert render_chat(templates, {}, messages, chat_template="rag") == "rag"
+    assert render_chat(templates, {}, messages, tools=[{"type": "function"}]) == "tools"
+    with pytest.raises(ValueError, match="has no chat template; give chat_template, or text; there are tool_use, rag"):
+        render_chat(templates, {}, messages)
 
 
 def test_the_demo_models_template_takes_parts(demo_model: Path) -> None:

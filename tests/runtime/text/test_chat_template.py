@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from seamwise.runtime.serve.chat_template import render
+from seamwise.runtime.text.chat import render_chat
+from seamwise.runtime.text.chat_template import render
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -34,20 +35,10 @@ def test_it_is_transformers_text(source: str, tools: Any, prompt: bool, demo_mod
 
     full = Tokenizer(demo_model).full
     text = SOURCES.get(source) or (demo_model / "chat_template.jinja").read_text()
-    options = {"tools": tools, "add_generation_prompt": prompt}
+    options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
     want = full.apply_chat_template(MESSAGES, chat_template=text, tokenize=False, extra="!", **options)
     special = dict(full.special_tokens_map)
-    assert render(text, MESSAGES, special_tokens=special, extra="!", **options) == want
-
-
-def test_a_final_message_is_continued() -> None:
-    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Once upon "}]
-    options: dict[str, Any] = {"special_tokens": {}, "continue_final_message": True}
-    got = render(source, messages, add_generation_prompt=False, **options)
-    assert got == "<user>Go</><assistant>Once upon "
-    with pytest.raises(ValueError, match="set add_generation_prompt=false"):
-        render(source, messages, add_generation_prompt=True, **options)
+    assert render_chat({"default": text}, special, MESSAGES, chat_template_kwargs={"extra": "!"}, **options) == want
 
 
 @pytest.mark.parametrize(
@@ -65,4 +56,4 @@ def test_a_final_message_is_continued() -> None:
 )
 def test_what_a_template_may_not_do(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        render(source, MESSAGES, special_tokens={})
+        render(source, MESSAGES, {})
