@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+Render = Callable[[list[dict[str, Any]]], str]
 FORMATS = ("auto", "string", "openai")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # templates read one of the first two, clients send any
+_HERE = "seamwise-goes-on-here "  # stands where a last message is to be continued
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
 
@@ -57,18 +60,21 @@ def render_chat(
         or (chat_template_content_format == "auto" and not _takes_parts(render, asked))
     ):
         asked = [_flat(message) for message in asked]
-    text = render(asked)
-    return _until_final_message(text, asked) if continue_final_message else text
+    return _continued(render, asked) if continue_final_message else render(asked)
 
 
-def _until_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+def _continued(render: Render, messages: list[dict[str, Any]]) -> str:
     """Return the text up to the end of its last message's content, so that the model goes on with it."""
-    final = messages[-1].get("content") if messages else None
-    if isinstance(final, list) and final:
-        final = final[-1]["text"]
-    for content in (final, final.strip()) if isinstance(final, str) and final.strip() else ():  # templates may trim
-        if (at := text.rfind(content)) >= 0:
-            return text[: at + len(content)]
+    content = messages[-1].get("content") if messages else None
+    parts = content if isinstance(content, list) else []
+    said = parts[-1]["text"] if parts else content
+    if isinstance(said, str):
+        marked = said + _HERE
+        last = messages[-1] | {"content": [*parts[:-1], {"type": "text", "text": marked}] if parts else marked}
+        text = render([*messages[:-1], last])
+        at = text.rfind(_HERE.strip())
+        if at >= 0 and said.strip() in text:
+            return text[:at] if text[at:].startswith(_HERE) else text[:at].rstrip()  # templates may trim
     raise ValueError("continue_final_message: the last message's content was not found in the rendered chat")
 
 
@@ -87,7 +93,8 @@ def _message(message: Any) -> dict[str, Any]:
     """Return a message with its parts checked and its tool calls' arguments as objects. Raises ValueError for none."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"chat: got {message!r}, wanted messages {{'role': str, 'content': …}}")
-    result, content = dict(message), message.get("content")
+    result = {name: value for name, value in message.items() if value is not None}
+    content = result.get("content")
     if isinstance(content, (list, tuple)):
         result["content"] = [_part(part) for part in content]
     elif content is not None and not isinstance(content, str):
@@ -96,6 +103,8 @@ def _message(message: Any) -> dict[str, Any]:
         )
     if message["role"] == "assistant" and message.get("tool_calls"):
         result["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    for thought in [result[name] for name in _THOUGHTS if name in result][:1]:
+        result = {"thinking": thought, **result, "reasoning_content": thought}
     return result
 
 
@@ -130,7 +139,7 @@ def _flat(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"content": "\n".join(part["text"] for part in content)}
 
 
-def _takes_parts(render: Any, messages: list[dict[str, Any]]) -> bool:
+def _takes_parts(render: Render, messages: list[dict[str, Any]]) -> bool:
     """Return whether a template reads parts: with marks in place of the texts, none is printed as an object."""
     marked: list[dict[str, Any]] = []
     marks: list[dict[str, str]] = []

@@ -39,10 +39,7 @@ class Message(Body):
 
     def as_template_reads(self) -> dict[str, Any]:
         """Return what the template is given, without what was not said."""
-        given = self.model_dump(exclude_none=True, exclude={"reasoning"})
-        if self.reasoning:
-            given["reasoning_content"] = self.reasoning
-        return {"content": "", **given}
+        return {"content": "", **self.model_dump(exclude_none=True)}
 
     def text(self) -> str:
         """Return the content in one piece."""

@@ -41,6 +41,30 @@ def test_it_is_transformers_text(source: str, tools: Any, prompt: bool, demo_mod
     assert render_chat({"default": text}, special, MESSAGES, chat_template_kwargs={"extra": "!"}, **options) == want
 
 
+THOUGHTS: list[dict[str, Any]] = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": None, "reasoning": "I add.", "tool_calls": None},
+    {"role": "assistant", "content": " Four is ", "thinking": "Two and two."},
+]
+READS = "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}</>{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [READS, READS.replace("m.content", "(m.content or '') | trim")])
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("content", [" Four is ", "", [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}]])
+def test_nothing_thoughts_and_a_last_message_are_as_transformers_has_them(
+    source: str, goes_on: bool, content: Any, demo_model: Path
+) -> None:
+    from seamwise.runtime.text.tokenizer import Tokenizer
+
+    full = Tokenizer(demo_model).full
+    messages = [*THOUGHTS[:-1], THOUGHTS[-1] | {"content": content}]
+    flat = [m | {"content": "a\nb "} if isinstance(m["content"], list) else m for m in messages]
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": goes_on}
+    want = full.apply_chat_template(flat, chat_template=source, tokenize=False, **options)
+    assert render_chat({"default": source}, {}, messages, **options) == want
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
