@@ -229,12 +229,16 @@ class Work:
         self, whole: Callable[[], Coroutine[Any, Any, Response]], events: Callable[[], AsyncIterator[bytes]] | None
     ) -> Response:
         """Return the response: events, or one answer when all is done. The work ends with it, or with its client."""
-        if events is not None and self._asked("stream", False):
-            return await EventStream.of(events(), self._request, self.state.settings.write_timeout_s, self.close)
+        receive, settings = self._request.receive, self.state.settings
         try:
-            return await while_connected(self._request.receive, whole())
-        finally:
+            if events is None or not self._asked("stream", False):
+                return await while_connected(receive, whole())
+            parts = events()
+            first: bytes = await while_connected(receive, anext(parts))  # type: ignore[arg-type]
+        except BaseException:
             self.close()
+            raise
+        return EventStream(first, parts, settings.write_timeout_s, self.close)
 
     def close(self) -> None:
         """End what still runs."""

@@ -124,11 +124,6 @@ class Engines:
         """Ranks that hold the model, over all engines."""
         return sum(m.info.world_size if m.info else 1 for m in self.members)
 
-    @property
-    def pid(self) -> int:
-        """The first engine process' id, 0 when there is none."""
-        return self.members[0].pid
-
     def start(self) -> None:
         """Start the processes, in the running event loop."""
         for member in self.members:
