@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.fx.config
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as fx_config
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 _READS_VALUES = "computes with values of tensors on the host, which a recorded step cannot"
 DimNames = Mapping[str, tuple[str | None, ...] | list[Any]]
@@ -67,6 +68,8 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
     Raises ValueError when the model's code restricts a dynamic size (a guard): such a graph would be wrong for other
     sizes, so it is refused here rather than recompiled later.
     """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # and SymPy, slowly
+
     symbols: dict[str, Any] = {}
 
     def spec(names: Any) -> Any:
@@ -80,8 +83,10 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
         return known + int(more) if more else known
 
     shapes = {name: spec(dims[name]) for name in arguments}
+    # Nothing reads the stack at each node, a tenth of a compilation; torch 2.11 has no such option.
+    no_stacks = patch.object(torch.fx.config, "do_not_emit_stack_traces", True, create=True)
     try:
-        with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with torch.no_grad(), no_stacks, fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
         raise ValueError(

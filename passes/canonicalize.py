@@ -9,8 +9,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
+
+from seamwise.kernels.signature import known_equal
 
 from .functionalize import functionalize
 from .graph import aten, given, infer, is_op, shares_memory, sweep, value, written
@@ -135,13 +136,9 @@ def _looks_alike(node: Node, source: Any, *, strides: bool = True) -> bool:
     """
     a, b = value(source), value(node)
     same = (a.dtype, a.device, a.layout, a.dim()) == (b.dtype, b.device, b.layout, b.dim())
-    if not same or not all(map(_equal, a.shape, b.shape)):
+    if not same or not all(map(known_equal, a.shape, b.shape)):
         return False
-    return not strides or all(map(_equal, a.stride(), b.stride()))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return bool(torch.fx.experimental.symbolic_shapes.statically_known_true(a == b))
+    return not strides or all(map(known_equal, a.stride(), b.stride()))
 
 
 def _conversion(graph: Graph, node: Node) -> Node | None:
@@ -161,7 +158,7 @@ def _only_part(node: Node) -> Node | None:
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     given: Any = node.args[0]  # not all_input_nodes, which names a part given twice once
     # cat allows a part of shape (0,) beside parts of any rank.
-    parts = [p for p in given if not _equal(value(p).shape[dim if value(p).dim() > 1 else 0], 0)]
+    parts = [p for p in given if not known_equal(value(p).shape[dim if value(p).dim() > 1 else 0], 0)]
     return parts[0] if len(parts) == 1 else None
 
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node, Proxy
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._pytree import tree_flatten
 
-from seamwise.kernels.signature import WrongArguments
+from seamwise.kernels.signature import WrongArguments, known_equal
 
 aten = torch.ops.aten
 
@@ -144,7 +143,7 @@ def replace_results(node: Node, results: Mapping[int, Proxy]) -> None:
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Return whether two shapes are known to be equal, whatever the dynamic sizes are."""
-    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+    return known_equal(tuple(a), tuple(b))
 
 
 def replace(old: Node, new: Node) -> None:

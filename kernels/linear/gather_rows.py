@@ -15,7 +15,10 @@ from seamwise.kernels.draw import Draw
 from seamwise.kernels.lazy_triton import tl, triton
 
 
-@contract(args={"index_T": "[*T] int64"})
+@contract(
+    args={"index_T": "[*T] int64"},
+    fake=lambda table_VD, index_T: table_VD.new_empty((*index_T.shape, table_VD.shape[1])),
+)  # fmt: skip
 def gather_rows(table_VD: Tensor, index_T: Tensor) -> Tensor:
     """Return table[index]: (T, D) for a table (V, D) and int64 indices (T,) from 0 to V - 1. Moves 2·T·D elements."""
     return table_VD.index_select(0, index_T.flatten()).unflatten(0, index_T.shape)

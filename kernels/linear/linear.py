@@ -44,6 +44,7 @@ def limits_packed(packed: Tensor, out_features: int, in_features: int) -> str | 
     args={"x_TK": "*T K", "packed": "[P W L E]", "bias_N": "out_features"}, opaque=True,
     limits=lambda x_TK, packed, out_features: limits_packed(packed, out_features, x_TK.shape[-1]),
     flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features,
+    fake=lambda x_TK, out_features: x_TK.new_empty((*x_TK.shape[:-1], out_features)),
 )  # fmt: skip
 def linear_packed(x_TK: Tensor, packed: Tensor, out_features: int, bias_N: Tensor | None = None) -> Tensor:
     """Return x wᵀ + bias: (…, N) in x's dtype, for x (…, K) and w packed by `pack_linear`; sums in float32.

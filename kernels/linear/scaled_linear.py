@@ -39,6 +39,7 @@ def limits_quantized(x_TK: Tensor, w_NK: Tensor) -> str | None:
         "w_scale": "N 1 or 1 1 or cdiv(N,128) cdiv(K,128) float32",
     },
     limits=limits_quantized, flops=lambda x_TK, w_NK: 2 * x_TK.numel() * w_NK.shape[0],
+    fake=lambda x_TK, w_NK, dtype: x_TK.new_empty((x_TK.shape[0], w_NK.shape[0]), dtype=dtype),
 )  # fmt: skip
 def scaled_linear(
     x_TK: Tensor, x_scale_TG: Tensor, w_NK: Tensor, w_scale: Tensor, dtype: torch.dtype, bias_N: Tensor | None = None

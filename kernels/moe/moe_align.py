@@ -18,7 +18,12 @@ from seamwise.kernels.draw import Draw
 from seamwise.kernels.lazy_triton import tl, triton
 
 
-@contract(args={"experts_TK": "[T K] int32", "expert_map_G": "int32"})
+def _fake(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    T, K = experts_TK.shape
+    return experts_TK.new_empty(T * K), experts_TK.new_empty(num_experts + 1)
+
+
+@contract(args={"experts_TK": "[T K] int32", "expert_map_G": "int32"}, fake=_fake)
 def moe_align(experts_TK: Tensor, num_experts: int, expert_map_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (order, starts), int32: every slot (T·K,), sorted by expert and then by slot, and where experts start.
 

@@ -60,6 +60,7 @@ def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) ->
         if options.pooler is not None:
             parameters = without_head(parameters)
         fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        fake.cache_enabled = False  # keeping results on symbolic sizes takes longer than computing them again
         with fake:
             _make_fake(model, options)
     with ledger.stage("capture"):

@@ -9,6 +9,7 @@ https://sbert.net/docs/sentence_transformer/usage/custom_models.html.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,6 +154,12 @@ def read_pooler(directory: Path) -> Pooler | None:
     options = _read(text) if text.exists() else {}
     if options.get("do_lower_case"):
         raise ValueError(f"{text}: do_lower_case is true, which is not served; lower texts, and remove it there")
+    asked = directory / "config_sentence_transformers.json"
+    if name := (_read(asked) if asked.exists() else {}).get("default_prompt_name"):
+        says = (
+            "sentence-transformers begins each text with that prompt; here texts stay as they are: put it before them"
+        )
+        warnings.warn(f"{asked}: default_prompt_name is {name!r}: {says}", stacklevel=2)
     return Pooler(
         kind=_kind(directory / str(modules[1].get("path")) / "config.json"), normalize=len(kinds) == 3,
         max_length=options.get("max_seq_length"),

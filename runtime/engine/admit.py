@@ -74,7 +74,7 @@ class Intake:
         encode = None if self._tokenizer is None else partial(self._tokenizer.encode, add_special_tokens=False)
         options = RowOptions(
             params=params, seed=seed + (index << 48), num_prompt=len(prompt), mask_provider=provider,
-            stop_ids=() if params.ignore_eos else self.eos_ids,
+            stop_ids=() if params.ignore_eos and params.structured_outputs is None else self.eos_ids,
             bad_words=tokens_of_words(params.bad_words or (), encode) if encode else (),
         )  # fmt: skip
         return Completion(sequence=s, options=options, detokenizer=detokenizer)

@@ -33,7 +33,7 @@ def edit_logits(logits_LV: Tensor, rows: SamplingRows) -> tuple[Tensor, dict[int
                 masks[r] = mask
         except Exception as error:
             failed[r] = error
-        edits.append(_edits(options, rows.tokens(r), last))
+        edits.append(_edits(options, rows.tokens(r), masks.get(r), last))
     ids, counts, biases = (torch.from_numpy(np.concatenate(part)) for part in zip(*edits, strict=True))
     starts = torch.tensor([0, *(len(row) for row, _, _ in edits)]).cumsum(0)
     tensors = (ids, counts, biases, starts, torch.from_numpy(rows.penalties.copy()))
@@ -90,7 +90,16 @@ _Edits = tuple[np.ndarray, np.ndarray, np.ndarray]
 _NOTHING: _Edits = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-def _edits(options: RowOptions, tokens: np.ndarray, last: np.ndarray) -> _Edits:
+def _early_stops(options: RowOptions, num_output: int, mask: np.ndarray | None, vocab: int) -> tuple[int, ...]:
+    """Return the stops that min_tokens still forbids: none where a form is complete, after which nothing else comes."""
+    stops = (*options.stop_ids, *options.params.stop_tokens)
+    if num_output >= options.params.min_tokens or not stops:
+        return ()
+    complete = options.mask_provider is not None and mask is not None
+    return () if complete and not (mask & ~allowed_words(np.array(stops), vocab)).any() else stops
+
+
+def _edits(options: RowOptions, tokens: np.ndarray, mask: np.ndarray | None, last: np.ndarray) -> _Edits:
     """Return token ids to edit, each once; how often the output has them, -1: the sequence has not; and biases.
 
     `last` is scratch with a place for each token of the vocabulary: where a token occurs last, which takes a fifth of
@@ -98,8 +107,7 @@ def _edits(options: RowOptions, tokens: np.ndarray, last: np.ndarray) -> _Edits:
     """
     p, num_output = options.params, len(tokens) - options.num_prompt
     biases = dict(p.biases)
-    if num_output < p.min_tokens:
-        biases |= dict.fromkeys((*options.stop_ids, *p.stop_tokens), float("-inf"))
+    biases |= dict.fromkeys(_early_stops(options, num_output, mask, len(last)), float("-inf"))
     for word in options.bad_words:
         before = len(word) - 1
         if before <= num_output and tokens[len(tokens) - before :].tolist() == list(word[:-1]):

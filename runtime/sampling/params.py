@@ -75,9 +75,10 @@ class SamplingParams:
     repetition_penalty   divides positive and multiplies negative logits of tokens in prompt or output
     seed                 makes the request's draws depend on (seed, position) alone; None or -1 takes the engine's seed
     stop, stop_token_ids end the output; the text of either is left out unless include_stop_str_in_output
-    ignore_eos           go on after the model's end-of-sequence tokens
+    ignore_eos           go on after the model's end-of-sequence tokens; a form asked for ends the output in any case
     max_tokens           greatest number of output tokens; None: up to max_model_len
-    min_tokens           so many output tokens come before EOS, a stop token or the end of a stop string
+    min_tokens           so many output tokens come before EOS, a stop token or the end of a stop string; a form asked
+                         for that is complete ends the output before
     logprobs             log probabilities of so many most likely tokens, and of the sampled one, at each position; -1:
                          of all tokens
     prompt_logprobs      the same of the prompt's tokens; its prefix is then computed, not read from the cache

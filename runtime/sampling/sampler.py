@@ -48,6 +48,7 @@ def sample(logits_LV: Tensor, rows: SamplingRows, mode: str = "raw_logprobs") ->
     tokens_L = gumbel_sample(
         adjusted_LV, temperature_L, _column(rows.seeds, device), _column(rows.positions.astype(np.int64), device)
     )
+    _refuse_impossible(adjusted_LV, tokens_L, failed)
     found: dict[int, Found] = {}
     if rows.wants.any():
         wanting = rows.wants.nonzero()[0]
@@ -59,6 +60,15 @@ def sample(logits_LV: Tensor, rows: SamplingRows, mode: str = "raw_logprobs") ->
         reports = report(values_LV, tokens_L[wanting], params, mode)
         found = dict(zip(wanting.tolist(), reports, strict=True))
     return Sampled(tokens=tokens_L.cpu().numpy(), logprobs=found, failed=failed)
+
+
+def _refuse_impossible(logits_LV: Tensor, tokens_L: Tensor, failed: dict[int, Exception]) -> None:
+    """Let rows fail whose greatest logit is -inf, which every token then has, or NaN: any token would be a lie."""
+    chosen = logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1).float().cpu().numpy()
+    for r in (~(chosen > -np.inf)).nonzero()[0].tolist():
+        nothing = ValueError("no token is allowed next: what is allowed, and what is forbidden, leave none")
+        broken = RuntimeError("the logits are NaN: a weight is, or a value is too large for the model's dtype")
+        failed.setdefault(r, broken if np.isnan(chosen[r]) else nothing)
 
 
 def _column(values: np.ndarray, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ object that is the whole answer, {"name": …, "parameters": {…}} (Llama 3); r
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -13,10 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-_NO_ARGUMENTS = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*\}\s*</tool_call>')
-_START = re.compile(
-    r'\s*(\{\s*("(n(a(m(e("(\s*(:(\s*("(?:[^"\\]|\\.)*("(\s*(\}.*|,(\s*(".*)?)?)?)?)?)?)?)?)?)?)?)?)?)?)?)?$', re.S
-)
+_OTHER_CALLS = ("<function=", "<arg_key>")  # what is no JSON between the marks: Qwen3-Coder, GLM 4.5
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _END = re.compile(r"^\s*(\}\s*(</tool_call>)?)?")  # of a call, behind its arguments
 
@@ -76,11 +74,13 @@ class ChatParts:
             if self.thinking and (yield from self._upto(close, "reasoning")):
                 yield from self._newlines()
         if self.tools == "llama3_json":
-            yield from self._until(lambda: bool(_NAME.match(self._held)) or not _START.match(self._held))
-            if match := _NAME.match(self._held):
-                yield from self._call(match)
+            while (yield from self._object(marked=False)):
+                yield from self._until(lambda: bool(self._held.strip("; \n")))
+                rest = self._held.lstrip("; \n")
+                self._held = rest if rest[:1] in ("", "{") else self._held
         while (yield from self._upto(_OPEN if self.tools == "hermes" else "", "text")):
-            yield from self._marked_call()
+            if not (yield from self._object(marked=True)):
+                yield Part("text", _OPEN)  # it is no call: give it as it is
 
     def _until(self, enough: Callable[[], bool]) -> Iterator[None]:
         """Wait for more text until it is enough, or all."""
@@ -110,37 +110,47 @@ class ChatParts:
                 return bool(found)
             yield None
 
-    def _marked_call(self) -> Iterator[Part | None]:
-        """Read a call behind its mark: as soon as its name is known, its arguments follow as they come."""
+    def _object(self, *, marked: bool) -> Generator[Part | None, None, bool]:
+        """Read a call if one begins here, and return whether: what is behind its name comes as it is written, and keys
+        in another order come at the object's end. Without a mark before it an object without arguments is none."""
+        whole, seen = _Object(), 0
 
         def known() -> bool:
-            ways = _NAME.match(self._held) or _NO_ARGUMENTS.match(self._held)
-            return bool(ways) or _CLOSE in self._held or not _START.match(self._held)
+            nonlocal seen
+            text = self._held.lstrip()
+            if not whole.ended and text.startswith("{"):
+                seen += whole.advance(self._held[seen:])
+            return bool(whole.ended or _NAME.match(self._held) or (text and not text.startswith("{")))
 
         yield from self._until(known)
         if match := _NAME.match(self._held):
             yield from self._call(match)
-        elif match := _NO_ARGUMENTS.match(self._held + _CLOSE if self._ended else self._held):
-            call = self._named(match)
-            yield from (call, replace(call, kind="arguments", text="{}"))
-            yield from self._newlines()
+        elif whole.ended and (found := _whole_call(self._held[:seen], marked)):
+            yield (call := self._named(found[0], seen - 1))
+            yield replace(call, kind="arguments", text=found[1])
+            yield from self._end_of_call()
         else:
-            yield Part("text", _OPEN)  # it is no call: give it as it is
+            return False
+        return True
 
-    def _named(self, match: re.Match[str]) -> Part:
-        """Return the call that begins so."""
-        self._held, self.num_calls = self._held[match.end() :], self.num_calls + 1
-        return Part("call", match[1], self.num_calls - 1, f"call_{uuid.uuid4().hex[:24]}")
+    def _named(self, name: str, size: int) -> Part:
+        """Return the call that begins with so many characters."""
+        self._held, self.num_calls = self._held[size:], self.num_calls + 1
+        return Part("call", name, self.num_calls - 1, f"call_{uuid.uuid4().hex[:24]}")
 
     def _call(self, match: re.Match[str]) -> Iterator[Part | None]:
         """Give a call that begins so, its arguments as they come, and leave out its end."""
-        yield (call := self._named(match))
+        yield (call := self._named(match[1], match.end()))
         arguments = _Object()
         while not arguments.ended and (self._held or not self._ended):
             size = arguments.advance(self._held)
             text, self._held = self._held[:size], self._held[size:]
             yield replace(call, kind="arguments", text=text)
             yield from self._until(lambda: arguments.ended or bool(self._held))
+        yield from self._end_of_call()
+
+    def _end_of_call(self) -> Iterator[None]:
+        """Leave out what closes a call behind its arguments."""
 
         def ends() -> bool:
             return _may_become("".join(self._held.split()), "}" + _CLOSE)
@@ -177,6 +187,19 @@ class _Object:
         return len(text)
 
 
+def _whole_call(text: str, marked: bool) -> tuple[str, str] | None:
+    """Return the name and the arguments' JSON of a call in one object, whatever stands beside them; None: no call."""
+    try:
+        found = json.loads(text)
+        given = found.get("arguments", found.get("parameters"))
+        given = json.loads(given) if isinstance(given, str) else {} if given is None else given
+    except (ValueError, RecursionError):
+        return None
+    said = marked or not found.keys().isdisjoint(("arguments", "parameters"))
+    fits = said and isinstance(found.get("name"), str) and isinstance(given, dict)
+    return (found["name"], json.dumps(given, ensure_ascii=False)) if fits else None
+
+
 def _may_become(text: str, mark: str) -> bool:
     return mark.startswith(text) and text != mark
 
@@ -190,11 +213,11 @@ def _overlap(text: str, mark: str) -> int:
 
 
 def tool_format(template: str) -> str | None:
-    """Return how a model whose chat template this is writes calls; None when the template has no tools."""
+    """Return how a model whose chat template this is writes calls; None for one without tools, or with other calls."""
     if "tools" not in template:
         return None
     if "<tool_call>" in template:
-        return "hermes"
+        return None if any(mark in template for mark in _OTHER_CALLS) else "hermes"
     return "llama3_json" if '"parameters"' in template or "python_tag" in template else None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 Render = Callable[[list[dict[str, Any]]], str]
 FORMATS = ("auto", "string", "openai")
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # templates read one of the first two, clients send any
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _HERE = "seamwise-goes-on-here "  # stands where a last message is to be continued
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
@@ -57,9 +57,10 @@ def render_chat(
     if (
         chat_template_content_format == "string"
         or not any(isinstance(m.get("content"), list) for m in asked)
-        or (chat_template_content_format == "auto" and not _takes_parts(render, asked))
+        or (chat_template_content_format == "auto" and not _takes_parts(render, _in_form(asked)))
     ):
         asked = [_flat(message) for message in asked]
+    asked = _with_calls(render, asked)
     return _continued(render, asked) if continue_final_message else render(asked)
 
 
@@ -101,10 +102,9 @@ def _message(message: Any) -> dict[str, Any]:
         raise ValueError(
             f"chat: a content is {content!r}, wanted a string or a list of {{'type': 'text', 'text': str}}"
         )
-    if message["role"] == "assistant" and message.get("tool_calls"):
-        result["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
-    for thought in [result[name] for name in _THOUGHTS if name in result][:1]:
-        result = {"thinking": thought, **result, "reasoning_content": thought}
+    reasoning = next((result[key] for key in _REASONING if key in result), None)
+    if reasoning is not None:  # templates know it by either of two names, gpt-oss's by the other
+        result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
     return result
 
 
@@ -120,16 +120,56 @@ def _part(part: Any) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _tool_call(call: Any) -> Any:
-    """Return a tool call whose arguments are an object: clients send JSON, templates read fields."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+def _with_calls(render: Render, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with tool calls in the first form in which a template shows every call.
+
+    Some read arguments as an object and some as its JSON; some leave out calls beside a content that is "", and some
+    print None. Where no form shows them, it is the first: an object beside "".
+    """
+    names = [f"seamwise-call-{i}-" for i in range(sum(len(_calls(m)) for m in asked))]
+    functions = [{"name": name, "arguments": {"seamwise-argument": 1}} for name in names]
+    left, plain = iter(functions), _in_form(asked)
+    marked = [
+        {**m, "tool_calls": [{**call, "function": next(left)} for call in _calls(m)]} if _calls(m) else m for m in asked
+    ]
+    for as_text, content in [(as_text, content) for as_text in (False, True) for content in ("", None) if names]:
+        try:
+            shown = render(_in_form(marked, as_text, content))
+        except Exception:  # whatever it raises, this is not what it reads
+            continue
+        if all(name in shown for name in names) and "'seamwise-argument'" not in shown:
+            return _in_form(asked, as_text, content)
+    return plain
+
+
+def _calls(message: Mapping[str, Any]) -> list[Any]:
+    calls = list(message.get("tool_calls") or ()) if message["role"] == "assistant" else []
+    return calls if all(isinstance(call, Mapping) for call in calls) else []
+
+
+def _in_form(asked: list[dict[str, Any]], as_text: bool = False, content: str | None = "") -> list[dict[str, Any]]:
+    """Return messages whose calls have arguments as text or as objects, and stand beside a content, or this one."""
+    return [
+        {**m, "content": m.get("content") or content, "tool_calls": [_call(c, as_text) for c in _calls(m)]}
+        if _calls(m)
+        else m
+        for m in asked
+    ]
+
+
+def _call(call: Mapping[str, Any], as_text: bool) -> Mapping[str, Any]:
+    """Return a tool call with its arguments as text, as it was given if it was, or as an object."""
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        return call
+    given = function.get("arguments") or "{}"
+    if isinstance(given, str) == as_text:
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        made = json.dumps(given, ensure_ascii=False) if as_text else json.loads(given) or {}
     except ValueError as error:
-        raise ValueError(f"chat: a tool call's arguments are {function['arguments']!r}, not JSON: {error}") from error
-    return {**call, "function": {**function, "arguments": arguments}}
+        raise ValueError(f"chat: a tool call's arguments are {given!r}, not JSON: {error}") from error
+    return {**call, "function": {**function, "arguments": made}}
 
 
 def _flat(message: dict[str, Any]) -> dict[str, Any]:

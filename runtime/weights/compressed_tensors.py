@@ -72,12 +72,18 @@ def _rule(read: Reader) -> Rule:
         )
     if format == "float8_e4m3fn" and not symmetric:
         raise ValueError(f"{weights.where}: symmetric is false, wanted true for float weights")
-    if weights.raw.get("dynamic") or weights.raw.get("actorder") not in (None, False, "weight", "static"):
+    scheme = Scheme(format, *_weight_blocks(weights, format))
+    reordered = scheme.columns and weights.raw.get("actorder") not in (
+        None,
+        False,
+        "weight",
+        "static",
+    )  # in groups only
+    if weights.raw.get("dynamic") or reordered:
         raise ValueError(
             f"{weights.where}: dynamic {weights.raw.get('dynamic')!r}, actorder {weights.raw.get('actorder')!r}; wanted"
             " stored weights in the order of their columns: dynamic false, actorder null or 'weight'"
         )
-    scheme = Scheme(format, *_weight_blocks(weights, format))
     inputs = Reader(read.part("input_activations"), f"{read.where}: input_activations")
     return Rule(
         targets=tuple(read_names(read, read.raw.get("targets"))), scheme=scheme,

@@ -23,6 +23,7 @@ class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: Function
+    index: int | None = Field(None, exclude=True, description="What streamed calls have; their order says it.")
 
 
 class Message(Body):

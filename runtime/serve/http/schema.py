@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,7 +19,8 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 class Body(BaseModel):
     """A request. Types are not converted, and a field that does not exist is refused.
 
-    One that asks for nothing (null, false, empty) is let be: routers send every field that they know.
+    One that asks for nothing (null, false, empty) is let be: routers send every field that they know. Null is a known
+    field's default, too.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
@@ -29,11 +30,13 @@ class Body(BaseModel):
     def _without_what_asks_for_nothing(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {
-            name: value
-            for name, value in given.items()
-            if name in cls.model_fields or not (value is None or value is False or value in ("", [], {}))
-        }
+        return {name: value for name, value in given.items() if cls._takes(name, value)}
+
+    @classmethod
+    def _takes(cls, name: str, value: Any) -> bool:
+        if (field := cls.model_fields.get(name)) is None:
+            return not (value is None or value is False or value in ("", [], {}))
+        return value is not None or field.is_required() or type(None) in get_args(field.annotation)
 
 
 class StreamOptions(Body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def test_sentence_transformers_files_say_how(pooling: dict[str, Any], kind: str,
     assert read_pooler(tmp_path) == Pooler(kind=kind, normalize=False, max_length=512)
     save_modules(tmp_path, pooling, "Normalize")
     assert read_pooler(tmp_path) == Pooler(kind=kind, normalize=True, max_length=512)
+
+
+def test_a_prompt_that_is_not_put_before_texts_is_said(tmp_path: Path) -> None:
+    save_modules(tmp_path, older("lasttoken"))
+    for name in (None, "query"):
+        prompts = {"prompts": {"query": "Query: "}, "default_prompt_name": name}
+        (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert read_pooler(tmp_path) == Pooler(kind="LAST", normalize=False, max_length=512)
+        assert [("default_prompt_name is 'query'" in str(w.message)) for w in found] == ([True] if name else [])
 
 
 @pytest.mark.parametrize(

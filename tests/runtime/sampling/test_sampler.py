@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,10 +140,11 @@ def test_every_option_is_its_definition_in_any_batch(seed: int, rows: list[Row],
     logits = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(seed))
     before = logits.clone()
     sampled = run(logits, rows, mode)
-    assert torch.equal(logits, before) and not sampled.failed
+    assert torch.equal(logits, before)
     for r, row in enumerate(rows):
         drawn_from, values = reference(logits[r].numpy(), row, mode)
         token, p = int(sampled.tokens[r]), row.params
+        assert (r in sampled.failed) == (not np.isfinite(drawn_from).any())
         if np.isfinite(drawn_from).any():
             assert np.isfinite(drawn_from[token]), "a token that was cut off is drawn"
             if p.temperature == 0:
@@ -193,6 +194,25 @@ def test_what_fails_in_one_row_fails_there_alone() -> None:
     sampled = run(logits, rows)
     assert sampled.tokens[0] == V - 1 and {*sampled.failed} == {1, 2}
     assert "no such word" in str(sampled.failed[1]) and "wanted logits (8,)" in str(sampled.failed[2])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_no_token_is_made_up(temperature: float, top_k: int) -> None:
+    """Token 0, a "!" to most tokenizers, is what an argmax of NaN, or of nothing but -inf, gives."""
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    logits[1], logits[2, 5] = torch.nan, torch.nan
+    plain = SamplingParams(temperature=temperature, top_k=top_k)
+    rows = [Row(plain) for _ in range(4)]
+    rows[3].params = replace(plain, allowed_token_ids=[4, 6], stop_token_ids=[6], min_tokens=2, max_tokens=9)
+    rows[3].options["bad_words"] = [[4]]
+    failed = run(logits, rows).failed
+    assert {*failed} == {1, 2, 3} and "no token is allowed next" in str(failed[3])
+    assert all(isinstance(failed[r], RuntimeError) and "logits are NaN" in str(failed[r]) for r in (1, 2))
+    rows[3].options["bad_words"] = []
+    assert run(logits, rows).tokens[3] == 4
+    certain = replace(plain, logits_processors=[lambda ids, x: x.index_fill(0, torch.tensor([7]), torch.inf)])
+    assert run(logits[:1], [Row(certain)]).tokens.tolist() == [7]  # so a processor may choose
 
 
 def test_a_processor_may_ask_for_the_prompt() -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from seamwise.runtime.engine.drafting import Drafting
 from seamwise.runtime.engine.engine import Engine
+from seamwise.runtime.engine.outputs import RequestOutput
 from seamwise.runtime.sampling.grammar import GrammarMask, Grammars
 from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.sampling.structured import StructuredOutputsParams
@@ -135,6 +136,28 @@ def test_what_is_no_form_is_refused_when_asked(form: dict[str, Any], message: st
     with pytest.raises(ValueError, match=re.escape(message)):
         engine.check([3], SamplingParams(structured_outputs=form, detokenize=False))  # type: ignore[arg-type]
     engine.close()
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+@pytest.mark.parametrize("given", [{"min_tokens": 9}, {"ignore_eos": True}, {"min_tokens": 3, "stop_token_ids": [0]}])
+def test_a_form_that_is_complete_ends_the_output(given: dict[str, Any], guesses: bool) -> None:
+    """Whatever asks for more: nothing else may follow, and a token that is not allowed would break the form."""
+    runner = FakeRunner(num_blocks=64, block_size=4, vocab_size=VOCAB, eos_ids=(EOS,))
+    drafting = Drafting(drafter=Wrong(), most=2) if guesses else None
+    engine = Engine(runner, Vocabulary(), SchedulerConfig(), drafting=drafting)  # type: ignore[arg-type]
+    params = SamplingParams(
+        max_tokens=24, seed=7, n=4, detokenize=False, structured_outputs={"regex": "(bc|c)+x?|yes"}, **given
+    )  # type: ignore[arg-type]
+    engine.add_request("g", [3, 4, 5], params)
+    given_out: list[RequestOutput] = []
+    while engine.has_unfinished_requests():
+        given_out = engine.step() or given_out
+    engine.close()
+    for one in given_out[0].outputs:
+        text = "".join(PIECES[i] for i in one.token_ids if i != EOS)
+        assert one.finish_reason == "length" or re.fullmatch("(bc|c)+x?|yes", text), one
+        assert one.finish_reason in ("stop", "length"), one
+    assert "stop" in [one.finish_reason for one in given_out[0].outputs]
 
 
 def test_an_aborted_request_does_not_come_back_when_its_grammar_is_ready() -> None:

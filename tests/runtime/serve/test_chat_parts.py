@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seamwise.runtime.serve.chat_parts import ChatParts, Part
+from seamwise.runtime.serve.chat_parts import ChatParts, Part, tool_format
 
 THINK = ("<think>", "</think>")
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": [1, "}\\""], "b": {"c": "</tool_call>"}}}\n</tool_call>'
+ARGUMENTS = '{"a": [1, "}\\""], "b": {"c": "</tool_call>"}}'
+CALL = f'<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}\n</tool_call>'
 
 
 def read(reader: ChatParts, pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
@@ -46,6 +47,38 @@ CASES: dict[str, tuple[ChatParts, str, tuple[str, str, list[str]]]] = {
     "whole object": (
         ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}}', ("", "", ["add"]),
     ),
+    "name last": (
+        ChatParts(tools="hermes"), f'<tool_call>\n{{"arguments": {ARGUMENTS}, "name": "add"}}\n</tool_call>',
+        ("", "", ["add"]),
+    ),
+    "arguments as text": (
+        ChatParts(tools="hermes"),
+        f'Well. <tool_call>{{"name": "add", "arguments": {json.dumps(ARGUMENTS)}}}</tool_call>\n{CALL}',
+        ("", "Well.", ["add", "add"]),
+    ),
+    "null for arguments": (
+        ChatParts(tools="hermes"), '<tool_call>{"name": "now", "arguments": null}</tool_call>', ("", "", ["now"]),
+    ),
+    "no name": (
+        ChatParts(tools="hermes"), '<tool_call>{"a": 1}</tool_call> or', ("", '<tool_call>{"a": 1}</tool_call> or', []),
+    ),
+    "broken off": (ChatParts(tools="hermes"), '<tool_call>{"nam', ("", '<tool_call>{"nam', [])),
+    "object with its type": (
+        ChatParts(tools="llama3_json"), '{"type": "function", "name": "add", "parameters": {"a": [1]}}',
+        ("", "", ["add"]),
+    ),
+    "several objects": (
+        ChatParts(tools="llama3_json"),
+        '{"name": "add", "parameters": {"a": [1]}}; {"type": "function", "name": "now", "parameters": {}}',
+        ("", "", ["add", "now"]),
+    ),
+    "object and words": (
+        ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}} is it', ("", "is it", ["add"]),
+    ),
+    "object and a separator": (
+        ChatParts(tools="llama3_json"), '{"name": "add", "parameters": {"a": [1]}};\n', ("", "", ["add"]),
+    ),
+    "object broken off": (ChatParts(tools="llama3_json"), '{"name": "ad', ("", '{"name": "ad', [])),
     "no call, an object": (ChatParts(tools="llama3_json"), '{"name": "now"}', ("", '{"name": "now"}', [])),
     "thought and object": (
         ChatParts(tools="llama3_json", reasoning=THINK), '<think>Hm</think>\n{"name": "add", "parameters": {"a": [1]}}',
@@ -78,3 +111,15 @@ def test_arguments_come_before_the_call_ends() -> None:
     reader = ChatParts(tools="hermes")
     got = reader.feed('<tool_call>{"name": "add", "arguments": {"a": 1, "b"')
     assert [(p.kind, p.text) for p in got] == [("call", "add"), ("arguments", '{"a": 1, "b"')]
+
+
+@pytest.mark.parametrize(
+    ("written", "form"),
+    [
+        ('{"name": NAME, "arguments": ARGUMENTS}', "hermes"),
+        ("<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>", None),
+        ("NAME\n<arg_key>KEY</arg_key>\n<arg_value>VALUE</arg_value>", None),
+    ],
+)
+def test_only_calls_in_json_are_read(written: str, form: str | None) -> None:
+    assert tool_format(f"{{% if tools %}}<tool_call>\n{written}\n</tool_call>{{% endif %}}") == form

@@ -21,6 +21,7 @@ TAKES_PARTS = (
 TOOLS = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{% for m in messages %}{{ m.content }}" + (
     "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}{% endfor %}"
 )
+GIVEN = ('{"x":"ä"}', "null")  # arguments of calls, as clients send them back
 PARTS = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
 
 
@@ -100,6 +101,47 @@ def test_tools_and_their_calls(full: Any) -> None:
     for wrong in ("weather", tool, ["weather"]):
         with pytest.raises(ValueError, match=r"tools: got .*, wanted a list of"):
             render_chat(*full, messages[:1], tools=wrong, **options)  # type: ignore[arg-type]
+
+
+CALLS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}[{{ c.function.name }}ARGUMENTS]{% endfor %}{% endfor %}"
+)
+SILENT = "{% for m in messages %}{{ m.content or '' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (CALLS.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}"), '[f{"x": "ä"}][g{}]'),
+        (CALLS.replace("ARGUMENTS", "{% for k, v in c.function.arguments.items() %} {{ k }}{% endfor %}"), "[f x][g]"),
+        (CALLS.replace("ARGUMENTS", "{{ ' ' + c.function.arguments }}"), '[f {"x":"ä"}][g null]'),  # DeepSeek's
+        (CALLS.replace("ARGUMENTS", "{{ c.function.arguments }}"), '[f{"x":"ä"}][gnull]'),  # would be Python's spelling
+        (CALLS.replace("m.tool_calls", "(m.tool_calls if m.content is none else [])"), "[fARGUMENTS][gARGUMENTS]"),
+        (CALLS.replace("{% for c", "{{ m.content + '' }}{% for c"), "?[fARGUMENTS][gARGUMENTS]sun"),
+        (SILENT, "?sun"),
+    ],
+)
+@pytest.mark.parametrize("beside", [{"content": None}, {"content": ""}, {}])
+def test_calls_stand_in_the_form_that_the_template_shows(template: str, wanted: str, beside: dict[str, Any]) -> None:
+    calls = [
+        {"id": n, "type": "function", "function": {"name": n, "arguments": a}} for n, a in zip("fg", GIVEN, strict=True)
+    ]
+    said = {"role": "assistant", "tool_calls": calls, **beside}
+    messages = [{"role": "user", "content": "?"}, said, {"role": "tool", "content": "sun", "tool_call_id": "f"}]
+    got = render_chat({}, {}, messages, chat_template=template, add_generation_prompt=False)
+    assert got == wanted
+    assert (
+        said == {"role": "assistant", "tool_calls": calls, **beside} and calls[0]["function"]["arguments"] == GIVEN[0]
+    )  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_has_the_names_that_transformers_gives_it(name: str, demo_model: Path) -> None:
+    template = "{{ messages[0].thinking }}|{{ messages[0].reasoning_content }}|{{ messages[0].content }}"
+    messages = [{"role": "assistant", "content": "4", name: "2 + 2"}]
+    got = render_chat({}, {}, messages, chat_template=template)
+    full = Tokenizer(demo_model).full
+    assert got == full.apply_chat_template(messages, chat_template=template, tokenize=False) == "2 + 2|2 + 2|4"
 
 
 def test_a_last_message_is_continued(full: Any) -> None:

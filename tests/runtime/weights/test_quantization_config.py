@@ -43,7 +43,10 @@ BAD_GROUPS: list[tuple[dict[str, Any], str]] = [
     ({"weights": {"num_bits": 3}}, "3 bits of type 'int'; wanted 8 bits of either, or 4 of 'int'"),
     ({"weights": {"num_bits": 4, "strategy": "channel"}}, "int4 in format 'int-quantized' is not served"),
     ({"weights": {"type": "float", "symmetric": False}}, "symmetric is false, wanted true for float weights"),
-    ({"weights": {"strategy": "channel", "actorder": "group"}}, "actorder 'group'; wanted stored weights in the order"),
+    (
+        {"weights": {"strategy": "group", "group_size": 32, "actorder": "group"}},
+        "actorder 'group'; wanted stored weights in the order",
+    ),
     ({"weights": {"rounding": "up"}}, "rounding would be ignored"),
     ({"input_activations": {"num_bits": 8, "dynamic": True, "strategy": "tensor"}}, "not served (strategy)"),
     ({"input_activations": {"num_bits": 8, "strategy": "tensor", "symmetric": False}}, "not served (symmetric)"),
@@ -64,6 +67,23 @@ def test_what_is_not_served_is_named(given: dict[str, Any], message: str, tmp_pa
 def test_what_a_group_has_that_is_not_served_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     group = INT8["config_groups"]["group_0"] | change
     test_what_is_not_served_is_named(INT8 | {"config_groups": {"group_0": group}}, message, tmp_path)
+
+
+@pytest.mark.parametrize("order", [True, "group", "static", None])
+def test_an_order_of_groups_says_nothing_of_channels(order: object) -> None:
+    """llm-compressor writes its default beside channels and tensors, too."""
+    group = INT8["config_groups"]["group_0"]
+    read = [
+        read_quantization(
+            {
+                "quantization_config": INT8
+                | {"config_groups": {"group_0": group | {"weights": group["weights"] | more}}}
+            },
+            "c",
+        )
+        for more in ({"actorder": order}, {})
+    ]
+    assert read[0] == read[1] is not None and read[0].rules[0].scheme.columns == 0
 
 
 def test_the_most_specific_target_holds(tmp_path: Path) -> None:

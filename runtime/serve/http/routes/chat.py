@@ -66,7 +66,9 @@ def _tools(body: ChatRequest, prompts: Prompts) -> str | None:
     source = prompts.templates.get("tool_use", prompts.templates.get("default", ""))
     form = tool_format(source)
     if form is None:
-        raise ValueError("tools: this model's chat template takes none; leave them out")
+        raise ValueError(
+            "tools: this model's chat template takes none, or writes calls otherwise than in JSON; leave them out"
+        )
     return form
 
 

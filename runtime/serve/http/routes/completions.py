@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -97,13 +98,18 @@ def _logprobs(delta: Delta, rows: list[dict[int, Logprob]], offset: int, most: i
     """Return the completions API's parallel lists; of a token's text the offset follows."""
     own = [row[token] for token, row in zip(delta.token_ids, rows, strict=True)]
     tokens = [spelled(token, its) for token, its in zip(delta.token_ids, own, strict=True)]
-    offsets = []
-    for text in tokens:
-        offsets.append(offset)
-        offset += len(text)
     return {
         "tokens": tokens,
         "token_logprobs": [its.logprob for its in own],
-        "top_logprobs": [{spelled(*one): one[1].logprob for one in row.items()} if most else None for row in rows],
-        "text_offset": offsets,
+        "top_logprobs": [_by_spelling(row) if most else None for row in rows],
+        "text_offset": [*accumulate(map(len, tokens), initial=offset)][:-1],
     }
+
+
+def _by_spelling(row: dict[int, Logprob]) -> dict[str, float]:
+    """Return log probabilities by tokens' texts; of a text that several have, parts of characters say, also by ids."""
+    found: dict[str, float] = {}
+    for token, its in row.items():
+        text = spelled(token, its)
+        found[f"token_id:{token}" if text in found else text] = its.logprob
+    return found
