@@ -37,7 +37,7 @@ class FakeChild:
         if self._rank == 0 or STARTS[1] <= self.good:
             self.ready = True
             self._handle(Ready(
-                model="", max_model_len=1, vocab_size=1, eos_ids=[], block_size=1, num_blocks=1, dtype="", device="",
+                model="", max_model_len=1, vocab_size=1, block_size=1, num_blocks=1, dtype="", device="",
                 tokenizer=None, chat_templates={}, special_tokens={}, split_special_tokens=False, startup_s={},
                 explain={}, world_size=1,
             ))  # fmt: skip
