@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_traces import sharing_traces
 
 from seamwise.bench import machine, report, timing
 from seamwise.bench.gpu import command as gpu
@@ -35,21 +36,24 @@ def context(path: Path, **given: Any) -> Context:
     return Context(device="cpu", tiny=True, results=results, until=given.pop("until", time.time() + 600), **given)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a run of all stages at tiny shapes, in this process."""
-    path = tmp_path_factory.mktemp("gpu") / "run.json"
-    work = context(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "_FLUSH_BYTES", 1 << 16)
-        timing._flush_buffer.cache_clear()
-        assert gpu.measure(work, list(gpu.STAGES)) == 0
-    timing._flush_buffer.cache_clear()
-    return path
+traces = sharing_traces()
 
 
 @pytest.mark.slow
-def test_every_stage_runs_at_tiny_shapes(whole: Path) -> None:
+def test_a_whole_run_and_what_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages at tiny shapes, in this process: one test, as two workers would run it twice for several."""
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 1 << 16)
+    timing._flush_buffer.cache_clear()
+    assert gpu.measure(context(path), list(gpu.STAGES)) == 0
+    timing._flush_buffer.cache_clear()
+    every_stage_ran(path)
+    a_finished_run_resumes_to_nothing(path)
+    the_page_of_a_run(path, tmp_path / "page")
+    winners_are_a_table_of_tuned(path, monkeypatch)
+
+
+def every_stage_ran(whole: Path) -> None:
     _, rows = read_rows(whole)
     assert [r for k, r in rows.items() if r["status"] not in ("ok", "absent")] == []
     assert {k.split("/")[0] for k, r in rows.items() if r["status"] == "ok"} == set(gpu.STAGES)
@@ -73,8 +77,7 @@ def test_every_stage_runs_at_tiny_shapes(whole: Path) -> None:
     assert rows["steps/llama-3-8b/bf16/piecewise/4"]["host_us"] > 0
 
 
-@pytest.mark.slow
-def test_a_finished_run_resumes_to_nothing(whole: Path) -> None:
+def a_finished_run_resumes_to_nothing(whole: Path) -> None:
     before = whole.read_text()
     work = context(whole)
     for work.extras in (False, True):
@@ -83,8 +86,7 @@ def test_a_finished_run_resumes_to_nothing(whole: Path) -> None:
     assert whole.read_text() == before
 
 
-@pytest.mark.slow
-def test_winners_are_a_table_of_tuned(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def winners_are_a_table_of_tuned(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = whole.parent.glob("tuned-*.json")
     assert path.name == f"tuned-{tuned.device_name('cpu')}.json"
     (whole.parent / "cpu.json").write_text(path.read_text())
@@ -97,18 +99,17 @@ def test_winners_are_a_table_of_tuned(whole: Path, monkeypatch: pytest.MonkeyPat
         assert tuned.winner("scaled_linear", "cpu", (asked, *shape)) == min(times, key=times.__getitem__)
 
 
-@pytest.mark.slow
-def test_the_page_of_a_run(whole: Path, tmp_path: Path) -> None:
+def the_page_of_a_run(whole: Path, folder: Path) -> None:
     head, rows = read_rows(whole)
-    (tmp_path / "Device-X").mkdir()
-    write(tmp_path / "Device-X/a.json", head | {"shapes": "real"}, rows)
-    assert main(["bench", "report", "--results", str(tmp_path)]) == 0
-    page = (tmp_path / "README.md").read_text()
+    (folder / "Device-X").mkdir(parents=True)
+    write(folder / "Device-X/a.json", head | {"shapes": "real"}, rows)
+    assert main(["bench", "report", "--results", str(folder)]) == 0
+    page = (folder / "README.md").read_text()
     row = rows["steps/llama-3-8b/bf16/graph/4"]
     assert f"| llama-3-8b | bf16 | graph | 4 | {row['step_us']:,.0f} | {row['host_us']:,.0f} |" in page
     assert f"{rows['environment/copy']['gb_per_s']:,.0f}" in page and "cccccccccccc" in page
     for picture in ("roofline", "breakdown", "throughput"):
-        assert f"](Device-X/{picture}.png)" in page and (tmp_path / f"Device-X/{picture}.png").exists()
+        assert f"](Device-X/{picture}.png)" in page and (folder / f"Device-X/{picture}.png").exists()
     assert "were captured, wanted 32 and 35" in page  # a tiny run proves no goal of real shapes
 
 

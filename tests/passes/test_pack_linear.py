@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared_traces import sharing_traces
 from step_inputs import Steps
 from tiny_models import save_tiny
 
@@ -13,6 +14,8 @@ from seamwise import ModelRunner, StepInput
 from seamwise.compile.derive import parameters_of
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels import gather_packed_rows, pack_linear
+
+traces = sharing_traces()
 
 
 def save(directory: Path, tie: bool = True) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_traces import sharing_traces
 from step_inputs import Steps
 
 from seamwise import LLM, ModelRunner, StepInput
@@ -21,6 +22,7 @@ from seamwise.runtime.build.compile_model import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 
+traces = sharing_traces()
 FUSED = {"fuse_rms_norm_quant": 1, "fuse_add_rms_norm_quant": 3, "fuse_silu_mul_quant": 2, "fuse_attention_quant": 2}
 
 

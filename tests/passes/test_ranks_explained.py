@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from moe_families import GROUPS, MLA
+from shared_traces import sharing_traces
 from tiny_models import save_tiny
 
 from seamwise.bench.gpu.models import REAL
 from seamwise.runtime.serve.cli import main
 
+traces = sharing_traces()
 DEEPSEEK_V3 = {**REAL["deepseek-r1"], "num_hidden_layers": 61}
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from blocks import apply, captured
 from families import FAMILIES
+from shared_traces import sharing_traces
 from tiny_models import save_tiny
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.distributed.group import fake_group
 from seamwise.runtime.serve.cli import main
 
+traces = sharing_traces()
 GOLDEN = Path(__file__).with_name("golden")
 REDUCED, SHARED = "allreduce_rms_norm", "reduce_scatter_rms_norm"
 

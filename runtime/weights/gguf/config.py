@@ -80,10 +80,8 @@ def read_gguf_config(path: Path) -> dict[str, Any]:
             name.removesuffix(".weight"): tensor.kind
             for stored, tensor in tensors.items()
             if len(tensor.shape) == 2
-            and (
-                (name := huggingface_name(stored, family)) != "model.embed_tokens.weight"
-                or "output.weight" not in tensors
-            )
+            and ".experts." not in (name := huggingface_name(stored, family))
+            and (name != "model.embed_tokens.weight" or "output.weight" not in tensors)
         }
         | kinds_of_experts,
         "eos_token_id": sorted({metadata[k] for e in _ENDS if (k := f"tokenizer.ggml.{e}") in metadata}),
@@ -152,11 +150,12 @@ def _experts(header: GgufHeader, family: Family) -> tuple[dict[str, str], dict[s
     """
     kinds, sizes = dict[str, str](), dict[str, tuple[int, int]]()
     for stored, tensor in header.tensors.items():
-        if "_exps." not in stored or len(tensor.shape) != 3 or tensor.kind not in KINDS:
-            continue
         name = huggingface_name(stored, family)
-        stacked = stacked_name(name.replace("*", "0"))[0] or name
-        if "*" in name:
+        if ".experts." not in name or len(tensor.shape) < 2 or tensor.kind not in KINDS:
+            continue
+        of_one = stacked_name(name.replace("*", "0").replace("gate_up_proj", "gate_proj"))[0]
+        stacked = of_one or name
+        if of_one:
             kinds[stacked] = tensor.kind if kinds.get(stacked, tensor.kind) == tensor.kind else "several"
         if KINDS[tensor.kind].block > 1 and not _experts_in_mxfp4(header):
             taken, held = sizes.get(stacked, (0, 0))

@@ -61,7 +61,7 @@ def family_of(metadata: Mapping[str, Any], where: str) -> Family:
 
 
 def _experts(prefix: str = "mlp.experts.*.") -> dict[str, str]:
-    return {f"ffn_{part}_exps": f"{prefix}{part}_proj" for part in ("gate", "up", "down")}
+    return {f"ffn_{part}_exps": f"{prefix}{part}_proj" for part in ("gate", "up", "gate_up", "down")}
 
 
 def _shared(module: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from .quants import KINDS, MXFP4_BLOCK, PACKED, mxfp4_parts
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+_EXPERT = re.compile(r"blk\.(\d+)\.(ffn_\w+)\.(\d+)\.weight")  # of files of early 2024: a tensor for each
 _MOST_EXPERTS = 1 << 12  # of a layer: nothing real comes near, a damaged file may
 # Part of the configuration, not weights.
 ROPE_FACTORS = "rope_freqs.weight"
@@ -42,17 +43,16 @@ def read_gguf(path: Path) -> dict[str, StoredTensor]:
         if stored in (ROPE_FACTORS, *LONGROPE_FACTORS):
             continue
         name = huggingface_name(stored, family)
-        stacked = "*" in name and len(tensor.shape) == 3
-        for expert in range(min(tensor.shape[0], _MOST_EXPERTS) if stacked else 0):
-            found[name.replace("*", str(expert))] = _stored(header, family, stored, _slice(tensor, expert))
-        if not stacked:
-            found[stored if "*" in name else name] = _stored(header, family, stored, tensor)
+        for one, piece in _experts(name, tensor) or [(stored if "*" in name else name, tensor)]:
+            found[one] = _stored(header, family, stored, piece)
     return join(found, str(path))
 
 
 def huggingface_name(name: str, family: Family) -> str:
     """Return Hugging Face's name of a family's tensor, with a * for the number of an expert where it holds all of a
     layer's one after the other, or the name itself where there is none."""
+    if (one := _EXPERT.fullmatch(name)) and "*" in (stacked := family.layer.get(f"{one[2]}_exps", "")):
+        return f"model.layers.{one[1]}.{stacked.replace('*', one[3])}.weight"
     if not (found := _NAME.fullmatch(name)):
         return name
     layer, part, leaf = found.groups()
@@ -61,6 +61,20 @@ def huggingface_name(name: str, family: Family) -> str:
     if (whole := family.layer.get(f"{part}.{leaf}")) is not None:
         return f"{outer}{whole}"
     return name if known is None else f"{outer}{known}.{leaf}"
+
+
+def _experts(name: str, tensor: GgufTensor) -> list[tuple[str, GgufTensor]]:
+    """Return the experts that are stacked in a tensor, gate and up by themselves; none where it is no such one."""
+    parts = ("gate_proj", "up_proj") if "gate_up_proj" in name else ("down_proj",)
+    if "*" not in name or len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
+        return []
+    E, rows, columns = tensor.shape
+    each = replace(tensor, shape=(E * len(parts), rows // len(parts), columns))
+    return [
+        (name.replace("*", str(e)).replace("gate_up_proj", part), _slice(each, e * len(parts) + i))
+        for e in range(min(E, _MOST_EXPERTS))
+        for i, part in enumerate(parts)
+    ]
 
 
 def _slice(tensor: GgufTensor, i: int) -> GgufTensor:

@@ -17,9 +17,11 @@ import pytest
 import torch
 from quantized_checkpoints import REQUESTS, SIZES, dequantized, load, logits
 from safetensors.torch import load_file, save_file
+from shared_traces import sharing_traces
 from tiny_models import assert_within_budget, save_tiny
 from torch import Tensor, nn
 
+traces = sharing_traces()
 Held = dict[str, Tensor]
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 # Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E.

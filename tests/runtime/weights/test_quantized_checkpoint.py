@@ -21,11 +21,14 @@ from quantized_checkpoints import (
     save_quantized,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
+from shared_traces import sharing_traces
 from tiny_models import assert_within_budget
 
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels import dequantize_weight
 from seamwise.runtime.build.bisect import bisect
+
+traces = sharing_traces()
 
 
 @pytest.mark.parametrize(("name", "dtype"), zip([*LAYOUTS, *UNSERVED], cycle([torch.float32, torch.bfloat16])), ids=str)

@@ -11,6 +11,7 @@ import torch
 from families import ENTRIES, draw_tokens
 from moe_families import MLA, poisoned_caches
 from safetensors.torch import load_file, save_file
+from shared_traces import sharing_traces
 from step_inputs import Steps, run_schedule, whole
 from tiny_models import assert_within_budget, load_tiny, save_tiny
 
@@ -44,6 +45,9 @@ def check(directory: Path, entry: str, theirs: Any) -> None:
     steps = Steps(requests)
     got = run_schedule(model, steps, whole(requests), poisoned_caches(config, entry, steps))
     assert_within_budget(got, theirs, requests)
+
+
+traces = sharing_traces()
 
 
 @pytest.mark.parametrize("architecture", DEFINITIONS)

@@ -17,11 +17,12 @@ _NAMES = {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "mixtral": "ll
 
 def write_family(
     model: Any, path: Path, kind: str = "F32", kinds: Mapping[str, str] = {}, *, older: bool = False,
-    parts_of: int = 0, tokenizer: dict[str, Any] | None = None,
+    parts_of: int = 0, tokenizer: dict[str, Any] | None = None, experts: str = "stacked",
 ) -> None:  # fmt: skip
     """Write a model; its matrices as `kind`, or as `kinds` says of a part of their name in the file.
 
     parts_of  how many tensors stand in each part of several; 0: one file
+    experts  "stacked"; "apart": a tensor for each, as files of early 2024 have it; "fused": gate and up in one tensor
     older  DeepSeek's latents expanded by one matrix, and nothing said of groups, as files of early 2025 have it
     """
     config = model.config
@@ -44,7 +45,15 @@ def write_family(
             plain = values.ndim == 1 or "bias" in stored or "ffn_gate_inp" in stored
             of = "F32" if plain else next((k for part, k in kinds.items() if part in stored), kind)
             rows = values if plain else encode_all(np.ascontiguousarray(values), of)
-            writer.add_tensor(stored, np.ascontiguousarray(rows), raw_dtype=GGMLQuantizationType[of])
+            if "gate_exps" in stored and experts == "fused":
+                gate = rows  # up comes next
+                continue
+            if "up_exps" in stored and experts == "fused":
+                stored, rows = stored.replace("up_exps", "gate_up_exps"), np.concatenate([gate, rows], 1)
+            apart = experts == "apart" and "_exps" in stored
+            for e, one in enumerate(rows) if apart else [(-1, rows)]:
+                name_of_one = stored.replace("_exps", f".{e}") if apart else stored
+                writer.add_tensor(name_of_one, np.ascontiguousarray(one), raw_dtype=GGMLQuantizationType[of])
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
     writer.close()
 

@@ -20,6 +20,7 @@ from tiny_models import assert_within_budget, reference, save_tiny
 from seamwise import ModelRunner, StepInput
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.weights.file_formats import find_tensors
+from seamwise.runtime.weights.gguf.config import read_gguf_config
 from seamwise.runtime.weights.gguf.weights import read_gguf
 
 REQUESTS = [list(range(3, 25)), [9, 8, 7]]
@@ -84,6 +85,33 @@ def test_logits_are_those_of_the_model_that_was_converted(which: str, tmp_path: 
     runner = load(path)
     assert runner.config.architecture == MODELS[which][0] and runner.config.dtype == torch.float32
     torch.testing.assert_close(logits(runner), torch.cat(reference(model, REQUESTS)), atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("experts", ["apart", "fused"])
+@pytest.mark.parametrize(("which", "kind"), [("mixtral", "F32"), ("qwen3-moe", "Q4_K"), ("deepseek-v3", "Q8_0")])
+def test_experts_apart_and_fused_are_those_that_are_stacked(
+    which: str, kind: str, experts: str, tmp_path: Path
+) -> None:
+    """llama.cpp's converter stacked none before 2024, and since 2026 may put gate and up into one tensor."""
+    architecture, changes = MODELS[which]
+    (tmp_path / "hf").mkdir()
+    model = save_tiny(
+        tmp_path / "hf",
+        architecture,
+        **changes | ({"hidden_size": 256, "moe_intermediate_size": 256} if kind == "Q4_K" else {}),
+    )
+    found, configs = [], []
+    for form in ("stacked", experts):
+        write_family(model, tmp_path / f"{form}.gguf", kinds={"_exps": kind}, experts=form)
+        configs.append(read_gguf_config(tmp_path / f"{form}.gguf"))
+        found.append(read_gguf(tmp_path / f"{form}.gguf"))
+    assert configs[0] == configs[1] and found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.load(), found[1][name].load()), name
+        for end, packed in tensor.packed.items():
+            assert torch.equal(packed.load(), found[1][name].packed[end].load()), name
+    names = [n for n in found[0] if ".experts." in n]
+    assert len(names) == 3 * len({n.rpartition(".experts.")[0] for n in names}) * model.config.num_local_experts
 
 
 def test_transformers_own_classes_read_the_same_file(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from quantized_checkpoints import REQUESTS, dequantized, load, logits
+from shared_traces import sharing_traces
 from test_gguf_quants import blocks
 from tiny_gguf import encode, write_gguf
 from tiny_models import assert_within_budget, save_tiny
@@ -17,6 +18,7 @@ from tiny_models import assert_within_budget, save_tiny
 from seamwise.kernels import dequantize_weight
 from seamwise.runtime.weights.gguf.quants import KINDS, PACKED
 
+traces = sharing_traces()
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 
 
