@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 Render = Callable[[list[dict[str, Any]]], str]
@@ -60,7 +61,7 @@ def render_chat(
         or (chat_template_content_format == "auto" and not _takes_parts(render, _in_form(asked)))
     ):
         asked = [_flat(message) for message in asked]
-    asked = _with_calls(render, asked)
+    asked = _with_calls(render, _with_developers(render, asked))
     return _continued(render, asked) if continue_final_message else render(asked)
 
 
@@ -118,6 +119,32 @@ def _part(part: Any) -> dict[str, str]:
         wanted = "{'type': 'text', 'text': str}: this model is served as text"
         raise ValueError(f"chat: a part of a content is {part!r}, wanted {wanted}")
     return {"type": "text", "text": text}
+
+
+def _with_developers(render: Render, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages in the first form in which a template shows those of role "developer".
+
+    Templates that do not know it leave them out, and some take one system message only, the first.
+    """
+    if all(message["role"] != "developer" for message in asked):
+        return asked
+    mark = "seamwise-developer"
+    marked = [{**m, "content": mark} if m["role"] == "developer" else m for m in asked]
+    for form, shown in zip(_forms_of_developers(asked), _forms_of_developers(marked), strict=True):
+        with suppress(Exception):  # whatever it raises, this is not what it reads
+            if render(_in_form(shown)).count(mark) >= sum(m["role"] == "developer" for m in asked):
+                return form
+    render(_in_form(marked))  # raises what a template says that takes neither
+    raise ValueError("chat: this model's template shows neither a developer's nor a system's message; leave it out")
+
+
+def _forms_of_developers(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield messages as they are, with role "system", and with all of these in one at the beginning."""
+    yield messages
+    systems = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    yield systems
+    first = "\n\n".join(_flat(m).get("content") or "" for m in systems if m["role"] == "system")
+    yield [{"role": "system", "content": first}, *(m for m in systems if m["role"] != "system")]
 
 
 def _with_calls(render: Render, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -135,6 +135,32 @@ def test_calls_stand_in_the_form_that_the_template_shows(template: str, wanted: 
     )  # type: ignore[index]
 
 
+EACH = "{% for m in messages %}{% if m.role in [ROLES] %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
+ONE_FIRST = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('only first') }}"
+ONE_FIRST += "{% elif m.role == 'developer' %}{{ raise_exception('what role') }}{% endif %}"
+ONE_FIRST += "<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (EACH.replace("ROLES", "'system', 'developer', 'user'"), "<system>Be.<developer>Brief.<user>Hi"),
+        (EACH.replace("ROLES", "'system', 'user'"), "<system>Be.<system>Brief.<user>Hi"),
+        (ONE_FIRST, "<system>Be.\n\nBrief.<user>Hi"),
+    ],
+)
+def test_a_developers_message_is_never_left_out(template: str, wanted: str) -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be."}, {"role": "developer", "content": [{"type": "text", "text": "Brief."}]},
+        {"role": "user", "content": "Hi"},
+    ]  # fmt: skip
+    assert render_chat({}, {}, messages, chat_template=template) == wanted
+    with pytest.raises(ValueError, match="template shows neither a developer's nor a system's message"):
+        render_chat({}, {}, messages, chat_template=EACH.replace("ROLES", "'user'"))
+    with pytest.raises(ValueError, match="no system here"):
+        render_chat({}, {}, messages, chat_template="{{ raise_exception('no system here') }}")
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
 def test_reasoning_has_the_names_that_transformers_gives_it(name: str, demo_model: Path) -> None:
     template = "{{ messages[0].thinking }}|{{ messages[0].reasoning_content }}|{{ messages[0].content }}"
