@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -21,14 +21,15 @@ from seamwise.runtime.sampling.pooling_params import NO_SAMPLING, PoolingParams
 
 from .prompt_batch import asked, run
 
-if TYPE_CHECKING:
-    from .llm import LLM
-
 _INSTEAD = {"truncate_prompt_tokens": "cut the prompt's ids before", "prompt_token_ids": "give prompts"}
 
 
 class Pools:
     """The part of LLM that gives vectors. Texts are taken as they are: a model's instructions are the caller's."""
+
+    engine: Any
+    _ids: Iterator[int]
+    _prompt: Any
 
     @named_arguments(**_INSTEAD)
     def embed(
@@ -77,9 +78,8 @@ class Pools:
         self, prompts: Any, params: PoolingParams | Sequence[PoolingParams] | None, use_tqdm: bool,
         lora_request: LoRARequest | None,
     ) -> list[Any]:  # fmt: skip
-        llm = cast("LLM", self)
-        batch = asked(llm.engine, llm._prompt, prompts, NO_SAMPLING, lora_request, pooling=params or PoolingParams())
-        return [pooled(one) for one in run(llm.engine, llm._ids, batch, use_tqdm)]
+        batch = asked(self.engine, self._prompt, prompts, NO_SAMPLING, lora_request, pooling=params or PoolingParams())
+        return [pooled(one) for one in run(self.engine, self._ids, batch, use_tqdm)]
 
 
 def pooled(output: RequestOutput) -> PoolingRequestOutput[PoolingOutput]:

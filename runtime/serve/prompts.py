@@ -8,7 +8,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from seamwise.runtime.text.chat import render_chat
-from seamwise.runtime.text.chat_template import SandboxedTemplates
 
 from .process.messages import Ready
 from .prompt_batch import read_prompt
@@ -61,8 +60,6 @@ class Prompts:
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return a conversation as text, by the model's template or chat_template (a name of one, or its source).
 
-        options  of render_chat. Raises ValueError for a model without a template, and as render_chat does.
+        options  of render_chat, which says what is raised
         """
-        if not (self.templates or options.get("chat_template")):
-            raise ValueError(f"{self.info.model} has no chat template; use completions, or start with chat_template")
-        return render_chat(SandboxedTemplates(self.templates, self.info.special_tokens), messages, **options)
+        return render_chat(self.templates, self.info.special_tokens, messages, **options)

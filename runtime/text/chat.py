@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+Render = Callable[[list[dict[str, Any]]], str]
 FORMATS = ("auto", "string", "openai")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_HERE = "seamwise-goes-on-here "  # stands where a last message is to be continued
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
 
 def render_chat(
-    full: Any, messages: Sequence[Mapping[str, Any]], *, chat_template: str | None = None,
-    chat_template_content_format: str = "auto", add_generation_prompt: bool = True,
+    templates: Mapping[str, str], special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]], *,
+    chat_template: str | None = None, chat_template_content_format: str = "auto", add_generation_prompt: bool = True,
     continue_final_message: bool = False, tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """Return the prompt that a transformers tokenizer's template makes of a conversation.
+    """Return the prompt that a model's template makes of a conversation, as transformers does.
 
-    chat_template  instead of the tokenizer's own
+    templates, special_tokens  of the model's tokenizer, by name; "tool_use" is used where there are tools
+    chat_template  the name of one of them, or another's source
     chat_template_content_format  "string": a content given as parts becomes one string, its texts joined by newlines;
                    "openai": the template gets the parts; "auto": whichever the template understands
     add_generation_prompt, continue_final_message  begin an answer; leave the last message open instead
@@ -30,17 +34,25 @@ def render_chat(
     Raises ValueError for what is no conversation, a template that refuses it, or none to apply.
     Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html#chat-template.
     """
-    from jinja2 import TemplateError
+    from .chat_template import render as render_template
 
     if chat_template_content_format not in FORMATS:
         wanted = ", ".join(map(repr, FORMATS))
         raise ValueError(f"chat_template_content_format={chat_template_content_format!r}: wanted one of {wanted}")
-    options = _options(tools, chat_template_kwargs)
-    options |= {"chat_template": chat_template, "continue_final_message": continue_final_message}
-    options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+    if continue_final_message and add_generation_prompt:
+        raise ValueError(
+            "chat: continue_final_message goes on with the last message: set add_generation_prompt=false with it"
+        )
+    variables = {"documents": None, **special_tokens, **_options(tools, chat_template_kwargs)}
+    variables["add_generation_prompt"] = add_generation_prompt
+    name = chat_template or ("tool_use" if tools and "tool_use" in templates else "default")
+    if chat_template is None and name not in templates:
+        there = f"; there are {', '.join(templates)}" if templates else ""
+        raise ValueError(f"chat: this model has no chat template; give chat_template, or text{there}")
+    source = templates.get(name, name)
 
     def render(conversation: list[dict[str, Any]]) -> str:
-        return str(full.apply_chat_template(conversation, **options))
+        return render_template(source, conversation, variables)
 
     asked = [_message(message) for message in messages]
     if (
@@ -49,13 +61,23 @@ def render_chat(
         or (chat_template_content_format == "auto" and not _takes_parts(render, _in_form(asked)))
     ):
         asked = [_flat(message) for message in asked]
-    asked = _with_calls(render, asked)
-    try:
-        return render(asked)
-    except (ValueError, TemplateError) as error:
-        raise ValueError(f"chat: {error}") from error
-    except (TypeError, AttributeError, KeyError) as error:  # what a template does with a content of another kind
-        raise ValueError(f"chat: this model's template does not take these messages ({error!r})") from error
+    asked = _with_calls(render, _with_developers(render, asked))
+    return _continued(render, asked) if continue_final_message else render(asked)
+
+
+def _continued(render: Render, messages: list[dict[str, Any]]) -> str:
+    """Return the text up to the end of its last message's content, so that the model goes on with it."""
+    content = messages[-1].get("content") if messages else None
+    parts = content if isinstance(content, list) else []
+    said = parts[-1]["text"] if parts else content
+    if isinstance(said, str):
+        marked = said + _HERE
+        last = messages[-1] | {"content": [*parts[:-1], {"type": "text", "text": marked}] if parts else marked}
+        text = render([*messages[:-1], last])
+        at = text.rfind(_HERE.strip())
+        if at >= 0 and said.strip() in text:
+            return text[:at] if text[at:].startswith(_HERE) else text[:at].rstrip()  # templates may trim
+    raise ValueError("continue_final_message: the last message's content was not found in the rendered chat")
 
 
 def _options(tools: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -73,14 +95,15 @@ def _message(message: Any) -> dict[str, Any]:
     """Return a message with its parts checked and its tool calls' arguments as objects. Raises ValueError for none."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"chat: got {message!r}, wanted messages {{'role': str, 'content': …}}")
-    result, content = dict(message), message.get("content")
+    result = {name: value for name, value in message.items() if value is not None}
+    content = result.get("content")
     if isinstance(content, (list, tuple)):
         result["content"] = [_part(part) for part in content]
     elif content is not None and not isinstance(content, str):
         raise ValueError(
             f"chat: a content is {content!r}, wanted a string or a list of {{'type': 'text', 'text': str}}"
         )
-    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    reasoning = next((result[key] for key in _REASONING if key in result), None)
     if reasoning is not None:  # templates know it by either of two names, gpt-oss's by the other
         result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
     return result
@@ -98,7 +121,33 @@ def _part(part: Any) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _with_calls(render: Any, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_developers(render: Render, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages in the first form in which a template shows those of role "developer".
+
+    Templates that do not know it leave them out, and some take one system message only, the first.
+    """
+    if all(message["role"] != "developer" for message in asked):
+        return asked
+    mark = "seamwise-developer"
+    marked = [{**m, "content": mark} if m["role"] == "developer" else m for m in asked]
+    for form, shown in zip(_forms_of_developers(asked), _forms_of_developers(marked), strict=True):
+        with suppress(Exception):  # whatever it raises, this is not what it reads
+            if render(_in_form(shown)).count(mark) >= sum(m["role"] == "developer" for m in asked):
+                return form
+    render(_in_form(marked))  # raises what a template says that takes neither
+    raise ValueError("chat: this model's template shows neither a developer's nor a system's message; leave it out")
+
+
+def _forms_of_developers(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield messages as they are, with role "system", and with all of these in one at the beginning."""
+    yield messages
+    systems = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    yield systems
+    first = "\n\n".join(_flat(m).get("content") or "" for m in systems if m["role"] == "system")
+    yield [{"role": "system", "content": first}, *(m for m in systems if m["role"] != "system")]
+
+
+def _with_calls(render: Render, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages with tool calls in the first form in which a template shows every call.
 
     Some read arguments as an object and some as its JSON; some leave out calls beside a content that is "", and some
@@ -157,7 +206,7 @@ def _flat(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"content": "\n".join(part["text"] for part in content)}
 
 
-def _takes_parts(render: Any, messages: list[dict[str, Any]]) -> bool:
+def _takes_parts(render: Render, messages: list[dict[str, Any]]) -> bool:
     """Return whether a template reads parts: with marks in place of the texts, none is printed as an object."""
     marked: list[dict[str, Any]] = []
     marks: list[dict[str, str]] = []

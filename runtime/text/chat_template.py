@@ -1,4 +1,4 @@
-"""A model's chat template, rendered in a sandbox without transformers, which would import torch.
+"""A model's chat template, rendered in a sandbox without transformers, whose import takes a second, and torch's.
 
 The template sees what transformers gives it, by the same names: messages, tools, documents, add_generation_prompt,
 special tokens, raise_exception, strftime_now, a tojson that escapes nothing, and {% generation %} blocks.
@@ -55,59 +55,18 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-class SandboxedTemplates:
-    """Stands where render_chat expects transformers' tokenizer: it renders, and no more."""
-
-    def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
-        self._templates, self._special = templates, special_tokens
-
-    def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, Any]], *, chat_template: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None, tokenize: bool, **options: Any,
-    ) -> str:  # fmt: skip
-        """Return a conversation as text, by the named template, the given one, or the model's for tools or without."""
-        assert not tokenize
-        if not (self._templates or chat_template):
-            raise ValueError("this tokenizer has no chat template; pass chat_template, or a prompt instead of messages")
-        name = chat_template or ("tool_use" if tools and "tool_use" in self._templates else "default")
-        return render(
-            self._templates.get(name, name), conversation, special_tokens=self._special, tools=tools, **options
-        )
-
-
-def render(
-    source: str, messages: Sequence[Mapping[str, Any]], *, special_tokens: Mapping[str, str],
-    add_generation_prompt: bool = True, continue_final_message: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
-    **more: Any,
-) -> str:  # fmt: skip
+def render(source: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
     """Return a conversation as a template's text.
 
     Raises ValueError for a template that is none, that refuses the messages, or does not take what they hold.
     """
-    if continue_final_message and add_generation_prompt:
-        raise ValueError(
-            "continue_final_message goes on with the last message: set add_generation_prompt=false with it"
-        )
-    names = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+    check_template(source)
     try:
-        text = _compiled(source).render(messages=list(messages), **{**special_tokens, **more, **names})
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not valid jinja, line {error.lineno}: {error.message}") from error
+        return _compiled(source).render(messages=list(messages), **variables)
     except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error.message or error}") from error
+        raise ValueError(f"chat: the template refuses this conversation: {error.message or error}") from error
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"the chat template does not take this conversation: {error}") from error
-    return _until_final_message(text, messages) if continue_final_message else text
-
-
-def _until_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text up to the end of its last message's content, so that the model goes on with it."""
-    final = messages[-1].get("content") if messages else None
-    for content in (final, final.strip()) if isinstance(final, str) and final.strip() else ():  # templates may trim
-        if (at := text.rfind(content)) >= 0:
-            return text[: at + len(content)]
-    raise ValueError("continue_final_message: the last message's content was not found in the rendered chat")
+        raise ValueError(f"chat: the template does not take this conversation: {error!r}") from error
 
 
 def check_template(source: str) -> None:
@@ -115,4 +74,4 @@ def check_template(source: str) -> None:
     try:
         _compiled(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not valid jinja, line {error.lineno}: {error.message}") from error
+        raise ValueError(f"chat: the template is not valid jinja, line {error.lineno}: {error.message}") from error

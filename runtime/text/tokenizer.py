@@ -1,4 +1,4 @@
-"""A model directory's tokenizer: the light one for text and ids, transformers' own for chat templates and callers."""
+"""A model directory's tokenizer: the light one for text and ids, transformers' own for callers."""
 
 from __future__ import annotations
 
@@ -132,10 +132,8 @@ class Tokenizer:
 
         Raises ValueError for what is no conversation, a template that refuses it, or none to apply.
         """
-        from .chat_template import SandboxedTemplates
-
-        plain = SandboxedTemplates(self.chat_templates, self.special_tokens) if self._light is not None else self.full
-        return self.encode(render_chat(plain, messages, **options), add_special_tokens=False)
+        text = render_chat(self.chat_templates, self.special_tokens, messages, **options)
+        return self.encode(text, add_special_tokens=False)
 
 
 def _of_gguf(metadata: dict[str, Any], where: str) -> tuple[Any, int | None]:

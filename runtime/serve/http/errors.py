@@ -50,17 +50,17 @@ _STATUSES: dict[type[Exception], int] = {  # the message is for the client
 }
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def error_body(error: ApiError) -> dict[str, Any]:
     """Return the JSON of an error."""
-    return {"error": {"message": message, "type": _TYPES.get(status, "APIError"), "param": param, "code": status}}
+    kind = _TYPES.get(error.status, "APIError")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.status}}
 
 
 def error_response(error: ApiError) -> Response:
     headers = {} if error.retry_s is None else {"Retry-After": str(error.retry_s)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    body = msgspec.json.encode(error_body(error.status, error.message, error.param))
-    return Response(body, error.status, headers, "application/json")
+    return Response(msgspec.json.encode(error_body(error)), error.status, headers, "application/json")
 
 
 def as_api_error(error: Exception) -> ApiError:

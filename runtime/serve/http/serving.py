@@ -159,6 +159,14 @@ class Work:
         value = getattr(self.body, name, None)
         return otherwise if value is None else value
 
+    def several(self, field: str, given: Any) -> list[Any]:
+        """Return the prompts of a field that holds one or more, text or ids. Raises ValueError for none or too many."""
+        found = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        most = self.state.settings.max_prompts
+        if not 1 <= len(found) <= most:
+            raise ValueError(f"{field}: got {len(found)} prompts, wanted 1 to {most} (max_prompts)")
+        return found
+
     async def submit(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams,
         pooling: PoolingParams | None = None,
@@ -229,12 +237,16 @@ class Work:
         self, whole: Callable[[], Coroutine[Any, Any, Response]], events: Callable[[], AsyncIterator[bytes]] | None
     ) -> Response:
         """Return the response: events, or one answer when all is done. The work ends with it, or with its client."""
-        if events is not None and self._asked("stream", False):
-            return await EventStream.of(events(), self._request, self.state.settings.write_timeout_s, self.close)
+        receive, settings = self._request.receive, self.state.settings
         try:
-            return await while_connected(self._request.receive, whole())
-        finally:
+            if events is None or not self._asked("stream", False):
+                return await while_connected(receive, whole())
+            parts = events()
+            first: bytes = await while_connected(receive, anext(parts))  # type: ignore[arg-type]
+        except BaseException:
             self.close()
+            raise
+        return EventStream(first, parts, settings.write_timeout_s, self.close)
 
     def close(self) -> None:
         """End what still runs."""

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -30,32 +29,22 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends events until they end. The first is awaited before the status is sent, so that a refusal has its own.
+    """Sends events until they end.
 
-    events  raises what as_api_error knows; in the middle of the stream that becomes an event {"error": …}
+    first   is there before the status is sent, so that a refusal has its own
+    events  those behind it; raises what as_api_error knows, and that becomes an event {"error": …}
+    close   ends the work
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[bytes], first: bytes, write_timeout_s: float, close: Callable[[], None]
+        self, first: bytes, events: AsyncIterator[bytes], write_timeout_s: float, close: Callable[[], None]
     ) -> None:
         self.status_code = 200
         self.background = None
         self._events, self._first, self._timeout_s, self._close = events, first, write_timeout_s, close
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-
-    @classmethod
-    async def of(
-        cls, events: AsyncIterator[bytes], request: Request, write_timeout_s: float, close: Callable[[], None]
-    ) -> EventStream:
-        """Wait for the first event and return the response. Raises what happens before it; `close` ends the work."""
-        try:
-            first: bytes = await while_connected(request.receive, anext(events))  # type: ignore[arg-type]
-        except BaseException:
-            close()
-            raise
-        return cls(events, first, write_timeout_s, close)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -76,7 +65,7 @@ class EventStream(Response):
             raise
         except Exception as error:
             told = as_api_error(error)
-            await self._send(send, event(error_body(told.status, told.message, told.param)) + DONE)
+            await self._send(send, event(error_body(told)) + DONE)
         await self._send(send, b"", more=False)
 
     async def _send(self, send: Send, data: bytes, more: bool = True) -> None:

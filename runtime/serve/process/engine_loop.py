@@ -48,7 +48,7 @@ class EngineLoop:
         self._stats = Stats()
         self._closed: str | None = None  # why nothing can be generated now
         self._waiting_call: Call | None = None  # a pause that waits for running requests
-        self._wave = RankWave() if getattr(llm, "takes_steps_together", False) else None
+        self._wave = RankWave() if llm.takes_steps_together else None
         self._put_off: Call | None = None  # until the wave has ended: it may not be between two steps of one
 
     def run(self) -> None:

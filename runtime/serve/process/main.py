@@ -116,15 +116,12 @@ def _ready(llm: Any, model: str) -> Ready:
         from seamwise.compile.explain.text import as_json
 
         explain = as_json(runner.program, runner.startup_s)
-    defaults = getattr(llm, "get_default_sampling_params", None)
-    eos_ids = list(getattr(llm.engine, "eos_ids", runner.config.eos_ids))
     return Ready(
         model=model, max_model_len=runner.options.max_model_len, vocab_size=runner.config.vocab_size,
-        eos_ids=eos_ids, block_size=runner.block_size, num_blocks=runner.num_blocks,
-        dtype=str(getattr(runner.options, "dtype", "")).removeprefix("torch."), device=str(runner.options.device),
-        startup_s=dict(runner.startup_s), explain=explain,
-        world_size=int(getattr(runner.options, "tensor_parallel_size", 1)), **read,
-        default_sampling={} if defaults is None else params_sent(defaults()),
+        block_size=runner.block_size, num_blocks=runner.num_blocks, explain=explain,
+        dtype=str(runner.options.dtype).removeprefix("torch."), device=str(runner.options.device),
+        startup_s=dict(runner.startup_s), world_size=runner.options.tensor_parallel_size, **read,
+        default_sampling=params_sent(llm.get_default_sampling_params()),
     )  # fmt: skip
 
 

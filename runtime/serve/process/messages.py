@@ -147,7 +147,6 @@ class Ready(Struct, tag=True, array_like=True):
     model: str
     max_model_len: int
     vocab_size: int
-    eos_ids: list[int]
     block_size: int
     num_blocks: int
     dtype: str

@@ -32,8 +32,10 @@ class FakeEngine:
 
     def __init__(self, max_num_seqs: int) -> None:
         self.runner = SimpleNamespace(
-            options=SimpleNamespace(max_model_len=MAX_MODEL_LEN, device="cpu", dtype="letters"), block_size=16,
-            config=SimpleNamespace(vocab_size=len(LETTERS) + 1, eos_ids=()), num_blocks=101, startup_s={"fake": 0.0},
+            options=SimpleNamespace(
+                max_model_len=MAX_MODEL_LEN, device="cpu", dtype="letters", tensor_parallel_size=1
+            ),
+            config=SimpleNamespace(vocab_size=len(LETTERS) + 1), block_size=16, num_blocks=101, startup_s={"fake": 0.0},
         )  # fmt: skip
         self.requests: dict[str, Held] = {}
         self.drafting = SimpleNamespace(stats=DraftStats())
@@ -200,6 +202,6 @@ def make(
     return SimpleNamespace(
         sleep=sleep, wake_up=lambda tags=None: asleep.clear(), is_sleeping=lambda: bool(asleep),
         engine=engine, reset_prefix_cache=engine.reset_prefix_cache,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer, get_default_sampling_params=SamplingParams, takes_steps_together=False,
         collective_rpc=collective_rpc,
     )  # fmt: skip

@@ -211,7 +211,7 @@ def test_a_request_to_an_engine_that_has_just_died_gets_the_cause() -> None:
 
     async def work(llm: AsyncLLM) -> None:
         await llm.ready()
-        os.kill(llm.engine.pid, signal.SIGKILL)
+        os.kill(llm.engine.members[0].pid, signal.SIGKILL)
         time.sleep(0.3)  # the event loop hears nothing meanwhile, zmq's own thread does
         stream = llm.submit("late", [3, 4], SamplingParams(max_tokens=5))
         with pytest.raises(EngineError, match="was killed by SIGKILL"):

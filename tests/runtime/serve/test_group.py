@@ -37,7 +37,7 @@ class FakeChild:
         if self._rank == 0 or STARTS[1] <= self.good:
             self.ready = True
             self._handle(Ready(
-                model="", max_model_len=1, vocab_size=1, eos_ids=[], block_size=1, num_blocks=1, dtype="", device="",
+                model="", max_model_len=1, vocab_size=1, block_size=1, num_blocks=1, dtype="", device="",
                 tokenizer=None, chat_templates={}, special_tokens={}, split_special_tokens=False, startup_s={},
                 explain={}, world_size=1,
             ))  # fmt: skip
@@ -59,7 +59,7 @@ def test_one_that_is_given_up_takes_the_others_along(good: int, monkeypatch: pyt
     async def work() -> None:
         options: dict[str, Any] = {}
         together = Group(options, 1.0)
-        members = [EngineClient(options | {"data_parallel_rank": rank}, rank=rank) for rank in range(2)]
+        members = [EngineClient(options | {"data_parallel_rank": rank}, (60, 60), rank) for rank in range(2)]
         for member in members:
             together.add(member)
         for member in members:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from seamwise.runtime.text.chat import render_chat
 from seamwise.runtime.text.chat_template import render
 
 MESSAGES = [
@@ -34,20 +35,34 @@ def test_it_is_transformers_text(source: str, tools: Any, prompt: bool, demo_mod
 
     full = Tokenizer(demo_model).full
     text = SOURCES.get(source) or (demo_model / "chat_template.jinja").read_text()
-    options = {"tools": tools, "add_generation_prompt": prompt}
+    options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
     want = full.apply_chat_template(MESSAGES, chat_template=text, tokenize=False, extra="!", **options)
     special = dict(full.special_tokens_map)
-    assert render(text, MESSAGES, special_tokens=special, extra="!", **options) == want
+    assert render_chat({"default": text}, special, MESSAGES, chat_template_kwargs={"extra": "!"}, **options) == want
 
 
-def test_a_final_message_is_continued() -> None:
-    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
-    messages = [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "Once upon "}]
-    options: dict[str, Any] = {"special_tokens": {}, "continue_final_message": True}
-    got = render(source, messages, add_generation_prompt=False, **options)
-    assert got == "<user>Go</><assistant>Once upon "
-    with pytest.raises(ValueError, match="set add_generation_prompt=false"):
-        render(source, messages, add_generation_prompt=True, **options)
+THOUGHTS: list[dict[str, Any]] = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": None, "reasoning": "I add.", "tool_calls": None},
+    {"role": "assistant", "content": " Four is ", "thinking": "Two and two."},
+]
+READS = "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.content }}</>{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [READS, READS.replace("m.content", "(m.content or '') | trim")])
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("content", [" Four is ", "", [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}]])
+def test_nothing_thoughts_and_a_last_message_are_as_transformers_has_them(
+    source: str, goes_on: bool, content: Any, demo_model: Path
+) -> None:
+    from seamwise.runtime.text.tokenizer import Tokenizer
+
+    full = Tokenizer(demo_model).full
+    messages = [*THOUGHTS[:-1], THOUGHTS[-1] | {"content": content}]
+    flat = [m | {"content": "a\nb "} if isinstance(m["content"], list) else m for m in messages]
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": goes_on}
+    want = full.apply_chat_template(flat, chat_template=source, tokenize=False, **options)
+    assert render_chat({"default": source}, {}, messages, **options) == want
 
 
 @pytest.mark.parametrize(
@@ -65,4 +80,4 @@ def test_a_final_message_is_continued() -> None:
 )
 def test_what_a_template_may_not_do(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        render(source, MESSAGES, special_tokens={})
+        render(source, MESSAGES, {})

@@ -72,7 +72,7 @@ class ResponsesRequest(Labels):
         for item in self.input:
             parts = item.content if isinstance(item.content, list) else []
             text = item.content if isinstance(item.content, str) else "\n".join(part.text for part in parts)
-            found.append({"role": "system" if item.role == "developer" else item.role, "content": text})
+            found.append({"role": item.role, "content": text})
         return found
 
 
