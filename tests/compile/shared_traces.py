@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from seamwise.compile.capture import Captured
-from seamwise.compile.pipeline import PipelineConfig
 from seamwise.runtime.build import capture_model as build
 from seamwise.runtime.build import compile_model
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
+
+_LATER = ("stored", "pipeline", "pack_dir", "pack_name", "offline")  # options that no trace depends on
 
 
 def sharing_traces() -> Any:
@@ -42,7 +43,7 @@ def shared_traces() -> Iterator[None]:
     def of(config: ModelConfig, options: RunnerConfig, *given: Any) -> Any:
         nonlocal asked
         raw = {name: value for name, value in config.raw.items() if name != "quantization_config"}
-        alike = replace(options, stored=None, pipeline=PipelineConfig(), pack_dir=None)
+        alike = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _LATER}
         asked = f"{config.architecture} {json.dumps(raw, sort_keys=True)} {alike}"
         try:
             return capture_model(config, options, *given)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from quantized_checkpoints import LAYOUTS, NO_PASSES, UNSERVED, dequantizations, save_quantized
+from shared_traces import sharing_traces
 from test_shard import compiled
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.distributed.group import fake_group
+
+traces = sharing_traces()
 
 ONLY_RAISED = tuple(name for name in NO_PASSES if not name.startswith("raise"))
 SIZES = {"num_key_value_heads": 4, "intermediate_size": 512}

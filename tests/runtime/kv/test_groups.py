@@ -13,6 +13,7 @@ from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_families import MOE
+from shared_traces import sharing_traces
 from tiny_adapters import logits_of, save_adapter
 from tiny_models import save_tiny
 
@@ -32,6 +33,8 @@ from seamwise.runtime.scheduler.scheduler import Scheduler
 from seamwise.runtime.scheduler.sequence import Sequence
 from seamwise.runtime.scheduler.view import Candidate
 from seamwise.testing import FakeRunner
+
+traces = sharing_traces()
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=1)
 GROUPS = st.one_of(

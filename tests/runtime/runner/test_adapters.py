@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from shared_traces import sharing_traces
 from step_inputs import Steps
 from tiny_adapters import ALL, logits_of, save_adapter
 from tiny_models import save_tiny
@@ -17,6 +18,8 @@ from seamwise.runtime.build.step import StepInput
 from seamwise.runtime.runner.adapter_slots import NotWritten
 from seamwise.runtime.runner.recordings import Full
 from seamwise.runtime.weights.read_adapter import read_adapter
+
+traces = sharing_traces()
 
 REQUESTS = [[(7 * i + r) % 90 + 3 for i in range(n)] for r, n in enumerate((5, 21, 4, 18))]
 STEPS = ({0: 4, 2: 3, 1: 20}, {3: 17, 0: 1, 2: 1, 1: 1}, {3: 1})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from quantized_checkpoints import LAYOUTS, REQUESTS, load, logits, save_quantized
 from safetensors.torch import load_file, save_file
+from shared_traces import sharing_traces
 from step_inputs import Steps
 from tiny_models import assert_within_budget, save_tiny
 from transformers import AttentionInterface
@@ -21,6 +22,8 @@ from seamwise.compile.pipeline import PipelineConfig
 from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.build.bisect import bisect
 from seamwise.runtime.build.packs import write_pack
+
+traces = sharing_traces()
 
 SCHEME = {
     "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True, "actorder": None,

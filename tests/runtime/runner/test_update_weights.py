@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared_traces import sharing_traces
 from tiny_models import save_tiny
 from torch import Tensor
 
 from seamwise import LLM, SamplingParams
 from seamwise.compile.derive import parameters_of
+
+traces = sharing_traces()
 
 PROMPTS = [{"prompt_token_ids": list(range(3, 40))}, {"prompt_token_ids": [7, 9, 11]}]
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=1, detokenize=False)
