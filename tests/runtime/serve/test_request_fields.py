@@ -58,7 +58,7 @@ def test_tokens_of_one_spelling_are_told_apart() -> None:
 ANSWERS = {
     "thought": ("<think>Hm, 4.</think>\nIt is 4.", ("Hm, 4.", "It is 4.")),
     "words": ("It is 4.", (None, "It is 4.")),
-    "cut in the thought": ("<think>Hm", ("Hm", None)),
+    "cut in the thought": ("<think>Hm</thi", ("Hm</thi", None)),
     "nothing": ("", (None, "")),
 }
 
@@ -107,6 +107,12 @@ def test_a_response_has_reasoning_as_an_item_of_its_own(name: str, reason: str) 
             assert TypeAdapter(ResponseStreamEvent).validate_python(one).sequence_number == number
         ends = [one["item"] for one in events if one["type"] == "response.output_item.done"]
         assert ends == body["output"] == events[-1]["response"]["output"]
-        for item in ends:
+        for number, item in enumerate(ends):
+            places = [
+                one["output_index"]
+                for one in events
+                if item["id"] in (one.get("item_id"), one.get("item", {}).get("id"))
+            ]
+            assert {*places} == {number}
             parts = [one["delta"] for one in events if "delta" in one and one["item_id"] == item["id"]]
             assert "".join(parts) == item["content"][0]["text"]

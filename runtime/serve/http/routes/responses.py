@@ -167,8 +167,9 @@ class _Answer:
         return {"item_id": self._item_id(kind), "output_index": [*self._texts].index(kind), "content_index": 0}
 
     def _of_text(self, kind: str, end: str, **fields: Any) -> bytes:
-        more = {"logprobs": []} if kind == "text" else {}
-        return self._event(f"response.{_TEXTS[kind]}.{end}", **self._place(kind), **more, **fields)
+        if kind == "text":
+            fields["logprobs"] = []
+        return self._event(f"response.{_TEXTS[kind]}.{end}", **self._place(kind), **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._number += 1
