@@ -50,9 +50,7 @@ class AsyncLLM:
         engine_factory: str = OWN_FACTORY, data_parallel_size: int = 1, **options: Any,
     ) -> None:  # fmt: skip
         sent = {"model": str(model), "engine_factory": engine_factory, **plain(options)}
-        self.engine = Engines(
-            sent, data_parallel_size, step_timeout_s=step_timeout_s, start_timeout_s=start_timeout_s
-        )  # fmt: skip
+        self.engine = Engines(sent, data_parallel_size, (step_timeout_s, start_timeout_s))
         self._prompts: Prompts | None = None
         self._ids = itertools.count()
 

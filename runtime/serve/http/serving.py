@@ -159,6 +159,14 @@ class Work:
         value = getattr(self.body, name, None)
         return otherwise if value is None else value
 
+    def several(self, field: str, given: Any) -> list[Any]:
+        """Return the prompts of a field that holds one or more, text or ids. Raises ValueError for none or too many."""
+        found = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        most = self.state.settings.max_prompts
+        if not 1 <= len(found) <= most:
+            raise ValueError(f"{field}: got {len(found)} prompts, wanted 1 to {most} (max_prompts)")
+        return found
+
     async def submit(
         self, prompts: Sequence[tuple[str | None, list[int]]], params: SamplingParams,
         pooling: PoolingParams | None = None,

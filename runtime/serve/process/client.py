@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,17 +28,15 @@ class EngineClient:
     stats    its last word
     changed  is set where the state is another, or a stage of start-up
     watch    is called with every event that carries progress, for metrics
+    timeouts  step_timeout_s and start_timeout_s, see AsyncLLM
     rank     of the engine, where several serve one model
     on_wave, settle  of an engine that takes steps with others: hears of waves; says why all of them end, when all have
     only_start  why it is not started again when it ends, nothing where it is
     given_up    it has ended and is not started again; a group decides so for all of its engines
     """
 
-    def __init__(
-        self, options: Mapping[str, Any], *, rank: int = 0, step_timeout_s: float = 60.0,
-        start_timeout_s: float = 3600.0,
-    ) -> None:  # fmt: skip
-        for name, value in (("step_timeout_s", step_timeout_s), ("start_timeout_s", start_timeout_s)):
+    def __init__(self, options: Mapping[str, Any], timeouts: tuple[float, float], rank: int = 0) -> None:
+        for name, value in zip(("step_timeout_s", "start_timeout_s"), timeouts, strict=True):
             if not value > 0:
                 raise ValueError(f"{name}={value!r}: wanted seconds above 0")
         self.state = "starting"
@@ -51,9 +48,8 @@ class EngineClient:
         self.on_wave: Callable[[Wave], None] | None = None
         self.settle: Callable[[EngineClient, Ended], Awaitable[Ended]] | None = None
         self.failure: Ended | None = None
-        self.started_s = time.monotonic()
         self.watch: Callable[[Stats, list[Delta]], None] = lambda stats, deltas: None
-        self.options, self._timeouts = dict(options), (step_timeout_s, start_timeout_s)
+        self.options, self._timeouts = dict(options), timeouts
         self._child: Child | None = None
         self._streams: dict[str, Stream] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}

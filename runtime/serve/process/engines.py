@@ -33,10 +33,7 @@ class Engines:
     watch    is called with an engine's rank and every event of it that carries progress, for metrics
     """
 
-    def __init__(
-        self, options: Mapping[str, Any], count: int = 1, *, step_timeout_s: float = 60.0,
-        start_timeout_s: float = 3600.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, options: Mapping[str, Any], count: int, timeouts: tuple[float, float]) -> None:
         if type(count) is not int or count < 1:
             raise ValueError(f"data_parallel_size={count!r}: wanted a whole number of at least 1")
         if count > 1 and options.get("kv_offloading_folder"):
@@ -44,11 +41,11 @@ class Engines:
                 f"kv_offloading_folder with data_parallel_size={count}: a folder belongs to one engine; leave one out"
             )
         self._options, self._seed, self._arrivals = dict(options), int(options.get("seed", 0)), 0
-        self._timeouts = {"step_timeout_s": step_timeout_s, "start_timeout_s": start_timeout_s}
+        self._timeouts = timeouts
         self.watch: Callable[[int, Stats, list[Delta]], None] = lambda rank, stats, deltas: None
         self._changed = asyncio.Event()  # of any of them
         together = count > 1 and bool(options.get("enable_expert_parallel"))
-        self.group = Group(self._options, 0.8 * step_timeout_s) if together else None
+        self.group = Group(self._options, 0.8 * timeouts[0]) if together else None
         self.members = [self._made(rank, count) for rank in range(count)]
         self.leaving: list[EngineClient] = []
         self._scaling = False
@@ -56,7 +53,7 @@ class Engines:
 
     def _made(self, rank: int, count: int) -> EngineClient:
         ranks = {"data_parallel_size": count, "data_parallel_rank": rank} if count > 1 else {}
-        made = EngineClient(self._options | ranks, rank=rank, **self._timeouts)
+        made = EngineClient(self._options | ranks, self._timeouts, rank)
         made.changed = self._changed
         made.watch = lambda stats, deltas: self.watch(rank, stats, deltas)
         if self.group is not None:

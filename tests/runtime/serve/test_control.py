@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import time
 
 from servers import Running, get, post, until
@@ -107,3 +108,20 @@ def test_a_model_that_sleeps_says_so(fake: Running) -> None:
     assert post(f"{fake.url}/wake_up?tags=weights&tags=kv_cache", {})[0] == 200
     assert post(fake.url + TEXT, {"prompt": "a", "max_tokens": 2})[0] == 200
     assert fake.state.llm.engine.num_restarts == restarts
+
+
+def test_several_prompts_of_one_request_come_side_by_side(fake: Running) -> None:
+    fake.wait_ready()
+    prompts, wanted = ["abc", "Zd", "ab"], ["abca", "ZdZd", "abab"]
+    body = {"prompt": prompts, "max_tokens": 4, "n": 2}
+    status, whole = post(fake.url + TEXT, body)
+    assert status == 200 and [choice["text"] for choice in whole["choices"]] == [text for text in wanted for _ in "ab"]
+    status, streamed = post(fake.url + TEXT, {**body, "stream": True, "stream_options": {"include_usage": True}})
+    lines = streamed.splitlines()[::2]
+    assert status == 200 and lines.pop() == "data: [DONE]"
+    *events, last = [json.loads(line.removeprefix("data: ")) for line in lines]
+    choices = [choice for event in events for choice in event["choices"]]
+    texts = ["".join(choice["text"] for choice in choices if choice["index"] == i) for i in range(6)]
+    assert texts == [text for text in wanted for _ in "ab"] and last["usage"] == whole["usage"]
+    assert [choice["index"] for choice in choices] != sorted(choice["index"] for choice in choices)
+    until(lambda: not fake.state.works)

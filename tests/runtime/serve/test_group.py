@@ -59,7 +59,7 @@ def test_one_that_is_given_up_takes_the_others_along(good: int, monkeypatch: pyt
     async def work() -> None:
         options: dict[str, Any] = {}
         together = Group(options, 1.0)
-        members = [EngineClient(options | {"data_parallel_rank": rank}, rank=rank) for rank in range(2)]
+        members = [EngineClient(options | {"data_parallel_rank": rank}, (60, 60), rank) for rank in range(2)]
         for member in members:
             together.add(member)
         for member in members:

@@ -30,21 +30,12 @@ class CompletionRequest(Sampling):
     echo: bool = False
     add_special_tokens: bool = True
 
-    def prompts(self) -> list[Any]:
-        """Return the prompts one by one, text or ids."""
-        given: Any = self.prompt
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            return [given]
-        return list(given)
-
 
 @router.post("/v1/completions", responses=GENERATES, response_class=Response)
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt, with n outputs each; one answer, or events with stream=true."""
-    work, asked = await Work.of(body, request, "cmpl"), body.prompts()
-    most = work.state.settings.max_prompts
-    if not 1 <= len(asked) <= most:
-        raise ValueError(f"prompt: got {len(asked)} prompts, wanted 1 to {most} (max_prompts)")
+    work = await Work.of(body, request, "cmpl")
+    asked = work.several("prompt", body.prompt)
     if body.echo and body.logprobs is not None:
         raise ValueError("echo and logprobs: prompt tokens have no log probabilities here; leave one out")
     params = body.sampling(work.llm.default_sampling, max_tokens=body.max_tokens, logprobs=body.logprobs)

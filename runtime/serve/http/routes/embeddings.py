@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -34,14 +34,10 @@ class EmbeddingRequest(Labels):
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """Return one vector for each input; 400 for a model that generates and does not pool."""
     work = await Work.of(body, request, "embd")
-    prompts, most = work.prompts, work.state.settings.max_prompts
-    given: Any = body.input
-    inputs = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-    if not 1 <= len(inputs) <= most:
-        raise ValueError(f"input: got {len(inputs)}, wanted 1 to {most} (max_prompts)")
-    encoded = await asyncio.to_thread(lambda: [prompts.of(one) for one in inputs])
+    inputs = work.several("input", body.input)
+    encoded = await asyncio.to_thread(lambda: [work.prompts.of(one) for one in inputs])
     for _, ids in encoded:
-        prompts.check(ids)
+        work.prompts.check(ids)
     pooling = PoolingParams(dimensions=body.dimensions, use_activation=body.use_activation)
     await work.submit(encoded, NO_SAMPLING, pooling)
     return await work.answered(lambda: _answer(work, body), None)
