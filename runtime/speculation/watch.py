@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from statistics import mean, median
+from statistics import fmean, median
 
 SAMPLES = 4  # the first of them is not timed: it begins where a step of the other kind ended
 PERIOD = 128  # steps between samples, at least
@@ -42,7 +42,7 @@ class Measured:
         """Tokens a second with guessing, of those without; None: not yet known."""
         if min(len(self.without_s), len(self.with_s)) < _ENOUGH:
             return None
-        return mean(self.tokens) * median(self.without_s) / max(median(self.with_s), 1e-9)
+        return fmean(self.tokens) * median(self.without_s) / max(median(self.with_s), 1e-9)
 
     @property
     def pays(self) -> bool:
@@ -54,7 +54,7 @@ class Measured:
         """Steps from one sample to the next."""
         if self.pays:
             return PERIOD
-        lost = median(self.with_s) / median(self.without_s) - mean(self.tokens)  # steps that one of a sample costs
+        lost = median(self.with_s) / median(self.without_s) - fmean(self.tokens)  # steps that one of a sample costs
         return max(PERIOD, math.ceil(SAMPLES * lost / COST))
 
     def count(self) -> None:

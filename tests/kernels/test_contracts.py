@@ -38,7 +38,8 @@ def test_examples(name: str) -> None:
             cost = record.cost(*args)
             assert cost.bytes >= 0 and cost.flops >= 0
             traced = dtype == DTYPES[i % len(DTYPES)]  # a tenth of a second each
-            torch.library.opcheck(record.op, args, test_utils=opchecks(args, traced))
+            if traced or i == 0:
+                torch.library.opcheck(record.op, args, test_utils=opchecks(args, traced))
 
 
 def opchecks(args: tuple[Any, ...], traced: bool) -> tuple[str, ...]:

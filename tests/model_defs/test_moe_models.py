@@ -49,7 +49,7 @@ def test_prefill_decode_and_mix_give_transformers_logits(family: str, entry: str
         assert_within_budget(got, copy.deepcopy(theirs), asked)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     data=st.data(), family=st.sampled_from(sorted(MOE)), block_size=st.sampled_from([1, 4, 16]),
     num_padding=st.integers(0, 3), seed=st.integers(0, 3),

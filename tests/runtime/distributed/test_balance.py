@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moe_families import MOE
 from quantized_checkpoints import LAYOUTS, save_quantized
+from shared_traces import shared_traces
 from step_inputs import Steps
 from test_expert_parallel import RowByRow
 from tiny_models import save_tiny
@@ -230,6 +231,7 @@ def check_failed(root: Path, rank: int) -> None:
             runner.step(steps[2])
 
 
+@shared_traces()
 def work(rank: int, home: str) -> None:
     torch.set_num_threads(1)
     root = Path(home)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from moe_families import GROUPS, MLA, MOE
 from quantized_checkpoints import LAYOUTS, save_quantized
+from shared_traces import shared_traces
 from step_inputs import Steps
 from tiny_models import save_tiny
 from torch import Tensor
@@ -208,6 +209,7 @@ def check_text(root: Path, name: str, rank: int, ranks: int) -> None:
     assert found[0] == found[1] and len(found[0][0]) == 4 + 5 * (rank % 2)
 
 
+@shared_traces()
 def work(rank: int, ranks: int, home: str) -> None:
     torch.set_num_threads(1)
     root = Path(home)

@@ -13,6 +13,7 @@ import torch.multiprocessing
 from families import draw_tokens
 from moe_families import GROUPS, MLA
 from quantized_checkpoints import LAYOUTS, save_quantized
+from shared_traces import shared_traces
 from step_inputs import run_runner
 from tiny_models import assert_within_budget, save_tiny
 
@@ -173,6 +174,7 @@ def check_packs(directory: Path, ranks: int, packs: Path) -> None:
         ModelRunner.load(directory, **(options | {"tensor_parallel_size": 1, "offline": True}))
 
 
+@shared_traces()
 def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None:
     torch.set_num_threads(1)
     root = Path(home)

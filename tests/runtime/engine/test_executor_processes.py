@@ -162,7 +162,8 @@ import sys
 from pathlib import Path
 from seamwise.runtime.engine.executor_processes import RankProcesses
 if __name__ == "__main__":
-    ranks = RankProcesses(Path(sys.argv[1]), 2, {"device": "cpu", "dtype": "float32", "pack_dir": sys.argv[2]})
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "pack_dir": sys.argv[2]}
+    ranks = RankProcesses(Path(sys.argv[1]), 2, options)
     print(*(p.pid for p in ranks._processes), ranks._folder, flush=True)
     sys.stdin.read()
 """
