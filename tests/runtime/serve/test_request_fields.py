@@ -14,8 +14,10 @@ from pydantic import TypeAdapter
 
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.serve.chat_parts import ChatParts
+from seamwise.runtime.serve.http.chat_answer import _logprobs as chat_logprobs
 from seamwise.runtime.serve.http.chat_schema import ChatRequest
 from seamwise.runtime.serve.http.routes.completions import CompletionRequest, _logprobs
+from seamwise.runtime.serve.http.routes.generate import _row as token_rows
 from seamwise.runtime.serve.http.routes.responses import ResponsesRequest, _Answer
 from seamwise.runtime.serve.http.schema import Body
 from seamwise.runtime.serve.process.messages import Delta
@@ -53,6 +55,17 @@ def test_tokens_of_one_spelling_are_told_apart() -> None:
     got = _logprobs(Delta("x", 0, "b", [5, 3], logprobs=rows), rows, 4, 3)
     assert got["top_logprobs"] == [{"": -0.5, "a": -0.1, "token_id:9": -4.0}, {"b": -1.0}]
     assert (got["tokens"], got["token_logprobs"], got["text_offset"]) == (["", "b"], [-0.5, -1.0], [4, 4])
+
+
+def test_what_cannot_come_has_a_number_too() -> None:
+    """JSON has no infinity, and null is no log probability."""
+    row = {7: Logprob(0.0, 1, "a"), 9: Logprob(float("-inf"), 2, "b")}
+    delta = Delta("x", 0, "a", [7], logprobs=[row])
+    assert _logprobs(delta, [row], 0, 2)["top_logprobs"] == [{"a": 0.0, "b": -9999.0}]
+    assert chat_logprobs(delta)[0]["top_logprobs"][1]["logprob"] == -9999.0
+    assert token_rows(row) == [
+        {"token_id": 7, "logprob": 0.0, "rank": 1}, {"token_id": 9, "logprob": -9999.0, "rank": 2},
+    ]  # fmt: skip
 
 
 ANSWERS = {
