@@ -37,7 +37,7 @@ class DataParallel:
     def __init__(self, model: str | Path, options: Mapping[str, Any], has_tokenizer: bool) -> None:
         self._has_tokenizer = has_tokenizer
         self._llm = AsyncLLM(model, **options)
-        self._streams: dict[str, Stream] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
         self._ended: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="seamwise-engines", daemon=True)
@@ -74,8 +74,7 @@ class DataParallel:
                 request_id, prompt_token_ids, params, prompt=prompt, priority=priority, stream_interval=0,
                 lora_request=lora_request, pooling=pooling,
             )  # fmt: skip
-            self._streams[request_id] = stream
-            stream.reader = asyncio.create_task(self._read(stream, output))
+            self._readers[request_id] = asyncio.create_task(self._read(stream, output))
 
         self._wait(submit())
 
@@ -87,7 +86,7 @@ class DataParallel:
         except Exception as error:
             self._ended.put(error)
         finally:
-            self._streams.pop(output.request_id, None)
+            self._readers.pop(output.request_id, None)
 
     def step(self) -> list[RequestOutput]:
         """Wait for a request to end and return all that have. Raises what ended one without an output."""
@@ -102,10 +101,9 @@ class DataParallel:
         """End a request, and forget what ended before it and was not given out."""
 
         async def abort() -> None:
-            if (stream := self._streams.pop(request_id, None)) is not None:
-                assert stream.reader is not None
-                stream.reader.cancel()
-                await asyncio.wait([stream.reader])
+            if (reader := self._readers.pop(request_id, None)) is not None:
+                reader.cancel()
+                await asyncio.wait([reader])
             while not self._ended.empty():
                 self._ended.get()
 

@@ -20,6 +20,11 @@ def spelled(token: int, its: Logprob) -> str:
     return its.decoded_token if its.decoded_token is not None else f"token_id:{token}"
 
 
+def as_number(its: Logprob) -> float:
+    """Return a log probability as JSON has numbers: OpenAI's -9999.0 for what cannot come."""
+    return max(its.logprob, -9999.0)
+
+
 class Choices:
     """What /v1/completions and /v1/chat/completions have in common. whole_kind, event_kind: the objects' names."""
 

@@ -9,7 +9,7 @@ from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.serve.chat_parts import ChatParts, Part
 from seamwise.runtime.serve.process.messages import Delta
 
-from .answers import Choices, spelled
+from .answers import Choices, as_number, spelled
 from .serving import Work
 
 
@@ -114,4 +114,4 @@ def _logprobs(delta: Delta) -> list[dict[str, Any]]:
 
 def _token(token: int, its: Logprob) -> dict[str, Any]:
     text = spelled(token, its)
-    return {"token": text, "logprob": its.logprob, "bytes": list(text.encode())}
+    return {"token": text, "logprob": as_number(its), "bytes": list(text.encode())}

@@ -36,13 +36,12 @@ class Unsupported(NotImplementedError):
 class Stream:
     """The deltas of one request, merged until they are taken: memory is bounded by what the request may produce.
 
-    rank  of the engine that has it; aborted: somebody asked for its end; reader: a task that takes all of it, if any
+    rank  of the engine that has it; aborted: somebody asked for its end
     """
 
     def __init__(self, request_id: str, rank: int = 0) -> None:
         self.request_id, self.rank = request_id, rank
         self.finished = self.aborted = False
-        self.reader: asyncio.Task[None] | None = None
         self._pending: dict[int, Delta] = {}
         self._error: Exception | None = None
         self.changed = asyncio.Event()  # set where something is new, or the request has ended

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from seamwise.runtime.sampling.logprob import Logprob
-from seamwise.runtime.serve.http.answers import Choices, spelled
+from seamwise.runtime.serve.http.answers import Choices, as_number, spelled
 from seamwise.runtime.serve.http.schema import Sampling, TokenId
 from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.process.messages import Delta
@@ -91,7 +91,7 @@ def _logprobs(delta: Delta, rows: list[dict[int, Logprob]], offset: int, most: i
     tokens = [spelled(token, its) for token, its in zip(delta.token_ids, own, strict=True)]
     return {
         "tokens": tokens,
-        "token_logprobs": [its.logprob for its in own],
+        "token_logprobs": [as_number(its) for its in own],
         "top_logprobs": [_by_spelling(row) if most else None for row in rows],
         "text_offset": [*accumulate(map(len, tokens), initial=offset)][:-1],
     }
@@ -102,5 +102,5 @@ def _by_spelling(row: dict[int, Logprob]) -> dict[str, float]:
     found: dict[str, float] = {}
     for token, its in row.items():
         text = spelled(token, its)
-        found[f"token_id:{token}" if text in found else text] = its.logprob
+        found[f"token_id:{token}" if text in found else text] = as_number(its)
     return found

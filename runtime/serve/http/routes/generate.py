@@ -13,6 +13,7 @@ from pydantic import Field
 
 from seamwise.runtime.sampling.logprob import Logprob
 from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.serve.http.answers import as_number
 from seamwise.runtime.serve.http.schema import Body, TokenId
 from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import DONE, event, json_response
@@ -83,4 +84,4 @@ def _choice(delta: Delta) -> dict[str, Any]:
 
 def _row(row: dict[int, Logprob]) -> list[dict[str, Any]]:
     """Return the sampled token's log probability first, then the most likely ones'."""
-    return [{"token_id": token, "logprob": its.logprob, "rank": its.rank} for token, its in row.items()]
+    return [{"token_id": token, "logprob": as_number(its), "rank": its.rank} for token, its in row.items()]

@@ -14,13 +14,17 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from seamwise.runtime.sampling.params import SamplingParams
+from seamwise.runtime.serve.chat_parts import ChatParts, Part, reasoning_marks
 from seamwise.runtime.serve.http.schema import Body, Labels, Whole
 from seamwise.runtime.serve.http.serving import Work
 from seamwise.runtime.serve.http.sse import event, json_response
+from seamwise.runtime.serve.process.messages import Delta
 
 from .describe import GENERATES
 
 router = APIRouter()
+_TEXTS = {"text": "output_text", "reasoning": "reasoning_text"}  # what events are called, by ChatParts' kinds
+_REASONING: dict[str, Any] = {"type": "reasoning", "summary": []}
 
 
 class InputText(Body):
@@ -86,15 +90,19 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     text = await asyncio.to_thread(work.prompts.render, body.messages())
     ids = await asyncio.to_thread(work.prompts.encode, text, add_special_tokens=False)
     await work.submit([(text, ids)], params)
-    answer = _Answer(work, body)
+    marks = reasoning_marks(work.prompts.templates.get("default", ""))
+    thinking = marks is not None and text.rstrip().endswith(marks[0])
+    answer = _Answer(work, body, ChatParts(reasoning=marks, thinking=thinking))
     return await work.answered(answer.whole, answer.events)
 
 
 class _Answer:
-    """Turns deltas into a response object, or the events that build it up."""
+    """Turns deltas into a response object, or the events that build it up: an item of reasoning, where there is any,
+    and a message."""
 
-    def __init__(self, work: Work, body: ResponsesRequest) -> None:
-        self._work, self._item_id = work, work.name.replace("resp-", "msg-", 1)
+    def __init__(self, work: Work, body: ResponsesRequest, reader: ChatParts) -> None:
+        self._work, self._reader = work, reader
+        self._texts: dict[str, str] = {}  # of each item, by its kind
         self._head: dict[str, Any] = {
             "id": work.name, "object": "response", "created_at": int(time.time()), "model": work.model,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "metadata": body.metadata,
@@ -105,47 +113,95 @@ class _Answer:
 
     async def whole(self) -> Response:
         (delta,) = (await self._work.whole()).values()
-        return json_response(self._finished(delta.text, delta.finish_reason))
+        for part in self._read(delta):
+            self._texts[part.kind] = self._texts.get(part.kind, "") + part.text
+        return json_response(self._finished(delta.finish_reason))
 
     async def events(self) -> AsyncIterator[bytes]:
-        text, reason, place = "", None, {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        reason = None
         async for _, delta in self._work.deltas():
-            if reason is None and self._number < 0:
+            if self._number < 0:
                 begun = {**self._head, "status": "in_progress", "output": [], "incomplete_details": None, "usage": None}
                 yield self._event("response.created", response=begun)
                 yield self._event("response.in_progress", response=begun)
-                yield self._event("response.output_item.added", output_index=0, item=self._item("", "in_progress"))
-                yield self._event("response.content_part.added", **place, part=_part(""))
-            text, reason = text + delta.text, delta.finish_reason
-            if delta.text:
-                yield self._event("response.output_text.delta", **place, delta=delta.text, logprobs=[])
-        whole = self._finished(text, reason)
-        yield self._event("response.output_text.done", **place, text=text, logprobs=[])
-        yield self._event("response.content_part.done", **place, part=_part(text))
-        yield self._event("response.output_item.done", output_index=0, item=whole["output"][0])
+            reason = delta.finish_reason
+            for part in self._read(delta):
+                if part.kind not in self._texts:
+                    for one in [*self._closing("completed"), *self._opening(part.kind)]:
+                        yield one
+                self._texts[part.kind] += part.text
+                yield self._of_text(part.kind, "delta", delta=part.text)
+        for one in self._opening("text") if not self._texts else []:
+            yield one
+        whole = self._finished(reason)
+        for one in self._closing(whole["status"]):
+            yield one
         yield self._event(f"response.{whole['status']}", response=whole)
+
+    def _read(self, delta: Delta) -> list[Part]:
+        parts = self._reader.feed(delta.text)
+        return parts if delta.finish_reason is None else [*parts, *self._reader.end()]
+
+    def _opening(self, kind: str) -> list[bytes]:
+        """Return the events that begin an item."""
+        self._texts[kind] = ""
+        place = self._place(kind)
+        return [
+            self._event("response.output_item.added", output_index=place["output_index"], item=self._item(kind, "")),
+            self._event("response.content_part.added", **place, part=_part(kind, "")),
+        ]
+
+    def _closing(self, status: str) -> list[bytes]:
+        """Return the events that end the last item, if one is open."""
+        if not self._texts:
+            return []
+        kind, text = [*self._texts.items()][-1]
+        place = self._place(kind)
+        return [
+            self._of_text(kind, "done", text=text),
+            self._event("response.content_part.done", **place, part=_part(kind, text)),
+            self._event("response.output_item.done", output_index=place["output_index"], item=self._item(kind, status)),
+        ]
+
+    def _place(self, kind: str) -> dict[str, Any]:
+        return {"item_id": self._item_id(kind), "output_index": [*self._texts].index(kind), "content_index": 0}
+
+    def _of_text(self, kind: str, end: str, **fields: Any) -> bytes:
+        if kind == "text":
+            fields["logprobs"] = []
+        return self._event(f"response.{_TEXTS[kind]}.{end}", **self._place(kind), **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number, **fields}, kind)
 
-    def _item(self, text: str, status: str) -> dict[str, Any]:
-        content = [_part(text)] if status != "in_progress" else []
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+    def _item_id(self, kind: str) -> str:
+        return self._work.name.replace("resp-", "msg-" if kind == "text" else "rs-", 1)
 
-    def _finished(self, text: str, reason: str | None) -> dict[str, Any]:
+    def _item(self, kind: str, status: str) -> dict[str, Any]:
+        """Return an item with its text; with none while it has no status."""
+        content = [_part(kind, self._texts[kind])] if status else []
+        item = {"id": self._item_id(kind), "status": status or "in_progress", "content": content}
+        return {**item, **({"type": "message", "role": "assistant"} if kind == "text" else _REASONING)}
+
+    def _finished(self, reason: str | None) -> dict[str, Any]:
         status = "incomplete" if reason == "length" else "completed"
-        usage = self._work.usage()
+        if not self._texts:
+            self._texts["text"] = ""
+        usage, last = self._work.usage(), [*self._texts][-1]
         return {
-            **self._head, "status": status, "output": [self._item(text, status)],
+            **self._head, "status": status,
+            "output": [self._item(kind, status if kind == last else "completed") for kind in self._texts],
             "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,
             "usage": {
                 "input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
-                "total_tokens": usage["total_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
+                "total_tokens": usage["total_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
             },
         }  # fmt: skip
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(kind: str, text: str) -> dict[str, Any]:
+    if kind == "text":
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "reasoning_text", "text": text}
