@@ -182,13 +182,12 @@ class Engines:
         for member in self.members:
             if member.state != "ready":
                 raise EngineError(self._named(member, member.reason))
-        if len(self.members) == 1:
-            return await self.members[0].call(method, *args, **kwargs)
         running = sum(m.num_running for m in self.members)
         if method in _QUIET and running:
             raise CallFailed(f"{running} requests are running; finish or abort them first")
         if self._scaling and method not in _READS:
             raise CallFailed(f"{method}: engines join or leave now; call it when scaling has ended")
+        before = [m.only_start for m in self.members]
         if method in _WEIGHTS or (method == "collective_rpc" and args[0] not in _READS):
             for member in self.members:
                 member.only_start = "weights may have been changed, which it would not have"
@@ -196,6 +195,9 @@ class Engines:
         results = await asyncio.gather(*calls, return_exceptions=True)
         failed = [(m, r) for m, r in zip(self.members, results, strict=True) if isinstance(r, BaseException)]
         if failed:
+            if method == "start_weight_update" and len(failed) == len(results):  # none has begun one
+                for member, only_start in zip(self.members, before, strict=True):
+                    member.only_start = only_start
             member, error = failed[0]
             raise error if len(failed) == len(results) else type(error)(self._named(member, str(error)))
         if method in ("is_paused", "is_sleeping"):

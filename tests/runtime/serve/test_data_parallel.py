@@ -181,6 +181,19 @@ def test_an_engine_whose_weights_were_changed_is_not_started_with_the_old_ones()
     with_engines(2, work)
 
 
+def test_one_engine_whose_weights_were_changed_is_not_started_with_the_old_ones() -> None:
+    async def work(llm: AsyncLLM) -> None:
+        await llm.collective_rpc("load_weights")
+        os.kill(llm.engine.members[0].pid, signal.SIGKILL)
+        while llm.engine.failure is None:
+            await asyncio.sleep(0.02)
+        assert llm.engine.state == "failed" and llm.engine.num_restarts == 0
+        with pytest.raises(EngineError, match="not started again: weights may have been changed"):
+            await text_of(llm, "ab")
+
+    with_engines(1, work)
+
+
 def test_engines_join_and_leave_while_requests_run_and_none_fails() -> None:
     async def work(llm: AsyncLLM) -> None:
         texts: list[str] = []
