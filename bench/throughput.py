@@ -12,9 +12,9 @@ import torch
 
 from .command_line import command_line, parse, save
 from .compare import compare, plot, print_table, table
-from .engine_process import ENGINES, measure
+from .engine_process import ENGINES, greedy, measure
 from .machine import label
-from .workloads import WORKLOADS, greedy
+from .workloads import WORKLOADS
 
 PEERS = [name for name in ENGINES if name != "seamwise"]
 
