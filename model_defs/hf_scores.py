@@ -176,7 +176,12 @@ class Scores:
 
 
 def is_square(queries: Any, keys: Any, tokens: Any) -> bool:
-    """Return whether a product of these is one of all tokens with all tokens; decides nothing about symbolic sizes."""
+    """Return whether a product of these is one of all tokens with all tokens; decides nothing about symbolic sizes.
+
+    One of vectors of a single element is not: a rotary embedding multiplies frequencies with positions so.
+    """
     if not (isinstance(queries, Tensor) and isinstance(keys, Tensor) and min(queries.dim(), keys.dim()) > 2):
+        return False
+    if statically_known_true(queries.shape[-1] == 1):
         return False
     return statically_known_true(queries.shape[-2] == tokens) and statically_known_true(keys.shape[-1] == tokens)

@@ -92,6 +92,7 @@ def limits_panels(panels: Tensor) -> str | None:
         "bias_N": "out_features",
     },
     limits=limits_panels, opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features,
+    fake=lambda x_TK, out_features: x_TK.new_empty((x_TK.shape[0], out_features)),
 )  # fmt: skip
 def linear_int(
     x_TK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, group: int, out_features: int,

@@ -38,6 +38,7 @@ _GROUPS = "[N blocks(K,group)]"
 @contract(
     args={"packed": "N W int8|int32!", "scale_NG": _GROUPS, "zero_NG": _GROUPS}, limits=_limits,
     flops=lambda x_TK, packed: 2 * x_TK.numel() * packed.shape[0],
+    fake=lambda x_TK, packed: x_TK.new_empty((x_TK.shape[0], packed.shape[0])),
 )  # fmt: skip
 def w4a16_linear(
     x_TK: Tensor, packed: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, group: int, bias_N: Tensor | None = None

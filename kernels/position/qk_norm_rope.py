@@ -26,7 +26,12 @@ def _limits(qkv_TN: Tensor, q_weight_D: Tensor, cos_TR: Tensor, num_heads: int, 
     return limits_angles(cos_TR, D)
 
 
-@contract(limits=_limits)
+def _fake(qkv_TN: Tensor, q_weight_D: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
+    T, D = qkv_TN.shape[0], q_weight_D.shape[0]
+    return tuple(qkv_TN.new_empty((T, heads, D)) for heads in (num_heads, num_kv_heads))
+
+
+@contract(limits=_limits, fake=_fake)
 def qk_norm_rope(
     qkv_TN: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, cos_TR: Tensor, sin_TR: Tensor, num_heads: int,
     num_kv_heads: int, eps: float,

@@ -18,6 +18,7 @@ from seamwise.model_defs import build_model
 from seamwise.model_defs.hf import _parameters_on_meta
 from seamwise.model_defs.hf_attention import Attending, Step, attend, make_mask
 from seamwise.model_defs.hf_masks import Mask
+from seamwise.model_defs.hf_scores import is_square
 
 # Architectures that Seamwise does not define: each has something of its own around causal attention.
 DECODERS: dict[str, dict[str, Any]] = {
@@ -64,10 +65,16 @@ DECODERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+REFUSED_BEFORE_5_23 = {
+    "OPTForCausalLM": "this version's class makes a dense mask of its own, which is refused",
+    "RoFormerForCausalLM": "this version's class attends to later tokens, which is refused",
+}
+
+
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_chunked_mix_gives_transformers_logits(architecture: str, tmp_path: Path) -> None:
-    if architecture == "OPTForCausalLM" and version.parse(transformers.__version__) < version.parse("5.23"):
-        pytest.skip("this version's class makes a dense mask of its own, which is refused")
+    if architecture in REFUSED_BEFORE_5_23 and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip(REFUSED_BEFORE_5_23[architecture])
     theirs = save_tiny(tmp_path, architecture.partition(",")[0], **DECODERS[architecture])
     if "ALiBi" in architecture:  # which its eager attention adds twice
         theirs = type(theirs).from_pretrained(tmp_path, attn_implementation="sdpa").eval()
@@ -230,3 +237,9 @@ def test_modules_of_other_threads_stay_off_meta() -> None:
         assert nn.Linear(2, 2).weight.is_meta
     assert not next(made[0].parameters()).is_meta
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_frequencies_times_positions_are_no_scores() -> None:
+    """transformers 5.17 multiplies rotary frequencies (1, 4, 1) with positions (1, 1, T) by @, and T may be 4."""
+    assert not is_square(torch.ones(1, 4, 1), torch.ones(1, 1, 4), 4)
+    assert is_square(torch.ones(1, 4, 8), torch.ones(1, 8, 4), 4)
