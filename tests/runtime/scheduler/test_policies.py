@@ -16,10 +16,8 @@ from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.scheduler import policies
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
 from seamwise.runtime.scheduler.policies import OURS, Keys, Policy, find_policy
-from seamwise.runtime.scheduler.policies.cache_aware import AGING as CACHE_AGING
 from seamwise.runtime.scheduler.policies.conformance import check_policy
-from seamwise.runtime.scheduler.policies.fair import W_IN, W_OUT
-from seamwise.runtime.scheduler.policies.predictive import AGING
+from seamwise.runtime.scheduler.policies.ours import CACHE_AGING, PREDICTIVE_AGING, W_IN, W_OUT
 from seamwise.runtime.scheduler.replay import Recording, replay
 from seamwise.testing import FakeRunner
 
@@ -111,7 +109,7 @@ def test_priority_waits_for_the_more_urgent_alone(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_predictive_and_cache_aware_are_overtaken_for_a_bounded_time(seed: int) -> None:
-    for name, aging, predicted in (("predictive", AGING, True), ("cache_aware", CACHE_AGING, False)):
+    for name, aging, predicted in (("predictive", PREDICTIVE_AGING, True), ("cache_aware", CACHE_AGING, False)):
         served = run(name, lognormal_trace(25, seed=seed))
         for one in served:
             size = len(one.asked.prompt) + (one.asked.max_tokens if predicted else 0)
