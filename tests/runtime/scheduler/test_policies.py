@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_a_policy_that_does_not_conform_is_named(broken: Any, words: str) -> Non
 @pytest.mark.parametrize("name", OURS)
 def test_a_recording_replays_to_the_same_bytes(name: str, tmp_path: Path) -> None:
     config = SchedulerConfig(max_num_batched_tokens=BUDGET, max_num_seqs=SEATS, scheduling_policy=name)
-    with Recording(tmp_path / "trace", config) as recorder:
+    with closing(Recording(tmp_path / "trace", config)) as recorder:
         served = serve(lognormal_trace(12, seed=1), config, num_blocks=24, recorder=recorder)
     assert replay(tmp_path / "trace") >= served[-1].ended
     lines = (tmp_path / "trace").read_text().splitlines()
