@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .command_line import command_line, parse, save
-from .compare import available, preloads, run_engine
+from .compare import add_peer_options, available, chosen_peers, preloads, run_engine
 from .machine import label
 from .workloads import WORKLOADS
 
@@ -57,20 +57,18 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--tokens", type=int, default=64, help="decoded tokens of a run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compare", default="", metavar="PEERS", help="engines to measure as well, comma-separated")
-    parser.add_argument("--peer-python", action="append", default=[], metavar="PEER=PATH")
-    parser.add_argument("--peer-model", action="append", default=[], metavar="PEER=PATH")
+    add_peer_options(parser)
     options = parse(parser, arguments)
     directory = resolve_model(options.model)
-    pythons, models = (dict(p.partition("=")[::2] for p in g) for g in (options.peer_python, options.peer_model))
+    peers, models = chosen_peers(options)
     counts = [int(n) for n in options.neighbours.split(",")]
     vocab_size = ModelConfig.from_directory(directory).vocab_size
     workload = {
         "tokens": options.tokens, "prompts": [WORKLOADS["single"].prompts(vocab_size, seed) for seed in range(2)],
     }  # fmt: skip
     rows: dict[str, dict[int, float]] = {}
-    for engine in ["seamwise", *filter(None, options.compare.split(","))]:
-        python, model = pythons.get(engine, sys.executable), models.get(engine, str(directory))
+    for engine, python in {"seamwise": sys.executable, **peers}.items():
+        model = models.get(engine, str(directory))
         if engine != "seamwise" and (why := available(engine, python, model)):
             raise ValueError(f"--compare {engine}: {why}")
         job = {

@@ -5,6 +5,7 @@ Seamwise runs first and last, so that a machine that slows down or speeds up on 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import picture
+from .engine_process import ENGINES
 from .machine import label
 from .workloads import WORKLOADS
 
+PEERS = [name for name in ENGINES if name != "seamwise"]
 # Row of the table: workload, figure, what it is called, and whether more is better.
 ROWS = [
     ("single", "decode_tokens_per_s", "single stream, decode tok/s", True),
@@ -64,6 +67,33 @@ def run_engine(job: Mapping[str, Any], *, python: str, preload: Sequence[str], h
         raise RuntimeError(f"{job['engine']} failed: {(done.stdout + done.stderr)[-2000:]}")
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return report
+
+
+def add_peer_options(parser: argparse.ArgumentParser) -> None:
+    """Add --compare, --peer-python and --peer-model."""
+    parser.add_argument(
+        "--compare", default="", metavar="PEERS", help=f"{','.join(PEERS)}: run these beside Seamwise on the CPU"
+    )
+    parser.add_argument(
+        "--peer-python", action="append", default=[], metavar="PEER=PATH", help="the interpreter that has a peer"
+    )
+    parser.add_argument(
+        "--peer-model", action="append", default=[], metavar="PEER=PATH", help="a peer's model, where another"
+    )
+
+
+def chosen_peers(options: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the interpreter of each peer of --compare, and the models of those that have one of their own.
+
+    Raises ValueError for a peer that there is none of, and for an interpreter or a model of one that is not compared.
+    """
+    pythons, models = (dict(p.partition("=")[::2] for p in g) for g in (options.peer_python, options.peer_model))
+    peers = {name: pythons.get(name, sys.executable) for name in filter(None, options.compare.split(","))}
+    if unknown := set(peers) - {*PEERS}:
+        raise ValueError(f"--compare: no peer {sorted(unknown)[0]!r}; there are: {', '.join(PEERS)}")
+    if unknown := {*pythons, *models} - {*peers}:
+        raise ValueError(f"--peer-python, --peer-model: {sorted(unknown)[0]!r} is not compared with")
+    return peers, models
 
 
 def available(engine: str, python: str, model: str) -> str | None:

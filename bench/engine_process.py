@@ -14,12 +14,43 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 Generate = Callable[[list[list[int]], int], list[int]]  # (prompts, output tokens) -> tokens produced for each prompt
+
+
+def greedy(llm: Any, params: Callable[..., Any], adapters: Sequence[Any] = ()) -> Generate:
+    """Return what runs prompts through an LLM with vLLM's names; `params` is its SamplingParams.
+
+    Requests have the adapters in turn, where there are any.
+    """
+
+    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
+        asked = params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        mixed = [adapters[i % len(adapters)] for i in range(len(prompts))] if adapters else None
+        given = [{"prompt_token_ids": p} for p in prompts]
+        outputs = llm.generate(given, asked, use_tqdm=False, lora_request=mixed)
+        return [len(o.outputs[0].token_ids) for o in outputs]
+
+    return generate
+
+
+def greedy_module(model: Any, **options: Any) -> Generate:
+    """Return what runs prompts of one length through a class of transformers; `options` are those of its generate."""
+    import torch
+
+    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
+        ids = torch.tensor(prompts, device=model.device)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens,
+            pad_token_id=0, **options,
+        )  # fmt: skip
+        return [out.shape[1] - ids.shape[1]] * len(prompts)
+
+    return generate
 
 
 def seamwise(job: dict[str, Any]) -> Generate:
@@ -34,13 +65,7 @@ def seamwise(job: dict[str, Any]) -> Generate:
         job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64,
         quantization=job["quantization"],
     )  # fmt: skip
-
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [len(o.outputs[0].token_ids) for o in outputs]
-
-    return generate
+    return greedy(llm, SamplingParams)
 
 
 def transformers(job: dict[str, Any]) -> Generate:
@@ -49,17 +74,7 @@ def transformers(job: dict[str, Any]) -> Generate:
 
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"]).eval()
-
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
-        ids = torch.tensor(prompts)
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens,
-                pad_token_id=0,
-            )  # fmt: skip
-        return [out.shape[1] - ids.shape[1]] * len(prompts)
-
-    return generate
+    return torch.inference_mode()(greedy_module(model))
 
 
 def vllm(job: dict[str, Any]) -> Generate:
@@ -71,14 +86,7 @@ def vllm(job: dict[str, Any]) -> Generate:
     adapters = [LoRARequest(Path(d).name, i + 1, d) for i, d in enumerate(job.get("adapters", []))]
     lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": job["rank"]} if adapters else {}
     llm = LLM(job["model"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=64, seed=0, **lora)
-
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        mixed = [adapters[i % len(adapters)] for i in range(len(prompts))] if adapters else None
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False, lora_request=mixed)
-        return [len(o.outputs[0].token_ids) for o in outputs]
-
-    return generate
+    return greedy(llm, SamplingParams, adapters)
 
 
 def llama_cpp(job: dict[str, Any]) -> Generate:

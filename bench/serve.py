@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,36 +52,52 @@ class Load:
         return list(zip(arrivals.tolist(), prompts, strict=True))
 
 
-async def ask(url: str, body: dict[str, Any], measured: Measured, started_s: float, api_key: str | None) -> None:
-    """Send one streaming request over a connection of its own and note when its text came."""
+@asynccontextmanager
+async def post(
+    url: str, route: str, body: dict[str, Any], api_key: str | None = None
+) -> AsyncIterator[tuple[float, AsyncIterator[dict[str, Any]]]]:
+    """Send a streaming request over a connection of its own; yield the time.perf_counter() of that, and its events.
+
+    Reading them raises RuntimeError for a status other than 200, and for an event that is an error.
+    """
     parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, limit=1 << 20)
     try:
         data = json.dumps(body).encode()
         key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         head = (
-            f"POST {parts.path.rstrip('/').removesuffix('/v1')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+            f"POST {parts.path.rstrip('/').removesuffix('/v1')}{route} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
             f"{key}Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
         )
-        measured.sent_s = time.perf_counter() - started_s
+        sent_s = time.perf_counter()
         writer.write(head.encode() + data)
         await writer.drain()
-        status = (await reader.readline()).decode().split(" ")[1]
-        if status != "200":
-            measured.error = f"status {status}: {(await reader.read())[-300:].decode(errors='replace')}"
-            return
-        async for line in reader:
-            if not line.startswith(b"data: {"):
-                continue
+        yield sent_s, _events(reader)
+    finally:
+        writer.close()
+
+
+async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    status = (await reader.readline()).decode().split(" ")[1]
+    if status != "200":
+        raise RuntimeError(f"status {status}: {(await reader.read())[-300:].decode(errors='replace')}")
+    async for line in reader:
+        if line.startswith(b"data: {"):
             event = json.loads(line[6:])
             if "error" in event:
-                measured.error = str(event["error"])
+                raise RuntimeError(str(event["error"]))
+            yield event
+
+
+async def ask(url: str, body: dict[str, Any], measured: Measured, started_s: float, api_key: str | None) -> None:
+    """Send one request and note when its text came."""
+    async with post(url, "/v1/completions", body, api_key) as (sent_s, events):
+        measured.sent_s = sent_s - started_s
+        async for event in events:
             if event.get("usage"):
                 measured.num_tokens = event["usage"]["completion_tokens"]
             if event.get("choices") and event["choices"][0].get("text"):
                 measured.events_s.append(time.perf_counter() - started_s)
-    finally:
-        writer.close()
 
 
 async def run_load(url: str, model: str, load: Load, api_key: str | None) -> tuple[list[Measured], float]:
@@ -95,6 +113,8 @@ async def run_load(url: str, model: str, load: Load, api_key: str | None) -> tup
         }  # fmt: skip
         try:
             await ask(url, body, measured, started_s, api_key)
+        except RuntimeError as error:  # what the server said
+            measured.error = str(error)
         except (OSError, ValueError, IndexError) as error:
             measured.error = f"{type(error).__name__}: {error}"
         return measured

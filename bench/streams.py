@@ -8,7 +8,6 @@ alone in turns with one request offline, and the memory of the server's processe
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -20,10 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 from .command_line import command_line, parse, save
-from .serve import WORDS
+from .serve import WORDS, post
 
 GOAL_THROUGHPUT, GOAL_TTFT_MS = 0.92, 5.0
 
@@ -40,24 +38,14 @@ class Seen:
 
 async def stream(url: str, prompt_ids: list[int], num_tokens: int) -> tuple[list[int], float]:
     """Return the ids of a stream and the seconds to its first event. Raises RuntimeError for an error it met."""
-    parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 20)
     # offline starts with an empty prefix cache; so must each turn of a prompt here
     params = {"temperature": 0, "max_tokens": num_tokens, "ignore_eos": True, "skip_reading_prefix_cache": True}
-    body = json.dumps({"token_ids": prompt_ids, "sampling_params": params, "stream": True}).encode()
-    head = "POST /inference/v1/generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    started, first_s, found = time.perf_counter(), 0.0, list[int]()
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    try:
-        async for line in reader:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise RuntimeError(f"a stream ended with {event['error']}")
-                first_s = first_s or time.perf_counter() - started
-                found += event["choices"][0]["token_ids"]
-    finally:
-        writer.close()
+    body = {"token_ids": prompt_ids, "sampling_params": params, "stream": True}
+    first_s, found = 0.0, list[int]()
+    async with post(url, "/inference/v1/generate", body) as (sent_s, events):
+        async for event in events:
+            first_s = first_s or time.perf_counter() - sent_s
+            found += event["choices"][0]["token_ids"]
     return found, first_s
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .command_line import command_line, parse, save
-from .compare import compare, plot, print_table, table
-from .engine_process import ENGINES, measure
+from .compare import add_peer_options, chosen_peers, compare, plot, print_table, table
+from .engine_process import greedy, measure
 from .machine import label
-from .workloads import WORKLOADS, greedy
-
-PEERS = [name for name in ENGINES if name != "seamwise"]
+from .workloads import WORKLOADS
 
 
 def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
@@ -46,12 +43,7 @@ def beside(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     from seamwise.runtime.weights.hub import resolve_model
 
     directory = resolve_model(options.model)
-    pythons, models = (dict(p.partition("=")[::2] for p in g) for g in (options.peer_python, options.peer_model))
-    peers = {name: pythons.get(name, sys.executable) for name in options.compare.split(",")}
-    if unknown := set(peers) - {*PEERS}:
-        raise ValueError(f"--compare: no peer {sorted(unknown)[0]!r}; there are: {', '.join(PEERS)}")
-    if unknown := {*pythons, *models} - {*peers}:
-        raise ValueError(f"--peer-python, --peer-model: {sorted(unknown)[0]!r} is not compared with")
+    peers, models = chosen_peers(options)
     settings = {
         "dtype": "bfloat16" if options.dtype == "auto" else options.dtype, "threads": torch.get_num_threads(),
         "max_model_len": options.max_model_len, "repeats": options.repeats, "quantization": options.quantization,
@@ -81,13 +73,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--enforce-eager", action="store_true")
-    parser.add_argument("--compare", metavar="PEERS", help=f"{','.join(PEERS)}: run these beside Seamwise on the CPU")
-    parser.add_argument(
-        "--peer-python", action="append", default=[], metavar="PEER=PATH", help="the interpreter that has a peer"
-    )
-    parser.add_argument(
-        "--peer-model", action="append", default=[], metavar="PEER=PATH", help="a peer's model, where another"
-    )
+    add_peer_options(parser)
     parser.add_argument("--startup", action="store_true", help="with --compare: also cold and warm start, peak memory")
     options = parse(parser, arguments)
     names = list(WORKLOADS) if options.workload == "all" else [options.workload]

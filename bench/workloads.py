@@ -8,13 +8,9 @@ prefix   16 prompts of 448 shared + 64 own tokens, 32 output tokens: output toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-
-from .engine_process import Generate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +40,3 @@ WORKLOADS = {
         Workload(name="prefix", num_requests=16, shared_tokens=448, own_tokens=64, output_tokens=32),
     )
 }
-
-
-def greedy(llm: Any, params: Callable[..., Any]) -> Generate:
-    """Return what runs prompts through an LLM with vLLM's names; `params` is its SamplingParams."""
-
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
-        asked = params(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], asked, use_tqdm=False)
-        return [len(o.outputs[0].token_ids) for o in outputs]
-
-    return generate

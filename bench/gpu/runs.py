@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from seamwise.bench.engine_process import Generate, timed
-from seamwise.bench.workloads import greedy
+from seamwise.bench.engine_process import Generate, greedy, greedy_module, timed
 
 from .models import configuration, model_directory
 from .rows import Absent, Context, Lazy, Row
@@ -97,16 +96,7 @@ def transformers(model: str, context: Context, shapes: dict[str, Any], quantizat
     compiling = hf.generation.CompileConfig(backend=backend, dynamic=False)
     compiling._compile_all_devices = True
     module.generation_config.eos_token_id = None
-
-    def generate(prompts: list[list[int]], tokens: int) -> list[int]:
-        ids = torch.tensor(prompts, device=context.device)
-        out = module.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens,
-            pad_token_id=0, cache_implementation="static", compile_config=compiling,
-        )  # fmt: skip
-        return [out.shape[1] - ids.shape[1]] * len(prompts)
-
-    return generate
+    return greedy_module(module, cache_implementation="static", compile_config=compiling)
 
 
 def vllm(model: str, context: Context, shapes: dict[str, Any], quantization: str | None) -> Generate:

@@ -53,12 +53,7 @@ def as_html(program: Program, startup_s: Mapping[str, float], title: str, least_
         _table(
             ("piece", "tokens", "MB", "GFLOP", "least time, µs", "in a step, µs"),
             (
-                (
-                    name,
-                    c["tokens"],
-                    *(f"{n:.3f}" for n in (c["bytes"] / 1e6, c["flops"] / 1e9)),
-                    *_times(c, count, least_us),
-                )
+                (name, *_cost(c, count, least_us(c["bytes"], c["flops"])))
                 for name, count in calls.items()
                 for c in program.piece_costs[name]
             ),
@@ -74,9 +69,9 @@ def as_html(program: Program, startup_s: Mapping[str, float], title: str, least_
     return head + "\n".join(sections)
 
 
-def _times(cost: Mapping[str, int], calls: int, least_us: Callable[[int, int], float]) -> tuple[str, str]:
-    us = least_us(cost["bytes"], cost["flops"])
-    return f"{us:.1f}", f"{us * calls:.0f}"
+def _cost(cost: Mapping[str, int], calls: int, us: float) -> tuple[int | str, ...]:
+    """Return the cells of one piece's cost, of which a call takes `us` at least and a step has so many calls."""
+    return cost["tokens"], f"{cost['bytes'] / 1e6:.3f}", f"{cost['flops'] / 1e9:.3f}", f"{us:.1f}", f"{us * calls:.0f}"
 
 
 def _picture(program: Program, distinct: list[str]) -> str:

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from seamwise.compile.split import is_seam
 from seamwise.passes.graph import VIEWS, value
 
+from .piece_costs import size_at
+
 
 class _Blocks:
     """Sizes of blocks that are given out again, to what fills half of one, as by Pool in kernels/cpu/tape_memory.py."""
@@ -76,11 +78,4 @@ def _bytes(node: Node, size: Any) -> list[int]:
         return []
     tensors = [t for t in tree_leaves(value(node)) if isinstance(t, Tensor)]
     dynamic = [t for t in tensors if any(isinstance(n, torch.SymInt) and n.node.expr.has(size) for n in t.shape)]
-    return [t.dtype.itemsize * math.prod(map(_at_one, t.shape)) for t in dynamic]
-
-
-def _at_one(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, 1)))
+    return [t.dtype.itemsize * math.prod(size_at(n, 1) for n in t.shape) for t in dynamic]

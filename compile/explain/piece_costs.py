@@ -59,11 +59,12 @@ def _sized(given: Any, tokens: int) -> Any:
         return tuple(_sized(g, tokens) for g in given)
     if not isinstance(given, Tensor):
         return given
-    return torch.empty([_size(n, tokens) for n in given.shape], dtype=given.dtype, device="meta")
+    return torch.empty([size_at(n, tokens) for n in given.shape], dtype=given.dtype, device="meta")
 
 
-def _size(n: Any, tokens: int) -> int:
+def size_at(n: int | torch.SymInt, tokens: int) -> int:
+    """Return a size in a step of so many tokens."""
     if not isinstance(n, torch.SymInt):
-        return int(n)
+        return n
     expression = n.node.expr
     return int(expression.xreplace(dict.fromkeys(expression.free_symbols, tokens)))

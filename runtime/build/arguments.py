@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 Called = TypeVar("Called", bound=Callable[..., Any])
+Record = TypeVar("Record")
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], instead: Mapping[str, str], what: str) -> None:
@@ -18,6 +19,20 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], instead: Mappin
             close = difflib.get_close_matches(str(name), known, 1, cutoff=0.75)
             hint = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(sorted(known))}"
             raise ValueError(f"there is no {what} {name!r}; {instead.get(name, hint)}")
+
+
+def options_of(kind: type[Record], given: Record | Mapping[str, Any] | None, option: str) -> Record | None:
+    """Return the dataclass that an option is: given so, or as a mapping of its fields, as vLLM takes it; or None.
+
+    Raises ValueError for what is neither, or a field that there is not.
+    """
+    if given is None or isinstance(given, kind):
+        return given
+    known = [*inspect.signature(kind).parameters]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{option}={given!r}, wanted a mapping with options of {', '.join(known)}")
+    refuse_unknown(given, known, {}, f"option of {option}:")
+    return kind(**given)
 
 
 def named_arguments(**instead: str) -> Callable[[Called], Called]:

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seamwise.runtime.build.step import ragged_step
-
 from .kv_spec import KVCacheSpec
 from .model_config import ModelConfig
-from .step import STEP_ARGUMENTS
+from .step import flattened, ragged_step
 
 # Requests of each case, as (tokens already in the cache, tokens of this step).
 CASES: Mapping[str, Sequence[tuple[int, int]]] = {
@@ -30,22 +28,24 @@ def draw_steps(
     adapters  the step has an input for them: no row has one, as a graph without them computes
     """
     return {
-        case: [torch.full((sum(new for _, new in requests),), -1, dtype=torch.int32)] * adapters
-        + _flat(config, requests, spec, torch.Generator().manual_seed(seed))
+        case: _flat(config, requests, spec, torch.Generator().manual_seed(seed), adapters)
         for case, requests in CASES.items()
     }
 
 
 def _flat(
-    config: ModelConfig, requests: Sequence[tuple[int, int]], spec: KVCacheSpec, generator: torch.Generator
-) -> list[Tensor]:
+    config: ModelConfig, requests: Sequence[tuple[int, int]], spec: KVCacheSpec, generator: torch.Generator,
+    adapters: bool,
+) -> list[Tensor]:  # fmt: skip
     known, new = np.array(requests).T
     owned = -(-(known + new) // spec.block_size)
     blocks = (torch.randperm(int(owned.sum()), generator=generator) + 1).split(owned.tolist())
     table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).int().numpy()
     token_ids = torch.randint(config.vocab_size, (int(new.sum()),), generator=generator).numpy()
-    step = ragged_step(token_ids, table, known, new, spec.block_size)
+    step = ragged_step(
+        token_ids, table, known, new, spec.block_size, further_tables=[table] * (len(spec.groups) - 1),
+        token_adapters=torch.full((len(token_ids),), -1, dtype=torch.int32) if adapters else None,
+    )  # fmt: skip
     shapes = [(int(owned.sum()) + 1, *shape) for layer in spec.layers for shape in layer]
     caches = [torch.randn(shape, generator=generator).to(spec.dtype) for shape in shapes]
-    plain = [x for name in STEP_ARGUMENTS for x in (caches if name == "kv_caches" else [getattr(step, name)])]
-    return plain + [step.slot_mapping, step.block_table] * (len(spec.groups) - 1)
+    return flattened(step, caches)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .arguments import refuse_unknown
+from .arguments import options_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,4 @@ class EPLBConfig:
             if given is not None:
                 raise ValueError("eplb_config needs enable_eplb=True, which it is of")
             return None
-        if isinstance(given, Mapping):
-            refuse_unknown(given, [field.name for field in fields(cls)], {}, "option of eplb_config:")
-            return cls(**given)
-        return given or cls()
+        return options_of(cls, given, "eplb_config") or cls()

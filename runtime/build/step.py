@@ -6,7 +6,7 @@ forward, the examples it is traced on, the runner's static buffers, the checks, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -255,6 +255,14 @@ def ragged_step(
         logit_rows=torch.from_numpy(rows.astype(np.int64)),
         **({"further_groups": further} | more),
     )
+
+
+def flattened(batch: StepInput, caches: Sequence[Tensor]) -> list[Tensor]:
+    """Return a step's tensors, and those of the KV cache, in a program's order."""
+    flat: list[Tensor] = [] if batch.token_adapters is None else [batch.token_adapters]
+    for name in STEP_ARGUMENTS:
+        flat += caches if name == "kv_caches" else [getattr(batch, name)]
+    return flat + [x for group in batch.further_groups for x in (group.slot_mapping, group.block_table)]
 
 
 def empty_step(num_groups: int = 1) -> StepInput:

@@ -47,7 +47,6 @@ from .loop import Loop
 from .lora_request import LoRARequest
 from .outbox import Due, Outbox
 from .outputs import RequestMetrics, RequestOutput
-from .pace import REASON as SLOW_GRAMMAR
 from .pace import Pace
 from .pooled_states import Pooling
 from .request import Request
@@ -256,7 +255,7 @@ class Engine(Control):
         if self.adapters is not None and self.adapters.waiting:
             self.adapters.settle(self._requests, self._adapter_ready, self._refused, self.drain)
         if not self.alike:
-            self.pace.settle(self._requests, self.scheduler, self._sits_out)
+            self.pace.settle(self._requests, self.scheduler, self._wait_for)
         if self._paused != "keep" and self._requests:
             while self._loop.may_launch:
                 with self._change, span("plan"):
@@ -274,22 +273,18 @@ class Engine(Control):
 
     def _grammar_ready(self, request_id: str) -> None:
         if request_id in self._requests:  # else it was aborted meanwhile
-            self._waits_no_longer(self._requests[request_id], REASON)
+            self._wait_for(self._requests[request_id], REASON, False)
 
     def _adapter_ready(self, request: Request) -> None:
         with self._change:
             for c in request.completions:
                 c.sequence.rename(self._root(request))  # the adapter's content is known by now
-        self._waits_no_longer(request, ADAPTER)
+        self._wait_for(request, ADAPTER, False)
 
-    def _waits_no_longer(self, request: Request, reason: str) -> None:
+    def _wait_for(self, request: Request, reason: str, waits: bool) -> None:
+        """Let a request wait for one thing more, or no longer."""
         with self._change:
-            request.waits = [one for one in request.waits if one != reason]
-            self._apply_block(request)
-
-    def _sits_out(self, request: Request, sits: bool) -> None:
-        with self._change:
-            request.waits = [*(one for one in request.waits if one != SLOW_GRAMMAR), *[SLOW_GRAMMAR] * sits]
+            request.waits = [*(one for one in request.waits if one != reason), *[reason] * waits]
             self._apply_block(request)
 
     def _refused(self, request_id: str, error: Exception) -> None:

@@ -85,10 +85,6 @@ class Worker:
         """Return the version of this rank's weights, what is asleep, and how often weights were written."""
         return self.model_runner.weight_version, self.model_runner.asleep, self.model_runner.num_weight_updates
 
-    def weights_digest(self) -> str:
-        """Return a digest of this rank's weights."""
-        return self.model_runner.weights_digest()
-
     def start_profile(self, config: ProfilerConfig, prefix: str) -> None:
         """Record what this rank's process does, as prefix_rank0 or rank0; see runtime/runner/profile.py."""
         start_profile(config, "_".join(filter(None, (prefix, f"rank{self.rank}"))))

@@ -59,7 +59,7 @@ class Pace:
             self.owed_s = max(self.owed_s + masks_s - self._allowed_s, 0.0)
 
     def settle(
-        self, requests: Mapping[str, Request], scheduler: Scheduler, sit_out: Callable[[Request, bool], None]
+        self, requests: Mapping[str, Request], scheduler: Scheduler, wait_for: Callable[[Request, str, bool], None]
     ) -> None:
         """Say of each request with a grammar whether it sits out the next step."""
         if not self._bound:
@@ -78,4 +78,4 @@ class Pace:
         sitting = {*long} - {*going}
         for bound in self._bound:
             if (sits := bound in sitting) != (REASON in bound.request.waits):
-                sit_out(bound.request, sits)
+                wait_for(bound.request, REASON, sits)

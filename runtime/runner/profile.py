@@ -8,9 +8,8 @@ Source: https://docs.vllm.ai/en/latest/contributing/profiling/.
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class ProfilerConfig:
     """
 
     profiler: str = "torch"
-    torch_profiler_dir: str
+    torch_profiler_dir: str = ""
     torch_profiler_with_stack: bool = True
     torch_profiler_with_flops: bool = False
     torch_profiler_record_shapes: bool = False
@@ -42,19 +41,9 @@ class ProfilerConfig:
     def __post_init__(self) -> None:
         if self.profiler != "torch":
             raise ValueError(f"profiler_config: profiler={self.profiler!r}, wanted 'torch'")
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any] | ProfilerConfig) -> ProfilerConfig:
-        """Return the configuration of a mapping, as vLLM takes it. Raises ValueError for what it does not have."""
-        if isinstance(given, ProfilerConfig):
-            return given
-        names = [field.name for field in fields(cls)]
-        if not isinstance(given, Mapping) or not given.get("torch_profiler_dir") or set(given) - {*names}:
-            raise ValueError(
-                f"profiler_config={given!r}, wanted a mapping like {{'profiler': 'torch', 'torch_profiler_dir':"
-                f" 'traces'}}; its options are {', '.join(names)}"
-            )
-        return cls(**{**given, "torch_profiler_dir": str(Path(given["torch_profiler_dir"]).absolute())})
+        if not self.torch_profiler_dir:
+            raise ValueError("profiler_config needs torch_profiler_dir, the folder that traces are written to")
+        object.__setattr__(self, "torch_profiler_dir", str(Path(self.torch_profiler_dir).absolute()))
 
 
 def start_profile(config: ProfilerConfig, name: str) -> None:

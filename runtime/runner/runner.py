@@ -36,7 +36,7 @@ from seamwise.runtime.build.packs import load_program, open_pack, pack_parts, wi
 from seamwise.runtime.build.progress import shown_ledger
 from seamwise.runtime.build.ranks import placed, share_sums
 from seamwise.runtime.build.runner_config import RunnerConfig
-from seamwise.runtime.build.step import StepInput, StepOutput, check_plain, step_of_padding
+from seamwise.runtime.build.step import StepInput, StepOutput, check_plain, flattened, step_of_padding
 from seamwise.runtime.distributed.group import check_alike, smallest
 from seamwise.runtime.weights.read_adapter import Adapter
 
@@ -49,7 +49,7 @@ from .named_tensors import ModelWeights, named_tensors
 from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
 from .sleep import TAGS, Sleep
 from .sparse_kv import Pick, SparseKV, check_sparse_kv
-from .step_tensors import flattened, logits_and_hidden, no_results, on_device
+from .step_tensors import logits_and_hidden, no_results, on_device
 from .update_weights import WeightUpdates
 
 

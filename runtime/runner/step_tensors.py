@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,14 +19,6 @@ def on_device(batch: StepInput, device: str) -> StepInput:
     if batch.token_adapters is not None:
         moved["token_adapters"] = batch.token_adapters.to(device)
     return StepInput(**moved, further_groups=tuple(g.map(lambda x: x.to(device)) for g in batch.further_groups))
-
-
-def flattened(batch: StepInput, caches: Sequence[Tensor]) -> list[Tensor]:
-    """Return a step's tensors, and those of the KV cache, in a program's order."""
-    flat: list[Tensor] = [] if batch.token_adapters is None else [batch.token_adapters]
-    for name in STEP_ARGUMENTS:
-        flat += caches if name == "kv_caches" else [getattr(batch, name)]
-    return flat + [x for group in batch.further_groups for x in (group.slot_mapping, group.block_table)]
 
 
 def logits_and_hidden(results: Any, options: RunnerConfig) -> tuple[Tensor, Tensor | None]:

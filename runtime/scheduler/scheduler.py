@@ -137,7 +137,7 @@ class Scheduler:
         """
         s.max_tokens = min(s.max_tokens, self.longest - len(s.prompt) + 1)
         s.arrived_clock = self.clock
-        if not self.waits_of[s.tenant]:  # nothing is saved up while idle: see policies/fair.py
+        if not self.waits_of[s.tenant]:  # nothing is saved up while idle: see policies/ours.py
             there = [tenant for tenant, count in enumerate(self.waits_of) if count]
             lift = self.counters[there].min() if there else self.counters[self._last_left]
             self.counters[s.tenant] = max(self.counters[s.tenant], lift)

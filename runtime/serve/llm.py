@@ -14,7 +14,7 @@ import torch
 from seamwise import caches
 from seamwise.compile.check.batch_invariant import check_batch_invariant
 from seamwise.extras import pip_install
-from seamwise.runtime.build.arguments import named_arguments
+from seamwise.runtime.build.arguments import named_arguments, options_of
 from seamwise.runtime.build.auto_options import entry_of
 from seamwise.runtime.build.packs import model_of
 from seamwise.runtime.build.runner_config import check_options
@@ -170,8 +170,8 @@ class LLM(ModelControl, Pools):
             raise ValueError(f"seed={seed!r}: wanted a whole number; 0 is the default")
         limits = SchedulerConfig(**_fields(SchedulerConfig, given))
         self.data_parallel_rank = data_parallel_rank
-        self.profiler_config = None if profiler_config is None else ProfilerConfig.of(profiler_config)
-        speculation = None if speculative_config is None else SpeculativeConfig.of(speculative_config)
+        self.profiler_config = options_of(ProfilerConfig, profiler_config, "profiler_config")
+        speculation = options_of(SpeculativeConfig, speculative_config, "speculative_config")
         if speculation is not None:
             speculation.check_ranks(2 if processes else 1)
             options["num_speculative_tokens"] = speculation.num_speculative_tokens

@@ -5,12 +5,8 @@ Source: https://docs.vllm.ai/en/latest/features/spec_decode.html.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from seamwise.runtime.build.arguments import refuse_unknown
 
 _OPTIONS = {  # method -> the options that it alone reads
     "ngram": ("prompt_lookup_min", "prompt_lookup_max"), "draft_model": ("model",), "first_layers": ("num_layers",),
@@ -73,13 +69,3 @@ class SpeculativeConfig:
                 f"speculative_config: method {self.method!r} runs on one rank; leave it, or tensor_parallel_size,"
                 " pipeline_parallel_size and data_parallel_size, out"
             )
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any] | SpeculativeConfig) -> SpeculativeConfig:
-        """Return the configuration of a mapping, as vLLM takes it. Raises ValueError for what it does not have."""
-        if isinstance(given, SpeculativeConfig):
-            return given
-        if not isinstance(given, Mapping):
-            raise ValueError(f"speculative_config={given!r}, wanted a mapping like {{'method': 'ngram'}}")
-        refuse_unknown(given, [field.name for field in fields(cls)], {}, "option of speculative_config:")
-        return cls(**given)

@@ -11,9 +11,7 @@ from pathlib import Path
 from seamwise.runtime.weights.gguf import quants as gguf_quants
 from seamwise.runtime.weights.gguf.weights import read_gguf
 
-from . import format_npz as checkpoint_npz
-from . import format_safetensors as checkpoint_safetensors
-from . import format_torch as checkpoint_torch
+from . import format_npz, format_safetensors, format_torch
 from .files import StoredTensor
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
@@ -53,16 +51,13 @@ class Format:
 # In the order in which "auto" looks for them.
 FORMATS = {
     "safetensors": Format(
-        file="model.safetensors", pattern="*.safetensors", read=checkpoint_safetensors.read_safetensors,
-        dtypes=checkpoint_safetensors.DTYPES,
+        file="model.safetensors", pattern="*.safetensors", read=format_safetensors.read_safetensors,
+        dtypes=format_safetensors.DTYPES,
     ),
     "pt": Format(
-        file="pytorch_model.bin", pattern="pytorch_model*.bin", read=checkpoint_torch.read_torch,
-        dtypes=checkpoint_torch.DTYPES,
+        file="pytorch_model.bin", pattern="pytorch_model*.bin", read=format_torch.read_torch, dtypes=format_torch.DTYPES
     ),
-    "npz": Format(
-        file="model.npz", pattern="*.npz", read=checkpoint_npz.read_npz, dtypes=checkpoint_npz.DTYPES
-    ),
+    "npz": Format(file="model.npz", pattern="*.npz", read=format_npz.read_npz, dtypes=format_npz.DTYPES),
     "gguf": Format(file="model.gguf", pattern="*.gguf", read=read_gguf, dtypes=gguf_quants.KINDS, joins=True),
 }  # fmt: skip
 LOAD_FORMATS = ("auto", *FORMATS, "dummy")

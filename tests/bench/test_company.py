@@ -36,5 +36,9 @@ def test_engines_are_measured_beside_neighbours_that_end(
     assert report["decode_tokens_per_s"] == {"seamwise": {"0": 100.0, "1": 50.0, "2": 100 / 3}}
     assert len(started) == 6 and all(process.poll() is not None for process in started)
     assert "1 busy neighbours:    50.0 tokens/s,  50 %" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--compare nobody: nobody is not installed"):
+    with pytest.raises(ValueError, match="--compare: no peer 'nobody'; there are: transformers, vllm, llama_cpp"):
         company.main([*command, "--compare", "nobody"])
+    with pytest.raises(ValueError, match="--peer-python, --peer-model: 'vllm' is not compared with"):
+        company.main([*command, "--peer-python", "vllm=/nowhere/python"])
+    with pytest.raises(ValueError, match="--compare vllm: no interpreter at /nowhere/python"):
+        company.main([*command, "--compare", "vllm", "--peer-python", "vllm=/nowhere/python"])

@@ -56,3 +56,21 @@ def test_a_load_is_measured_and_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert figures["output_tokens_per_s"] > 1 and (tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(RuntimeError, match="no request succeeded; the first said: refused"):
         summary([Measured(0.0, error="refused")], 1.0)
+
+
+def test_an_error_behind_the_first_text_is_a_failure() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        for event in ({"choices": [{"text": "a"}]}, {"error": {"message": "the engine died"}}):
+            writer.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        writer.close()
+
+    async def go() -> list[Measured]:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        load = Load(num_requests=2, rate=100.0, prompt_words=1, output_tokens=2, seed=0)
+        return (await run_load(url, "m", load, None))[0]
+
+    for measured in asyncio.run(go()):
+        assert len(measured.events_s) == 1 and measured.error == "{'message': 'the engine died'}"

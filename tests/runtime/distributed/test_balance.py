@@ -269,5 +269,7 @@ def test_what_does_not_go_together_is_refused(tiny_llama_dir: Path) -> None:
         load(eplb_config={"window_size": 3})
     with pytest.raises(ValueError, match="no option of eplb_config: 'policy'; wanted one of num_redundant"):
         load(enable_eplb=True, eplb_config={"policy": "default"})
+    with pytest.raises(ValueError, match=r"eplb_config=\[\], wanted a mapping with options of window_size"):
+        load(enable_eplb=True, eplb_config=[])
     with pytest.raises(ValueError, match="eplb_config: step_interval=0; wanted a whole number of at least 1"):
         load(enable_eplb=True, eplb_config={"step_interval": 0})

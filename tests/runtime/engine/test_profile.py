@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from seamwise import LLM, SamplingParams
+from seamwise.runtime.build.arguments import options_of
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.runner.profile import ProfilerConfig
 
@@ -77,12 +78,15 @@ def test_a_process_that_ends_while_a_profile_is_taken_writes_it(tmp_path: Path) 
 def test_what_is_no_profile_is_refused(tiny_llama_dir: Path, pack_dir: Path, tmp_path: Path) -> None:
     for given, words in (
         ({"profiler": "cuda", "torch_profiler_dir": "x"}, "profiler='cuda', wanted 'torch'"),
-        ({"profiler": "torch"}, "wanted a mapping like"),
-        ({"torch_profiler_dir": "x", "delay_iterations": 3}, "its options are profiler, torch_profiler_dir"),
-        (["x"], "wanted a mapping like"),
+        ({"profiler": "torch"}, "profiler_config needs torch_profiler_dir"),
+        (
+            {"torch_profiler_dir": "x", "delay_iterations": 3},
+            "no option of profiler_config: 'delay_iterations'",
+        ),
+        (["x"], "wanted a mapping with options of profiler, torch_profiler_dir"),
     ):
         with pytest.raises(ValueError, match=words):
-            ProfilerConfig.of(given)  # type: ignore[arg-type]
+            options_of(ProfilerConfig, given, "profiler_config")
     llm = LLM(tiny_llama_dir, pack_dir=pack_dir, max_model_len=64, max_num_seqs=8)
     with pytest.raises(ValueError, match=r"LLM\(profiler_config="):
         llm.start_profile()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -16,10 +17,8 @@ from seamwise.runtime.sampling.params import SamplingParams
 from seamwise.runtime.scheduler import policies
 from seamwise.runtime.scheduler.config import QueueFullError, SchedulerConfig
 from seamwise.runtime.scheduler.policies import OURS, Keys, Policy, find_policy
-from seamwise.runtime.scheduler.policies.cache_aware import AGING as CACHE_AGING
 from seamwise.runtime.scheduler.policies.conformance import check_policy
-from seamwise.runtime.scheduler.policies.fair import W_IN, W_OUT
-from seamwise.runtime.scheduler.policies.predictive import AGING
+from seamwise.runtime.scheduler.policies.ours import CACHE_AGING, PREDICTIVE_AGING, W_IN, W_OUT
 from seamwise.runtime.scheduler.replay import Recording, replay
 from seamwise.testing import FakeRunner
 
@@ -69,7 +68,7 @@ def test_a_policy_that_does_not_conform_is_named(broken: Any, words: str) -> Non
 @pytest.mark.parametrize("name", OURS)
 def test_a_recording_replays_to_the_same_bytes(name: str, tmp_path: Path) -> None:
     config = SchedulerConfig(max_num_batched_tokens=BUDGET, max_num_seqs=SEATS, scheduling_policy=name)
-    with Recording(tmp_path / "trace", config) as recorder:
+    with closing(Recording(tmp_path / "trace", config)) as recorder:
         served = serve(lognormal_trace(12, seed=1), config, num_blocks=24, recorder=recorder)
     assert replay(tmp_path / "trace") >= served[-1].ended
     lines = (tmp_path / "trace").read_text().splitlines()
@@ -111,7 +110,7 @@ def test_priority_waits_for_the_more_urgent_alone(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_predictive_and_cache_aware_are_overtaken_for_a_bounded_time(seed: int) -> None:
-    for name, aging, predicted in (("predictive", AGING, True), ("cache_aware", CACHE_AGING, False)):
+    for name, aging, predicted in (("predictive", PREDICTIVE_AGING, True), ("cache_aware", CACHE_AGING, False)):
         served = run(name, lognormal_trace(25, seed=seed))
         for one in served:
             size = len(one.asked.prompt) + (one.asked.max_tokens if predicted else 0)

@@ -26,6 +26,12 @@ def test_what_is_lost_or_other_is_counted(fake: Running) -> None:
         assert seen.memory_mib[0] > 10
 
 
+def test_a_request_that_is_refused_is_an_error(fake: Running) -> None:
+    fake.wait_ready()
+    with pytest.raises(RuntimeError, match=r"(?s)status 400: .*max_tokens: got -1"):
+        asyncio.run(stream(fake.url, [1, 2], -1))
+
+
 @pytest.mark.slow
 def test_64_streams_give_the_ids_that_each_alone_gives(server: str, demo_model: Path) -> None:
     texts = [f"{i} plus {i + 1} is" for i in range(NUM_STREAMS)]

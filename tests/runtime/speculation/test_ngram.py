@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seamwise.runtime.build.arguments import options_of
 from seamwise.runtime.speculation.config import SpeculativeConfig
 from seamwise.runtime.speculation.drafter import Known, find_drafter
 from seamwise.runtime.speculation.ngram import NGram
@@ -35,9 +36,9 @@ def test_the_longest_match_and_of_equal_ones_the_latest(tokens: list[int], short
         ({"method": "crystal ball"}, "'crystal ball' is not known; wanted one of draft_model, first_layers, mtp,"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens=0, wanted a whole number above 0"),
         ({"prompt_lookup_min": 4, "prompt_lookup_max": 3}, "prompt_lookup_min=4 is above prompt_lookup_max=3"),
-        ("ngram", "speculative_config='ngram', wanted a mapping"),
+        ("ngram", "speculative_config='ngram', wanted a mapping with options of method, num_spec"),
     ],
 )
 def test_what_is_no_configuration_is_refused(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        find_drafter(SpeculativeConfig.of(given), None)  # type: ignore[arg-type]
+        find_drafter(options_of(SpeculativeConfig, given, "speculative_config"), None)
