@@ -50,6 +50,13 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
     return options
 
 
+def refuse_ignored(parser: argparse.ArgumentParser, options: argparse.Namespace, where: str, *names: str) -> None:
+    """End with an error where one of these options was given: `where` it was, nothing reads it."""
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} means nothing {where}; leave it out")
+
+
 def save(options: argparse.Namespace, device: str = "cpu", **report: Any) -> None:
     """Write the report behind the machine's description, where --json asks for it.
 

@@ -22,7 +22,7 @@ from seamwise.runtime.engine.engine import Engine
 from seamwise.runtime.sampling.params import RequestOutputKind, SamplingParams
 from seamwise.runtime.scheduler.config import SchedulerConfig
 
-from .command_line import command_line, parse, save
+from .command_line import command_line, parse, refuse_ignored, save
 
 STEPS = 60
 VOCAB = 512
@@ -151,6 +151,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", help="measure a model's step beside it, and what of the host's work it hides")
     parser.add_argument("--requests", type=int, default=32, help="with --model (default 32)")
     options = parse(parser, arguments)
+    if not options.model:
+        refuse_ignored(parser, options, "without --model", "requests")
     host = host_us(options.running, options.waiting, options.policy)
     parts = "  ".join(f"{name} {host[name]:.0f}" for name in ("plan", "batch", "complete", "answer"))
     print(

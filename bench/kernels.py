@@ -21,7 +21,7 @@ import seamwise.kernels  # noqa: F401  (registers every contract)
 from seamwise.compile.record.cuda_graphs import CUDAGraphRecorder
 from seamwise.kernels.contract import CONTRACTS, Contract
 
-from .command_line import command_line, parse, save
+from .command_line import command_line, parse, refuse_ignored, save
 from .machine import label
 from .peers import PEERS
 from .roofline import plot_roofline
@@ -182,9 +182,11 @@ def main(arguments: list[str]) -> int:
     if unknown := [n for n in names if n not in CONTRACTS]:
         raise ValueError(f"no contract named {unknown[0]!r}; there are: {', '.join(sorted(CONTRACTS))}")
     if options.list:
+        refuse_ignored(parser, options, "with --list", "check_eager", "json", "plot", "dtype", "device", "no_compile")
         print_list(names)
         return 0
     if options.check_eager:
+        refuse_ignored(parser, options, "with --check-eager", "json", "plot", "dtype", "device", "no_compile")
         return check_eager(names)
     ceilings = measure_ceilings(options.device)
     rates = f"copy {ceilings.copy_gb_per_s:.1f} GB/s (read + write), matmul {ceilings.matmul_tflop_per_s}"

@@ -5,10 +5,10 @@ Source: torch.export, https://docs.pytorch.org/docs/stable/export.html (non-stri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.fx.config
@@ -57,6 +57,20 @@ class Captured:
         return Captured(module=module, weights=dict(self.weights), inputs=self.inputs, constants=self.constants)
 
 
+@contextmanager
+def _without_stacks() -> Iterator[None]:
+    """Let a trace keep no stack at each node: nothing reads it, and it is a tenth of a compilation.
+
+    torch 2.11 keeps them whatever this option says.
+    """
+    before = getattr(torch.fx.config, "do_not_emit_stack_traces", False)
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = before
+
+
 def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> Captured:
     """Trace `model(**arguments)` once and return its graph.
 
@@ -83,10 +97,8 @@ def capture(model: nn.Module, arguments: Mapping[str, Any], dims: DimNames) -> C
         return known + int(more) if more else known
 
     shapes = {name: spec(dims[name]) for name in arguments}
-    # Nothing reads the stack at each node, a tenth of a compilation; torch 2.11 has no such option.
-    no_stacks = patch.object(torch.fx.config, "do_not_emit_stack_traces", True, create=True)
     try:
-        with torch.no_grad(), no_stacks, fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        with torch.no_grad(), _without_stacks(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             exported = torch.export.export(model, (), dict(arguments), dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
         raise ValueError(

@@ -49,3 +49,19 @@ def test_what_is_slower_than_eager_fails(capsys: pytest.CaptureFixture[str], mon
 def test_an_unknown_contract_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kernels", "rms_nrom"]) == 2
     assert "no contract named 'rms_nrom'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bench", "option", "where"),
+    [
+        (("kernels", "--list"), ("--json", "rows.json"), "with --list"),
+        (("kernels", "--check-eager"), ("--no-compile",), "with --check-eager"),
+        (("engine",), ("--requests", "8"), "without --model"),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_refused(
+    bench: tuple[str, ...], option: tuple[str, ...], where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *bench, *option])
+    assert f"{option[0]} means nothing {where}" in capsys.readouterr().err
