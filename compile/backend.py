@@ -10,7 +10,8 @@ Source: https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,8 @@ class Backend:
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one of Dynamo's graphs."""
-        rewritten, remark = _rewritten(module, inputs)
+        with _real_constants(module):
+            rewritten, remark = _rewritten(module, inputs)
         self.remarks.append(remark)
         _LOG.info("%s", remark.left_alone or remark.matched())
         compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self.inner)(rewritten, list(inputs))
@@ -112,13 +114,25 @@ def _rewritten(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule,
     return traced, Remark(reports=tuple(reports))
 
 
+def _fakes(module: GraphModule) -> list[Any]:
+    """Return what Dynamo says that the graph is given."""
+    return [n.meta.get("example_value") for n in module.graph.find_nodes(op="placeholder")]
+
+
 def _traced(module: GraphModule) -> GraphModule:
-    fakes = [n.meta["example_value"] for n in module.graph.find_nodes(op="placeholder")]  # tracing runs the graph
-    mode = detect_fake_mode(fakes)
-    assert mode is not None, "parameters are among the inputs"
-    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True  # constants of the module are real
+    return make_fx(module, tracing_mode="symbolic", pre_dispatch=True)(*_fakes(module))
+
+
+@contextmanager
+def _real_constants(module: GraphModule) -> Iterator[None]:
+    """Let ops on fake tensors take the module's constants, which are real, where values are traced and inferred."""
+    mode = detect_fake_mode(_fakes(module))
+    if mode is None:
+        yield
+        return
+    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:
-        return make_fx(module, tracing_mode="symbolic", pre_dispatch=True)(*fakes)
+        yield
     finally:
         mode.allow_non_fake_inputs = allowed
 
