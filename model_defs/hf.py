@@ -57,6 +57,9 @@ class HuggingFaceDecoder(nn.Module):
         self.architecture = architecture
         self.longest = getattr(config, "max_model_len", 1)
         self.tp_plan = {**model.tp_plan}
+        if self.tp_plan and isinstance(getattr(model.base_model, "embed_tokens", None), nn.Embedding):
+            embedding = {f"{model.base_model_prefix}.embed_tokens": "embedding_rowwise"}  # as transformers from 5.23 on
+            self.tp_plan = embedding | self.tp_plan
         self._call: Callable[..., Any] = model.__call__  # a bound method: no child of this module
         self._own = through is not hf_attention.IMPLEMENTATION
         takes = inspect.signature(model.forward).parameters

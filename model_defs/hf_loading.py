@@ -56,6 +56,8 @@ def made_by_transformers(
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state and pattern is not None:  # before 5.23 a converter takes names that go on, as _packed
+            target, pattern = rename_source_key(name, renamings, [], prefix, state)
         if target in state and pattern is not None:
             collected.setdefault(target, (by_pattern[pattern], []))[1].append((name, pattern))
         elif target in state or not any(re.search(one, name) or re.search(one, target) for one in ignore):

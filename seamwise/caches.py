@@ -1,14 +1,15 @@
 """Where Seamwise keeps what it makes: compiled kernels, packs, prepared tokenizers, the demo model.
 
 All of it lies in one folder, moved by `set_cache_dir` (`LLM(cache_dir=…)`, `seamwise --cache-dir`) or by the
-XDG_CACHE_HOME variable; this is the only file of the library that reads the environment. What lies there is run, so a
-folder is used only where nobody else can write.
+XDG_CACHE_HOME variable; this is the only file of the library that reads the environment, or sets any of it. What lies
+there is run, so a folder is used only where nobody else can write.
 Source: https://specifications.freedesktop.org/basedir-spec/latest/.
 """
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import shutil
 import stat
@@ -47,6 +48,17 @@ def folder(kind: str) -> Path:
     """Return the folder of one kind of cache, which need not exist."""
     assert kind in KINDS
     return cache_dir() / kind
+
+
+def name_nameless_user() -> None:
+    """Give a user id without a name one, by the environment, before torch's compiler is imported.
+
+    torch 2.11's asks for it on import, to choose a folder, and fails; later ones take this name by themselves.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        os.environ["USER"] = f"uid_{os.getuid()}"
 
 
 def make_private(path: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from seamwise.caches import name_nameless_user
 from seamwise.compile.parameter import Parameter, dtype_name, parameters_in
 from seamwise.compile.startup_times import Ledger
 from seamwise.runtime.weights.quantized_checkpoint import stored_weights
@@ -44,6 +45,7 @@ class CapturedModel:
 def capture_model(config: ModelConfig, options: RunnerConfig, ledger: Ledger) -> CapturedModel:
     """Build the module without weights and trace it on fake tensors."""
     with ledger.stage("import compiler"):
+        name_nameless_user()
         from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

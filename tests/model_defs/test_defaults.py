@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import draw_tokens
 from moe_families import poisoned_caches
+from older_transformers import OLDER
 from step_inputs import Steps, run_schedule
 from tiny_models import SIZES, assert_within_budget, load_tiny, save_tiny
 
@@ -54,7 +55,8 @@ def test_every_default_is_the_classes(architecture: str) -> None:
         elif name == "rope_parameters":
             assert {k: v for k, v in config.rope_parameters.items() if k != "rope_theta"} == value
         else:
-            assert meant(architecture, name) == value, name
+            older = OLDER and meant(architecture, name) is ...  # the class did not know the key yet
+            assert older or meant(architecture, name) == value, name
 
 
 class Recording(Mapping[str, Any]):

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging import version
+from older_transformers import OLDER
 from step_inputs import Steps, run_schedule
 from tiny_models import SIZES, assert_within_budget, load_tiny, save_tiny
 from torch import nn
@@ -73,7 +72,7 @@ REFUSED_BEFORE_5_23 = {
 
 @pytest.mark.parametrize("architecture", DECODERS)
 def test_chunked_mix_gives_transformers_logits(architecture: str, tmp_path: Path) -> None:
-    if architecture in REFUSED_BEFORE_5_23 and version.parse(transformers.__version__) < version.parse("5.23"):
+    if OLDER and architecture in REFUSED_BEFORE_5_23:
         pytest.skip(REFUSED_BEFORE_5_23[architecture])
     theirs = save_tiny(tmp_path, architecture.partition(",")[0], **DECODERS[architecture])
     if "ALiBi" in architecture:  # which its eager attention adds twice

@@ -49,6 +49,7 @@ class Engines:
         self.members = [self._made(rank, count) for rank in range(count)]
         self.leaving: list[EngineClient] = []
         self._scaling = False
+        self._changed_weights = False  # by a call that one of the engines has done
         self.started_s = time.monotonic()
 
     def _made(self, rank: int, count: int) -> EngineClient:
@@ -187,23 +188,26 @@ class Engines:
             raise CallFailed(f"{running} requests are running; finish or abort them first")
         if self._scaling and method not in _READS:
             raise CallFailed(f"{method}: engines join or leave now; call it when scaling has ended")
-        before = [m.only_start for m in self.members]
-        if method in _WEIGHTS or (method == "collective_rpc" and args[0] not in _READS):
-            for member in self.members:
-                member.only_start = "weights may have been changed, which it would not have"
+        changes = method in _WEIGHTS or (method == "collective_rpc" and args[0] not in _READS)
+        if changes:
+            self._only_start("weights may have been changed, which it would not have")
         calls = (m.call(method, *args, **kwargs) for m in self.members)
         results = await asyncio.gather(*calls, return_exceptions=True)
         failed = [(m, r) for m, r in zip(self.members, results, strict=True) if isinstance(r, BaseException)]
+        self._changed_weights |= changes and len(failed) < len(results)
+        if changes and not self._changed_weights:  # every engine refused: they have what they started with
+            self._only_start("")
         if failed:
-            if method == "start_weight_update" and len(failed) == len(results):  # none has begun one
-                for member, only_start in zip(self.members, before, strict=True):
-                    member.only_start = only_start
             member, error = failed[0]
             raise error if len(failed) == len(results) else type(error)(self._named(member, str(error)))
         if method in ("is_paused", "is_sleeping"):
             return (all if method == "is_paused" else any)(results)
         given: list[Any] = list(results)
         return [one for ranks in given for one in ranks] if method == "collective_rpc" else given[0]
+
+    def _only_start(self, why: str) -> None:
+        for member in self.members:
+            member.only_start = why
 
     async def scale(self, count: int, drain_timeout_s: float = 300.0) -> None:
         """Serve with so many engines. New ones take requests once they are ready, those that leave end theirs first.

@@ -183,11 +183,16 @@ def test_an_engine_whose_weights_were_changed_is_not_started_with_the_old_ones()
 
 def test_one_engine_whose_weights_were_changed_is_not_started_with_the_old_ones() -> None:
     async def work(llm: AsyncLLM) -> None:
+        with pytest.raises(ValueError, match="has no checkpoint"):  # the weights are what they were
+            await llm.engine.call("update_weights_from_path", "here")
+        os.kill(llm.engine.members[0].pid, signal.SIGKILL)
+        while llm.engine.num_restarts == 0 or llm.engine.state != "ready":
+            await asyncio.sleep(0.02)
         await llm.collective_rpc("load_weights")
         os.kill(llm.engine.members[0].pid, signal.SIGKILL)
         while llm.engine.failure is None:
             await asyncio.sleep(0.02)
-        assert llm.engine.state == "failed" and llm.engine.num_restarts == 0
+        assert llm.engine.state == "failed" and llm.engine.num_restarts == 1
         with pytest.raises(EngineError, match="not started again: weights may have been changed"):
             await text_of(llm, "ab")
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
-from packaging import version
+from older_transformers import compared_with_5_23
 from tiny_gguf import write_tokenizer
 from tokenizers import Tokenizer as Light
 from tokenizers import models, pre_tokenizers, trainers
@@ -77,10 +76,7 @@ def write(directory: Path, described: dict[str, Any], architecture: str) -> Path
     return path
 
 
-@pytest.mark.skipif(
-    version.parse(transformers.__version__) < version.parse("5.23"),
-    reason="this version's own reader of GGUF tokenizers takes user-defined tokens apart",
-)
+@compared_with_5_23("takes user-defined tokens of GGUF files apart")
 @pytest.mark.parametrize(
     ("architecture", "described"),
     [
