@@ -13,7 +13,7 @@ from torch import Tensor
 from seamwise.kernels.contract import contract
 from seamwise.kernels.draw import Draw
 
-from .silu_mul import GATED, fake_gated, gated_builds, launch_gated
+from .silu_mul import GATED, gated_builds, launch_gated
 
 _KINDS = {"tanh": "gelu_tanh", "none": "gelu"}
 
@@ -22,7 +22,7 @@ def _limits(approximate: str) -> str | None:
     return None if approximate in _KINDS else f"approximate is {approximate!r}, wanted 'tanh' or 'none'"
 
 
-@contract(args=GATED, limits=_limits, flops=lambda x_TI2: 3 * x_TI2.numel(), fake=fake_gated)
+@contract(args=GATED, limits=_limits, flops=lambda x_TI2: 3 * x_TI2.numel())
 def gelu_mul(x_TI2: Tensor, approximate: str = "tanh") -> Tensor:
     """Return gelu(x[..., :I]) * x[..., I:] for x (T, 2·I): (T, I) in x's dtype, float32 or wider inside.
 
