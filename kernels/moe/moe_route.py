@@ -39,14 +39,7 @@ def limits_route(
     return None
 
 
-def fake_route(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    T, wide = logits_TE.shape[0], torch.promote_types(logits_TE.dtype, torch.float32)
-    return logits_TE.new_empty((T, top_k), dtype=wide), logits_TE.new_empty((T, top_k), dtype=torch.int32)
-
-
-@contract(
-    limits=limits_route, flops=lambda logits_TE, top_k: (4 + top_k) * logits_TE.numel(), fake=fake_route
-)  # fmt: skip
+@contract(limits=limits_route, flops=lambda logits_TE, top_k: (4 + top_k) * logits_TE.numel())
 def moe_route(
     logits_TE: Tensor, top_k: int, score: str, normalize: bool = True, scaling: float = 1.0,
     bias_E: Tensor | None = None, num_groups: int = 0, top_groups: int = 0,

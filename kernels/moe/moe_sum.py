@@ -16,10 +16,7 @@ from seamwise.kernels.draw import Draw
 from seamwise.kernels.lazy_triton import tl, triton
 
 
-@contract(
-    args={"y_SD": "T*K D", "weights_TK": "[T K] float32"}, flops=lambda y_SD: 2 * y_SD.numel(),
-    fake=lambda y_SD, weights_TK: y_SD.new_empty((weights_TK.shape[0], y_SD.shape[1])),
-)  # fmt: skip
+@contract(args={"y_SD": "T*K D", "weights_TK": "[T K] float32"}, flops=lambda y_SD: 2 * y_SD.numel())
 def moe_sum(y_SD: Tensor, weights_TK: Tensor, shared_TD: Tensor | None = None) -> Tensor:
     """Return Σ_k weights[t, k] · y[t·K + k] + shared[t]: (T, D) in y's dtype, for y (T·K, D) and weights (T, K).
 

@@ -32,7 +32,6 @@ _SCALE = "blocks(N,rows) blocks(width,columns)"
 @contract(
     args={"stored": "N W", "scale": _SCALE, "zero": _SCALE}, limits=_limits, opaque=True,
     flops=lambda stored, width: stored.shape[0] * width,
-    fake=lambda stored, width, dtype: stored.new_empty((stored.shape[0], width), dtype=dtype),
 )  # fmt: skip
 def dequantize_weight(
     stored: Tensor, scale: Tensor, zero: Tensor | None, format: str, rows: int, columns: int, width: int,

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from laws import arguments, call, check, check_rows, refusal, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import seamwise.kernels  # noqa: F401  (registers every contract)
 from seamwise.kernels.contract import CONTRACTS
@@ -69,3 +70,28 @@ def test_cpu_kernels(name: str, provider: str, data: Any) -> None:
     args, seed = data.draw(arguments(CONTRACTS[name], DTYPES, "cpu"))
     assume(refusal(CONTRACTS[name], provider, args) is None)
     check_rows(CONTRACTS[name], provider, args, check(CONTRACTS[name], provider, args), seed)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """Return the same values with the last two dimensions' strides exchanged."""
+    return x.mT.contiguous().mT
+
+
+# Rows whatever they are given: what collectives give, a sampler outside graphs, and what is packed at load.
+GIVES_ROWS = {"ep_dispatch", "ep_dispatch_quant", "pack_linear", "reduce_scatter_rms_norm", "truncate_logits"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in GIVES_ROWS])
+def test_inferred_results_have_the_real_ones_strides(name: str) -> None:
+    record = CONTRACTS[name]
+    args = record.make_inputs(record.examples[-1], dtype=torch.float32, device="cpu")
+    for i in [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() > 1]:
+        given = (*args[:i], strided(args[i]), *args[i + 1 :])
+        try:
+            real = tensors(record.op(*given))
+        except ValueError:  # it takes rows only
+            continue
+        with FakeTensorMode() as mode:
+            inferred = tensors(record.op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given]))
+        for a, b in zip(real, inferred, strict=True):
+            assert a.shape == b.shape and (not a.numel() or a.stride() == b.stride()), (a.stride(), b.stride())
