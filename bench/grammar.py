@@ -1,8 +1,8 @@
 """`seamwise bench grammar`: what requests with hostile grammars cost the plain ones beside them, in turns in one run.
 
 plain    as many more plain requests: what a larger batch costs by itself
-refused  grammars that use up their limits while they are compiled; as one is refused the next one comes
-slow     grammars that are served, and take as long for each token as their limits let them
+refused  grammars that take seconds to compile, and are then too complex; as one is refused the next one comes
+slow     grammars that are served, and take milliseconds a token, the first of them 40
 
 A plain request's latency is the time between two of its tokens.
 """
@@ -25,15 +25,15 @@ GOAL = 1.2
 FORMS = {
     "alone": None,
     "plain": None,
-    "refused": StructuredOutputsParams(regex="(.*a.{40}){40}"),
-    "slow": StructuredOutputsParams(regex="(.*a.{9}b)*"),
+    "refused": StructuredOutputsParams(choice=[f"{number} {'x' * (number % 50)}" for number in range(20_000)]),
+    "slow": StructuredOutputsParams(regex="(.*a.{40}){40}"),
 }
 
 
 class Turn:
     """Plain requests until all have ended, and beside them always as many others as there were to be.
 
-    gaps_s    the times between two tokens of a plain request, first ones apart
+    gaps_s     the times between two tokens of a plain request, first ones apart
     num_ended  of the others: how many were refused, or had all of their tokens
     """
 
@@ -45,6 +45,7 @@ class Turn:
         self.num_ended = 0
 
     def run(self, plain: int, others: int) -> None:
+        """Compute until the plain ones have ended; the others are aborted then."""
         last_s = dict.fromkeys((self._add(None) for _ in range(plain)), 0.0)
         beside = {self._add(self.form) for _ in range(others)}
         while last_s:
@@ -70,7 +71,8 @@ class Turn:
             temperature=1.0, seed=number, max_tokens=self.tokens, min_tokens=self.tokens, ignore_eos=True,
             detokenize=False, structured_outputs=form,
         )  # fmt: skip
-        self.engine.add_request(str(number), [1000 + number % 1000] * 16, params)
+        prompt = [number % self.engine.runner.config.vocab_size] * 16
+        self.engine.add_request(str(number), prompt, params)
         return str(number)
 
 
