@@ -98,8 +98,7 @@ class RankProcesses:
 
     @property
     def block_size(self) -> int:
-        size: int = self.options.block_size
-        return size
+        return int(self.options.block_size)
 
     @property
     def kv_groups(self) -> Groups:
@@ -254,9 +253,9 @@ class RankProcesses:
                     answers[rank] = kind == b"fine", pickle.loads(payload)
                     if kind != b"fine":
                         deadline = min(deadline, time.monotonic() + _GRACE_S)
-            dead = [rank for rank in waiting if rank not in answers and not self._processes[rank].is_alive()]
-            late = time.monotonic() > deadline and len(answers) < len(self._sockets)
-            if late or any(not self._sockets[rank].poll(0) for rank in dead):
+            waiting = [rank for rank in waiting if rank not in answers]
+            dead = [rank for rank in waiting if not self._processes[rank].is_alive()]
+            if any(not self._sockets[rank].poll(0) for rank in dead) or (waiting and time.monotonic() > deadline):
                 self._fail(what, answers, timeout_s)
         errors = [result for _, (fine, result) in sorted(answers.items()) if not fine]
         if not errors:
@@ -278,17 +277,14 @@ class RankProcesses:
         ended = [rank for rank in others if not self._processes[rank].is_alive()]
         causes = [", ".join(map(self._death, ended))] if ended else []
         causes += [f"rank {rank} failed: {name}: {text}\n{trace}" for rank, (name, text, trace) in failed.items()]
-        silent = [rank for rank in others if rank not in answers]
-        if silent and not ended:
+        if not ended and (silent := [rank for rank in others if rank not in answers]):
             within = f"{_GRACE_S:g} s of that" if failed else f"{timeout_s:g} s"
-            names = ", ".join(f"rank {rank}" for rank in silent)
-            causes.append(f"{names} did not answer within {within}\n{self._stacks(silent)}")
+            causes.append(f"rank {', '.join(map(str, silent))} did not answer within {within}\n{self._stacks(silent)}")
         self._dead = f"{what}: " + "\n".join(causes).rstrip()
         self._end()
         raise RuntimeError(self._dead)
 
     def _death(self, rank: int) -> str:
-        self._processes[rank].join(1)
         code = self._processes[rank].exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return f"rank {rank} (process {self._processes[rank].pid}) died: {how}"
