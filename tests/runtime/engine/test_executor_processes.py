@@ -135,6 +135,7 @@ def tokens(llm: LLM) -> list[list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_give_what_one_gives_until_one_hangs(tmp_path: Path, pack_dir: Path) -> None:
     for seed, name in enumerate("ab"):
         save_tiny(tmp_path / name, "LlamaForCausalLM", seed=seed)
@@ -183,6 +184,7 @@ def _rank_and_size(worker: Any) -> tuple[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_that_dies_is_named(tmp_path: Path, pack_dir: Path) -> None:
     save_tiny(tmp_path / "a", "LlamaForCausalLM")
     options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "pack_dir": pack_dir}
@@ -246,6 +248,7 @@ def test_a_parent_that_is_killed_leaves_no_rank_and_no_memory(tmp_path: Path, pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_of_a_model_with_two_windows_have_two_block_tables(tmp_path: Path, pack_dir: Path) -> None:
     name, options = FAMILIES["gemma3"]
     save_tiny(tmp_path / "a", name, **{**options, "sliding_window": 16})
