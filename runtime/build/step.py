@@ -254,4 +254,5 @@ def empty_step(num_groups: int = 1) -> StepInput:
 def step_of_padding(num_groups: int = 1) -> StepInput:
     """Return the step of one row of padding, which no request owns and which stores nothing."""
     sizes = {"T": 1, "R": 1, "S": 2, "B": 1, "L": 1, "G": num_groups}
-    return StepInput(**{name: FIELDS[name].padded(sizes, "cpu") for name in STEP_ARGUMENTS if name in FIELDS})
+    parts: dict[str, Any] = {name: FIELDS[name].padded(sizes, "cpu") for name in STEP_ARGUMENTS if name in FIELDS}
+    return StepInput(**parts)

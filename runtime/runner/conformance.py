@@ -98,11 +98,12 @@ class RunnerConformance:
         cache.step({0: 9})
         fine = cache.batch({0: 2, 1: 1}, {})
         groups = {"slot_mapping": fine.slot_mapping.repeat(9, 1), "block_table": fine.block_table.repeat(9, 1, 1)}
-        for wrong in (
+        wrongs: tuple[dict[str, Any], ...] = (
             {"token_ids": fine.token_ids.int()}, {"slot_mapping": fine.slot_mapping[:-1]},
             {"request_slots": torch.zeros(2, dtype=torch.int32)}, groups,
             {"adapter_slots": torch.full((2,), 1 << 20, dtype=torch.int32)},
-        ):  # fmt: skip
+        )  # fmt: skip
+        for wrong in wrongs:
             try:
                 cache.runner.step(replace(fine, **wrong))
             except ValueError:
