@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from seamwise import LLM, SamplingParams
-from seamwise.runtime.build.step import FIELDS, KVGroupInput, StepInput, empty_step, ragged_step
+from seamwise.runtime.build.step import FIELDS, StepInput, empty_step, ragged_step
 from seamwise.runtime.engine import executor_processes
 from seamwise.runtime.engine.executor import starts_ranks
 from seamwise.runtime.engine.executor_processes import RankProcesses
@@ -32,28 +32,27 @@ PROMPTS = [{"prompt_token_ids": list(range(3, 40))}, {"prompt_token_ids": [7, 9,
 PARAMS = [SamplingParams(temperature=t, max_tokens=9, ignore_eos=True, detokenize=False, seed=5) for t in (0.0, 1.0)]
 
 
-def a_step(count: int = 4, **more: Any) -> StepInput:
-    table = np.array([[1, 2]], dtype=np.int32)
+def a_step(count: int = 4, groups: int = 1, **more: Any) -> StepInput:
+    table = np.array([[1, 2]], dtype=np.int32) + np.arange(groups, dtype=np.int32).reshape(-1, 1, 1)
     return ragged_step(np.arange(3, 3 + count), table, np.array([0]), np.array([count]), 16, **more)
 
 
 def test_a_step_arrives_as_it_was_sent() -> None:
-    group = KVGroupInput(slot_mapping=torch.arange(4), block_table=torch.ones(1, 7, dtype=torch.int32))
     sent = a_step(
         adapter_slots=torch.tensor([3]).int(), request_generations=torch.tensor([1 << 40]), hidden_states=True,
-        further_groups=(group, group),
+        groups=3,
     )  # fmt: skip
+    assert sent.num_groups == 3
     for step in (sent, a_step(1), a_step(0)):
         got = from_frames([bytes(frame) for frame in to_frames(step)])
         got.check()
         for name in FIELDS:
             a, b = getattr(got, name), getattr(step, name)
             assert (a is None and b is None) or (torch.equal(a, b) and a.dtype == b.dtype)
-        assert got.hidden_states == step.hidden_states and len(got.further_groups) == len(step.further_groups)
-    assert torch.equal(from_frames(to_frames(sent)).further_groups[1].block_table, group.block_table)
+        assert got.hidden_states == step.hidden_states
     frames = to_frames(sent)
-    with pytest.raises(ValueError, match="protocol version 1 came, this is version 2"):
-        from_frames([frames[0].replace(b"\x94\x02", b"\x94\x01", 1), *frames[1:]])
+    with pytest.raises(ValueError, match="protocol version 1 came, this is version 3"):
+        from_frames([frames[0].replace(b"\x94\x03", b"\x94\x01", 1), *frames[1:]])
 
 
 @pytest.mark.parametrize(
