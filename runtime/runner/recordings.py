@@ -80,7 +80,6 @@ class CapturePlan:
     logit_bytes: int
     max_rows: int
     sizes: dict[str, int]
-    num_groups: int
     budget_bytes: int
     adapters: bool = False
 
@@ -96,15 +95,17 @@ class CapturePlan:
         return cls(
             keys=keys, calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
             token_bytes=program.token_bytes, logit_bytes=program.logit_bytes, max_rows=rows,
-            sizes=sizes_of(max((key.tokens for key in keys), default=0), rows, options.max_blocks),
-            num_groups=max(1, len(program.kv_groups)), budget_bytes=options.max_recorded_bytes,
+            sizes=sizes_of(
+                max((key.tokens for key in keys), default=0), rows, options.max_blocks, len(program.kv_groups)
+            ),
+            budget_bytes=options.max_recorded_bytes,
             adapters=options.pipeline.max_loras > 0,
         )  # fmt: skip
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the buffers for inputs, which all recordings share."""
-        return num_bytes(self.sizes, self.num_groups, self.adapters) if self.keys else 0
+        return num_bytes(self.sizes, self.adapters) if self.keys else 0
 
     def num_bytes(self, key: Key) -> int:
         """Return what a recording takes, with the buffers for inputs."""
@@ -156,7 +157,7 @@ class Recordings:
         self._static: StaticInputs | None = None
         if self.plan.keys:
             _LOG.info("%s", self.plan)
-            self._static = StaticInputs(self.plan.sizes, options.device, self.plan.num_groups, self.plan.adapters)
+            self._static = StaticInputs(self.plan.sizes, options.device, self.plan.adapters)
 
     def __getitem__(self, key: Key) -> Recording:
         recording = self._made[key]
@@ -203,7 +204,7 @@ class Recordings:
             case Piecewise(tokens, _):
                 rows = min(tokens, self._options.max_recorded_requests)
                 arguments = flat(self._static.fill_padded(batch, tokens, rows))
-                further = 2 * len(batch.further_groups)  # each group's slots and block table, behind all others
+                further = 2 * (batch.num_groups - 1)  # each group's slots and block table, behind all others
                 plain = len(arguments) - further
                 varying = [plain - 1 - STEP_ARGUMENTS[::-1].index(name) for name in OF_SEAMS]
                 varying += range(plain + 1, plain + further, 2)
@@ -229,7 +230,7 @@ class Recordings:
         tokens, rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         if not tokens:
             return Empty()
-        requests, blocks = batch.block_table.shape
+        requests, blocks = batch.block_table.shape[-2:]
         adapters = batch.token_adapters is not None and len(batch.token_adapters) > 0
         modes, most = self._options.recorded_modes, self._options.max_recorded_requests
         if "full" in modes and rows == tokens and requests <= most and blocks <= self._options.max_blocks:
