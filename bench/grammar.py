@@ -3,15 +3,12 @@
 plain    as many more plain requests: what a larger batch costs by itself
 refused  grammars that take seconds to compile, and are then too complex; as one is refused the next one comes
 slow     grammars that are served, and take milliseconds a token, the first of them 40
-
-A plain request's latency is the time between two of its tokens.
 """
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from typing import Any
 
 from seamwise.runtime.engine.engine import Engine
@@ -28,52 +25,35 @@ FORMS = {
     "refused": StructuredOutputsParams(choice=[f"{number} {'x' * (number % 50)}" for number in range(20_000)]),
     "slow": StructuredOutputsParams(regex="(.*a.{40}){40}"),
 }
+_numbers = itertools.count()
 
 
-class Turn:
-    """Plain requests until all have ended, and beside them always as many others as there were to be.
+def latency_s(engine: Engine, form: StructuredOutputsParams | None, plain: int, others: int, tokens: int) -> float:
+    """Return the mean time between two tokens of plain requests, beside which there are always so many others."""
 
-    gaps_s     the times between two tokens of a plain request, first ones apart
-    num_ended  of the others: how many were refused, or had all of their tokens
-    """
-
-    numbers = itertools.count()
-
-    def __init__(self, engine: Engine, form: StructuredOutputsParams | None, tokens: int) -> None:
-        self.engine, self.form, self.tokens = engine, form, tokens
-        self.gaps_s: list[float] = []
-        self.num_ended = 0
-
-    def run(self, plain: int, others: int) -> None:
-        """Compute until the plain ones have ended; the others are aborted then."""
-        last_s = dict.fromkeys((self._add(None) for _ in range(plain)), 0.0)
-        beside = {self._add(self.form) for _ in range(others)}
-        while last_s:
-            for output in self.engine.step():
-                name, now_s = output.request_id, time.perf_counter()
-                if name in last_s:
-                    if last_s[name]:
-                        self.gaps_s.append(now_s - last_s[name])
-                    last_s[name] = now_s
-                    if output.finished:
-                        del last_s[name]
-                elif output.finished:
-                    self.num_ended += 1
-                    beside ^= {name, self._add(self.form)}
-        for name in beside:
-            self.engine.abort_request(name)
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
-
-    def _add(self, form: StructuredOutputsParams | None) -> str:
-        number = next(self.numbers)
+    def add(form: StructuredOutputsParams | None) -> str:
+        number = next(_numbers)
         params = SamplingParams(
-            temperature=1.0, seed=number, max_tokens=self.tokens, min_tokens=self.tokens, ignore_eos=True,
-            detokenize=False, structured_outputs=form,
+            temperature=1.0, seed=number, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False,
+            structured_outputs=form,
         )  # fmt: skip
-        prompt = [number % self.engine.runner.config.vocab_size] * 16
-        self.engine.add_request(str(number), prompt, params)
+        engine.add_request(str(number), [number % engine.runner.config.vocab_size] * 16, params)
         return str(number)
+
+    measured, beside = {add(None) for _ in range(plain)}, {add(form) for _ in range(others)}
+    found: list[float] = []
+    while len(found) < plain:
+        for output in engine.step():
+            if output.finished and output.request_id in measured:
+                metrics: Any = output.metrics
+                found.append((metrics.finished_time - metrics.first_token_time) / (tokens - 1))
+            elif output.finished:
+                beside ^= {output.request_id, add(form)}
+    for name in beside:
+        engine.abort_request(name)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return statistics.mean(found)
 
 
 def main(arguments: list[str]) -> int:
@@ -87,27 +67,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     options = parse(parser, arguments)
     llm = LLM(options.model, max_model_len=1024, max_num_seqs=options.requests + options.beside)
-    means_s: dict[str, list[float]] = {name: [] for name in FORMS}
-    gaps_s: dict[str, list[float]] = {name: [] for name in FORMS}
-    ended = dict.fromkeys(FORMS, 0)
+    found: dict[str, list[float]] = {name: [] for name in FORMS}
     for turn in range(options.rounds + 1):  # the first makes recordings, and is not counted
         for name, form in FORMS.items():
-            one = Turn(llm.engine, form, options.output_tokens)
-            one.run(options.requests, 0 if name == "alone" else options.beside)
-            if turn:
-                means_s[name].append(statistics.mean(one.gaps_s))
-                gaps_s[name] += one.gaps_s
-                ended[name] += one.num_ended
-    results: dict[str, Any] = {}
-    for name, found in means_s.items():
-        ratio = statistics.median(a / b for a, b in zip(found, means_s["alone"], strict=True))
-        mean_ms, p99_ms = 1e3 * statistics.median(found), 1e3 * statistics.quantiles(gaps_s[name], n=100)[98]
-        results[name] = {"mean_ms": mean_ms, "p99_ms": p99_ms, "of_alone": ratio, "ended": ended[name]}
+            others = 0 if name == "alone" else options.beside
+            seconds = latency_s(llm.engine, form, options.requests, others, options.output_tokens)
+            found[name] += [seconds] * bool(turn)
+    results = {}
+    for name, values in found.items():
+        ratio = statistics.median(a / b for a, b in zip(values, found["alone"], strict=True))
+        results[name] = {"ms_a_token": 1e3 * statistics.median(values), "of_alone": ratio}
         goal = f" (goal {GOAL})" if name in ("refused", "slow") else ""
-        print(
-            f"{label()} {name:8} {mean_ms:6.2f} ms a token, p99 {p99_ms:6.2f}  {ratio:5.2f} x alone{goal}"
-            f"  {ended[name]} of the others ended"
-        )
+        print(f"{label()} {name:8} {results[name]['ms_a_token']:6.2f} ms a token  {ratio:5.2f} x alone{goal}")
     shape = {"requests": options.requests, "beside": options.beside, "output_tokens": options.output_tokens}
     save(options, shape=shape, results=results)
     return 0

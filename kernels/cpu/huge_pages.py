@@ -57,7 +57,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _give_back(pages: mmap.mmap, start: int) -> None:
-    """Give back what nobody will use, from `start` on: of the huge page that was written last, a megabyte on average."""
+    """Give back what nobody will use, from `start` on: of the huge page written last, a megabyte on average."""
     start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     if start < len(pages):
         pages.madvise(mmap.MADV_DONTNEED, start, len(pages) - start)

@@ -1,4 +1,4 @@
-"""Memory of recordings, of steps and of weights is never handed out while in use; what is free is used, or given back."""
+"""Memory of recordings, steps and weights is never handed out while in use; what is free is used or given back."""
 
 from __future__ import annotations
 
