@@ -43,7 +43,9 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
         else x.data.astype(d.data.dtype)
         for x in (a, b)
     )  # fmt: skip
-    return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    # Each row by itself, as a GPU's: what a library multiplies at once depends on the processor and on where a row is.
+    rows = np.matmul(left[..., :, None, :], right[..., None, :, :], dtype=d.data.dtype)[..., 0, :]
+    return interpreter.TensorHandle(rows + d.data, d.dtype.scalar)
 
 
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
