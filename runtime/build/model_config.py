@@ -40,7 +40,6 @@ class ModelConfig:
     default_len, longest  tokens of the longest request: where nobody asks for another, and that may be asked for
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
-    bos_id   the id that begins a text, where the model has one
     pooler   how it pools by its sentence-transformers files; has_head: whether its class predicts tokens
     """
 
@@ -51,13 +50,11 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    max_position_embeddings: int
     default_len: int
     longest: int
     latent_dim: int
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
-    bos_id: int | None
     raw: dict[str, Any]
     pooler: Pooler | None = None
     has_head: bool = True
@@ -107,13 +104,11 @@ class ModelConfig:
             num_kv_heads=heads if latent else read.size("num_key_value_heads", heads),
             head_dim=read.size("qk_nope_head_dim") + rotary if latent else read.size("head_dim", hidden // heads),
             vocab_size=read.size("vocab_size"),
-            max_position_embeddings=read.size("max_position_embeddings"),
             default_len=default_len,
             longest=longest,
             latent_dim=read.size("kv_lora_rank") + rotary if latent else 0,
             dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
             eos_ids=_token_ids("eos_token_id", generation, raw, directory),
-            bos_id=next(iter(_token_ids("bos_token_id", generation, raw, directory)), None),
             raw=raw,
             pooler=read_pooler(directory) if directory.is_dir() else None,
             has_head=has_head,
