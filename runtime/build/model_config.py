@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from seamwise.model_defs import has_definition
 from seamwise.model_defs.hf_config import OLDER_NAMES, Reader
 from seamwise.model_defs.hf_defaults import completed
 from seamwise.model_defs.rope import context_lengths
+from seamwise.runtime.text.json_file import read_json
 from seamwise.runtime.weights.checkpoint import holds_kv_scales
 from seamwise.runtime.weights.file_formats import has_tensors
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
@@ -71,9 +71,12 @@ class ModelConfig:
         path = directory / "config.json"
         if gguf := find_gguf(directory):
             path, raw = gguf, read_gguf_config(gguf)
+        elif path.exists():
+            raw = read_json(path, dict)
         else:
-            raw = _read_json(path, required=True)
-        generation = _read_json(directory / "generation_config.json", required=False)
+            raise ValueError(f"{directory}: has no config.json; wanted a Hugging Face model directory")
+        recommended = directory / "generation_config.json"
+        generation = read_json(recommended, dict) if recommended.exists() else {}
         names = raw.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
             raise ValueError(
@@ -207,22 +210,3 @@ def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], direc
     if any(type(i) is not int or i < 0 for i in ids):
         raise ValueError(f"{directory / file}: {name} is {found!r}, wanted a token id or a list of them")
     return tuple(ids)
-
-
-def _as_float(read: dict[str, Any]) -> Any:
-    """Return the number that transformers writes as an object, because JSON has no infinity: {"__float__": "NaN"}."""
-    return float(read["__float__"]) if read.keys() == {"__float__"} and isinstance(read["__float__"], str) else read
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not path.exists():
-        if required:
-            raise ValueError(f"{path.parent}: has no {path.name}; wanted a Hugging Face model directory")
-        return {}
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_float)
-    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path}: holds {type(read).__name__}, wanted an object")
-    return read
