@@ -4,6 +4,8 @@ before: y = linear(x, w, bias)
 after:  y = linear_packed(x, pack_linear(w), N, bias)      pack_linear(w) is a derived tensor: computed at load
 before: y = w4a16_linear(x, q, scale, zero, group, bias)
 after:  y = linear_int(x, pack_int_panels(q), scale', -zero · scale', group, N, bias)   (an offset stays as it is)
+before: y = scaled_linear(xq, xs, q, s, dtype, bias)          float8; grouped_scaled_linear likewise, as one weight
+after:  y = linear_int(xq, pack_int_panels(q), s', None, group, N, bias, xs, dtype)    s': a row's blocks have its scale
 before: y = grouped_linear(x, w, order, starts, K, bias)
 after:  y = grouped_linear_packed(x, pack_linear(flatten(w)), N, order, starts, K, bias)
 before: x = gather_rows(w, ids); y = linear(x', w)
@@ -17,21 +19,26 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import (
     gather_packed_rows,
     gather_rows,
     grouped_linear,
+    grouped_linear_int,
     grouped_linear_packed,
+    grouped_scaled_linear,
     linear_int,
     linear_packed,
     pack_group_values,
     pack_int_panels,
     pack_linear,
+    scaled_linear,
     w4a16_linear,
 )
 from seamwise.kernels.contract import Contract
+from seamwise.kernels.linear.scaled_linear import BLOCK
 from seamwise.kernels.signature import WrongArguments
 
 from .graph import arguments, aten, fake_values, given, inserting, is_op, is_weight, replace, replace_by, value
@@ -44,6 +51,7 @@ def pack(module: GraphModule, report: Report) -> None:
     shared = dict(_gather_packed(node) for node in list(tied))  # weights that are packed already, for an embedding
     rules: dict[Any, Callable[[Node], str | None]] = {
         aten.linear.default: partial(_pack_plain, shared), w4a16_linear.op: _pack_int, grouped_linear.op: _pack_experts,
+        scaled_linear.op: _pack_float8, grouped_scaled_linear.op: _pack_float8,
     }  # fmt: skip
     layers = [node for node in module.graph.nodes if is_op(node, *rules)]
     each_call(layers, lambda node: rules[node.target](node), report)
@@ -110,26 +118,44 @@ def _pack_int(node: Node) -> str | None:
     known: Any = fake_values(arguments(node))
     shape = (known[1].shape[0], known[0].shape[-1])
     is_point = known[3] is not None and not known[3].is_floating_point()
-    return served(node, linear_int, lambda of: int_arguments(shape, is_point, *map(of, arguments(node))))
+    return replaced_by(node, linear_int, lambda *args: int_arguments(shape, is_point, *args))
 
 
 def _pack_experts(node: Node) -> str | None:
-    x, weight, *rest = arguments(node)
+    _, weight, *_ = arguments(node)
 
-    def packed_arguments(of: Any) -> Any:
-        packed = pack_linear(aten.flatten.using_ints(of(weight), 0, 1))
-        return of(x), packed, value(weight).shape[1], *map(of, rest)
+    def packed_arguments(x: Any, w: Any, *rest: Any) -> Any:
+        return x, pack_linear(aten.flatten.using_ints(w, 0, 1)), value(weight).shape[1], *rest
 
     if not is_weight(weight):
         return "its weights are computed in the step"
-    return served(node, grouped_linear_packed, packed_arguments)
+    return replaced_by(node, grouped_linear_packed, packed_arguments)
 
 
-def served(node: Node, record: Contract, made: Callable[[Any], Any]) -> str | None:
-    """Put an op in a call's place where a kernel serves its arguments, made(of) of nodes or values; else return why
-    none does."""
-    if (reason := unserved(record, made(fake_values))) is None:
-        replace_by(node, lambda of: record(*made(of)))
+def _pack_float8(node: Node) -> str | None:
+    if not is_weight(arguments(node)[2]):
+        return "its weight is computed in the step"
+    _, _, weight, scales, *_ = fake_values(arguments(node))
+    (*experts, N, K), (*_, blocks, groups) = weight.shape, scales.shape
+    if weight.dtype != torch.float8_e4m3fn:
+        return f"torch multiplies {weight.dtype} as it is"
+    times = 1 if blocks == N else N if blocks == 1 else BLOCK  # rows that share a scale
+
+    def packed_arguments(x: Any, x_scale: Any, w: Any, scale: Any, *rest: Any) -> Any:
+        rows = aten.slice.Tensor(aten.repeat_interleave.self_int(scale, times, -2), -2, 0, N)
+        w, rows = (aten.flatten.using_ints(t, 0, 1) if experts else t for t in (w, rows))
+        *routes, dtype, bias = rest
+        layer = x, pack_int_panels(w, K), pack_group_values(rows), None, BLOCK if groups > 1 else 0, N
+        return *layer, *routes, bias, x_scale, dtype
+
+    return replaced_by(node, grouped_linear_int if experts else linear_int, packed_arguments)
+
+
+def replaced_by(node: Node, record: Contract, packed_arguments: Callable[..., Any], *of: Any) -> str | None:
+    """Replace a node by another op, of arguments made `of` nodes (its own), or return why no kernel takes them."""
+    made_of = of or arguments(node)
+    if (reason := unserved(record, packed_arguments(*fake_values(made_of)))) is None:
+        replace_by(node, lambda proxy: record(*packed_arguments(*map(proxy, made_of))))
     return reason
 
 
