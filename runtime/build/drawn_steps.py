@@ -43,7 +43,7 @@ def _flat(
     table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).int().numpy()
     token_ids = torch.randint(config.vocab_size, (int(new.sum()),), generator=generator).numpy()
     step = ragged_step(
-        token_ids, table, known, new, spec.block_size, further_tables=[table] * (len(spec.groups) - 1),
+        token_ids, np.stack([table] * max(1, len(spec.groups))), known, new, spec.block_size,
         token_adapters=torch.full((len(token_ids),), -1, dtype=torch.int32) if adapters else None,
     )  # fmt: skip
     shapes = [(int(owned.sum()) + 1, *shape) for layer in spec.layers for shape in layer]

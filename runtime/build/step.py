@@ -1,4 +1,4 @@
-"""What a step takes and gives, declared once: the runner's typed interface to any scheduler, version 2.
+"""What a step takes and gives, declared once: the runner's typed interface to any scheduler, version 3.
 
 Each field of StepInput states its dtype, dimensions, padding and reader. From that follow the arguments of a model's
 forward, the examples it is traced on, the runner's static buffers, the checks, and the bytes between processes.
@@ -6,7 +6,7 @@ forward, the examples it is traced on, the runner's static buffers, the checks, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROTOCOL_VERSION = 2  # of StepInput and StepOutput; it rises when a field changes its meaning
+PROTOCOL_VERSION = 3  # of StepInput and StepOutput; it rises when a field changes its meaning
 
 Reader = Literal["model", "seams", "adapters", "host"]
 
@@ -27,6 +27,7 @@ class Field:
               B blocks of the request that has most, L wanted rows
     reader    "model": what is compiled, so it is padded with the step; "seams": attention alone, at its own size;
               "adapters": layers that an adapter changes; "host": what keeps account of requests
+    grouped   each group of the KV cache has its own: of several, a dimension G stands before the others
     padding   what rows of padding hold
     optional  None stands for: every request has the first (adapter 0: none; position of text)
     """
@@ -35,6 +36,7 @@ class Field:
     dtype: torch.dtype
     dims: tuple[str, ...]
     reader: Reader
+    grouped: bool = False
     padding: int = 0
     optional: bool = False
 
@@ -44,8 +46,9 @@ class Field:
         return self.reader in ("model", "seams")
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Return its first shape at some sizes."""
-        return tuple(sizes[d] for d in self.dims[0])
+        """Return its first shape at some sizes, of one group of the KV cache where these say nothing of G."""
+        dims = f"G{self.dims[0]}" if self.grouped and sizes.get("G", 1) > 1 else self.dims[0]
+        return tuple(sizes[d] for d in dims)
 
     def padded(self, sizes: Mapping[str, int], device: str) -> Tensor:
         """Return a tensor of its first shape that holds nothing but padding."""
@@ -57,35 +60,14 @@ def _declared(dtype: torch.dtype, *dims: str, reader: Reader, **more: Any) -> di
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KVGroupInput:
-    """Where a further group of the KV cache keeps the step's tokens: StepInput's two fields of the first group."""
-
-    slot_mapping: Tensor
-    block_table: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> KVGroupInput:
-        """Return what a function makes of both."""
-        return KVGroupInput(slot_mapping=function(self.slot_mapping), block_table=function(self.block_table))
-
-    def check(self, name: str, sizes: Mapping[str, int]) -> None:
-        """Raise ValueError when a tensor does not fit the step's sizes; a group's block table has its own width."""
-        sizes = {**sizes, "B": self.block_table.shape[-1]}
-        for part in ("slot_mapping", "block_table"):
-            tensor: Tensor = getattr(self, part)
-            if tensor.dtype != FIELDS[part].dtype or tensor.shape != (*map(sizes.get, FIELDS[part].dims[0]),):
-                raise _unfit(f"{name}.{part}", FIELDS[part], tensor, sizes)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}.{part} has strides {tensor.stride()}, wanted contiguous ones")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
     """One step's ragged batch: tokens of all requests concatenated, without padding. All tensors on the CPU.
 
     token_ids       (T,) int64; T may be 0: an empty step
     positions       (T,) int64, or (3, T) where the model rotates by three (time, height, width)
-    slot_mapping    (T,) int64: block * block_size + offset where the token's key and value go
-    block_table     (R, B) int32: each request's blocks; unused entries are 0, the reserved null block
+    slot_mapping    (T,) int64: block * block_size + offset where the token's key and value go; (G, T) where the KV
+                    cache has several groups
+    block_table     (R, B) int32, or (G, R, B): each request's blocks; unused entries are 0, the reserved null block
     seq_lens        (R,) int32: tokens of each request known to the cache after this step
     query_starts    (R + 1,) int32: request r owns rows query_starts[r] : query_starts[r + 1]
     logit_rows      (L,) int64: rows whose logits are wanted; any number of a request's (drafts to be verified)
@@ -94,15 +76,14 @@ class StepInput:
     request_slots   (R,) int32: each request's place in arrays that outlive the step, no place twice
     request_generations  (R,) int64: how often that place had been given away before, so that a late answer to its
                     former holder is known as such; the output carries both back
-    further_groups  of the KV cache, behind the first, whose are slot_mapping and block_table
     hidden_states   whether the output shall have them; the runner is loaded with return_hidden_states=True then, or its
                     model pools
     """
 
     token_ids: Tensor = field(metadata=_declared(torch.int64, "T", reader="model"))
     positions: Tensor = field(metadata=_declared(torch.int64, "T", "3T", reader="model"))
-    slot_mapping: Tensor = field(metadata=_declared(torch.int64, "T", reader="model", padding=-1))
-    block_table: Tensor = field(metadata=_declared(torch.int32, "RB", reader="seams"))
+    slot_mapping: Tensor = field(metadata=_declared(torch.int64, "T", reader="model", padding=-1, grouped=True))
+    block_table: Tensor = field(metadata=_declared(torch.int32, "RB", reader="seams", grouped=True))
     seq_lens: Tensor = field(metadata=_declared(torch.int32, "R", reader="seams"))
     query_starts: Tensor = field(metadata=_declared(torch.int32, "S", reader="seams"))
     logit_rows: Tensor = field(metadata=_declared(torch.int64, "L", reader="model"))
@@ -118,7 +99,6 @@ class StepInput:
     request_generations: Tensor | None = field(
         default=None, metadata=_declared(torch.int64, "R", reader="host", optional=True)
     )
-    further_groups: tuple[KVGroupInput, ...] = ()
     hidden_states: bool = False
 
     @property
@@ -129,24 +109,38 @@ class StepInput:
     def num_requests(self) -> int:
         return self.seq_lens.shape[0]
 
+    @property
+    def num_groups(self) -> int:
+        """Groups of the KV cache that it has tables for."""
+        return self.slot_mapping.shape[0] if self.slot_mapping.dim() > 1 else 1
+
+    @property
+    def groups(self) -> list[tuple[Tensor, Tensor]]:
+        """The slot mapping and the block table of each group of the KV cache."""
+        own = self.slot_mapping, self.block_table
+        return [own] if self.num_groups == 1 else list(zip(*own, strict=True))
+
     def check(self) -> None:
         """Raise ValueError when shapes or dtypes do not fit together, or two requests claim one slot."""
         requests = self.seq_lens.shape[0]
         sizes = {"T": self.token_ids.shape[0], "R": requests, "S": requests + 1}
         sizes |= {"B": self.block_table.shape[-1], "L": self.logit_rows.numel(), "3": 3}
-        of = sizes.__getitem__
+        of, groups = sizes.__getitem__, (self.num_groups,) if self.num_groups > 1 else ()
         for name, declared in FIELDS.items():
             tensor = getattr(self, name)
             if tensor is None and declared.optional:
                 continue
             shape = tensor.shape  # in every step, so it is compared as fast as can be
-            fits = shape == (*map(of, declared.dims[0]),) or shape == (*map(of, declared.dims[-1]),)
+            head = groups if declared.grouped else ()
+            fits = shape == (*head, *map(of, declared.dims[0])) or shape == (*head, *map(of, declared.dims[-1]))
             if tensor.dtype is not declared.dtype or not fits:
-                raise _unfit(f"StepInput.{name}", declared, tensor, sizes)
+                wanted = " or ".join(str((*head, *map(of, dims))) for dims in declared.dims)
+                raise ValueError(
+                    f"StepInput.{name} is {tensor.dtype} {tuple(shape)}, wanted {declared.dtype} {wanted}"
+                    f" ({sizes['T']} tokens of {requests} requests)"
+                )
             if not tensor.is_contiguous():
                 raise ValueError(f"StepInput.{name} has strides {tensor.stride()}, wanted contiguous ones")
-        for i, group in enumerate(self.further_groups):
-            group.check(f"StepInput.further_groups[{i}]", sizes)
         if (slots := self.request_slots) is not None and len(set(held := slots.tolist())) < len(held):
             twice = next(slot for slot in held if held.count(slot) > 1)
             raise ValueError(f"StepInput.request_slots names slot {twice} twice; wanted each request's own")
@@ -156,14 +150,6 @@ FIELDS: dict[str, Field] = {f.name: Field(name=f.name, **f.metadata) for f in fi
 # Arguments of every model's forward, in order; kv_caches is a list of each layer's caches, the rest are tensors.
 _FORWARD = [name for name, declared in FIELDS.items() if declared.in_forward]
 STEP_ARGUMENTS = (*_FORWARD[:2], "kv_caches", *_FORWARD[2:])
-
-
-def _unfit(name: str, declared: Field, tensor: Tensor, sizes: Mapping[str, int]) -> ValueError:
-    wanted = " or ".join(str((*map(sizes.__getitem__, dims),)) for dims in declared.dims)
-    return ValueError(
-        f"{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted {declared.dtype} {wanted}"
-        f" ({sizes['T']} tokens of {sizes['R']} requests)"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +170,7 @@ class StepOutput:
 
 def check_plain(batch: StepInput, num_groups: int = 1, adapters: int = 0) -> None:
     """Raise ValueError for what a step may ask for and few models have: three positions, adapters; and for other KV
-    groups than the model has, each table as wide as the first.
+    groups than the model has.
 
     adapters  slots that the model has for them
     """
@@ -192,14 +178,8 @@ def check_plain(batch: StepInput, num_groups: int = 1, adapters: int = 0) -> Non
         raise ValueError("StepInput.token_adapters is made by the runner of adapter_slots; leave it out")
     if batch.positions.dim() > 1:
         raise ValueError("StepInput.positions is (3, T), this model rotates by one position a token: wanted (T,)")
-    if 1 + len(batch.further_groups) != num_groups:
-        raise ValueError(
-            f"StepInput has {1 + len(batch.further_groups)} KV cache groups, this model has {num_groups}: wanted"
-            f" further_groups of {num_groups - 1}"
-        )
-    if any(group.block_table.shape != batch.block_table.shape for group in batch.further_groups):
-        shapes = [tuple(group.block_table.shape) for group in batch.further_groups]
-        raise ValueError(f"StepInput.further_groups have block tables of {shapes}, wanted {batch.block_table.shape}")
+    if batch.num_groups != num_groups:
+        raise ValueError(f"StepInput has {batch.num_groups} KV cache groups, this model has {num_groups}")
     if adapters == 0 and batch.adapter_slots is not None and batch.adapter_slots.any():
         raise ValueError(f"StepInput.adapter_slots is {batch.adapter_slots.tolist()}, no adapter is loaded: wanted 0")
 
@@ -227,53 +207,52 @@ def example_arguments(
 
 def ragged_step(
     token_ids: np.ndarray, table: np.ndarray, firsts: np.ndarray, counts: np.ndarray, block_size: int,
-    logit_rows: np.ndarray | None = None, further_tables: Iterable[np.ndarray] = (), **more: Any,
+    logit_rows: np.ndarray | None = None, **more: Any,
 ) -> StepInput:  # fmt: skip
     """Return the step that computes counts[r] tokens of each request, after firsts[r] that are in its blocks table[r].
 
-    token_ids are those of all requests concatenated. The logits wanted are of each request's last row by default.
-    further_tables are those of further groups of the KV cache; more: further fields of StepInput.
+    table is (R, B), or (G, R, B) of G groups of the KV cache; token_ids are those of all requests concatenated. The
+    logits wanted are of each request's last row by default. more: further fields of StepInput.
     """
     starts = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
     request = np.repeat(np.arange(len(counts)), counts)
     positions = np.arange(starts[-1], dtype=np.int64) + np.repeat(firsts - starts[:-1], counts)
     index, offset = positions // block_size, positions % block_size
-    stored = [torch.from_numpy(t[request, index] * np.int64(block_size) + offset) for t in (table, *further_tables)]
+    if table.ndim == 3 and len(table) == 1:
+        (table,) = table
+    slots = np.ascontiguousarray(table[..., request, index]) * np.int64(block_size) + offset
     rows = starts[1:] - 1 if logit_rows is None else logit_rows
-    further = tuple(
-        KVGroupInput(slot_mapping=slots, block_table=torch.from_numpy(of_group))
-        for slots, of_group in zip(stored[1:], further_tables, strict=True)
-    )
     return StepInput(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
-        slot_mapping=stored[0],
+        slot_mapping=torch.from_numpy(slots),
         block_table=torch.from_numpy(table),
         seq_lens=torch.from_numpy((firsts + counts).astype(np.int32)),
         query_starts=torch.from_numpy(starts),
         logit_rows=torch.from_numpy(rows.astype(np.int64)),
-        **({"further_groups": further} | more),
+        **more,
     )
 
 
 def flattened(batch: StepInput, caches: Sequence[Tensor]) -> list[Tensor]:
     """Return a step's tensors, and those of the KV cache, in a program's order."""
     flat: list[Tensor] = [] if batch.token_adapters is None else [batch.token_adapters]
+    first, *further = batch.groups
+    of_first = dict(zip(("slot_mapping", "block_table"), first, strict=True))
     for name in STEP_ARGUMENTS:
-        flat += caches if name == "kv_caches" else [getattr(batch, name)]
-    return flat + [x for group in batch.further_groups for x in (group.slot_mapping, group.block_table)]
+        flat += caches if name == "kv_caches" else [of_first[name] if name in of_first else getattr(batch, name)]
+    return flat + [tensor for group in further for tensor in group]
 
 
 def empty_step(num_groups: int = 1) -> StepInput:
     """Return the step of no request: a rank without work gives it, so that the others' collectives do not wait."""
-    none, table = np.empty(0, dtype=np.int64), np.empty((0, 1), dtype=np.int32)
-    return ragged_step(none, table, none, none, 1, further_tables=[table] * (num_groups - 1))
+    none = np.empty(0, dtype=np.int64)
+    return ragged_step(none, np.empty((num_groups, 0, 1), dtype=np.int32), none, none, 1)
 
 
 def step_of_padding(num_groups: int = 1) -> StepInput:
     """Return the step of one row of padding, which no request owns and which stores nothing."""
-    sizes = {"T": 1, "R": 1, "S": 2, "B": 1, "L": 1}
+    sizes = {"T": 1, "R": 1, "S": 2, "B": 1, "L": 1, "G": num_groups}
     parts: dict[str, Any] = {name: FIELDS[name].padded(sizes, "cpu") for name in STEP_ARGUMENTS if name in FIELDS}
-    group = KVGroupInput(slot_mapping=parts["slot_mapping"], block_table=parts["block_table"])
-    return StepInput(**parts, further_groups=(group,) * (num_groups - 1))
+    return StepInput(**parts)

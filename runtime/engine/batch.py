@@ -71,10 +71,9 @@ def build_batch(
         rows.append(np.arange(begin + p.start, begin + p.start + len(p.following)))
     if pooling is not None:
         rows = [pooling.rows(step)]
-    first, *further = (table[step.slots, :width] for table in slots.tables)
     inputs = ragged_step(
-        np.empty(ends[-1], dtype=np.int64), first, step.firsts.astype(np.int32),
-        counts.astype(np.int32), size, np.concatenate(rows), further,
+        np.empty(ends[-1], dtype=np.int64), np.ascontiguousarray(slots.tables[:, step.slots, :width]),
+        step.firsts.astype(np.int32), counts.astype(np.int32), size, np.concatenate(rows),
         adapter_slots=None if adapters is None else torch.from_numpy(adapters[step.slots]),
         hidden_states=pooling is not None,
     )  # fmt: skip

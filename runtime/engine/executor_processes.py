@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from .executor_rank import RankStart, main, serve_store
 from .executor_wire import to_frames
 
 _GRACE_S = 5.0  # after one rank's error the others, who may wait for it, answer within so long or count as lost
+_END_S = 1.0  # within which a process that makes others fail has ended
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError}  # a caller's mistake stays one
 
 
@@ -97,8 +98,7 @@ class RankProcesses:
 
     @property
     def block_size(self) -> int:
-        size: int = self.options.block_size
-        return size
+        return int(self.options.block_size)
 
     @property
     def kv_groups(self) -> Groups:
@@ -246,41 +246,45 @@ class RankProcesses:
             raise RuntimeError(self._dead)
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout_s
-        while len(answers) < len(self._sockets):
-            for rank, socket in enumerate(self._sockets):
-                if rank not in answers and socket.poll(20):
-                    kind, payload = socket.recv_multipart()
+        while waiting := [rank for rank in range(len(self._sockets)) if rank not in answers]:
+            for rank in waiting:
+                if self._sockets[rank].poll(20):
+                    kind, payload = self._sockets[rank].recv_multipart()
                     answers[rank] = kind == b"fine", pickle.loads(payload)
                     if kind != b"fine":
                         deadline = min(deadline, time.monotonic() + _GRACE_S)
-            waiting = [rank for rank in range(len(self._sockets)) if rank not in answers]
+            waiting = [rank for rank in waiting if rank not in answers]
             dead = [rank for rank in waiting if not self._processes[rank].is_alive()]
-            lost = [rank for rank in dead if not self._sockets[rank].poll(0)]
-            if lost:
-                self._fail(f"{what}: {', '.join(map(self._death, lost))}", answers)
-            if waiting and time.monotonic() > deadline:
-                names = ", ".join(f"rank {rank}" for rank in waiting)
-                self._fail(f"{what}: {names} did not answer within {timeout_s:g} s", answers, self._stacks(waiting))
-        failed = {rank: result for rank, (fine, result) in answers.items() if not fine}
-        if not failed:
+            if any(not self._sockets[rank].poll(0) for rank in dead) or (waiting and time.monotonic() > deadline):
+                self._fail(what, answers, timeout_s)
+        errors = [result for _, (fine, result) in sorted(answers.items()) if not fine]
+        if not errors:
             return [answers[rank][1] for rank in range(len(answers))]
-        rank, (name, text, trace) = min(failed.items())
-        if len(failed) < len(answers) or what == "start":
-            self._fail(f"{what}: rank {rank} failed: {name}: {text}", {}, trace)
+        if len(errors) < len(answers) or what == "start":
+            self._fail(what, answers, timeout_s)
+        name, text, trace = errors[0]
         raise _ERRORS.get(name, RuntimeError)(text if name in _ERRORS else f"{text}\n{trace}")
 
-    def _fail(self, cause: str, answers: Mapping[int, tuple[bool, Any]], more: str = "") -> None:
-        """End all ranks, and raise with the cause first. An error that a rank gave is the cause of others' silence."""
-        for rank, (fine, result) in sorted(answers.items()):
-            if not fine:
-                name, text, trace = result
-                more += f"\nrank {rank} failed: {name}: {text}\n{trace}"
-        self._dead = f"{cause}\n{more}".rstrip()
+    def _fail(self, what: str, answers: Mapping[int, tuple[bool, Any]], timeout_s: float) -> NoReturn:
+        """End all ranks, and raise with the first cause first.
+
+        A process that ended makes others fail, who waited for it; an error of one makes others silent.
+        """
+        failed = {rank: result for rank, (fine, result) in sorted(answers.items()) if not fine}
+        others = [rank for rank in range(len(self._processes)) if rank not in failed]
+        if others:  # a rank may hear of another's end before its parent does
+            connection.wait([self._processes[rank].sentinel for rank in others], _END_S)
+        ended = [rank for rank in others if not self._processes[rank].is_alive()]
+        causes = [", ".join(map(self._death, ended))] if ended else []
+        causes += [f"rank {rank} failed: {name}: {text}\n{trace}" for rank, (name, text, trace) in failed.items()]
+        if not ended and (silent := [rank for rank in others if rank not in answers]):
+            within = f"{_GRACE_S:g} s of that" if failed else f"{timeout_s:g} s"
+            causes.append(f"rank {', '.join(map(str, silent))} did not answer within {within}\n{self._stacks(silent)}")
+        self._dead = f"{what}: " + "\n".join(causes).rstrip()
         self._end()
         raise RuntimeError(self._dead)
 
     def _death(self, rank: int) -> str:
-        self._processes[rank].join(1)
         code = self._processes[rank].exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return f"rank {rank} (process {self._processes[rank].pid}) died: {how}"

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seamwise.runtime.build.step import FIELDS, PROTOCOL_VERSION, KVGroupInput, StepInput
+from seamwise.runtime.build.step import FIELDS, PROTOCOL_VERSION, StepInput
 
 Frames = list[bytes | memoryview]
-_GROUP = ("slot_mapping", "block_table")
 
 
 class Header(msgspec.Struct, array_like=True):
-    """version of the protocol; names and shapes of the tensors that follow, those of further KV groups last."""
+    """version of the protocol; names and shapes of the tensors that follow."""
 
     version: int
     names: list[str]
@@ -27,7 +26,6 @@ class Header(msgspec.Struct, array_like=True):
 def to_frames(batch: StepInput) -> Frames:
     """Return a step's header and the bytes of each of its tensors."""
     named = [(name, tensor) for name in FIELDS if (tensor := getattr(batch, name)) is not None]
-    named += [(name, getattr(group, name)) for group in batch.further_groups for name in _GROUP]
     header = Header(
         PROTOCOL_VERSION, [name for name, _ in named], [tuple(t.shape) for _, t in named], batch.hidden_states
     )
@@ -42,21 +40,11 @@ def from_frames(frames: Sequence[bytes | memoryview]) -> StepInput:
             f"a step of protocol version {header.version} came, this is version {PROTOCOL_VERSION}; run one version of"
             " seamwise on every rank"
         )
-    tensors = [
-        _tensor(frame, FIELDS[name].dtype, shape)
+    tensors = {
+        name: _tensor(frame, FIELDS[name].dtype, shape)
         for frame, name, shape in zip(frames[1:], header.names, header.shapes, strict=True)
-    ]
-    own = {name: tensor for name, tensor in zip(header.names, tensors, strict=True) if name not in _GROUP}
-    groups: list[dict[str, Tensor]] = []
-    for name, tensor in zip(header.names, tensors, strict=True):
-        if name in _GROUP:
-            if name == _GROUP[0]:
-                groups.append({})
-            groups[-1][name] = tensor
-    first, *further = groups
-    return StepInput(
-        **own, **first, further_groups=tuple(KVGroupInput(**g) for g in further), hidden_states=header.hidden_states
-    )
+    }
+    return StepInput(**tensors, hidden_states=header.hidden_states)
 
 
 def _tensor(frame: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seamwise.runtime.build.step import KVGroupInput, StepInput, empty_step, ragged_step
+from seamwise.runtime.build.step import StepInput, empty_step, ragged_step
 
 _LENGTHS = (19, 3, 33, 8)
 
@@ -97,12 +97,13 @@ class RunnerConformance:
         want = self._alone(cache.requests[0])
         cache.step({0: 9})
         fine = cache.batch({0: 2, 1: 1}, {})
-        group = KVGroupInput(slot_mapping=fine.slot_mapping, block_table=fine.block_table)
-        for wrong in (
+        groups = {"slot_mapping": fine.slot_mapping.repeat(9, 1), "block_table": fine.block_table.repeat(9, 1, 1)}
+        wrongs: tuple[dict[str, Any], ...] = (
             {"token_ids": fine.token_ids.int()}, {"slot_mapping": fine.slot_mapping[:-1]},
-            {"request_slots": torch.zeros(2, dtype=torch.int32)}, {"further_groups": (group,) * 9},
+            {"request_slots": torch.zeros(2, dtype=torch.int32)}, groups,
             {"adapter_slots": torch.full((2,), 1 << 20, dtype=torch.int32)},
-        ):  # fmt: skip
+        )  # fmt: skip
+        for wrong in wrongs:
             try:
                 cache.runner.step(replace(fine, **wrong))
             except ValueError:

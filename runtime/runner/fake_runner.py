@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from seamwise.runtime.build.kv_groups import FULL, Groups
-from seamwise.runtime.build.step import KVGroupInput, StepInput, StepOutput, check_plain
+from seamwise.runtime.build.step import StepInput, StepOutput, check_plain
 from seamwise.runtime.weights.read_adapter import Adapter
 
 _UNWRITTEN = -1
@@ -56,8 +56,7 @@ class FakeRunner:
         self.num_steps += 1
         starts, lengths = batch.query_starts.numpy(), batch.seq_lens.numpy()
         tokens = batch.token_ids.numpy() + self._adapted(batch, np.diff(starts))
-        first = KVGroupInput(slot_mapping=batch.slot_mapping, block_table=batch.block_table)
-        stored = [(g.slot_mapping.numpy(), g.block_table.numpy()) for g in (first, *batch.further_groups)]
+        stored = [(slots.numpy(), table.numpy()) for slots, table in batch.groups]
         slots = np.concatenate([slots for slots, _ in stored])
         assert len(tokens) == starts[-1] and (np.diff(starts) > 0).all()
         assert self.max_tokens is None or len(tokens) <= self.max_tokens, "the step is over the token budget"

@@ -101,7 +101,6 @@ class CapturePlan:
     logit_bytes: int
     max_rows: int
     sizes: dict[str, int]
-    num_groups: int
     budget_bytes: int
     adapters: bool = False
     paired: tuple[str, ...] = ()
@@ -121,15 +120,16 @@ class CapturePlan:
         return cls(
             keys=(*singles, *pairs), calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
             token_bytes=program.token_bytes, logit_bytes=program.logit_bytes, max_rows=rows,
-            sizes=sizes_of(max((key.tokens for key in singles), default=0), rows, options.max_blocks),
-            num_groups=max(1, len(program.kv_groups)), budget_bytes=options.max_recorded_bytes,
-            adapters=options.pipeline.max_loras > 0, paired=paired,
+            sizes=sizes_of(
+                max((key.tokens for key in singles), default=0), rows, options.max_blocks, len(program.kv_groups)
+            ),
+            budget_bytes=options.max_recorded_bytes, adapters=options.pipeline.max_loras > 0, paired=paired,
         )  # fmt: skip
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the buffers for inputs, which all recordings share."""
-        return self.at_once * num_bytes(self.sizes, self.num_groups, self.adapters) if self.keys else 0
+        return self.at_once * num_bytes(self.sizes, self.adapters) if self.keys else 0
 
     @property
     def at_once(self) -> int:
@@ -191,8 +191,8 @@ class Recordings:
         self._static: list[StaticInputs] = []  # of each batch of a step
         if self.plan.keys:
             _LOG.info("%s", self.plan)
-            sizes, groups, adapters = self.plan.sizes, self.plan.num_groups, self.plan.adapters
-            self._static = [StaticInputs(sizes, options.device, groups, adapters) for _ in range(self.plan.at_once)]
+            sizes, adapters = self.plan.sizes, self.plan.adapters
+            self._static = [StaticInputs(sizes, options.device, adapters) for _ in range(self.plan.at_once)]
 
     def __getitem__(self, key: Key) -> Recording:
         recording = self._made[key]
@@ -260,7 +260,7 @@ class Recordings:
             case Piecewise(tokens, _):
                 rows = min(tokens, self._options.max_recorded_requests)
                 arguments = flat(self._static[i].fill_padded(batch, tokens, rows))
-                further = 2 * len(batch.further_groups)  # each group's slots and block table, behind all others
+                further = 2 * (batch.num_groups - 1)  # each group's slots and block table, behind all others
                 plain = len(arguments) - further
                 varying = [plain - 1 - STEP_ARGUMENTS[::-1].index(name) for name in OF_SEAMS]
                 return arguments, [*varying, *range(plain + 1, plain + further, 2)]
@@ -280,7 +280,7 @@ class Recordings:
         return Eager()
 
     def _full(self, batch: StepInput) -> Full | None:
-        tokens, (requests, blocks), options = batch.token_ids.shape[0], batch.block_table.shape, self._options
+        tokens, (requests, blocks), options = batch.num_tokens, batch.block_table.shape[-2:], self._options
         known = batch.logit_rows.shape[0] == tokens and requests <= options.max_recorded_requests
         each = tokens // requests if known and blocks <= options.max_blocks else 0
         known = 0 < each <= 1 + options.num_speculative_tokens and _uniform(batch, each)

@@ -18,7 +18,7 @@ def on_device(batch: StepInput, device: str) -> StepInput:
     moved = {n: getattr(batch, n).to(device) for n in STEP_ARGUMENTS if n != "kv_caches"}
     if batch.token_adapters is not None:
         moved["token_adapters"] = batch.token_adapters.to(device)
-    return StepInput(**moved, further_groups=tuple(g.map(lambda x: x.to(device)) for g in batch.further_groups))
+    return StepInput(**moved)
 
 
 def logits_and_hidden(results: Any, options: RunnerConfig) -> tuple[Tensor, Tensor | None]:

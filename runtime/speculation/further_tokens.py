@@ -53,8 +53,9 @@ class FurtherTokens(ModelDrafter):
         rows = torch.arange(batch.num_tokens)
         output = self.whole.step(replace(batch, logit_rows=rows, hidden_states=True))
         assert output.hidden_states is not None
-        self._keep(output.hidden_states, batch.slot_mapping)
-        self._filled[batch.slot_mapping.cpu().numpy() // self.runner.block_size] = False
+        slots, _ = batch.groups[0]
+        self._keep(output.hidden_states, slots)
+        self._filled[slots.cpu().numpy() // self.runner.block_size] = False
         wanted = batch.logit_rows.to(output.logits.device)
         return replace(output, logits=output.logits[wanted], hidden_states=None)
 

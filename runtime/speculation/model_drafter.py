@@ -113,14 +113,14 @@ class ModelDrafter:
         """
         size = self.runner.block_size
         width = -(-int((firsts + counts).max()) // size)
-        first, *further = (np.ascontiguousarray(tables[:, g, :width]) for g in range(tables.shape[1]))
+        by_group = np.ascontiguousarray(tables[:, :, :width].swapaxes(0, 1))
         last = counts.cumsum() - 1
         every = len(set(counts.tolist())) == 1 and len(ids) <= len(counts) * (
             1 + self.runner.options.num_speculative_tokens
         )
         rows = np.arange(len(ids)) if every else last  # a step all of whose logits are wanted is recorded
         step = ragged_step(
-            ids.astype(np.int64), first, firsts.astype(np.int32), counts.astype(np.int32), size, rows, further,
+            ids.astype(np.int64), by_group, firsts.astype(np.int32), counts.astype(np.int32), size, rows,
             hidden_states=self.runner.options.return_hidden_states,
         )  # fmt: skip
         output = self.runner.step(step)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -193,18 +193,12 @@ def test_a_manifest_of_any_shape_is_refused_by_name(written: Path, data: st.Data
         assert program.source and buffers is not None
 
 
-def _load_in_a_process(model: str, packs: str) -> None:
+def _load_in_a_process(rank: int, model: str, packs: str) -> None:
     load(Path(model), Path(packs))
 
 
-def test_two_processes_may_write_one_pack(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_load_in_a_process, args=(str(tiny_llama_dir), str(tmp_path))) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [w.exitcode for w in workers] == [0, 0]
+def test_two_processes_may_write_one_pack(tiny_llama_dir: Path, tmp_path: Path, run_ranks: Callable[..., None]) -> None:
+    run_ranks(_load_in_a_process, 2, str(tiny_llama_dir), str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 1
     assert "capture" not in load(tiny_llama_dir, tmp_path).startup_s
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -115,8 +115,17 @@ def work(rank: int, ranks: int, file: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_between_processes(ranks: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (ranks, str(tmp_path / "group")), nprocs=ranks)
+def test_between_processes(ranks: int, tmp_path: Path, run_ranks: Callable[..., None]) -> None:
+    run_ranks(work, ranks, ranks, str(tmp_path / "group"))
+
+
+def started_by_one_thread(rank: int) -> None:
+    assert "\nThreads:\t1\n" in Path(f"/proc/{os.getppid()}/status").read_text()
+
+
+def test_what_ranks_are_forked_from_has_one_thread(run_ranks: Callable[..., None]) -> None:
+    """A thread that is not there after a fork may hold a lock for ever, OpenMP's above all."""
+    run_ranks(started_by_one_thread, 1)
 
 
 @pytest.fixture

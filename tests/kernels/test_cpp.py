@@ -3,9 +3,8 @@
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,8 +101,14 @@ def test_unwritable_cache_folder_is_named(source: Path, tmp_path: Path) -> None:
         cpp.load(source, cache_dir=tmp_path / "file" / "cache")
 
 
+def answers(rank: int, source: Path, folder: Path, **options: str) -> None:
+    assert cpp.load(source, cache_dir=folder, **options).answer() == 42  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("damage", ["cut short", "cut by a byte", "empty", "another file", "changed"])
-def test_a_damaged_build_is_compiled_again(source: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_build_is_compiled_again(
+    source: Path, tmp_path: Path, damage: str, run_ranks: Callable[..., None]
+) -> None:
     """In a process of its own: loading a shared object that was cut short kills it."""
     folder = tmp_path / "cache"
     cpp.load(source, cache_dir=folder)
@@ -117,12 +122,7 @@ def test_a_damaged_build_is_compiled_again(source: Path, tmp_path: Path, damage:
             "changed": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
         }[damage]
     )  # fmt: skip
-    code = f"""
-from pathlib import Path
-from seamwise.kernels.cpu import cpp
-assert cpp.load(Path({str(source)!r}), cache_dir=Path({str(folder)!r})).answer() == 42
-"""
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    run_ranks(answers, 1, source, folder)
     assert built.read_bytes() == whole
 
 
@@ -149,22 +149,17 @@ def test_a_killed_compilers_file_goes(source: Path, tmp_path: Path) -> None:
     assert {p.name for p in folder.glob(".answer-*")} == {".answer-new.so"}
 
 
-def test_of_two_processes_one_compiles(source: Path, tmp_path: Path) -> None:
+def compile_when_both_may(rank: int, source: Path, folder: Path, compiler: str) -> None:
+    compile = cpp._compile
+    cpp._compile = lambda *given: ((folder.parent / str(rank)).touch(), compile(*given))  # type: ignore[assignment]
+    answers(rank, source, folder, compiler=compiler)
+
+
+def test_of_two_processes_one_compiles(source: Path, tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     """The compiler waits until both processes have found no build."""
     folder, compiler, log = tmp_path / "cache", tmp_path / "compiler", tmp_path / "log"
     both = f"until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 ]; do sleep 0.05; done; sleep 0.3; echo once >> {log}"
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -o "*) {both};; esac\nexec {cpp.find_compiler()} "$@"\n')
     compiler.chmod(0o700)
-    code = """
-import sys
-from pathlib import Path
-from seamwise.kernels.cpu import cpp
-source, folder, compiler, ready = map(Path, sys.argv[1:])
-compile = cpp._compile
-cpp._compile = lambda *given: (ready.touch(), compile(*given))
-assert cpp.load(source, cache_dir=folder, compiler=str(compiler)).answer() == 42
-"""
-    command = [sys.executable, "-P", "-c", code, str(source), str(folder), str(compiler)]
-    processes = [subprocess.Popen([*command, str(tmp_path / str(i))]) for i in range(2)]
-    assert [p.wait() for p in processes] == [0, 0]
+    run_ranks(compile_when_both_may, 2, source, folder, str(compiler))
     assert len(list(folder.iterdir())) == 1 and log.read_text() == "once\n"

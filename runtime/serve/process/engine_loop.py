@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from seamwise.runtime.distributed.waves import RankWave
 from seamwise.runtime.engine.lora_request import LoRARequest
-from seamwise.runtime.runner.runner import ModelRunner
 from seamwise.runtime.sampling.params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from seamwise.runtime.sampling.pooling_params import NO_SAMPLING
 from seamwise.runtime.scheduler.config import QueueFullError
@@ -206,8 +205,8 @@ class EngineLoop:
         }  # fmt: skip
         if self.engine.offload is not None:
             stats.counters |= {f"kv_{name}": count for name, count in asdict(self.engine.offload.stats).items()}
-        if isinstance(self.engine.runner, ModelRunner):
-            stats.counters["cascade_tiles"] = self.engine.runner.recording_stats.cascade_tiles
+        if (recorded := getattr(self.engine.runner, "recording_stats", None)) is not None:  # else ranks have theirs
+            stats.counters["cascade_tiles"] = recorded.cascade_tiles
 
 
 def _params(add: Add) -> SamplingParams:

@@ -18,17 +18,16 @@ from seamwise import ModelRunner, StepInput
 from seamwise.compile.startup_times import Ledger
 from seamwise.model_defs.blocks import CausalLM
 from seamwise.model_defs.hf import HuggingFaceDecoder
-from seamwise.runtime.build.step import FIELDS, STEP_ARGUMENTS, KVGroupInput, empty_step, ragged_step
+from seamwise.runtime.build.step import FIELDS, STEP_ARGUMENTS, empty_step, ragged_step
 
 
-def a_group(blocks: int) -> KVGroupInput:
-    return KVGroupInput(slot_mapping=torch.zeros(5).long(), block_table=torch.zeros(2, blocks).int())
-
-
-def a_step(**more: Any) -> StepInput:
-    """Return 5 tokens of 2 requests: a prefill of 4, and a decode after 9."""
-    table = np.array([[1, 0, 0], [2, 3, 4]], dtype=np.int32)
+def a_step(groups: int = 1, **more: Any) -> StepInput:
+    """Return 5 tokens of 2 requests: a prefill of 4, and a decode after 9; each group has blocks of its own."""
+    table = np.array([[1, 0, 0], [2, 3, 4]], dtype=np.int32) + 5 * np.arange(groups, dtype=np.int32).reshape(-1, 1, 1)
     return ragged_step(np.arange(3, 8), table, np.array([0, 9]), np.array([4, 1]), 4, **more)
+
+
+GROUPED = [name for name, declared in FIELDS.items() if declared.grouped]
 
 
 @pytest.mark.parametrize("model", [CausalLM, HuggingFaceDecoder])
@@ -52,13 +51,17 @@ def test_each_field_is_checked(name: str) -> None:
 
 
 def test_what_has_several_forms() -> None:
-    step = a_step(further_groups=(a_group(9),))
+    step = a_step(groups=2)
+    assert step.slot_mapping.tolist() == [[4, 5, 6, 7, 17], [24, 25, 26, 27, 37]]
+    assert [table.tolist()[1] for _, table in step.groups] == [[2, 3, 4], [7, 8, 9]]
     replace(step, positions=torch.zeros(3, 5).long()).check()
     with pytest.raises(ValueError, match=r"positions is .* wanted torch.int64 \(5,\) or \(3, 5\)"):
         replace(step, positions=torch.zeros(2, 5).long()).check()
-    group = replace(step.further_groups[0], block_table=torch.zeros(3, 9).int())
-    with pytest.raises(ValueError, match=r"further_groups\[0\].block_table is torch.int32 \(3, 9\), .* \(2, 9\)"):
-        replace(step, further_groups=(group,)).check()
+    for other in (a_step().block_table, a_step(groups=3).block_table):
+        with pytest.raises(ValueError, match=r"block_table is torch.int32 \(.*, wanted torch.int32 \(2, 2, 3\)"):
+            replace(step, block_table=other).check()
+    with pytest.raises(ValueError, match=r"slot_mapping is torch.int64 \(1, 5\), wanted torch.int64 \(5,\)"):
+        replace(a_step(), slot_mapping=torch.zeros(1, 5).long()).check()
     with pytest.raises(ValueError, match="names slot 4 twice"):
         a_step(request_slots=torch.tensor([4, 4]).int()).check()
 
@@ -113,7 +116,7 @@ def test_whom_a_step_is_for_comes_back(runner: ModelRunner) -> None:
     [
         ({"adapter_slots": torch.tensor([0, 3]).int()}, r"adapter_slots is \[0, 3\], no adapter is loaded"),
         ({"positions": torch.zeros(3, 5).long()}, "this model rotates by one position a token"),
-        ({"further_groups": (a_group(1),)}, "has 2 KV cache groups, this model has 1"),
+        ({n: getattr(a_step(groups=2), n) for n in GROUPED}, "has 2 KV cache groups, this model has 1"),
     ],
 )
 def test_what_the_model_has_not_is_refused(runner: ModelRunner, more: dict[str, Any], message: str) -> None:

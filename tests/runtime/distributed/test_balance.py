@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from families import draw_tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -253,10 +253,10 @@ def work(rank: int, home: str) -> None:
 
 
 @pytest.mark.slow
-def test_moves_change_no_bit(tmp_path: Path) -> None:
+def test_moves_change_no_bit(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     save_tiny(tmp_path / "qwen3", *MOE["qwen3_moe"][:1], **MOE["qwen3_moe"][1])
     save_quantized(tmp_path / "fp8", LAYOUTS["fp8 blocks"], torch.float32, "DeepseekV3ForCausalLM", **FP8)
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(work, 2, str(tmp_path))
 
 
 def test_what_does_not_go_together_is_refused(tiny_llama_dir: Path) -> None:

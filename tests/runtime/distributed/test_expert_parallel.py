@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from families import draw_tokens
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -286,7 +286,7 @@ def work(rank: int, ranks: int, home: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_that_share_experts_equal_one(ranks: int, tmp_path: Path) -> None:
+def test_ranks_that_share_experts_equal_one(ranks: int, tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     for name, (architecture, changes) in MODELS.items():
         save_tiny(tmp_path / name, architecture, **changes)
     fp8 = {
@@ -296,7 +296,7 @@ def test_ranks_that_share_experts_equal_one(ranks: int, tmp_path: Path) -> None:
     }  # fmt: skip
     if ranks == 2:
         save_quantized(tmp_path / "fp8", LAYOUTS["fp8 blocks"], torch.float32, "DeepseekV3ForCausalLM", **fp8)
-    torch.multiprocessing.spawn(work, (ranks, str(tmp_path)), nprocs=ranks)
+    run_ranks(work, ranks, ranks, str(tmp_path))
 
 
 def test_what_does_not_go_together_is_refused(tiny_llama_dir: Path) -> None:

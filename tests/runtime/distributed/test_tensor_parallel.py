@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from families import draw_tokens
 from moe_families import GROUPS, MLA
 from quantized_checkpoints import LAYOUTS, save_quantized
@@ -209,7 +209,7 @@ def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_equal_one(ranks: int, tmp_path: Path) -> None:
+def test_ranks_equal_one(ranks: int, tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     for name, (architecture, changes) in MODELS.items():
         save_tiny(tmp_path / name, architecture, **changes)
     sizes = {"num_key_value_heads": 4, "intermediate_size": 512}
@@ -224,7 +224,7 @@ def test_ranks_equal_one(ranks: int, tmp_path: Path) -> None:
     if ranks == 2:
         names += [(name, "own") for name in MODELS if name not in ("llama", "phi3", "granite")]
         names += [("granite", "transformers")]
-    torch.multiprocessing.spawn(work, (ranks, str(tmp_path), names), nprocs=ranks)
+    run_ranks(work, ranks, ranks, str(tmp_path), names)
 
 
 def test_without_a_process_group_the_message_says_how_to_start(tiny_llama_dir: Path) -> None:

@@ -35,6 +35,7 @@ def fails_half_way(worker: Any, rank: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_give_what_one_gives_and_lose_nothing_with_one(tmp_path: Path, pack_dir: Path) -> None:
     save_tiny(tmp_path / "model", "LlamaForCausalLM")
     few = {"a": {}, "b": {"r": 3}, "c": {"target_modules": ["q_proj", "down_proj"]}}

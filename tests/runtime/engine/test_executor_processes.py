@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zmq
 from families import FAMILIES
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from seamwise import LLM, SamplingParams
-from seamwise.runtime.build.step import FIELDS, KVGroupInput, StepInput, empty_step, ragged_step
+from seamwise.runtime.build.step import FIELDS, StepInput, empty_step, ragged_step
+from seamwise.runtime.engine import executor_processes
 from seamwise.runtime.engine.executor import starts_ranks
 from seamwise.runtime.engine.executor_processes import RankProcesses
 from seamwise.runtime.engine.executor_wire import from_frames, to_frames
@@ -27,28 +32,27 @@ PROMPTS = [{"prompt_token_ids": list(range(3, 40))}, {"prompt_token_ids": [7, 9,
 PARAMS = [SamplingParams(temperature=t, max_tokens=9, ignore_eos=True, detokenize=False, seed=5) for t in (0.0, 1.0)]
 
 
-def a_step(count: int = 4, **more: Any) -> StepInput:
-    table = np.array([[1, 2]], dtype=np.int32)
+def a_step(count: int = 4, groups: int = 1, **more: Any) -> StepInput:
+    table = np.array([[1, 2]], dtype=np.int32) + np.arange(groups, dtype=np.int32).reshape(-1, 1, 1)
     return ragged_step(np.arange(3, 3 + count), table, np.array([0]), np.array([count]), 16, **more)
 
 
 def test_a_step_arrives_as_it_was_sent() -> None:
-    group = KVGroupInput(slot_mapping=torch.arange(4), block_table=torch.ones(1, 7, dtype=torch.int32))
     sent = a_step(
         adapter_slots=torch.tensor([3]).int(), request_generations=torch.tensor([1 << 40]), hidden_states=True,
-        further_groups=(group, group),
+        groups=3,
     )  # fmt: skip
+    assert sent.num_groups == 3
     for step in (sent, a_step(1), a_step(0)):
         got = from_frames([bytes(frame) for frame in to_frames(step)])
         got.check()
         for name in FIELDS:
             a, b = getattr(got, name), getattr(step, name)
             assert (a is None and b is None) or (torch.equal(a, b) and a.dtype == b.dtype)
-        assert got.hidden_states == step.hidden_states and len(got.further_groups) == len(step.further_groups)
-    assert torch.equal(from_frames(to_frames(sent)).further_groups[1].block_table, group.block_table)
+        assert got.hidden_states == step.hidden_states
     frames = to_frames(sent)
-    with pytest.raises(ValueError, match="protocol version 1 came, this is version 2"):
-        from_frames([frames[0].replace(b"\x94\x02", b"\x94\x01", 1), *frames[1:]])
+    with pytest.raises(ValueError, match="protocol version 1 came, this is version 3"):
+        from_frames([frames[0].replace(b"\x94\x03", b"\x94\x01", 1), *frames[1:]])
 
 
 @pytest.mark.parametrize(
@@ -67,10 +71,62 @@ def hangs_on_one(worker: Any) -> int:
     return worker.rank
 
 
-def fails_on_one(worker: Any) -> int:
-    if worker.rank == 1:
-        raise KeyError("planted")
-    return worker.rank
+class Rank:
+    """A process and its socket, of whom the parent knows what it said, and by a pipe that it ended."""
+
+    def __init__(self, answer: tuple[bytes, Any] | None, ends: bool = False) -> None:
+        self.pid, self.exitcode, self._answers = 7, -signal.SIGKILL, [answer] if answer else []
+        self.sentinel, self._end = os.pipe()
+        if ends:
+            threading.Timer(0.05, os.close, (self._end,)).start()
+
+    def is_alive(self) -> bool:
+        return not connection.wait([self.sentinel], 0)
+
+    def join(self, timeout: float) -> None: ...
+
+    def poll(self, milliseconds: int) -> bool:
+        return bool(self._answers)
+
+    def recv_multipart(self) -> list[bytes]:
+        kind, result = self._answers.pop()
+        return [kind, pickle.dumps(result)]
+
+
+GLOO = (b"error", ("RuntimeError", "Connection closed by peer", "Traceback"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ((GLOO, None), r"rank 1 \(process 7\) died: SIGKILL\nrank 0 failed: RuntimeError: Connection closed"),
+        ((GLOO, (b"fine", 1)), r"rank 1 \(process 7\) died: SIGKILL\nrank 0 failed: RuntimeError: Connection closed"),
+        (((b"fine", 0), None), r"rank 1 \(process 7\) died: SIGKILL$"),
+    ],
+)
+def test_a_process_that_ends_is_the_cause_of_what_others_say(
+    ranks: tuple[Any, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers may hear of its end before its parent does, and when it has answered."""
+    with pytest.raises(RuntimeError, match=f"^step: {words}"):
+        gathered(Rank(ranks[0]), Rank(ranks[1], ends=True), monkeypatch)
+
+
+def test_an_error_is_the_cause_of_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor_processes, "_GRACE_S", 0.0)
+    with pytest.raises(RuntimeError, match=r"^step: rank 0 failed: .*\nTraceback\nrank 1 did not answer within 0 s of"):
+        gathered(Rank(GLOO), Rank(None), monkeypatch, end_s=0.0)
+    with pytest.raises(RuntimeError, match=r"^step: rank 0 failed: RuntimeError: .*\nTraceback$"):
+        gathered(Rank(GLOO), Rank((b"fine", 1)), monkeypatch, end_s=0.0)
+
+
+def gathered(first: Rank, second: Rank, monkeypatch: pytest.MonkeyPatch, end_s: float = 60.0) -> Any:
+    monkeypatch.setattr(executor_processes, "_END_S", end_s)
+    ranks = RankProcesses.__new__(RankProcesses)
+    ranks._dead, ranks._answering, ranks._end = "", threading.Lock(), lambda: None
+    ranks._processes = ranks._sockets = [first, second]
+    monkeypatch.setattr(ranks, "_stacks", lambda silent: "")
+    return ranks._answers("step", 60)
 
 
 def tokens(llm: LLM) -> list[list[int]]:
@@ -78,6 +134,7 @@ def tokens(llm: LLM) -> list[list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_ranks_give_what_one_gives_until_one_hangs(tmp_path: Path, pack_dir: Path) -> None:
     for seed, name in enumerate("ab"):
         save_tiny(tmp_path / name, "LlamaForCausalLM", seed=seed)
@@ -126,6 +183,7 @@ def _rank_and_size(worker: Any) -> tuple[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_that_dies_is_named(tmp_path: Path, pack_dir: Path) -> None:
     save_tiny(tmp_path / "a", "LlamaForCausalLM")
     options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "pack_dir": pack_dir}
@@ -137,7 +195,9 @@ def test_a_rank_that_dies_is_named(tmp_path: Path, pack_dir: Path) -> None:
             ranks.step(_with_three_positions())
         processes = ranks._processes
         os.kill(processes[1].pid, signal.SIGKILL)
-        time.sleep(0.3)  # its socket is closed by now: a send would wait for somebody to open it
+        processes[1].join()
+        while ranks._asking[1].poll(0, zmq.POLLOUT):  # then a send would wait for somebody to open it
+            time.sleep(0.01)
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"^step: rank 1 \(process \d+\) died: SIGKILL"):
             ranks.step(a_step(4))
@@ -187,6 +247,7 @@ def test_a_parent_that_is_killed_leaves_no_rank_and_no_memory(tmp_path: Path, pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_ranks_of_a_model_with_two_windows_have_two_block_tables(tmp_path: Path, pack_dir: Path) -> None:
     name, options = FAMILIES["gemma3"]
     save_tiny(tmp_path / "a", name, **{**options, "sliding_window": 16})

@@ -130,8 +130,8 @@ class Ahead(Guesses):
         return self
 
     def step(self, batch: StepInput) -> StepOutput:
-        for group in (batch, *batch.further_groups):
-            for block in {slot // self.runner.block_size for slot in group.slot_mapping.tolist()}:
+        for written, _ in batch.groups:
+            for block in {slot // self.runner.block_size for slot in written.tolist()}:
                 self.after.pop(block, None)
         return self.runner.step(batch)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from drawn_requests import Drawn, alone
 from drawn_tiers import FAULTS, ByHand, FaultyDisk, StoreByHand, TwoRanks, make_tiers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing import ProcessExitedException
 
 from seamwise.runtime.build.kv_groups import FULL, Groups, KVGroup
 from seamwise.runtime.engine.engine import Engine
@@ -271,65 +271,67 @@ def test_other_weights_find_nothing_and_the_same_ones_do(tmp_path: Path) -> None
     engine.close()
 
 
-LIFE = """
-import os, random, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_offload import STEMS, make_engine, run
-from seamwise.runtime.kv.disk_tier import DiskTier
-
-random.seed(int(sys.argv[3]))
-left = random.randrange(1, 40)
-whole = Path.open
-
 class Dying:
-    def __init__(self, file): self.file = file
-    def __enter__(self): return self
-    def __exit__(self, *error): self.file.close()
-    def write(self, data):
-        global left
-        left -= 1
-        if not left:
+    """A file whose process is killed in the middle of the write that `left` says."""
+
+    left = 0
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __enter__(self) -> Dying:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def write(self, data: Any) -> None:
+        Dying.left -= 1
+        if not Dying.left:
             self.file.write(bytes(data)[: random.randrange(len(data) + 1)])
             self.file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         self.file.write(data)
 
-Path.open = lambda self, mode="r", **options: Dying(whole(self, mode)) if mode == "xb" else whole(self, mode, **options)
-while True:
-    engine = make_engine([DiskTier(Path(sys.argv[1]), 20_000)], by_hand=False)
-    run(engine, *random.choices(STEMS, k=6))
-    engine.close()
-    for path in Path(sys.argv[1]).glob("*.kv"):
-        if random.random() < 0.4:
-            path.unlink()
-"""
+
+def live_until_killed(rank: int, folder: Path, seed: int) -> None:
+    random.seed(seed)
+    Dying.left, whole = random.randrange(1, 40), Path.open
+
+    def opened(self: Path, mode: str = "r", **options: Any) -> Any:
+        file = whole(self, mode, **options)
+        return Dying(file) if mode == "xb" else file
+
+    Path.open = opened  # type: ignore[method-assign]
+    while True:
+        engine = make_engine([DiskTier(folder, 20_000)], by_hand=False)
+        run(engine, *random.choices(STEMS, k=6))
+        engine.close()
+        for path in folder.glob("*.kv"):
+            if random.random() < 0.4:
+                path.unlink()
 
 
-def test_a_killed_process_costs_no_answer(tmp_path: Path) -> None:
+def test_a_killed_process_costs_no_answer(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     for seed in range(2):
-        command = [sys.executable, "-c", LIFE, str(tmp_path), os.path.dirname(__file__), str(seed)]
-        died = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        with pytest.raises(ProcessExitedException, match="SIGKILL"):
+            run_ranks(live_until_killed, 1, tmp_path, seed)
         engine = make_engine([DiskTier(tmp_path, 20_000)])
         run(engine, *STEMS)
         assert engine.offload is not None and engine.offload.stats.lost == 0, "half a block was found"
         engine.close()
 
 
-def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+def share(rank: int, folder: Path) -> None:
+    engine = make_engine([DiskTier(folder, 1200)], by_hand=False)
+    random.seed(str(rank))
+    for _ in range(40):
+        run(engine, random.choice(STEMS))
+    engine.close()
+    assert engine.offload is not None and engine.offload.stats.loaded > 0 and engine.offload.stats.failed == 0
+
+
+def test_two_processes_share_a_folder(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
     """Both evict, remove and write at once, in a folder that holds a quarter of what they use."""
-    script = (
-        "import random, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from test_offload import STEMS, make_engine, run; from seamwise.runtime.kv.disk_tier import DiskTier\n"
-        "engine = make_engine([DiskTier(Path(sys.argv[1]), 1200)], by_hand=False)\n"
-        "random.seed(sys.argv[3])\n"
-        "for _ in range(40): run(engine, random.choice(STEMS))\n"
-        "engine.close(); print(engine.offload.stats.loaded, engine.offload.stats.failed)"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__)]
-    both = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
-    for process in both:
-        loaded, failed = map(int, process.communicate(timeout=120)[0].split())
-        assert process.returncode == 0 and loaded > 0 and failed == 0
+    run_ranks(share, 2, tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1200 * (1 + 2 / 16) + 2 * 128

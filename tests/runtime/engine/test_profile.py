@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from seamwise import LLM, SamplingParams
 from seamwise.runtime.build.arguments import options_of
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.runner.profile import ProfilerConfig
+from seamwise.runtime.scheduler.commit import Step
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
 
@@ -37,16 +39,24 @@ def test_a_trace_shows_what_steps_hide(tiny_llama_dir: Path, pack_dir: Path, tmp
     llm.start_profile("decode")
     with pytest.raises(RuntimeError, match="a profile is being taken"):
         llm.start_profile()
-    worker = llm.engine._loop.worker
-    steps = worker.steps
+    loop = llm.engine._loop
+    steps, schedule = loop.worker.steps, loop.scheduler.schedule
+    meet, ran_so_far, planned_so_far = threading.Barrier(2, timeout=60), itertools.count(1), itertools.count(1)
 
-    def slow(batch: StepInput) -> StepOutput:
-        time.sleep(0.1)  # longer than planning takes on a busy machine
+    def step(batch: StepInput) -> StepOutput:
+        if next(ran_so_far) < PARAMS.max_tokens:
+            meet.wait()  # with the next step's plan: it breaks where that is made only after this one
         return steps.step(batch)
 
-    worker.steps = SimpleNamespace(step=slow)  # type: ignore[assignment]
+    def plan() -> Step | None:
+        if 1 < next(planned_so_far) <= PARAMS.max_tokens:
+            meet.wait()
+        return schedule()
+
+    loop.worker.steps = SimpleNamespace(step=step)  # type: ignore[assignment]
+    loop.scheduler.schedule = plan  # type: ignore[method-assign]
     profiled = llm.generate(prompts, PARAMS, use_tqdm=False)
-    worker.steps = steps
+    loop.worker.steps, loop.scheduler.schedule = steps, schedule  # type: ignore[method-assign]
     llm.stop_profile()
     assert [o.outputs[0].token_ids for o in profiled] == [o.outputs[0].token_ids for o in before]
     (file,) = (tmp_path / "traces").iterdir()
@@ -55,8 +65,8 @@ def test_a_trace_shows_what_steps_hide(tiny_llama_dir: Path, pack_dir: Path, tmp
     ran, plans, answers = (spans(events, name) for name in ("step", "plan", "answer"))
     assert len(answers) == len(ran) >= 8 and len({thread for *_, thread in ran}) == 1
     assert {thread for *_, thread in plans} == {thread for *_, thread in answers} != {ran[0][2]}
-    hidden = [any(begin < at < end for begin, end, _ in ran) for at, *_ in plans]
-    assert sum(hidden) >= len(ran) // 2, "steps are not planned while others run"
+    hidden = [any(begin < planned and start < end for begin, end, _ in ran) for start, planned, _ in plans]
+    assert sum(hidden) >= PARAMS.max_tokens - 1, "steps are not planned while others run"
     llm.generate(prompts, PARAMS, use_tqdm=False)
     llm.start_profile()
     llm.stop_profile()

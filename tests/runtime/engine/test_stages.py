@@ -135,6 +135,7 @@ def stage_of(worker: Any) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_two_stages_give_what_one_process_gives(tmp_path: Path) -> None:
     """A Llama of two layers and a mixture of experts of three; then steps that take 0.2 s in each stage, of which the
     trace shows the bubbles of the formula; then a stage is killed."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seamwise import ModelRunner
 from seamwise.compile.startup_times import Ledger
-from seamwise.runtime.build.step import KVGroupInput, StepInput, ragged_step
+from seamwise.runtime.build.step import StepInput, ragged_step
 from seamwise.runtime.runner.recordings import Full, Piecewise
 
 MODES = ("none", "full_decode_only", "piecewise", "full_and_piecewise")
@@ -44,14 +44,11 @@ def run(runner: ModelRunner, schedule: Any = SCHEDULE, seed: int = 0) -> tuple[l
     logits = []
     for counts in schedule:
         plain = StepInput(**steps.next(counts))
-        first = KVGroupInput(slot_mapping=plain.slot_mapping, block_table=plain.block_table)
-        further = [
-            KVGroupInput(
-                slot_mapping=first.slot_mapping + g * each * runner.block_size, block_table=first.block_table + g * each
-            )
-            for g in range(1, groups)
-        ]
-        logits.append(runner.step(replace(plain, further_groups=tuple(further))).logits.clone())
+        if groups > 1:
+            slots = [plain.slot_mapping + g * each * runner.block_size for g in range(groups)]
+            tables = [plain.block_table + g * each for g in range(groups)]
+            plain = replace(plain, slot_mapping=torch.stack(slots), block_table=torch.stack(tables))
+        logits.append(runner.step(plain).logits.clone())
     return logits, runner.kv_caches
 
 

@@ -152,10 +152,12 @@ def test_an_end_is_sent_once_though_the_engine_repeats_it() -> None:
     assert last.index == 1 and last.request_finished and deltas.unfinished == []
 
 
-def test_the_http_process_never_imports_torch() -> None:
+def test_neither_the_http_process_nor_the_loop_of_any_engine_imports_torch() -> None:
+    """Where an engine needs it, its factory has imported it."""
     code = (
         "import sys, seamwise.runtime.serve.http.run, seamwise.runtime.serve.http.app, seamwise.runtime.serve.cli;"
         "import seamwise.runtime.serve.commands.serve, seamwise.runtime.serve.batch_file;"
+        "import seamwise.runtime.serve.process.main, seamwise.runtime.serve.process.engine_loop;"
         "print([m for m in ('torch', 'transformers', 'triton') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)

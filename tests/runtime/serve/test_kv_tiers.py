@@ -121,6 +121,7 @@ def test_ranks_that_decide_for_themselves_are_refused_by_name() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_ranks")
 def test_each_rank_keeps_its_part_and_what_one_has_lost_is_computed(tmp_path: Path, pack_dir: Path) -> None:
     for seed in (0, 1):
         save_tiny(tmp_path / str(seed), "LlamaForCausalLM", seed=seed)
