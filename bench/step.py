@@ -50,11 +50,11 @@ def profile(runner: ModelRunner, requests: int, context: int) -> dict[str, Any]:
     by_call = zip(*([seconds for *_, seconds in done] for done in rounds), strict=True)
     medians_us = [1e6 * statistics.median(seconds) for seconds in by_call]
     calls = [(name, args, us) for (name, args, _), us in zip(rounds[0], medians_us, strict=True)]
-    gemms = [(args, us) for name, args, us in calls if name == "seamwise_linear"]
+    gemms = [(args, us) for name, args, us in calls if name == "seamwise_linear" and not args[15]]
     attention_us = sum(us for name, _, us in calls if "attention" in name)
     gemm_us, kernel_us, step_us = sum(us for _, us in gemms), sum(us for *_, us in calls), statistics.median(steps)
-    # seamwise_linear(dtype, x, packed, bias, y, M, N, K, …); dtype 0 is float32
-    weight_bytes = sum(args[6] * args[7] * (4 if args[0] == 0 else 2) for args, _ in gemms)
+    # seamwise_linear(kind, x, packed, bias, y, M, N, K, …), 15 of which are experts' order; scales are not counted
+    weight_bytes = sum(args[6] * args[7] * (32, 16, 4, 8, 8)[int(args[0])] / 8 for args, _ in gemms)
     flops = sum(2 * args[5] * args[6] * args[7] for args, _ in gemms)
     kv_bytes = requests * (context + 1) * runner.kv_spec.bytes_per_token
     by_kernel: dict[str, float] = {}

@@ -4,6 +4,8 @@ before: y = linear(x, w, bias)
 after:  y = linear_packed(x, pack_linear(w), N, bias)      pack_linear(w) is a derived tensor: computed at load
 before: y = w4a16_linear(x, q, scale, zero, group, bias)
 after:  y = linear_int(x, pack_int_panels(q), scale', -zero · scale', group, N, bias)   (an offset stays as it is)
+before: y = scaled_linear(xq, xs, q, s, dtype, bias)          float8; grouped_scaled_linear likewise, as one weight
+after:  y = linear_int(xq, pack_int_panels(q), s', None, group, N, bias, xs, dtype)    s': a row's blocks have its scale
 before: y = grouped_linear(x, w, order, starts, K, bias)
 after:  y = grouped_linear_packed(x, pack_linear(flatten(w)), N, order, starts, K, bias)
 before: x = gather_rows(w, ids); y = linear(x', w)
@@ -13,23 +15,29 @@ Fires where the packed op has a kernel for the layer's device and dtype; elsewhe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from seamwise.kernels import (
     gather_packed_rows,
     gather_rows,
     grouped_linear,
+    grouped_linear_int,
     grouped_linear_packed,
+    grouped_scaled_linear,
     linear_int,
     linear_packed,
     pack_group_values,
     pack_int_panels,
     pack_linear,
+    scaled_linear,
     w4a16_linear,
 )
 from seamwise.kernels.contract import Contract
+from seamwise.kernels.linear.scaled_linear import BLOCK
 from seamwise.kernels.signature import WrongArguments
 
 from .graph import arguments, aten, fake_values, given, inserting, is_op, is_weight, place, replace, value
@@ -47,6 +55,8 @@ def pack(module: GraphModule, report: Report) -> None:
             continue
         if is_op(node, w4a16_linear.op):
             reason = _pack_int(node)
+        elif is_op(node, scaled_linear.op, grouped_scaled_linear.op):
+            reason = _pack_float8(node)
         elif is_op(node, grouped_linear.op):
             reason = _pack_experts(node)
         elif is_op(node, aten.linear.default):
@@ -116,28 +126,46 @@ def _pack_int(node: Node) -> str | None:
     known: Any = fake_values(arguments(node))
     shape = (known[1].shape[0], known[0].shape[-1])
     is_point = known[3] is not None and not known[3].is_floating_point()
-    if reason := unserved(linear_int, int_arguments(shape, is_point, *known)):
-        return reason
-    with inserting(node.graph, node, like=node) as proxy:
-        proxied: Any = [*map(proxy, arguments(node))]
-        y = linear_int(*int_arguments(shape, is_point, *proxied))
-    replace(node, y.node)
-    return None
+    return replaced_by(node, linear_int, lambda *args: int_arguments(shape, is_point, *args))
 
 
 def _pack_experts(node: Node) -> str | None:
-    x, weight, *rest = arguments(node)
+    _, weight, *_ = arguments(node)
 
-    def packed_arguments(of: Any) -> Any:
-        packed = pack_linear(aten.flatten.using_ints(of(weight), 0, 1))
-        return of(x), packed, value(weight).shape[1], *map(of, rest)
+    def packed_arguments(x: Any, w: Any, *rest: Any) -> Any:
+        return x, pack_linear(aten.flatten.using_ints(w, 0, 1)), value(weight).shape[1], *rest
 
     if not is_weight(weight):
         return "its weights are computed in the step"
-    if (reason := unserved(grouped_linear_packed, packed_arguments(fake_values))) is not None:
+    return replaced_by(node, grouped_linear_packed, packed_arguments)
+
+
+def _pack_float8(node: Node) -> str | None:
+    if not is_weight(arguments(node)[2]):
+        return "its weight is computed in the step"
+    _, _, weight, scales, *_ = fake_values(arguments(node))
+    (*experts, N, K), (*_, blocks, groups) = weight.shape, scales.shape
+    if weight.dtype != torch.float8_e4m3fn:
+        return f"torch multiplies {weight.dtype} as it is"
+    times = 1 if blocks == N else N if blocks == 1 else BLOCK  # rows that share a scale
+
+    def packed_arguments(x: Any, x_scale: Any, w: Any, scale: Any, *rest: Any) -> Any:
+        rows = aten.slice.Tensor(aten.repeat_interleave.self_int(scale, times, -2), -2, 0, N)
+        w, rows = (aten.flatten.using_ints(t, 0, 1) if experts else t for t in (w, rows))
+        *routes, dtype, bias = rest
+        layer = x, pack_int_panels(w, K), pack_group_values(rows), None, BLOCK if groups > 1 else 0, N
+        return *layer, *routes, bias, x_scale, dtype
+
+    return replaced_by(node, grouped_linear_int if experts else linear_int, packed_arguments)
+
+
+def replaced_by(node: Node, record: Contract, packed_arguments: Callable[..., Any], *of: Any) -> str | None:
+    """Replace a node by another op, of arguments made `of` nodes (its own), or return why no kernel takes them."""
+    made_of = of or arguments(node)
+    if (reason := unserved(record, packed_arguments(*fake_values(made_of)))) is not None:
         return reason
     with inserting(node.graph, node, like=node) as proxy:
-        y = grouped_linear_packed(*packed_arguments(proxy))
+        y = record(*packed_arguments(*map(proxy, made_of)))
     replace(node, y.node)
     return None
 

@@ -22,7 +22,6 @@ _SINKS = (torch.float32, torch.bfloat16)
 _ATTENTION = Kernel("attention_cpu.cpp", "seamwise_attention", seam=True)
 _MLA_DECODE = Kernel("attention_cpu.cpp", "seamwise_mla_decode", seam=True)
 _KV_APPEND = Kernel("kv_append_cpu.cpp", "seamwise_kv_append", seam=True)
-_KV_APPEND_FLOAT8 = Kernel("kv_append_cpu.cpp", "seamwise_kv_append_float8", seam=True)
 _FLOAT8 = 4  # added to a dtype's number: the caches are float8_e4m3fn
 
 
@@ -190,17 +189,13 @@ def kv_append_cpp(
     tokens, kv_heads, dim = k_TKD.shape
     num_blocks, _, block_size, _ = k_cache.shape
     size, cached = k_TKD.element_size(), k_cache.element_size()
-    places = (
-        k_TKD.data_ptr(), v_TKD.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping_T.data_ptr(), tokens,
-        kv_heads, dim * cached, num_blocks, block_size,
-        *(s * size for s in (*k_TKD.stride()[:2], *v_TKD.stride()[:2])),
-        *(s * cached for s in (*k_cache.stride()[:2], *v_cache.stride()[:2])),
+    number = _DTYPES[k_TKD.dtype] if k_cache.dtype == torch.float8_e4m3fn else -1
+    error = launch(
+        _KV_APPEND, number, *(t.data_ptr() for t in (k_TKD, v_TKD, k_cache, v_cache, slot_mapping_T)), tokens, kv_heads,
+        dim * cached, num_blocks, block_size, *(s * size for s in (*k_TKD.stride()[:2], *v_TKD.stride()[:2])),
+        *(s * cached for s in (*k_cache.stride()[:2], *v_cache.stride()[:2])), *_scale(k_scale), *_scale(v_scale),
+        torch.get_num_threads(),
     )  # fmt: skip
-    if k_cache.dtype == torch.float8_e4m3fn:
-        scales = (*_scale(k_scale), *_scale(v_scale))
-        error = launch(_KV_APPEND_FLOAT8, _DTYPES[k_TKD.dtype], *places, *scales, torch.get_num_threads())
-    else:
-        error = launch(_KV_APPEND, *places, torch.get_num_threads())
     if error < 0:
         raise RuntimeError("kv_append: this CPU has no float16 conversion; load the model with dtype=torch.float32")
     if error:

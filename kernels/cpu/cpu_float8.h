@@ -9,28 +9,34 @@ struct Float8 {
 
 inline Vec widened(const float* p) { return load(p); }
 
-#if defined(__F16C__)  // by way of the float16 of the same fields, whose exponent has one bit more: 2^-8 of it
+#if defined(__F16C__) && defined(__AVX2__)  // by way of the float16 of the same fields: 2^-8 of it, an exponent's bit more
 constexpr float kFloat8Unit = 256.f;
+
+// Sixteen float16, of lanes that begin with an element's sign twice, exponent and fraction; as if there were no NaN.
+inline __m256i float16_fields(__m256i lanes) { return _mm256_and_si256(lanes, _mm256_set1_epi16((short)0xbf80)); }
+
+inline __m256i float16_of(__m256i lanes) {
+    const __m256i half = float16_fields(lanes), size = _mm256_and_si256(half, _mm256_set1_epi16(0x3fff));
+    return _mm256_or_si256(half, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)));
+}
+
+// The floats of a vector: of all, or of the first or the last eight of them.
+inline Vec floats_of(__m256i half, int part) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(half);
+#else
+    return (Vec)_mm256_cvtph_ps(part == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1));
+#endif
+}
 #else
 constexpr float kFloat8Unit = 1.f;
 #endif
 
 // kLanes of them as floats.
 inline Vec widened(const Float8* p) {
-#if defined(__F16C__)
-#if defined(__AVX512F__)
-    __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
-    half = _mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff));
-    const __m256i size = _mm256_and_si256(half, _mm256_set1_epi16(0x3fff));
-    half = _mm256_or_si256(half, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)));
-    return (Vec)_mm512_cvtph_ps(half);
-#else
-    __m128i half = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
-    half = _mm_and_si128(half, _mm_set1_epi16((short)0xbfff));
-    const __m128i size = _mm_and_si128(half, _mm_set1_epi16(0x3fff));
-    half = _mm_or_si128(half, _mm_cmpeq_epi16(size, _mm_set1_epi16(0x3f80)));
-    return (Vec)_mm256_cvtph_ps(half);
-#endif
+#if defined(__F16C__) && defined(__AVX2__)
+    const __m128i bytes = kLanes == 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_loadl_epi64((const __m128i*)p);
+    return floats_of(float16_of(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7)), 0);
 #else  // without exponent bits it is m 2^-9: 2^-6 (1 + m / 8) less 2^-6, for which no float need be denormal
     IntVec bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
@@ -58,11 +64,6 @@ struct Float8Words : WidenedWords<Float8> {
     static constexpr float kUnit = kFloat8Unit;
 #if defined(__F16C__) && defined(__AVX2__) && !defined(__AVX512F__)
     // Sixteen elements are made float16 at once, and keys are turned into columns before they are widened, in pairs.
-    // Of lanes that begin with an element's sign twice, exponent and fraction.
-    static __m256i halves(__m256i lanes) { return _mm256_and_si256(lanes, _mm256_set1_epi16((short)0xbf80)); }
-    static Vec low(__m256i half) { return (Vec)_mm256_cvtph_ps(_mm256_castsi256_si128(half)); }
-    static Vec high(__m256i half) { return (Vec)_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)); }
-
     static void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {
         for (int w = 0; w < words; w += 32) {  // words: a multiple of 16
             const bool whole = words - w >= 32;
@@ -85,10 +86,10 @@ struct Float8Words : WidenedWords<Float8> {
             }
             float* to = panel + w * stride;
             for (int i = 0; i < 8; ++i, to += 2 * stride) {  // two words of eight keys, and those 16 further on
-                const __m256i even = halves(_mm256_srai_epi16(_mm256_slli_epi16(x[i], 8), 1));
-                const __m256i odd = halves(_mm256_srai_epi16(x[i], 1));
-                store(to, low(even)), store(to + stride, low(odd));
-                if (whole) store(to + 16 * stride, high(even)), store(to + 17 * stride, high(odd));
+                const __m256i even = float16_fields(_mm256_srai_epi16(_mm256_slli_epi16(x[i], 8), 1));
+                const __m256i odd = float16_fields(_mm256_srai_epi16(x[i], 1));
+                store(to, floats_of(even, 0)), store(to + stride, floats_of(odd, 0));
+                if (whole) store(to + 16 * stride, floats_of(even, 1)), store(to + 17 * stride, floats_of(odd, 1));
             }
         }
     }
@@ -97,10 +98,8 @@ struct Float8Words : WidenedWords<Float8> {
     static void fill(Vec* row, const float* const* values, int k, int first) {
         if constexpr (N == 1) return WidenedWords<Float8>::fill<1>(row, values, k, first);
         const __m128i bytes = _mm_loadu_si128((const __m128i*)((const Float8*)values[k] + first));
-        const __m256i half = halves(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7));
-        const __m256i size = _mm256_and_si256(half, _mm256_set1_epi16(0x3fff));
-        const __m256i or_nan = _mm256_or_si256(half, _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x3f80)));
-        row[0] = low(or_nan), row[N - 1] = high(or_nan);
+        const __m256i half = float16_of(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7));
+        row[0] = floats_of(half, 0), row[N - 1] = floats_of(half, 1);
     }
 #endif
 };

@@ -10,8 +10,8 @@ struct Side {
     const char* from;
     char* to;
     int64_t token_stride, head_stride, block_stride, cache_head_stride;
-    const float* scale = nullptr;
-    int64_t scale_step = 0;
+    const float* scale;
+    int64_t scale_step;
 };
 
 // Calls put(side, head, to, from) for every row that is stored; `row` is its bytes in a cache. Returns 0, or 1 + the
@@ -44,46 +44,35 @@ void quantize(const Side& s, int64_t head, char* to, const char* from, int64_t d
 
 }  // namespace
 
-// Copies row t of k and v (tokens, kv_heads, row) into slot slots[t] = block * block_size + offset of the caches; a
-// negative slot stores nothing. Sizes and strides count bytes. Returns what scatter does.
-extern "C" int64_t seamwise_kv_append(const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots,
-                                      int64_t tokens, int64_t kv_heads, int64_t row, int64_t num_blocks,
-                                      int64_t block_size, int64_t k_token_stride, int64_t k_head_stride,
-                                      int64_t v_token_stride, int64_t v_head_stride, int64_t k_block_stride,
-                                      int64_t k_cache_head_stride, int64_t v_block_stride, int64_t v_cache_head_stride,
-                                      int64_t num_threads) {
-    const Side sides[2] = {
-        {(const char*)k, (char*)k_cache, k_token_stride, k_head_stride, k_block_stride, k_cache_head_stride},
-        {(const char*)v, (char*)v_cache, v_token_stride, v_head_stride, v_block_stride, v_cache_head_stride}};
-    return scatter(sides, slots, tokens, kv_heads, row, num_blocks, block_size, num_threads,
-                   [row](const Side&, int64_t, char* to, const char* from) { std::memcpy(to, from, row); });
-}
-
-// The same into caches of float8_e4m3fn, each row over its cache's scale, of one float or one a head (scale step 1), or
-// null. dtype of k and v: 0 float32, 1 bfloat16, 2 float16; row, a multiple of 16, counts elements, and so bytes of a
-// cache. Returns -1 for a dtype that this machine cannot convert.
-extern "C" int64_t seamwise_kv_append_float8(int64_t dtype, const void* k, const void* v, void* k_cache, void* v_cache,
-                                             const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t row,
-                                             int64_t num_blocks, int64_t block_size, int64_t k_token_stride,
-                                             int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
-                                             int64_t k_block_stride, int64_t k_cache_head_stride,
-                                             int64_t v_block_stride, int64_t v_cache_head_stride, const float* k_scale,
-                                             int64_t k_scale_step, const float* v_scale, int64_t v_scale_step,
-                                             int64_t num_threads) {
+// Stores row t of k and v (tokens, kv_heads, row) in slot slots[t] = block * block_size + offset of the caches; a negative
+// slot stores nothing. dtype -1: rows are copied, and sizes and strides count bytes. Else that of k and v: 0 float32,
+// 1 bfloat16, 2 float16; the caches are float8_e4m3fn, each row over its cache's scale, of one float or one a head (scale
+// step 1), or null; row, a multiple of 16, counts elements, and so bytes of a cache.
+// Returns what scatter does, or -1 for a dtype that this machine cannot convert.
+extern "C" int64_t seamwise_kv_append(int64_t dtype, const void* k, const void* v, void* k_cache, void* v_cache,
+                                      const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t row,
+                                      int64_t num_blocks, int64_t block_size, int64_t k_token_stride,
+                                      int64_t k_head_stride, int64_t v_token_stride, int64_t v_head_stride,
+                                      int64_t k_block_stride, int64_t k_cache_head_stride, int64_t v_block_stride,
+                                      int64_t v_cache_head_stride, const float* k_scale, int64_t k_scale_step,
+                                      const float* v_scale, int64_t v_scale_step, int64_t num_threads) {
     const Side sides[2] = {{(const char*)k, (char*)k_cache, k_token_stride, k_head_stride, k_block_stride,
                             k_cache_head_stride, k_scale, k_scale_step},
                            {(const char*)v, (char*)v_cache, v_token_stride, v_head_stride, v_block_stride,
                             v_cache_head_stride, v_scale, v_scale_step}};
-    const auto append = [&](auto element) {
-        return scatter(sides, slots, tokens, kv_heads, row, num_blocks, block_size, num_threads,
-                       [row](const Side& s, int64_t head, char* to, const char* from) {
-                           quantize<decltype(element)>(s, head, to, from, row);
-                       });
+    const auto append = [&](auto put) {
+        return scatter(sides, slots, tokens, kv_heads, row, num_blocks, block_size, num_threads, put);
     };
-    if (dtype == 0) return append(float{});
-    if (dtype == 1) return append(BFloat16{});
+    const auto narrowed = [&](auto element) {
+        return append([row](const Side& s, int64_t head, char* to, const char* from) {
+            quantize<decltype(element)>(s, head, to, from, row);
+        });
+    };
+    if (dtype == -1) return append([row](const Side&, int64_t, char* to, const char* from) { std::memcpy(to, from, row); });
+    if (dtype == 0) return narrowed(float{});
+    if (dtype == 1) return narrowed(BFloat16{});
 #if defined(SEAMWISE_FLOAT16)
-    if (dtype == 2) return append(Float16{});
+    if (dtype == 2) return narrowed(Float16{});
 #endif
     return -1;
 }

@@ -18,6 +18,8 @@ struct Linear {
     const float *scale = nullptr, *offset = nullptr;  // of integers: (panels, groups, 32), offset may be null
     float* x_sums = nullptr;                          // (M, groups), where there are offsets
     int64_t groups = 0;
+    const float* x_scale = nullptr;  // (M, groups), of float8 rows
+    bool floats = false;             // whether y and bias of scaled words are float32, else bfloat16
     const int32_t* places = nullptr;  // of rows in y; null: a row's own number
 
     const char* panel(int64_t p) const { return packed + p * panel_bytes; }
@@ -93,12 +95,13 @@ __attribute__((always_inline)) inline void multiply(const Linear& c, Rows x, con
 // y of R rows from m on, at x, and V vectors of columns from vector kFirst of one panel, whose words are at w.
 template <class Words, int R, int V, int kFirst>
 void block(const Linear& c, Rows x, int64_t m, int64_t panel, const char* w, const char* ahead) {
-    using Element = typename Words::Element;
+    const bool floats = Words::kScaled ? c.floats : Words::kPerWord == 1;
     const int64_t first_column = panel * kPanel + kFirst * kLanes;
     const int columns = int(c.N - first_column < V * kLanes ? c.N - first_column : V * kLanes);
     if (columns <= 0) return;
     alignas(64) float start[V * kLanes] = {}, total[R][V * kLanes];
-    if (c.bias) widen((const Element*)c.bias + first_column, start, columns);
+    if (c.bias && floats) widen((const float*)c.bias + first_column, start, columns);
+    else if (c.bias) widen((const BFloat16*)c.bias + first_column, start, columns);
     Vec sum[R][V];
     const bool parts = Words::kScaled || c.terms < c.words;
     for (int64_t begin = 0, group = 0; begin < c.words; begin += c.terms, ++group) {
@@ -117,6 +120,7 @@ void block(const Linear& c, Rows x, int64_t m, int64_t panel, const char* w, con
                 float* at = total[r] + v * kLanes;
                 if constexpr (Words::kScaled) {
                     const Vec before = load(begin == 0 ? start + v * kLanes : at);
+                    if (c.x_scale) sum[r][v] = sum[r][v] * splat(c.x_scale[(m + r) * c.groups + group]);
                     Vec scaled = fused(before, sum[r][v], load(c.scale + at_group + v * kLanes));
                     if (c.offset) {
                         const float x_sum = c.x_sums[(m + r) * c.groups + group];
@@ -130,8 +134,11 @@ void block(const Linear& c, Rows x, int64_t m, int64_t panel, const char* w, con
     }
     const auto put = [&](int r, int v, Vec value) __attribute__((always_inline)) {
         const int64_t row = c.places ? c.places[m + r] : m + r;
-        Element* y = (Element*)(c.y + row * c.y_stride) + first_column + v * kLanes;
-        if (const int left = columns - v * kLanes; left > 0) Words::put(y, value, left < kLanes ? left : kLanes);
+        char* y = c.y + row * c.y_stride;
+        const int64_t column = first_column + v * kLanes;
+        const int left = columns - v * kLanes, count = left < kLanes ? left : kLanes;
+        if (left > 0 && floats) Singles::put((float*)y + column, value, count);
+        else if (left > 0) Pairs::put((BFloat16*)y + column, value, count);
     };
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)

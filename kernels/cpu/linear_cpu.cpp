@@ -1,5 +1,6 @@
 // Linear layer over weights packed once: y (M, N) = x (M, K) wᵀ + bias, float32 or bfloat16, float32 sums; and, for
-// bfloat16 rows, over int4 and int8 weights with scales. Each of them for the experts of a mixture, too.
+// bfloat16 rows, over int4 and int8 weights with scales; or of float8 rows and weights, both with scales. Each of them for
+// the experts of a mixture, too.
 //
 // Packed weight: panels of 32 output columns; a panel holds, one after the other, the words of its columns, as
 // linear_words.h has them. Columns beyond N and an odd last input are zeros.
@@ -9,6 +10,7 @@
 // One panel at a time, because it is one stream: a core's prefetchers then read weights as fast as a plain loop does.
 // Measured on Zen 4, one row, weights in DRAM: 62 GB/s; two panels side by side 57, with software prefetch 52.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "linear_block.h"
@@ -29,21 +31,27 @@ void sweep(const Linear& c, Rows x, int64_t m0, int64_t m1, int64_t panel, const
     }
 }
 
+// Whether blocks read rows in another form than x has.
+template <class Words>
+constexpr bool kWiden = std::is_same_v<typename Words::Input, Float8> || (!kPairs && Words::kPerWord == 2);
+
 // Returns `count` rows of x, of which row_at(i) is the i-th, as blocks read them, in memory of this thread: floats where
 // pairs are not multiplied.
 template <class Words, class RowAt>
 Rows gathered(const Linear& c, int64_t count, RowAt row_at) {
-    constexpr bool kWiden = !kPairs && Words::kPerWord == 2;
+    using Input = typename Words::Input;
     static thread_local Scratch scratch;
-    const int64_t width = c.words * (kWiden ? 2 : 1) + 16;  // rows a power of two apart would share sets of the cache
+    const int64_t width = c.words * (!kPairs && kWiden<Words> ? 2 : 1) + 16;  // rows a power of two apart would share sets of the cache
     float* to = scratch.reserve(count * width);
     for (int64_t i = 0; i < count; ++i) {
         float* row = to + i * width;
-        if constexpr (kWiden) {
+        if constexpr (std::is_same_v<Input, Float8>) {
+            widen_row((const Float8*)row_at(i), row, c.K);
+        } else if constexpr (kWiden<Words>) {
             widen((const BFloat16*)row_at(i), row, int(c.K));
             if (c.K < 2 * c.words) row[c.K] = 0;
         } else {
-            std::memcpy(row, row_at(i), c.K * sizeof(typename Words::Element));
+            std::memcpy(row, row_at(i), c.K * sizeof(Input));
         }
     }
     return {(const char*)to, int64_t(width * sizeof(float))};
@@ -52,7 +60,7 @@ Rows gathered(const Linear& c, int64_t count, RowAt row_at) {
 // Returns rows [m0, m1) of x as blocks read them.
 template <class Words>
 Rows rows_for(const Linear& c, int64_t m0, int64_t m1) {
-    if constexpr (kPairs || Words::kPerWord == 1) return {c.x + m0 * c.x_stride, c.x_stride};
+    if constexpr (!kWiden<Words>) return {c.x + m0 * c.x_stride, c.x_stride};
     return gathered<Words>(c, m1 - m0, [&](int64_t i) { return c.x + (m0 + i) * c.x_stride; });
 }
 
@@ -113,7 +121,13 @@ int64_t resident_rows(const Linear& c) {
 }
 
 template <class Words>
-int64_t run(const Linear& c, int64_t num_threads) {
+int64_t run(Linear& c, int64_t num_threads) {
+    static thread_local Scratch sums;
+    if (c.offset) {
+        c.x_sums = sums.reserve(c.M * c.groups);
+        parallel_for(c.M > kBlockRows ? num_threads : 1, c.M,
+                     [&](int64_t m) { sum_groups(c, c.x + m * c.x_stride, c.x_sums + m * c.groups); });
+    }
     const int64_t panels = (c.N + kPanel - 1) / kPanel, blocks = (c.M + kBlockRows - 1) / kBlockRows;
     if (panels * c.panel_bytes * blocks < kSerialBytes) num_threads = 1;
     // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
@@ -157,7 +171,7 @@ int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* star
         const int64_t first_panel = task.expert * panels;
         Linear c = all;
         c.packed += first_panel * c.panel_bytes;
-        if (c.bias) c.bias = (const typename Words::Element*)c.bias + task.expert * c.N;
+        if (c.bias) c.bias = (const char*)c.bias + task.expert * c.y_stride;
         c.places = order + task.first;
         const auto row_at = [&](int64_t m) { return c.x + c.places[m] / top_k * c.x_stride; };
         if constexpr (Words::kScaled) {
@@ -167,6 +181,12 @@ int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* star
                 c.offset += first_panel * c.groups * kPanel;
                 c.x_sums = sums.reserve(task.count * c.groups);
                 for (int64_t m = 0; m < task.count; ++m) sum_groups(c, row_at(m), c.x_sums + m * c.groups);
+            }
+            if (c.x_scale) {
+                float* own = sums.reserve(task.count * c.groups);
+                for (int64_t i = 0; i < task.count * c.groups; ++i)
+                    own[i] = all.x_scale[c.places[i / c.groups] / top_k * c.groups + i % c.groups];
+                c.x_scale = own;
             }
         }
         const Rows x = gathered<Words>(c, task.count, row_at);
@@ -201,48 +221,31 @@ extern "C" int64_t seamwise_pack_linear(const char* w, uint32_t* packed, int64_t
     return 0;
 }
 
-// y = x wᵀ + bias. x (M, K) and y (M, N) have row strides in bytes; bias may be null. dtype: 0 float32, 1 bfloat16.
-extern "C" int64_t seamwise_linear(int64_t dtype, const char* x, const char* packed, const void* bias, char* y,
-                                   int64_t M, int64_t N, int64_t K, int64_t x_stride, int64_t y_stride,
-                                   int64_t num_threads) {
-    const int64_t words = dtype == 0 ? K : (K + 1) / 2;
-    const int64_t terms = dtype == 0 ? 64 : INT64_MAX;  // bfloat16: one sum, its error is far below the operands'
-    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, words * 4 * kPanel, terms};
-    return dtype == 0 ? run<Singles>(c, num_threads) : run<Pairs>(c, num_threads);
-}
-
-// Experts' layers, see run_grouped.
-extern "C" int64_t seamwise_grouped_linear(int64_t dtype, const char* x, const char* packed, const void* bias, char* y,
-                                           const int32_t* order, const int32_t* starts, int64_t experts, int64_t slots,
-                                           int64_t top_k, int64_t N, int64_t K, int64_t x_stride, int64_t num_threads) {
-    const int64_t words = dtype == 0 ? K : (K + 1) / 2, terms = dtype == 0 ? 64 : INT64_MAX, y_stride = N * (dtype == 0 ? 4 : 2);
-    const Linear c{x, packed, bias, y, slots, N, K, words, x_stride, y_stride, words * 4 * kPanel, terms};
-    return dtype == 0 ? run_grouped<Singles>(c, order, starts, experts, top_k, num_threads)
-                      : run_grouped<Pairs>(c, order, starts, experts, top_k, num_threads);
-}
-
-// y = x wᵀ + bias for bfloat16 x and w = int · scale + offset, groups of `group` inputs sharing both; bits: 4 or 8.
-// x_sums (M, groups) is scratch, used where offset is not null.
-extern "C" int64_t seamwise_linear_int(int64_t bits, const char* x, const char* packed, const float* scale,
-                                       const float* offset, float* x_sums, const void* bias, char* y, int64_t M, int64_t N,
-                                       int64_t K, int64_t group, int64_t x_stride, int64_t y_stride, int64_t num_threads) {
-    const int64_t words = (K + 1) / 2, groups = (K + group - 1) / group, panel_bytes = words * kPanel * bits / 4;
-    const Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, panel_bytes, group / 2, scale, offset, x_sums, groups};
-    if (offset)
-        parallel_for(M > kBlockRows ? num_threads : 1, M,
-                     [&](int64_t m) { sum_groups(c, x + m * x_stride, x_sums + m * groups); });
-    return bits == 4 ? run<Nibbles>(c, num_threads) : run<Bytes>(c, num_threads);
-}
-
-// Experts' layers over such integers, see run_grouped.
-extern "C" int64_t seamwise_grouped_linear_int(int64_t bits, const char* x, const char* packed, const float* scale,
-                                               const float* offset, const void* bias, char* y, const int32_t* order,
-                                               const int32_t* starts, int64_t experts, int64_t slots, int64_t top_k,
-                                               int64_t N, int64_t K, int64_t group, int64_t x_stride, int64_t num_threads) {
-    const int64_t words = (K + 1) / 2, groups = (K + group - 1) / group, panel_bytes = words * kPanel * bits / 4;
-    const Linear c{x, packed, bias, y, slots, N, K, words, x_stride, 2 * N, panel_bytes, group / 2, scale, offset, nullptr, groups};
-    return bits == 4 ? run_grouped<Nibbles>(c, order, starts, experts, top_k, num_threads)
-                     : run_grouped<Bytes>(c, order, starts, experts, top_k, num_threads);
+// y = x wᵀ + bias, or y[s] = x[s / top_k] w[e]ᵀ + bias[e] for experts' slots, where `order` is not null: see run_grouped.
+//
+// kind        of the words: 0 float32, 1 bfloat16, 2 int4, 3 int8, 4 float8. x is float32, bfloat16 or, for 4, float8
+// bias, y     float32 where `floats`, else bfloat16, for kinds from 2 on; else as x. bias may be null
+// M           rows of y; strides are in bytes
+// group       inputs that share a scale and an offset, for kinds from 2 on: w = value · scale + offset
+// x_scale     of each group of each of x's rows, for float8; offset and x_scale may be null
+extern "C" int64_t seamwise_linear(int64_t kind, const char* x, const char* packed, const void* bias, char* y, int64_t M,
+                                   int64_t N, int64_t K, int64_t x_stride, int64_t y_stride, int64_t floats, int64_t group,
+                                   const float* scale, const float* offset, const float* x_scale, const int32_t* order,
+                                   const int32_t* starts, int64_t experts, int64_t top_k, int64_t num_threads) {
+    const auto call = [&](auto word) {
+        using Words = decltype(word);
+        const int64_t words = (K + Words::kPerWord - 1) / Words::kPerWord, panel_bytes = words * kPanel * Words::kWordBytes;
+        // bfloat16: one sum, its error is far below the operands'
+        const int64_t terms = Words::kScaled ? group / 2 : Words::kPerWord == 1 ? 64 : INT64_MAX;
+        Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, panel_bytes, terms};
+        if (Words::kScaled)
+            c.scale = scale, c.offset = offset, c.x_scale = x_scale, c.groups = (K + group - 1) / group, c.floats = floats;
+        return order ? run_grouped<Words>(c, order, starts, experts, top_k, num_threads) : run<Words>(c, num_threads);
+    };
+    if (kind == 0) return call(Singles{});
+    if (kind == 1) return call(Pairs{});
+    if (kind == 2) return call(Nibbles{});
+    return kind == 3 ? call(Bytes{}) : call(Floats8{});
 }
 
 // out (tokens, K) = rows of w (N, K) at `index`, from its panels. Returns 0, or 1 + the first token whose index lies

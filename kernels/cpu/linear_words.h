@@ -3,23 +3,23 @@
 // A word is 32 bits: one float, or the two bfloat16 of inputs (2i, 2i + 1), exactly what VDPBF16PS multiplies.
 // An int4 word is a byte of four bits of each: inputs (2i, 2i + 1) of columns 0 … 15 in the low halves of its 32 bytes,
 // of columns 16 … 31 in the high ones. Tables in registers make them bfloat16, exactly.
-// An int8 word is two bytes, inputs (2i, 2i + 1), a column after the other. bfloat16 holds every int8.
+// An int8 or float8 word is two bytes, inputs (2i, 2i + 1), a column after the other. bfloat16 holds every one of them.
 //
 // Where the machine multiplies pairs of bfloat16 (kPairs), weights<V, kFirst>(w, out) gives V vectors of columns from
 // vector kFirst of a panel as such pairs; elsewhere widen<V, kFirst>(w, kept, input, out) gives the floats of the word's
 // first or second input, from what read<V, kFirst>(w, kept) kept.
 #pragma once
-#include "cpu_gemm.h"
+#include "cpu_float8.h"
 
 constexpr int kPanel = 32, kVecs = kPanel / kLanes;
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(SEAMWISE_PAIRS)
 constexpr bool kPairs = true;
 #else
 constexpr bool kPairs = false;
 #endif
 
 struct Singles {  // a word is a float
-    using Element = float;
+    using Input = float;
     static constexpr int kPerWord = 1, kWordBytes = 4;
     static constexpr bool kScaled = false;
     template <int V, int kFirst>
@@ -35,7 +35,7 @@ struct Singles {  // a word is a float
 };
 
 struct Pairs {  // a word is two bfloat16
-    using Element = BFloat16;
+    using Input = BFloat16;
     static constexpr int kPerWord = 2, kWordBytes = 4;
     static constexpr bool kScaled = false;
     template <int V, int kFirst>
@@ -75,7 +75,8 @@ struct Pairs {  // a word is two bfloat16
 #else
         float row[kLanes];
         store(row, v);
-        narrow(row, y, columns);
+        if (columns == kLanes) narrow(row, y, kLanes);  // of a constant number: vectors
+        else narrow(row, y, columns);
 #endif
     }
 };
@@ -168,6 +169,54 @@ struct Bytes : Pairs {  // a word is two int8
         }
     }
 };
+
+struct Floats8 : Pairs {  // a word is two float8; where those are widened by way of float16, they count in kFloat8Unit
+    using Input = Float8;
+    static constexpr int kWordBytes = 2;
+    static constexpr bool kScaled = true;
+#if defined(SEAMWISE_PAIRS)
+    template <int V, int kFirst>
+    static void weights(const char* w, Vec* out) {
+        const __m256i* bytes = (const __m256i*)w + kFirst;
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) out[v] = in_register(Float8Pairs::paired(_mm256_loadu_si256(bytes + v)));
+    }
+#endif
+    template <int V, int kFirst>
+    static void widen(const char* w, const Vec*, int input, Vec* out) {
+        w += kFirst * kLanes * 2;
+#if defined(__F16C__) && defined(__AVX2__)
+        constexpr int kParts = 16 / kLanes;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            const __m256i both = _mm256_loadu_si256((const __m256i*)w + v / kParts);
+            const __m256i lanes = _mm256_srai_epi16(input == 0 ? _mm256_slli_epi16(both, 8) : both, 1);
+            out[v] = floats_of(float16_of(lanes), v % kParts);
+        }
+#else
+        for (int v = 0; v < V; ++v) {
+            Float8 column[kLanes];
+            for (int j = 0; j < kLanes; ++j) column[j].bits = w[2 * (v * kLanes + j) + input];
+            out[v] = ::widened(column);
+        }
+#endif
+    }
+};
+
+// Writes a row of K float8 as blocks read it: floats, their unit and the weights' put right, or pairs of bfloat16. Behind
+// it are up to 2 kLanes elements of zeros.
+inline void widen_row(const Float8* x, float* row, int64_t K) {
+    constexpr int kStep = kPairs ? 2 * kLanes : kLanes;
+    for (int64_t k = 0; k < K; k += kStep) {
+        Float8 part[kStep] = {};
+        std::memcpy(part, x + k, K - k < kStep ? K - k : kStep);
+#if defined(SEAMWISE_PAIRS)
+        store(row + k / 2, Float8Pairs::paired(_mm256_loadu_si256((const __m256i*)part)));
+#else
+        store(row + k, widened(part) * splat(kFloat8Unit * kFloat8Unit));
+#endif
+    }
+}
 
 struct Unpacked : Pairs {  // made bfloat16 before, or floats: the first inputs' of 32 columns, then the second ones'
     static constexpr bool kScaled = true;

@@ -14,16 +14,15 @@ constexpr int kV = kLanes == 16 ? 4 : 2;    // vectors of columns of y at once
 constexpr int64_t kRanks = 16, kWide = 256; // ranks, and columns of y, of a task
 constexpr int64_t kSerialBytes = 96 << 10;  // of adapters, below which one thread is faster
 
-struct Words32 {
+struct Words32 : Singles {
     using Element = float;
     static constexpr int kStep = kLanes;
     static Vec multiply_add(Vec sum, Vec a, Vec x) { return accumulate(sum, a, x); }
     static Vec wide(const float* p) { return load(p); }
-    static void put(float* y, Vec v, int columns) { Singles::put(y, v, columns); }
     static float one(float x) { return x; }
 };
 
-struct Words16 {
+struct Words16 : Pairs {
     using Element = BFloat16;
     static constexpr int kStep = 2 * kLanes;
     static Vec multiply_add(Vec sum, Vec a, Vec x) {
@@ -31,17 +30,10 @@ struct Words16 {
         sum = accumulate(sum, Pairs::widened(a, 0), Pairs::widened(x, 0));
         return accumulate(sum, Pairs::widened(a, 1), Pairs::widened(x, 1));
     }
-    static Vec wide(const BFloat16* p) { return widened(p); }
-    static void put(BFloat16* y, Vec v, int columns) {
-        if constexpr (kPairs) return Pairs::put(y, v, columns);
-        float row[kLanes];
-        store(row, v);
-        if (columns == kLanes) narrow(row, y, kLanes);  // of a constant number: vectors
-        else narrow(row, y, columns);
-    }
+    static Vec wide(const BFloat16* p) { return ::widened(p); }
     static float one(BFloat16 x) {
         float wide;
-        widen(&x, &wide, 1);
+        ::widen(&x, &wide, 1);
         return wide;
     }
 };
@@ -254,6 +246,13 @@ int64_t run_expand(const Problem& p, const Index* adapter, int64_t threads) {
     return 0;
 }
 
+// Calls run with words of a dtype, 0 float32, 1 bfloat16, and with the rows' adapters as they are.
+template <class Run>
+int64_t with_types(int64_t dtype, int64_t wide_index, const void* adapter, Run run) {
+    const auto with = [&](auto w) { return wide_index ? run(w, (const int64_t*)adapter) : run(w, (const int32_t*)adapter); };
+    return dtype ? with(Words16{}) : with(Words32{});
+}
+
 }  // namespace
 
 // s (T, R) = x (T, D) a[adapter]ᵀ for a (L, R, D); zeros where the adapter is below 0. dtype: 0 float32, 1 bfloat16.
@@ -262,11 +261,8 @@ extern "C" int64_t seamwise_lora_shrink(int64_t dtype, int64_t wide_index, const
                                         char* s, int64_t T, int64_t D, int64_t R, int64_t L, int64_t x_stride,
                                         int64_t num_threads) {
     const Problem p{x, a, nullptr, s, nullptr, nullptr, T, D, R, 0, L, 1, x_stride, 0, R * (dtype ? 2 : 4)};
-    if (wide_index)
-        return dtype ? run_shrink<Words16>(p, (const int64_t*)adapter, num_threads)
-                     : run_shrink<Words32>(p, (const int64_t*)adapter, num_threads);
-    return dtype ? run_shrink<Words16>(p, (const int32_t*)adapter, num_threads)
-                 : run_shrink<Words32>(p, (const int32_t*)adapter, num_threads);
+    return with_types(dtype, wide_index, adapter,
+                      [&](auto words, auto* at) { return run_shrink<decltype(words)>(p, at, num_threads); });
 }
 
 // out (T, N) = y + scaling[adapter, slice] · (s[:, slice] b[adapter]) for s (T, P R) and b (L, R, N), whose columns lie
@@ -276,9 +272,6 @@ extern "C" int64_t seamwise_lora_expand(int64_t dtype, int64_t wide_index, const
                                         int64_t R, int64_t N, int64_t L, int64_t P, int64_t y_stride, int64_t s_stride,
                                         int64_t num_threads) {
     const Problem p{s, b, y, out, scaling, ends, T, 0, R, N, L, P, s_stride, y_stride, N * (dtype ? 2 : 4)};
-    if (wide_index)
-        return dtype ? run_expand<Words16>(p, (const int64_t*)adapter, num_threads)
-                     : run_expand<Words32>(p, (const int64_t*)adapter, num_threads);
-    return dtype ? run_expand<Words16>(p, (const int32_t*)adapter, num_threads)
-                 : run_expand<Words32>(p, (const int32_t*)adapter, num_threads);
+    return with_types(dtype, wide_index, adapter,
+                      [&](auto words, auto* at) { return run_expand<decltype(words)>(p, at, num_threads); });
 }

@@ -6,7 +6,7 @@
 // row's result does not depend on its batch.
 #include <algorithm>
 
-#include "cpu_simd.h"
+#include "cpu_gemm.h"
 #include "cpu_threads.h"
 
 namespace {
@@ -29,12 +29,12 @@ struct Part {
 };
 
 inline Vec get(const float* p, Whole) { return load(p); }
+inline Vec get(const BFloat16* p, Whole) { return widened(p); }
 inline void put(float* p, Vec v, Whole) { store(p, v); }
 
 #if defined(__AVX512BF16__)  // its conversion takes a subnormal for 0
 inline Vec widened(__m256i bits) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
 inline __m256i narrowed(Vec v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
-inline Vec get(const BFloat16* p, Whole) { return widened(_mm256_loadu_si256((const __m256i*)p)); }
 inline void put(BFloat16* p, Vec v, Whole) { _mm256_storeu_si256((__m256i*)p, narrowed(v)); }
 inline Vec round_as(const BFloat16*, Vec v) { return widened(narrowed(v)); }
 #elif defined(__AVX2__)  // in registers: through memory a norm takes 3 to 5 times as long
@@ -44,16 +44,10 @@ inline Vec rounded(Vec v) {  // the upper half of each lane is the nearest bfloa
 }
 inline Vec round_as(const BFloat16*, Vec v) { return (Vec)((IntVec)rounded(v) & int32_t(0xffff0000)); }
 #if defined(__AVX512F__)
-inline Vec get(const BFloat16* p, Whole) {
-    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-}
 inline void put(BFloat16* p, Vec v, Whole) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)rounded(v), 16)));
 }
 #else
-inline Vec get(const BFloat16* p, Whole) {
-    return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-}
 inline void put(BFloat16* p, Vec v, Whole) {
     const __m256i upper = _mm256_srli_epi32((__m256i)rounded(v), 16);
     const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0xd8);
@@ -61,11 +55,6 @@ inline void put(BFloat16* p, Vec v, Whole) {
 }
 #endif
 #else
-inline Vec get(const BFloat16* p, Whole) {
-    float wide[kLanes];
-    widen(p, wide, kLanes);
-    return load(wide);
-}
 inline void put(BFloat16* p, Vec v, Whole) {
     float wide[kLanes];
     store(wide, v);
@@ -125,91 +114,22 @@ void norm_row(const T* x, const T* residual, const T* weight, T* out, T* total, 
     });
 }
 
-template <class T>
-int64_t norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t rows, int64_t D, int64_t ldx,
-             int64_t ldr, double eps, int64_t threads) {
-    over_rows(rows, int64_t(sizeof(T)) * D * (residual ? 4 : 2), threads, [&](int64_t r) {
-        if (residual) norm_row<true>(x + r * ldx, residual + r * ldr, weight, out + r * D, total + r * D, D, float(eps));
-        else norm_row<false>(x + r * ldx, x, weight, out + r * D, out, D, float(eps));
-    });
-    return 0;
-}
-
-// ---- rotary position embedding ----
-template <class T>
-int64_t rope(const T* x, const T* cos, const T* sin, T* out, int64_t tokens, int64_t heads, int64_t D, int64_t xt,
-             int64_t xh, int64_t ct, int64_t st, int64_t threads) {
-    const int64_t half = D / 2;
-    over_rows(tokens, int64_t(sizeof(T)) * heads * D * 2, threads, [&](int64_t t) {
-        const T *c = cos + t * ct, *s = sin + t * st, *from = x + t * xt;
-        T* to = out + t * heads * D;
-        over_vectors(half, [&](int64_t i, auto size) {
-            const Vec c0 = get(c + i, size), c1 = get(c + half + i, size);
-            const Vec s0 = get(s + i, size), s1 = get(s + half + i, size);
-            for (int64_t h = 0; h < heads; ++h) {
-                const Vec low = get(from + h * xh + i, size), high = get(from + h * xh + half + i, size);
-                put(to + h * D + i, low * c0 - high * s0, size);
-                put(to + h * D + half + i, high * c1 + low * s1, size);
-            }
-        });
-    });
-    return 0;
-}
-
-// cos and sin of position * speed, in both halves of a row, times `scaling`.
-template <class T>
-int64_t rope_table(const int64_t* positions, const float* speeds, T* cos, T* sin, int64_t tokens, int64_t F,
-                   double scaling, int64_t threads) {
-    over_rows(tokens, 64 * F * 4, threads, [&](int64_t t) {  // a sine takes as long as 64 bytes of traffic
-        const float position = float(positions[t]);
-        for (int64_t f = 0; f < F; ++f) {
-            const float angle = position * speeds[f];
-            const float values[2] = {__builtin_cosf(angle) * float(scaling), __builtin_sinf(angle) * float(scaling)};
-            T *c = cos + 2 * t * F + f, *s = sin + 2 * t * F + f;
-            narrow(values, c, 1), narrow(values + 1, s, 1);
-            c[F] = *c, s[F] = *s;
-        }
-    });
-    return 0;
-}
-
 // ---- silu(gate) * up ----
-inline Vec fused(Vec a, Vec b, Vec c) {  // a b + c
-#if defined(__AVX512F__)
-    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
 // x / (1 + e^-x). The exponential is Cephes' expf: its polynomial, and ln 2 in two parts of which the first is short.
 inline Vec silu(Vec x) {
     const Vec y = max(splat(-87.f), -max(splat(-89.f), x));  // e^89 is infinite; NaN stays
     const Vec magic = splat(12582912.f);  // 1.5 * 2^23: a sum with it holds the nearest integer in its low bits
-    const Vec shifted = fused(y, splat(1.44269504088896341f), magic), n = shifted - magic;
-    const Vec r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), y));
+    const Vec shifted = fused(magic, y, splat(1.44269504088896341f)), n = shifted - magic;
+    const Vec r = fused(fused(y, n, splat(-0.693359375f)), n, splat(2.12194440e-4f));
     Vec p = splat(1.9875691500e-4f);
-    p = fused(p, r, splat(1.3981999507e-3f));
-    p = fused(p, r, splat(8.3334519073e-3f));
-    p = fused(p, r, splat(4.1665795894e-2f));
-    p = fused(p, r, splat(1.6666665459e-1f));
-    p = fused(p, r, splat(5.0000001201e-1f));
-    p = fused(p, r * r, r) + 1.f;
+    p = fused(splat(1.3981999507e-3f), p, r);
+    p = fused(splat(8.3334519073e-3f), p, r);
+    p = fused(splat(4.1665795894e-2f), p, r);
+    p = fused(splat(1.6666665459e-1f), p, r);
+    p = fused(splat(5.0000001201e-1f), p, r);
+    p = fused(r, p, r * r) + 1.f;
     const Vec half_power = (Vec)(((IntVec)shifted + 126) << 23);  // 2^(n - 1): n may be 128
-    return x / fused(p + p, half_power, splat(1.f));
-}
-
-template <class T>
-int64_t silu_mul(const T* x, T* out, int64_t rows, int64_t I, int64_t ldx, int64_t threads) {
-    over_rows(rows, int64_t(sizeof(T)) * I * 3, threads, [&](int64_t r) {
-        const T *gate = x + r * ldx, *up = gate + I;
-        over_vectors(I, [&](int64_t i, auto size) {
-            put(out + r * I + i, silu(get(gate + i, size)) * get(up + i, size), size);
-        });
-    });
-    return 0;
+    return x / fused(splat(1.f), p + p, half_power);
 }
 
 // The first greatest of n elements, a NaN above all: each lane's own first, then the first of those.
@@ -236,39 +156,82 @@ int64_t first_greatest(const T* x, int64_t n) {
     return found;
 }
 
+// Calls body(T{}) for the type of a dtype: 0 float32, 1 bfloat16.
+template <class Body>
+int64_t with_type(int64_t dtype, Body body) {
+    dtype == 0 ? body(float{}) : body(BFloat16{});
+    return 0;
+}
+
 }  // namespace
 
 // dtype: 0 float32, 1 bfloat16. Strides and sizes in elements; the last dimension is contiguous.
 extern "C" int64_t seamwise_norm(int64_t dtype, const void* x, const void* residual, const void* weight, void* out,
                                  void* total, int64_t rows, int64_t D, int64_t ldx, int64_t ldr, double eps,
                                  int64_t threads) {
-    return dtype == 0 ? norm<float>((const float*)x, (const float*)residual, (const float*)weight, (float*)out,
-                                    (float*)total, rows, D, ldx, ldr, eps, threads)
-                      : norm<BFloat16>((const BFloat16*)x, (const BFloat16*)residual, (const BFloat16*)weight,
-                                       (BFloat16*)out, (BFloat16*)total, rows, D, ldx, ldr, eps, threads);
+    return with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        over_rows(rows, int64_t(sizeof(T)) * D * (residual ? 4 : 2), threads, [&](int64_t r) {
+            const T *from = (const T*)x + r * ldx, *w = (const T*)weight;
+            T *to = (T*)out + r * D, *sum = (T*)total + r * D;
+            if (residual) norm_row<true>(from, (const T*)residual + r * ldr, w, to, sum, D, float(eps));
+            else norm_row<false>(from, from, w, to, to, D, float(eps));
+        });
+    });
 }
 
+// Rotary position embedding.
 extern "C" int64_t seamwise_rope(int64_t dtype, const void* x, const void* cos, const void* sin, void* out,
                                  int64_t tokens, int64_t heads, int64_t D, int64_t x_token, int64_t x_head,
                                  int64_t cos_token, int64_t sin_token, int64_t threads) {
-    return dtype == 0 ? rope<float>((const float*)x, (const float*)cos, (const float*)sin, (float*)out, tokens, heads, D,
-                                    x_token, x_head, cos_token, sin_token, threads)
-                      : rope<BFloat16>((const BFloat16*)x, (const BFloat16*)cos, (const BFloat16*)sin, (BFloat16*)out,
-                                       tokens, heads, D, x_token, x_head, cos_token, sin_token, threads);
+    return with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        const int64_t half = D / 2;
+        over_rows(tokens, int64_t(sizeof(T)) * heads * D * 2, threads, [&](int64_t t) {
+            const T *c = (const T*)cos + t * cos_token, *s = (const T*)sin + t * sin_token, *from = (const T*)x + t * x_token;
+            T* to = (T*)out + t * heads * D;
+            over_vectors(half, [&](int64_t i, auto size) {
+                const Vec c0 = get(c + i, size), c1 = get(c + half + i, size);
+                const Vec s0 = get(s + i, size), s1 = get(s + half + i, size);
+                for (int64_t h = 0; h < heads; ++h) {
+                    const Vec low = get(from + h * x_head + i, size), high = get(from + h * x_head + half + i, size);
+                    put(to + h * D + i, low * c0 - high * s0, size);
+                    put(to + h * D + half + i, high * c1 + low * s1, size);
+                }
+            });
+        });
+    });
 }
 
-// positions (tokens), speeds (F); cos and sin (tokens, 2 F) of `dtype`.
+// cos and sin, of `dtype`, of position * speed, in both halves of a row (2 F), times `scaling`; speeds (F).
 extern "C" int64_t seamwise_rope_table(int64_t dtype, const int64_t* positions, const float* speeds, void* cos,
                                        void* sin, int64_t tokens, int64_t F, double scaling, int64_t threads) {
-    return dtype == 0 ? rope_table<float>(positions, speeds, (float*)cos, (float*)sin, tokens, F, scaling, threads)
-                      : rope_table<BFloat16>(positions, speeds, (BFloat16*)cos, (BFloat16*)sin, tokens, F, scaling,
-                                             threads);
+    return with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        over_rows(tokens, 64 * F * 4, threads, [&](int64_t t) {  // a sine takes as long as 64 bytes of traffic
+            const float position = float(positions[t]);
+            for (int64_t f = 0; f < F; ++f) {
+                const float angle = position * speeds[f];
+                const float values[2] = {__builtin_cosf(angle) * float(scaling), __builtin_sinf(angle) * float(scaling)};
+                T *c = (T*)cos + 2 * t * F + f, *s = (T*)sin + 2 * t * F + f;
+                narrow(values, c, 1), narrow(values + 1, s, 1);
+                c[F] = *c, s[F] = *s;
+            }
+        });
+    });
 }
 
 extern "C" int64_t seamwise_silu_mul(int64_t dtype, const void* x, void* out, int64_t rows, int64_t I, int64_t ldx,
                                      int64_t threads) {
-    return dtype == 0 ? silu_mul<float>((const float*)x, (float*)out, rows, I, ldx, threads)
-                      : silu_mul<BFloat16>((const BFloat16*)x, (BFloat16*)out, rows, I, ldx, threads);
+    return with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        over_rows(rows, int64_t(sizeof(T)) * I * 3, threads, [&](int64_t r) {
+            const T *gate = (const T*)x + r * ldx, *up = gate + I;
+            over_vectors(I, [&](int64_t i, auto size) {
+                put((T*)out + r * I + i, silu(get(gate + i, size)) * get(up + i, size), size);
+            });
+        });
+    });
 }
 
 // Copies rows of `row_bytes`; returns 1 + the position of an index outside 0..table_rows-1.
@@ -285,9 +248,8 @@ extern "C" int64_t seamwise_gather(const int64_t* index, const char* table, char
 // out (rows) = the first greatest of each row of x (rows, n), n > 0, whose rows are `stride` elements apart.
 extern "C" int64_t seamwise_argmax(int64_t dtype, const void* x, int64_t* out, int64_t rows, int64_t n, int64_t stride,
                                    int64_t threads) {
-    over_rows(rows, n * (dtype == 0 ? 4 : 2), threads, [&](int64_t r) {
-        out[r] = dtype == 0 ? first_greatest((const float*)x + r * stride, n)
-                            : first_greatest((const BFloat16*)x + r * stride, n);
+    return with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        over_rows(rows, n * sizeof(T), threads, [&](int64_t r) { out[r] = first_greatest((const T*)x + r * stride, n); });
     });
-    return 0;
 }

@@ -10,27 +10,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seamwise.kernels.contract import Cost, contract
-from seamwise.kernels.cpu.dtypes import DTYPES, one_dtype
-from seamwise.kernels.cpu.tape import Kernel, empty, launch
+from seamwise.kernels.cpu.dtypes import one_dtype
+from seamwise.kernels.cpu.linear_cpu import launch_linear
+from seamwise.kernels.cpu.tape import empty
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.linear.linear import PANEL, packed_shape
 
 from .grouped_linear import GROUPS, grouped_cost, grouped_linear
 from .grouped_linear import make as make_grouped
 
-_GROUPED = Kernel("linear_cpu.cpp", "seamwise_grouped_linear")
 
-
-def _limits(x_RK: Tensor, packed: Tensor, out_features: int, starts_E: Tensor, bias_EN: Tensor | None) -> str | None:
+def limits_experts(out_features: int, starts_E: Tensor, bias_EN: Tensor | None) -> str | None:
+    """Return why experts are not of whole panels, or not as many as biases, or None."""
     experts = starts_E.shape[0] - 1
     if out_features < 1 or out_features % PANEL:
         return f"out_features must be a multiple of {PANEL}, for whole panels of an expert, got {out_features}"
     if bias_EN is not None and bias_EN.shape[0] != experts:
         return f"bias has {bias_EN.shape[0]} rows, starts are of {experts} experts"
+    return None
+
+
+def _limits(x_RK: Tensor, packed: Tensor, out_features: int, starts_E: Tensor) -> str | None:
+    experts = starts_E.shape[0] - 1
     wanted = packed_shape(experts * out_features, x_RK.shape[1], packed.dtype)
     if tuple(packed.shape) == wanted:
         return None
@@ -41,8 +45,7 @@ def _limits(x_RK: Tensor, packed: Tensor, out_features: int, starts_E: Tensor, b
     args={
         "order_S": GROUPS["order_S"], "starts_E": "G int32", "packed": "[P W L B]", "bias_EN": "[E out_features]",
     },
-    limits=_limits, opaque=True,
-    reads_values=True,
+    limits=(limits_experts, _limits), opaque=True, reads_values=True,
     fake=lambda x_RK, out_features, top_k: x_RK.new_empty((x_RK.shape[0] * top_k, out_features)),
 )  # fmt: skip
 def grouped_linear_packed(
@@ -95,11 +98,5 @@ def grouped_linear_packed_cpp(
     x_RK: Tensor, packed: Tensor, out_features: int, order_S: Tensor, starts_E: Tensor, top_k: int,
     bias_EN: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    out_SN, size = empty((order_S.shape[0], out_features), x_RK.dtype), x_RK.element_size()
-    launch(
-        _GROUPED, DTYPES[x_RK.dtype], x_RK.data_ptr(), packed.data_ptr(),
-        0 if bias_EN is None else bias_EN.data_ptr(), out_SN.data_ptr(), order_S.data_ptr(), starts_E.data_ptr(),
-        starts_E.shape[0] - 1, order_S.shape[0], top_k, out_features, x_RK.shape[1], x_RK.stride(0) * size,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out_SN
+    out_SN = empty((order_S.shape[0], out_features), x_RK.dtype)
+    return launch_linear(x_RK, packed, out_SN, bias_EN, order=order_S, starts=starts_E, top_k=top_k)

@@ -15,8 +15,8 @@ import torch
 from torch.fx import Node
 
 from seamwise.kernels import dequantize_weight, grouped_linear, grouped_linear_int, grouped_scaled_linear, quantize
-from seamwise.passes.graph import arguments, aten, fake_values, given, inserting, is_op, replace, value
-from seamwise.passes.pack_linear import int_arguments, unserved
+from seamwise.passes.graph import arguments, aten, given, inserting, is_op, replace, value
+from seamwise.passes.pack_linear import int_arguments, replaced_by
 from seamwise.passes.rewrite import rewrite_each
 
 from .quantize_linear import ACTIVATIONS, BLOCK, keeps_input, why_unserved
@@ -46,17 +46,12 @@ def _read_integers(node: Node, plain: Any) -> str | None:
     x, weight, *rest = arguments(node)
     is_point = plain.zero is not None and not value(plain.zero).is_floating_point()
 
-    def packed_arguments(of: Any) -> Any:
-        scale = aten.to.dtype(of(plain.scale), torch.float32)
-        given = of(x), of(plain.stored), scale, of(plain.zero), plain.columns, None
-        return *int_arguments(value(weight).shape[1:], is_point, *given)[:-1], *map(of, rest)
+    def packed_arguments(x: Any, stored: Any, scale: Any, zero: Any, *rest: Any) -> Any:
+        given = x, stored, aten.to.dtype(scale, torch.float32), zero, plain.columns, None
+        return *int_arguments(value(weight).shape[1:], is_point, *given)[:-1], *rest
 
-    if (reason := unserved(grouped_linear_int, packed_arguments(fake_values))) is not None:
-        return f"no kernel reads {plain.format} weights of these experts: {reason}"
-    with inserting(node.graph, node, like=node) as proxy:
-        y = grouped_linear_int(*packed_arguments(proxy))
-    replace(node, y.node)
-    return None
+    reason = replaced_by(node, grouped_linear_int, packed_arguments, x, plain.stored, plain.scale, plain.zero, *rest)
+    return reason and f"no kernel reads {plain.format} weights of these experts: {reason}"
 
 
 def _dequantized(node: Node) -> Any:

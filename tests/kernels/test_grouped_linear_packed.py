@@ -18,6 +18,7 @@ from seamwise.kernels import (
     moe_align,
     pack_linear,
 )
+from seamwise.kernels.linear.linear_int import FORMATS
 
 code = on_instruction_sets("avx2")
 
@@ -60,29 +61,33 @@ def test_each_expert_is_its_own_layer(
 @settings(max_examples=25)
 @given(
     st.integers(0, 30), st.sampled_from([1, 2]), st.integers(1, 5), st.integers(1, 3), st.sampled_from([7, 64, 150]),
-    st.sampled_from([0, 2, 32]), st.booleans(), st.booleans(), st.sampled_from([1, 2, 3]), st.integers(0, 99),
+    st.sampled_from([0, 2, 32]), st.booleans(), st.sampled_from(FORMATS), st.sampled_from([1, 2, 3]),
+    st.sampled_from([torch.bfloat16, torch.float32]), st.integers(0, 99),
 )  # fmt: skip
-@example(400, 2, 2, 2, 1100, 32, True, False, 2, 0)  # rows of an expert do not fit the cache at once
-@example(400, 2, 2, 2, 1100, 32, True, True, 1, 0)
+@example(400, 2, 2, 2, 1100, 32, True, "int4", 2, torch.bfloat16, 0)  # rows of an expert do not fit the cache at once
+@example(400, 2, 2, 2, 1100, 32, True, "int8", 1, torch.bfloat16, 0)
+@example(400, 2, 2, 2, 1100, 128, True, "float8_e4m3fn", 2, torch.float32, 0)
 def test_each_experts_integers_are_its_own_layer(
-    tokens: int, top_k: int, experts: int, panels: int, depth: int, group: int, offset: bool, int8: bool,
-    threads: int, seed: int,
+    tokens: int, top_k: int, experts: int, panels: int, depth: int, group: int, offset: bool, format: str,
+    threads: int, dtype: torch.dtype, seed: int,
 ) -> None:  # fmt: skip
-    sizes = {"R": tokens, "top_k": top_k, "E": experts, "P": panels, "K": depth, "group": group, "int8": int8}
+    dtype = dtype if format == "float8_e4m3fn" else torch.bfloat16
+    sizes = {"R": tokens, "top_k": top_k, "E": experts, "P": panels, "K": depth, "group": group, "format": format}
     sizes |= {"offset": offset, "bias": True}
-    args = grouped_linear_int.make_inputs(sizes, dtype=torch.bfloat16, device="cpu", seed=seed)
-    x, packed, scale, offsets, _, width, order, starts, _, bias = args
+    args = grouped_linear_int.make_inputs(sizes, dtype=dtype, device="cpu", seed=seed)
+    x, packed, scale, offsets, _, width, order, starts, _, bias, x_scale, _ = args
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         out = grouped_linear_int.run("cpp", *args)
     finally:
         torch.set_num_threads(before)
-    wanted = torch.zeros(tokens * top_k, width, dtype=torch.bfloat16)
+    wanted = torch.zeros(tokens * top_k, width, dtype=dtype)
     for e, (first, last) in enumerate(pairwise(starts.tolist())):
         slots = order[first:last].long()
+        rows = None if x_scale is None else x_scale[slots // top_k]
         own = [None if t is None else t[e * panels : (e + 1) * panels] for t in (packed, scale, offsets)]
-        wanted[slots] = linear_int.run("cpp", x[slots // top_k].contiguous(), *own, group, width, bias[e])
+        wanted[slots] = linear_int.run("cpp", x[slots // top_k].contiguous(), *own, group, width, bias[e], rows, dtype)
     assert torch.equal(out, wanted)
 
 

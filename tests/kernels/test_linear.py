@@ -1,5 +1,6 @@
 """The packed linear layer in C++: its meaning in float64 is the truth, laws hold in bits."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from seamwise.kernels import linear_int, linear_packed, pack_group_values, pack_int_panels, pack_linear, w4a16_linear
 from seamwise.kernels.contract import CONTRACTS
-from seamwise.kernels.cpu import huge_pages, linear_cpu, tape
+from seamwise.kernels.cpu import huge_pages, linear_cpu
+from seamwise.kernels.linear.linear_int import FORMATS
 
 
 @pytest.fixture(autouse=True)
@@ -119,10 +121,7 @@ def test_nothing_but_the_result_is_written_and_nothing_else_read() -> None:
     x, weight, out = rows(5, 33, 0), rows(40, 33, 1), torch.full((7, 41), torch.nan, dtype=torch.bfloat16)
     packed = pack_linear.run("cpp", weight)
     into = out[1:6, :40]
-    tape.launch(
-        linear_cpu._LINEAR, 1, x.data_ptr(), packed.data_ptr(), 0, into.data_ptr(), 5, 40, 33, 2 * 33,
-        2 * into.stride(0), torch.get_num_threads(),
-    )  # fmt: skip
+    assert linear_cpu.launch_linear(x, packed, into) is into
     assert torch.equal(into, linear_packed.run("cpp", x, packed, 40))
     assert out[0].isnan().all() and out[6].isnan().all() and out[:, 40].isnan().all()
 
@@ -181,15 +180,70 @@ def test_panels_are_w4a16_linear(T: int, N: int, K: int, group: int, zero: bool,
     torch.testing.assert_close(linear_int.run("cpp", *given_).double(), exact, rtol=0.01, atol=0.01 * K**0.5)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_rows_integers_have_the_same_bits_in_any_batch(int8: bool) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_of_scaled_words_has_the_same_bits_in_any_batch(format: str) -> None:
     """Of 35 groups: a product that is fused with its sum in some blocks and not in others changes a bit in 20,000."""
-    sizes = {"T": 300, "N": 256, "K": 1100, "group": 32, "offset": True, "bias": True, "int8": int8}
-    x, *rest = linear_int.make_inputs(sizes, dtype=torch.bfloat16, device="cpu")
-    whole = linear_int.run("cpp", x, *rest)
-    for rows_at_once in (1, 7):
-        parts = [linear_int.run("cpp", part, *rest) for part in x.split(rows_at_once)]
-        assert torch.equal(torch.cat(parts), whole), rows_at_once
+    sizes = {"T": 300, "N": 256, "K": 1100, "group": 32, "offset": True, "bias": True, "format": format}
+    x, *rest, x_scale, dtype = linear_int.make_inputs(sizes, dtype=torch.bfloat16, device="cpu")
+    whole = linear_int.run("cpp", x, *rest, x_scale, dtype)
+    for count in (1, 7):
+        scales = itertools.repeat(None) if x_scale is None else x_scale.split(count)
+        parts = zip(x.split(count), scales, strict=False)
+        alone = [linear_int.run("cpp", part, *rest, scale, dtype) for part, scale in parts]
+        assert torch.equal(torch.cat(alone), whole), count
+
+
+@pytest.mark.parametrize("count", [1, 5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_float8_is_read_exactly(count: int, dtype: torch.dtype) -> None:
+    """All 256 bytes, as weights in both places of a word and as inputs: bfloat16 holds each of them."""
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    wanted, one = every.to(dtype), torch.ones(1, 1)
+    for width, place in ((1, 0), (2, 1), (3, 2)):
+        w, x = torch.zeros(256, width, dtype=torch.float8_e4m3fn), torch.zeros(count, width, dtype=torch.float8_e4m3fn)
+        w[:, place], x[:, place] = every, one.to(every.dtype)
+        scales = None, 0, 256, None, one.expand(count, 1).contiguous(), dtype
+        out = linear_int.run("cpp", x, pack_int_panels(w, width), pack_group_values(one.expand(256, 1)), *scales)
+        torch.testing.assert_close(out, wanted.expand(count, 256), rtol=0, atol=0, equal_nan=True)
+        w, x = torch.zeros(count, width, dtype=every.dtype), w
+        w[:, place] = one.to(every.dtype)
+        scales = None, 0, count, None, one.expand(256, 1).contiguous(), dtype
+        out = linear_int.run("cpp", x, pack_int_panels(w, width), pack_group_values(one.expand(count, 1)), *scales)
+        torch.testing.assert_close(out, wanted[:, None].expand(256, count), rtol=0, atol=0, equal_nan=True)
+
+
+def test_float8_panels_are_scaled_linear() -> None:
+    """Blocks of 128 × 128 that end inside a panel and a word, from the same bytes in float64."""
+    for T, bias in itertools.product((1, 6, 40), (False, True)):
+        sizes = {"T": T, "N": 333, "K": 397, "x_group": 128, "rows": 128, "columns": 128, "bias": bias}
+        for dtype in (torch.float32, torch.bfloat16):
+            args = CONTRACTS["scaled_linear"].make_inputs(sizes, dtype=dtype, device="cpu")
+            x, x_scale, w, w_scale, _, bias_N = args
+            scales = pack_group_values(w_scale.repeat_interleave(128, 0)[:333])
+            out = linear_int.run("cpp", x, pack_int_panels(w, 397), scales, None, 128, 333, bias_N, x_scale, dtype)
+            exact = CONTRACTS["scaled_linear"].meaning(*widen(args))
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(out.double(), exact, rtol=eps, atol=4 * eps * float(exact.abs().max()))
+
+
+def test_what_scaled_words_do_not_take_is_named() -> None:
+    sizes = {"T": 3, "N": 33, "K": 40, "group": 8, "bias": True}
+    ints = linear_int.make_inputs(sizes, dtype=torch.bfloat16, device="cpu")
+    floats = linear_int.make_inputs(sizes | {"format": "float8_e4m3fn"}, dtype=torch.bfloat16, device="cpu")
+    offset = ints[3] if ints[3] is not None else ints[2]
+    for args, message in (
+        ((ints[0].float(), *ints[1:]), "x must be bfloat16 of some columns, got torch.float32"),
+        ((floats[0].bfloat16(), *floats[1:]), "x must be float8_e4m3fn of some columns, got torch.bfloat16"),
+        ((*floats[:7], None, floats[8]), "float8 weights, and no others, have scales of x, and no offset"),
+        ((*floats[:3], offset, *floats[4:]), "float8 weights, and no others, have scales of x, and no offset"),
+        ((*ints[:7], floats[7], None), "got torch.uint8"),
+        ((*floats[:8], torch.float16), "the result must be float32 or bfloat16, got torch.float16"),
+        ((*floats[:8], torch.float32), "bias must be torch.float32, got torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_int.run("cpp", *args)
+    with pytest.raises(ValueError, match=r"x_scale has 1 columns, wanted blocks\(K,group\) = 5"):
+        linear_int(*floats[:7], floats[7][:, :1].contiguous(), floats[8])
 
 
 @pytest.mark.parametrize("columns", [7, 32])

@@ -61,7 +61,9 @@ def test_every_layer_is_quantized_and_every_quantize_is_fused(model_dir: Path, e
     assert {n: reports[n].matched for n in FUSED} == {n: 0 if weight_only else count for n, count in FUSED.items()}
     left = [n for n in program.providers if n.split(":")[0] == "quantize"]
     assert not left, "a quantize is left alone"
-    assert reports["pack_linear"].matched == (9 if weight_only else 1), "int4 layers, and the head, are packed"
+    packed = 0 if quantization == "int8" else 8
+    assert reports["pack_linear"].matched == packed + 1, "int4 and float8 layers, and the head, are packed"
+    assert program.providers.get("linear_int:cpp", 0) == packed
     for report in program.reports:
         assert report.certificate is not None
         assert report.certificate["lossy"] == (

@@ -56,6 +56,10 @@ def test_every_layer_reads_the_stored_weights(name: str, entry: str, tmp_path: P
     if layout.inputs:
         assert reports["fuse_add_rms_norm_quant"].matched == reports["fuse_add_rms_norm_quant"].expected == 3
     assert not any("dequantize_weight" in str(recipe) for recipe in runner.program.recipes.values())
+    packed = layout.kind != "int8" or not layout.inputs  # int8 products are torch's
+    assert {n: c for n, c in runner.program.providers.items() if "linear_int" in n or "scaled" in n} == (
+        {"linear_int:cpp": 8} if packed else {"scaled_linear:torch_scaled_mm": 8}
+    )
     assert_within_budget(logits(runner), means, REQUESTS)
 
 
@@ -86,6 +90,7 @@ def test_experts_read_the_stored_weights(name: str, entry: str, tmp_path: Path) 
     format = {"W4A16": "int4", "W8A16 groups": "int8"}.get(name)
     assert (served, len(missed)) == ((0, 2) if format else (2, 0))
     assert all(f"no kernel reads {format} weights of these experts: x must be bfloat16" in m.reason for m in missed)
+    assert runner.program.providers.get("grouped_linear_int:cpp", 0) == (2 if name == "fp8 blocks" else 0)
     found = dequantized(tmp_path, torch.float32, entry)
     for parameter in ("gate_up_proj", "down_proj"):
         parameter = f"model.layers.1.mlp.experts.{parameter}"
