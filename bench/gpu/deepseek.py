@@ -65,7 +65,8 @@ def measure(lazy: Lazy[Rank], sequences: int, length: int, mtp: bool, device: st
     compute_us, spread_us = map(sum, zip(*timed, strict=True))
     width, top_k = rank.raw["hidden_size"], rank.raw["num_experts_per_tok"]
     row = network(compute_us, step.tokens, sequences, step.moe_layers, width, top_k, mtp)
-    held = {"cache_bytes": step.cache_bytes, "step_bytes": max(free - free_bytes(device) - step.cache_bytes, 0)}
+    cache_bytes = sum(c.nbytes for c in step.caches)
+    held = {"cache_bytes": cache_bytes, "step_bytes": max(free - free_bytes(device) - cache_bytes, 0)}
     del step, recording, recordings, recorder
     gc.collect()
     return row | held | {

@@ -101,15 +101,9 @@ class Step:
             self.moe_layers += runner.config.num_layers
             step, _ = runner.executable._steps[0]
             for name, call in copies.items():
-                patched = {f"{name}_{way}": partial(tape.call, call) for way in ("all_gather", "all_to_all")}
-                step.__globals__.update(patched)
-        self.ids_T = self.parts[0][1][rank.main.program.inputs.index("token_ids")]
+                step.__globals__.update({f"{name}_{w}": partial(tape.call, call) for w in ("all_gather", "all_to_all")})
         slots = batch.slot_mapping.to(rank.device)
         self._at = slots // PAGE, slots % PAGE
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(c.nbytes for c in self.caches)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Run the model's step; return the next tokens (T,) and the hidden states (T, D)."""

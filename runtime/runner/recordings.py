@@ -60,18 +60,15 @@ class InTurns(NamedTuple):
 
 
 class Eager(NamedTuple):
-    """No recording; why: "eager": none serves such a step, "over_budget": there is no memory for it."""
+    """No recording; why: "eager": none serves such a step, "over_budget": there is no memory for it, "empty": there is
+    nothing to compute."""
 
     why: str = "eager"
 
 
-class Empty(NamedTuple):
-    """A step of no tokens."""
-
-
 Single = Full | Piecewise
 Key = Single | InTurns
-Kind = Key | Eager | Empty
+Kind = Key | Eager
 
 
 def batches_of(key: Key) -> tuple[Single, ...]:
@@ -114,8 +111,8 @@ class CapturePlan:
             "piecewise": [Piecewise(n) for n in options.capture_sizes],
         }
         singles = [key for mode in options.recorded_modes for key in possible[mode]]
-        held = ("full", "piecewise") if torch.device(options.device).type == "cpu" else ("full",)
-        paired = tuple(mode for mode in options.recorded_modes if options.enable_dbo and mode in held)
+        held = options.recorded_modes if torch.device(options.device).type == "cpu" else ("full",)
+        paired = tuple(mode for mode in held if options.enable_dbo and mode in options.recorded_modes)
         pairs = [InTurns(possible[mode][-1], possible[mode][-1]) for mode in paired]
         return cls(
             keys=(*singles, *pairs), calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
@@ -129,12 +126,7 @@ class CapturePlan:
     @property
     def input_bytes(self) -> int:
         """Bytes of the buffers for inputs, which all recordings share."""
-        return self.at_once * num_bytes(self.sizes, self.adapters) if self.keys else 0
-
-    @property
-    def at_once(self) -> int:
-        """Batches of a recorded step, at most."""
-        return 2 if self.paired else 1
+        return (1 + bool(self.paired)) * num_bytes(self.sizes, self.adapters) if self.keys else 0
 
     def num_bytes(self, key: Key) -> int:
         """Return what a recording takes, with the buffers for inputs."""
@@ -191,8 +183,8 @@ class Recordings:
         self._static: list[StaticInputs] = []  # of each batch of a step
         if self.plan.keys:
             _LOG.info("%s", self.plan)
-            sizes, adapters = self.plan.sizes, self.plan.adapters
-            self._static = [StaticInputs(sizes, options.device, adapters) for _ in range(self.plan.at_once)]
+            for _ in range(1 + bool(self.plan.paired)):
+                self._static.append(StaticInputs(self.plan.sizes, options.device, self.plan.adapters))
 
     def __getitem__(self, key: Key) -> Recording:
         recording = self._made[key]
@@ -209,17 +201,12 @@ class Recordings:
         """Return how a step, or two batches in turns, is run: by which recording, made already or not, or by none and
         why; and count it."""
         kind = self._kind(batches)
-        match kind:
-            case Empty():
-                counted = "empty"
-            case Eager(why):
-                counted = why
-            case key:
-                if key not in self._made and not self._may_record(key):
-                    self._made[key] = None
-                counted = mode_of(key)
-                if self._made.get(key, self) is None:
-                    kind = Eager(counted := "over_budget")
+        if not isinstance(kind, Eager):
+            if kind not in self._made and not self._may_record(kind):
+                self._made[kind] = None
+            if self._made.get(kind, self) is None:
+                kind = Eager("over_budget")
+        counted = kind.why if isinstance(kind, Eager) else mode_of(kind)
         self.stats.steps.update([counted] if len(batches) == 1 else [counted, "in_turns"])
         return kind
 
@@ -271,7 +258,7 @@ class Recordings:
 
     def _kind(self, batches: Sequence[StepInput]) -> Kind:
         if not batches[0].num_tokens:
-            return Empty()
+            return Eager("empty")
         for mode in self._options.recorded_modes if len(batches) == 1 else self.plan.paired:
             find = self._full if mode == "full" else self._piecewise
             found = [key for batch in batches if (key := find(batch)) is not None]

@@ -45,7 +45,7 @@ from .data_ranks import agree
 from .kv_cache import KVCache
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import ModelWeights, named_tensors
-from .recordings import CapturePlan, Eager, Empty, Full, Recordings, RecordingStats
+from .recordings import CapturePlan, Eager, Full, Recordings, RecordingStats
 from .sleep import TAGS, Sleep
 from .sparse_kv import Pick, SparseKV, check_sparse_kv
 from .step_tensors import logits_and_hidden, no_results, on_device
@@ -213,7 +213,7 @@ class ModelRunner:
         run = self._run if len(parts) == 1 else self.executable.in_turns
         with self._launching(), self._turn:
             match self._recordings.kind_of(*parts):
-                case Empty():
+                case Eager("empty"):
                     results = self._empty()
                 case Eager():
                     with reusing_memory():

@@ -74,7 +74,8 @@ def test_a_recorded_rank_follows_its_inputs(rank: Rank, queries: int) -> None:
     with torch.inference_mode():
         recordings = [recorder.record(part, full=True) for part in parts]
         first = [[t.clone() for t in recording.replay()] for recording in recordings]
-        step.ids_T.copy_((step.ids_T + 1) % 512)
+        ids_T = step.parts[0][1][rank.main.program.inputs.index("token_ids")]
+        ids_T.copy_((ids_T + 1) % 512)
         replayed = [[t.clone() for t in recording.replay()] for recording in recordings]
         called = [part() for part in parts]
     if queries == 2:
