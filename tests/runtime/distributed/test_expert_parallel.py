@@ -146,7 +146,7 @@ def check_quantized(root: Path, rank: int, ranks: int) -> None:
     for name, count in (("quantize_dispatch", 1), ("fuse_moe_route_quant", 1), ("fuse_moe_silu_mul_quant", 1)):
         assert (reports[name].matched, reports[name].expected) == (count, count), name
     sent = {c["op"]: c for c in runner.program.collectives}["seamwise.ep_dispatch_quant:all_to_all"]
-    assert sent["row_bytes"] == 256 + 2 * 4 and "scaled_linear" in sent["meanwhile"]  # a shared expert's
+    assert sent["row_bytes"] == 256 + 2 * 4 and "linear_int" in sent["meanwhile"]  # a shared expert's
 
 
 def check_two_batches(root: Path, rank: int, ranks: int) -> None:
