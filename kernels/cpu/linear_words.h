@@ -177,9 +177,8 @@ struct Floats8 : Pairs {  // a word is two float8; where those are widened by wa
 #if defined(SEAMWISE_PAIRS)
     template <int V, int kFirst>
     static void weights(const char* w, Vec* out) {
-        const __m256i* bytes = (const __m256i*)w + kFirst;
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) out[v] = in_register(Float8Pairs::paired(_mm256_loadu_si256(bytes + v)));
+        static_assert(V == 2 && kFirst == 0);
+        Float8Pairs::paired(w, out);
     }
 #endif
     template <int V, int kFirst>
