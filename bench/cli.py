@@ -16,6 +16,7 @@ BENCHES = {
     "long-context": "a long prompt in chunks: time by position beside its flops, memory beside the plan",
     "speculation": "one stream with guessed tokens and without",
     "lora": "a batch with adapters, beside the same batch without",
+    "grammar": "what requests with hostile grammars cost the plain ones beside them",
     "step": "where a decode step's time goes",
     "engine": "what the host does for a step, and how much of it a step hides",
     "policies": "how long requests wait under each scheduling policy, beside SGLang's rules, without a model",

@@ -35,6 +35,8 @@ class _Chunk:
         with self.lock:
             pages = self.pages() if self.pages is not None else None
             if pages is None or self.used + num_bytes > len(pages):
+                if pages is not None:
+                    _give_back(pages, self.used)
                 pages, self.used = _map(max(num_bytes, _CHUNK_BYTES))
                 self.pages = weakref.ref(pages)
             offset = self.used
@@ -52,6 +54,13 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
     pages, offset = _chunk.cut(num_bytes)
     return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape), offset=offset).view(tuple(shape))
+
+
+def _give_back(pages: mmap.mmap, start: int) -> None:
+    """Give back what nobody will use, from `start` on: of the huge page written last, a megabyte on average."""
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    if start < len(pages):
+        pages.madvise(mmap.MADV_DONTNEED, start, len(pages) - start)
 
 
 def _map(num_bytes: int) -> tuple[mmap.mmap, int]:

@@ -63,6 +63,12 @@ struct Problem {
     int64_t T, D, R, N, L, P, x_stride, y_stride, out_stride;  // strides in bytes
 };
 
+// Ask for bytes that are read soon: each adapter is read once for a few rows, from as many places as it has ranks, and
+// prefetchers would begin anew at each. Always inlined: GCC drops calls of a function that only prefetches.
+__attribute__((always_inline)) inline void ask_for(const char* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
 // The dot products of M rows with kC ranks, at out[m kC + c].
 template <class Words, int M>
 void dots(const char* const* x, const char* const* a, int64_t D, float* out) {
@@ -115,6 +121,7 @@ void shrink(const Problem& p, const Sorted& sorted, const Sorted::Block& block, 
     for (int64_t r = first; r < last; r += kC) {
         const char* ranks[kC];
         for (int c = 0; c < kC; ++c) ranks[c] = a + (r + c < last ? r + c : last - 1) * p.D * sizeof(Element);
+        if (r + kC < last) ask_for(a + (r + kC) * p.D * sizeof(Element), kC * p.D * sizeof(Element));
         for (int64_t i = 0; i < block.count; i += kM) {
             const int rows = int(block.count - i < kM ? block.count - i : kM);
             const char* x[kM];
@@ -191,9 +198,16 @@ void expand(const Problem& p, const Sorted& sorted, const Sorted::Block& block, 
         widen(from, s + i * p.R, int(p.R));
     }
     const char* b = p.weight + block.adapter * p.R * p.N * sizeof(Element);
+    const auto columns_of = [&](int64_t n) __attribute__((always_inline)) {
+        if (n >= last) return;
+        for (int64_t r = 0; r < p.R; ++r) ask_for(b + (r * p.N + n) * sizeof(Element), kV * kLanes * sizeof(Element));
+    };
+    columns_of(first);
+    columns_of(first + kV * kLanes);
     const float scaling = p.scaling[block.adapter * p.P + slice];
     for (int64_t n = first; n < last; n += kV * kLanes) {
         const int columns = int(last - n < kV * kLanes ? last - n : kV * kLanes);
+        columns_of(n + 2 * kV * kLanes);
         for (int64_t i = 0; i < block.count; i += kM) {
             const int rows = int(block.count - i < kM ? block.count - i : kM);
             update_of<Words>(rows, p, order + i, s + i * p.R, b, scaling, n, columns);

@@ -255,14 +255,14 @@ def _tensors(results: Any) -> Sequence[Tensor]:
     return (results,) if isinstance(results, Tensor) else results or ()
 
 
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 64 << 10
 
 
 @contextmanager
-def reusing_memory() -> Iterator[None]:
+def reusing_memory(pool: Pool) -> Iterator[None]:
     """Let kernels' large results take the memory of earlier ones that are gone, within the context: given back to the
     system's allocator and taken anew at each layer, they leave holes between each other, of twice their size."""
-    before, _recording.pool = _recording.pool, Pool()
+    before, _recording.pool = _recording.pool, pool
     try:
         yield
     finally:

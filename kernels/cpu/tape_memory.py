@@ -62,3 +62,23 @@ class Pool:
         """Fill all memory with the bits of NaN, so that reading what a replay did not write shows."""
         for block in self._blocks:
             block.fill_(0xFF)
+
+
+class StepMemory:
+    """What the large results of unrecorded steps take, kept from one step to the next of as many tokens: given back to
+    the system's allocator and taken anew, it would leave holes, which small things fill, and the next step take more.
+    """
+
+    def __init__(self) -> None:
+        self._pool, self._num_tokens = Pool(), 0
+
+    def of(self, num_tokens: int) -> Pool:
+        """Return the memory of a step of so many tokens; that of another number of tokens is given back."""
+        if num_tokens != self._num_tokens:
+            self.give_back()
+            self._num_tokens = num_tokens
+        return self._pool
+
+    def give_back(self) -> None:
+        """Give back what no result is in any more."""
+        self._pool, self._num_tokens = Pool(), 0

@@ -27,6 +27,7 @@ from seamwise.compile.record.recorder import Recording
 from seamwise.compile.startup_times import Ledger
 from seamwise.kernels.cpu.attention_cpu import cascade
 from seamwise.kernels.cpu.tape import reusing_memory
+from seamwise.kernels.cpu.tape_memory import StepMemory
 from seamwise.runtime.build.hidden_states import without_head
 from seamwise.runtime.build.kv_groups import Groups
 from seamwise.runtime.build.kv_spec import KVCacheSpec
@@ -73,7 +74,7 @@ class ModelRunner:
         self.executable = executable
         self.startup_s = ledger.seconds
         self.kv_spec = KVCacheSpec.of_program(executable.program, options).local(executable.program)
-        self._kv = KVCache()
+        self._kv, self._memory = KVCache(), StepMemory()
         self._pick: Pick | None = None
         self._run: Callable[..., Any] = executable
         self.all_idle = True  # no rank had tokens in the last step that ranks took together
@@ -218,7 +219,7 @@ class ModelRunner:
                 case Empty():
                     results = self._empty()
                 case Eager():
-                    with reusing_memory():
+                    with reusing_memory(self._memory.of(batch.num_tokens)):
                         results = self._run(*self._inputs(batch))
                 case Full() | Piecewise() as key:
                     flat = partial(flattened, caches=self._kv.flat)
@@ -235,7 +236,7 @@ class ModelRunner:
         Returns what the next stage takes; of the last one the logits, and hidden states where it was loaded for them.
         """
         self._check_ready(batch)
-        with self._launching(), reusing_memory():
+        with self._launching(), reusing_memory(self._memory.of(batch.num_tokens)):
             results = self.executable(*self._inputs(batch), *carried)
         stage, stages = self.options.pipeline.stage
         if stage + 1 == stages:
@@ -245,7 +246,7 @@ class ModelRunner:
     def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
         """Run a step as two that take turns, op by op."""
         self._recordings.stats.steps["in_turns"] += 1
-        with self._launching(), reusing_memory():
+        with self._launching(), reusing_memory(self._memory.of(given.num_tokens)):
             results = self.executable.in_turns(*map(self._inputs, parts))
         found = halves(given, self.options)
         wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
@@ -360,6 +361,7 @@ class ModelRunner:
         if level == 2:
             self._check_in_place("sleep(2)")
         self._sleep.begin(level)
+        self._memory.give_back()
         if not self.kv_caches:  # a GPU's tensors are others when they wake
             self._recordings.clear()
 
