@@ -30,6 +30,14 @@ inline Vec floats_of(__m256i half, int part) {
 }
 #else
 constexpr float kFloat8Unit = 1.f;
+
+// Those that have these bits, 0 … 255. Without exponent bits one is m 2^-9: 2^-6 (1 + m / 8) less 2^-6, for which no
+// float need be denormal.
+inline Vec float8_of(IntVec bits) {
+    const IntVec size = bits & 0x7f, small = size < 8;
+    const Vec wide = (Vec)(((size + (small & 8)) << 20) + (120 << 23)) - (Vec)(small & (121 << 23));
+    return (Vec)((IntVec)wide | ((size == 0x7f) & 0x7fc00000) | ((bits & 0x80) << 24));
+}
 #endif
 
 // kLanes of them as floats.
@@ -37,12 +45,10 @@ inline Vec widened(const Float8* p) {
 #if defined(__F16C__) && defined(__AVX2__)
     const __m128i bytes = kLanes == 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_loadl_epi64((const __m128i*)p);
     return floats_of(float16_of(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7)), 0);
-#else  // without exponent bits it is m 2^-9: 2^-6 (1 + m / 8) less 2^-6, for which no float need be denormal
+#else
     IntVec bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
-    const IntVec size = bits & 0x7f, small = size < 8;
-    const Vec wide = (Vec)(((size + (small & 8)) << 20) + (120 << 23)) - (Vec)(small & (121 << 23));
-    return (Vec)((IntVec)wide | ((size == 0x7f) & 0x7fc00000) | ((bits & 0x80) << 24));
+    return float8_of(bits);
 #endif
 }
 

@@ -193,10 +193,12 @@ struct Floats8 : Pairs {  // a word is two float8; where those are widened by wa
             out[v] = floats_of(float16_of(lanes), v % kParts);
         }
 #else
+        typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
         for (int v = 0; v < V; ++v) {
-            Float8 column[kLanes];
-            for (int j = 0; j < kLanes; ++j) column[j].bits = w[2 * (v * kLanes + j) + input];
-            out[v] = ::widened(column);
+            Shorts both;
+            std::memcpy(&both, w + v * sizeof(both), sizeof(both));
+            const IntVec bits = __builtin_convertvector(both, IntVec);
+            out[v] = float8_of(input == 0 ? bits & 0xff : bits >> 8);
         }
 #endif
     }
