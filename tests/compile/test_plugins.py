@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from seamwise.compile.pipeline import FUSE, FUSE_QUANT, LOWER, RAISE, ordered_passes
 from seamwise.compile.plugins import Placed, placed_into
 from seamwise.passes import FUSE_QKV, Pass
+from seamwise.runtime.serve.cli import main
 
 NOTHING = Pass(name="nothing", rewrite=lambda module, report: None)
 
@@ -26,28 +28,28 @@ def rewrite(module, report):
 
 PLACED = Placed(entry=Pass(name="count_additions", rewrite=rewrite), after="raise_rope")
 '''
-SCRIPT = """
-import json, sys
-from seamwise.compile.explain.text import as_json
-from seamwise.runtime.serve.cli import main
-sys.exit(main(["explain", "--model", sys.argv[1], "--json", "--no-pack", "--validate"]))
-"""
 
 
-def test_an_installed_package_adds_its_pass(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def explain(rank: int, packages: Path, model: Path, written: Path) -> None:
+    sys.path.insert(0, str(packages))
+    with written.open("w") as out, contextlib.redirect_stdout(out):
+        assert main(["explain", "--model", str(model), "--json", "--no-pack", "--validate"]) == 0
+
+
+def test_an_installed_package_adds_its_pass(
+    tiny_llama_dir: Path, tmp_path: Path, run_ranks: Callable[..., None]
+) -> None:
+    """In a process of its own, where nobody has asked for packages yet."""
     (tmp_path / "example_passes.py").write_text(PACKAGE)
     info = tmp_path / "example_passes-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example-passes\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[seamwise.passes]\ncount = example_passes:PLACED\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{SCRIPT}"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(tiny_llama_dir)], capture_output=True, text=True, check=False, cwd="/"
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    names = [p["name"] for p in json.loads(done.stdout)["passes"]]
+    run_ranks(explain, 1, tmp_path, tiny_llama_dir, tmp_path / "written")
+    passes = json.loads((tmp_path / "written").read_text())["passes"]
+    names = [p["name"] for p in passes]
     assert names[names.index("raise_rope") + 1] == "count_additions"
-    counted = next(p for p in json.loads(done.stdout)["passes"] if p["name"] == "count_additions")
+    counted = next(p for p in passes if p["name"] == "count_additions")
     assert counted["matched"] == 4  # two residual sums in each of 2 layers
     assert counted["certificate"]["max_error"] == 0.0
 

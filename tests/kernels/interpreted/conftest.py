@@ -3,6 +3,7 @@
 The interpreter's conversions drop a carry into the exponent, round ties up and truncate to bfloat16, and its dot takes
 bfloat16 for integers (triton 3.9, and issue #4972). Here torch converts, so that bfloat16 and float8 can be tested.
 That of triton 3.6 makes numbers of arrays in a way that numpy 2.5 refuses, and knows no constant of bfloat16.
+It patches triton's language at each call of a kernel or a function of one, a third of these tests' time; here once.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
         else x.data.astype(d.data.dtype)
         for x in (a, b)
     )  # fmt: skip
-    return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    # Each row by itself, as a GPU's: what a library multiplies at once depends on the processor and on where a row is.
+    rows = np.matmul(left[..., :, None, :], right[..., None, :, :], dtype=d.data.dtype)[..., 0, :]
+    return interpreter.TensorHandle(rows + d.data, d.dtype.scalar)
 
 
 def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
@@ -56,9 +59,19 @@ def _get_bf16(self: Any, value: float) -> Any:
     return interpreter.TensorHandle(_convert_float(wide.data, tl.float32, tl.bfloat16, None), tl.bfloat16)
 
 
+def _patch_lang(function: Any) -> Any:
+    modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+    if not modules <= _patched_modules:
+        _patched_modules.update(modules)
+        _patch_modules(function)  # to stay: in this process nothing compiles
+    return interpreter._LangPatchScope()
+
+
+_patched_modules: set[int] = set()
+_patch_modules = interpreter._patch_lang
 _patched = interpreter._patch_lang_tensor
 if interprets():
-    interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_lang, _patch_lang_tensor
     interpreter.InterpreterBuilder.get_bf16 = _get_bf16
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = _create_dot

@@ -144,7 +144,7 @@ def equal_steps(
     for each in counts:
         batches = [StepInput(**made.next(each)) if each else empty_step() for made in steps]
         if alone:
-            (batches[1],) = agree(batches[1], other.options)  # as many rows
+            (batches[1],), _ = agree(batches[1], other.options)  # as many rows
         with nullcontext() if recorded else RowByRow():
             ours, theirs = (r.step(b).logits.clone() for r, b in zip((shared, other), batches, strict=True))
         worst = float((ours - theirs[: len(ours)]).abs().max()) if each else 0.0

@@ -151,7 +151,7 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tiny_llama_dir: Path, 
 
 def test_output_that_nobody_reads_is_no_error(tiny_llama_dir: Path) -> None:
     command = [sys.executable, "-P", "-c", "import sys; from seamwise.runtime.serve.cli import main; sys.exit(main())"]
-    command += ["explain", "--model", str(tiny_llama_dir), "--device", "cpu", "--source", "--no-pack"]
+    command += ["explain", "--model", str(tiny_llama_dir), "--device", "cpu", "--source"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
