@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,7 @@ def main(arguments: list[str]) -> int:
     peers, models = chosen_peers(options)
     counts = [int(n) for n in options.neighbours.split(",")]
     vocab_size = ModelConfig.from_directory(directory).vocab_size
-    workload = {
-        "tokens": options.tokens, "prompts": [WORKLOADS["single"].prompts(vocab_size, seed) for seed in range(2)],
-    }  # fmt: skip
+    workload = replace(WORKLOADS["single"], output_tokens=options.tokens).job(vocab_size, 2)
     rows: dict[str, dict[int, float]] = {}
     for engine, python in {"seamwise": sys.executable, **peers}.items():
         model = models.get(engine, str(directory))

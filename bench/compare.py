@@ -113,14 +113,7 @@ def compare(
 
     Returns {"figures": {engine: {workload: {figure: median}}}, "absent": {engine: reason}, "runs": all reports}.
     """
-    repeats = settings["repeats"]
-    drawn = {
-        name: {
-            "tokens": WORKLOADS[name].output_tokens,
-            "prompts": [WORKLOADS[name].prompts(vocab_size, seed) for seed in range(repeats + 1)],
-        }
-        for name in workloads
-    }
+    drawn = {name: WORKLOADS[name].job(vocab_size, settings["repeats"] + 1) for name in workloads}
     absent = {name: why for name, python in peers.items() if (why := available(name, python, models.get(name, model)))}
     present = {name: python for name, python in peers.items() if name not in absent}
     reports: dict[str, list[dict[str, Any]]] = {}

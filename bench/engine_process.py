@@ -163,20 +163,20 @@ def timed(generate: Generate, prompts: list[list[int]], tokens: int) -> float:
     return elapsed_s
 
 
-def measure(generate: Generate, tokens: int, runs: list[list[list[int]]]) -> list[dict[str, float]]:
-    """Time every run after the warm-up; a single request also tells first token and decode rate.
+def measure(generate: Generate, tokens: int, prompts: list[list[list[int]]]) -> list[dict[str, float]]:
+    """Time every run of prompts after the warm-up; a single request also tells first token and decode rate.
 
     The time to first token is that of asking for one token of another prompt of the same length.
     """
     figures = []
-    for index, prompts in enumerate(runs):
-        elapsed_s = timed(generate, prompts, tokens)
+    for index, run in enumerate(prompts):
+        elapsed_s = timed(generate, run, tokens)
         row = {
-            "prompt_tokens_per_s": sum(map(len, prompts)) / elapsed_s,
-            "output_tokens_per_s": tokens * len(prompts) / elapsed_s,
+            "prompt_tokens_per_s": sum(map(len, run)) / elapsed_s,
+            "output_tokens_per_s": tokens * len(run) / elapsed_s,
         }
-        if len(prompts) == 1 and tokens > 1:
-            first_s = timed(generate, [prompts[0][::-1]], 1)
+        if len(run) == 1 and tokens > 1:
+            first_s = timed(generate, [run[0][::-1]], 1)
             row |= {"ttft_ms": 1e3 * first_s, "decode_tokens_per_s": (tokens - 1) / (elapsed_s - first_s)}
         if index:
             figures.append(row)
@@ -197,7 +197,7 @@ def main(path: str) -> None:
     start_s = process_age_s()
     report: dict[str, Any] = {"start_s": start_s, "results": {}}
     for name, workload in job["workloads"].items():
-        report["results"][name] = measure(generate, workload["tokens"], workload["prompts"])
+        report["results"][name] = measure(generate, **workload)
     report["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("\n" + json.dumps(report))
 

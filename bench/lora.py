@@ -82,11 +82,10 @@ def vllm(options: argparse.Namespace, workload: Workload, directories: list[str]
     from seamwise.runtime.build.model_config import ModelConfig
 
     vocab_size = ModelConfig.from_directory(Path(options.model)).vocab_size
-    drawn = [workload.prompts(vocab_size, turn) for turn in range(options.rounds + 1)]
     job = {
         "engine": "vllm", "model": str(options.model), "dtype": "bfloat16", "threads": torch.get_num_threads(),
         "instruction_set": options.instruction_set, "max_model_len": 1024, "quantization": None,
-        "workloads": {"batch": {"tokens": workload.output_tokens, "prompts": drawn}},
+        "workloads": {"batch": workload.job(vocab_size, options.rounds + 1)},
     }  # fmt: skip
     speeds = {}
     for name, adapters in (("vllm plain", []), ("vllm adapters", directories)):

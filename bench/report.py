@@ -149,7 +149,8 @@ def runs(rows: Rows) -> str:
 
 def deepseek(rows: Rows) -> str:
     columns = {
-        "compute, ms": "{compute_ms:.1f}", "network (modelled), ms": "{network_ms:.1f}",
+        "compute, ms": "{compute_ms:.1f}", "of it MTP's": "{mtp_ms:.1f}",
+        "network (modelled), ms": "{network_ms:.1f}",
         "tokens/s": "{tokens_per_s:,.0f}", "sequences of two batches": "{overlapped_sequences}",
         "their tokens/s": "{overlapped_tokens_per_s:,.0f}", "cache, GiB": "{cache_gib:.1f}",
     }  # fmt: skip

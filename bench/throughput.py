@@ -29,8 +29,7 @@ def alone(options: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]
 
     generate, results = greedy(llm, SamplingParams), []
     for name in names:
-        drawn = [WORKLOADS[name].prompts(vocab_size, seed) for seed in range(options.repeats + 1)]
-        runs = measure(generate, WORKLOADS[name].output_tokens, drawn)
+        runs = measure(generate, **WORKLOADS[name].job(vocab_size, options.repeats + 1))
         medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         results.append({"workload": name, **medians, "runs": runs})
         print(f"{label(device)} {name:8} {'  '.join(f'{k} {v:,.1f}' for k, v in medians.items())}")

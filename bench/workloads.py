@@ -9,6 +9,7 @@ prefix   16 prompts of 448 shared + 64 own tokens, 32 output tokens: output toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,10 @@ class Workload:
         low = min(100, vocab_size - 1)
         shared = draw.integers(low, vocab_size, self.shared_tokens).tolist()
         return [shared + draw.integers(low, vocab_size, self.own_tokens).tolist() for _ in range(self.num_requests)]
+
+    def job(self, vocab_size: int, runs: int) -> dict[str, Any]:
+        """Return what a process of engine_process.py is told of it: each run with prompts of its own."""
+        return {"tokens": self.output_tokens, "prompts": [self.prompts(vocab_size, seed) for seed in range(runs)]}
 
 
 WORKLOADS = {

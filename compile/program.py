@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,9 +117,9 @@ class Executable:
         self._firsts = [each.first for each in program.ranges]
         functions = self._functions()
         self._steps = self._bound(functions)
-        self._turns = [
+        self._turns: Steps = [
             (
-                functions.get(f"{each.function}_in_turns"),
+                functions.get(f"{each.function}_in_turns"),  # type: ignore[misc]
                 [functions[f"{name}_in_turns" if name in each.turning else name] for name in each.calls],
             )
             for each in program.ranges
@@ -136,35 +136,33 @@ class Executable:
         """Return what runs a step as a call does, on the same weights, with what `wrap` makes of each seam's provider
         in its place; see codegen.load."""
         steps = self._bound(self._functions(wrap))
-        return lambda *inputs: self._run(steps, inputs)
+        return lambda *inputs: _alone(self._start(steps, inputs))
 
     @property
     def takes_turns(self) -> bool:
         """Whether two batches may take turns: something is begun that is waited for later."""
         return all(step is not None for step, _ in self._turns)
 
-    def in_turns(self, *batches: Sequence[Tensor]) -> list[Any]:
-        """Run a step of each batch, each on until it begins what it will wait for, then the next; return all results.
+    def in_turns(self, *inputs: Tensor) -> list[Any]:
+        """Run a step of each of several batches, their inputs one behind the other; return all results.
 
-        Every rank takes as many turns: which ops begin is the graph's, not the batch's. Of memory that batches share,
-        they write their own slots of the caches; a later batch may read what an earlier one wrote in the same layer.
+        Each runs on until it begins what it will wait for, then the next. Every rank takes as many turns: which ops
+        begin is the graph's, not the batch's. Of memory that batches share, they write their own slots of the caches; a
+        later batch may read what an earlier one wrote in the same layer.
         """
-        results: list[Any] = [None] * len(batches)
-        waiting = deque((i, self._generator(inputs)) for i, inputs in enumerate(batches))
+        count = len(self.program.inputs)
+        starts = range(0, len(inputs), count)
+        results: list[Any] = [None] * len(starts)
+        waiting = deque((i, self._start(self._turns, inputs[at : at + count])) for i, at in enumerate(starts))
         while waiting:
             i, batch = waiting.popleft()
             try:
                 next(batch)
             except StopIteration as end:
-                results[i] = end.value if len(end.value) > 1 else end.value[0]
+                results[i] = _alone(end.value)
             else:
                 waiting.append((i, batch))
         return results
-
-    def _generator(self, inputs: Sequence[Tensor]) -> Generator[None, None, tuple[Any, ...]]:
-        step, pieces = self._turns[self._range(inputs)]
-        assert step is not None
-        return step(pieces, self.weights, *inputs)
 
     def _range(self, inputs: Sequence[Tensor]) -> int:
         tokens = inputs[self._tokens].shape[0]
@@ -177,11 +175,15 @@ class Executable:
 
         Raises ValueError for a number of tokens in no range.
         """
-        return self._run(self._steps, inputs)
+        return _alone(self._start(self._steps, inputs))
 
-    def _run(self, steps: Steps, inputs: Sequence[Tensor]) -> Any:
+    def _start(self, steps: Steps, inputs: Sequence[Tensor]) -> Any:
+        """Return all that a step's function returns: results, or a generator of its turns."""
         step, pieces = steps[self._range(inputs)]
         if (recording := tape.current()) is not None:
             pieces = [partial(recording.piece, p) for p in pieces]
-        results = step(pieces, self.weights, *inputs)
-        return results if len(results) > 1 else results[0]
+        return step(pieces, self.weights, *inputs)
+
+
+def _alone(results: tuple[Any, ...]) -> Any:
+    return results if len(results) > 1 else results[0]

@@ -43,6 +43,9 @@ else:
         there = kind == "models" and (_MODELS / "SmolLM2-135M-Instruct" / "config.json").exists()
         caches.folder(kind).symlink_to(_MODELS if there else caches.make_private(_BUILD / f"{kind}-of-tests"))
 
+# Of Inductor tests want a few small kernels: processes beside, and headers compiled ahead, take more than they spare.
+os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()

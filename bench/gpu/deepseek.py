@@ -47,27 +47,31 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def measure(lazy: Lazy[Rank], sequences: int, length: int, mtp: bool, device: str) -> Row:
-    """Record a step, time its replays; add the network's time, alone and beside another batch of the same size."""
+    """Record a step, and MTP's behind it, time their replays; add the network's time, alone and beside another batch of
+    the same size."""
     rank = lazy()
     free = free_bytes(device)
     step = Step(rank, sequences, length, 2 if mtp else 1)
     recorder = recorder_for(torch.device(device))
     began = time.perf_counter()
     with torch.inference_mode():
-        recording = recorder.record(step, full=True)
+        recordings = [recorder.record(part, full=True) for part in (step, step.guess)[: 1 + mtp]]
     capture_s = time.perf_counter() - began
-    for _ in range(2):
+    for recording in recordings * 2:
         recording.replay()
-    compute_us, spread_us = median_us(recording.replay, device, repeats=7)
-    if not bool(torch.isfinite(recording.results[1].float()).all()):
-        raise RuntimeError("the step's hidden states are not finite")
+        if not bool(torch.isfinite(recording.results[1].float()).all()):
+            raise RuntimeError("the step's hidden states are not finite")
+    timed = [median_us(recording.replay, device, repeats=7) for recording in recordings]
+    compute_us, spread_us = map(sum, zip(*timed, strict=True))
     width, top_k = rank.raw["hidden_size"], rank.raw["num_experts_per_tok"]
     row = network(compute_us, step.tokens, sequences, step.moe_layers, width, top_k, mtp)
-    held = {"cache_bytes": step.cache_bytes, "step_bytes": max(free - free_bytes(device) - step.cache_bytes, 0)}
-    del step, recording, recorder
+    cache_bytes = sum(c.nbytes for c in step.caches)
+    held = {"cache_bytes": cache_bytes, "step_bytes": max(free - free_bytes(device) - cache_bytes, 0)}
+    del step, recording, recordings, recorder
     gc.collect()
     return row | held | {
         "spread_us": spread_us, "sequences": sequences, "context": length, "mtp": mtp, "capture_s": capture_s,
+        "mtp_us": timed[1][0] if mtp else 0.0,
     }  # fmt: skip
 
 

@@ -28,11 +28,11 @@ REAL: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
         "hidden_act": "silu", "tie_word_embeddings": False,
     },
-    "deepseek-r1": {  # with the module that predicts one token more (MTP) as a layer behind the 61
+    "deepseek-r1": {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "dtype": "bfloat16",
         "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
-        "num_hidden_layers": 62, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
-        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "num_hidden_layers": 61, "num_nextn_predict_layers": 1, "num_attention_heads": 128, "num_key_value_heads": 128,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
         "first_k_dense_replace": 3, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
         "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
         "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "rope_theta": 10000, "max_position_embeddings": 163840,
@@ -48,7 +48,7 @@ _SMALL = {
 _FEW = {
     "llama-3-8b": {}, "qwen3-30b-a3b": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
     "deepseek-r1": {
-        "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 4,
+        "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 3,
         "num_key_value_heads": 4, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
         "qk_rope_head_dim": 16, "v_head_dim": 64, "first_k_dense_replace": 1, "n_routed_experts": 16,
         "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from seamwise.kernels.contract import contract, rows_of
-from seamwise.kernels.cpu.tape import call
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.quant.quantize import (
@@ -132,7 +131,5 @@ def _padded(row_T: Any) -> str | None:
 def silu_mul_quant_composed(
     x_TI2: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None, row_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The activation by its own kernel, then quantize's meaning, which has none here; one row gains nothing by it."""
-    if x_TI2.numel() == x_TI2.shape[-1]:
-        return call(silu_mul_quant.meaning, x_TI2, dtype, group, scale)
-    return call(quantize.meaning, silu_mul.direct(x_TI2), dtype, group, scale)
+    """The two ops by their own kernels."""
+    return quantize(silu_mul.direct(x_TI2), dtype, group, scale)

@@ -285,39 +285,26 @@ int64_t compute(int64_t dtype, const Call& c, int64_t num_threads) {
 
 // dtype: 0 float32, 1 bfloat16, 2 float16; 4 more where the caches hold float8_e4m3fn. Strides count elements; out and
 // each (block, head) tile of a cache are contiguous, dim is a multiple of 16, scale > 0, num_threads is torch's; softcap
-// is a float's bits; sinks and the caches' scales may be null; scale_steps: 1 where each KV head has a scale of its own for
-// keys, and 2 for values; spared, where not null, gains the tiles that were read once for several requests, less one each.
+// is a float's bits; sinks and the caches' scales may be null; flags: 1 where each KV head has a scale of its own for
+// keys, 2 for values, 4 where sinks are bfloat16; spared, where not null, gains the tiles that were read once for several requests, less one each.
 // Returns first_error, and then has written nothing; -1 for a dtype that this machine cannot convert.
+//
+// Multi-head latent attention, absorbed, is attention over a cache (blocks, block_size, dim) with one row a token for all
+// heads, which is the key, and whose first value_dim elements are the value: kv_heads is 1, and both caches are that one.
 extern "C" int64_t seamwise_attention(int64_t dtype, void* out, const void* q, const void* k_cache, const void* v_cache,
                                       const int32_t* block_table, const int32_t* seq_lens, const int32_t* query_starts,
                                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t num_blocks,
-                                      int64_t block_size, int64_t dim, int64_t requests, int64_t table_width,
-                                      int64_t table_stride, int64_t q_token_stride, int64_t q_head_stride,
-                                      int64_t k_block_stride, int64_t k_head_stride, int64_t v_block_stride,
-                                      int64_t v_head_stride, int64_t window, int64_t softcap, const void* sinks,
-                                      int64_t narrow_sinks, const float* k_scale, const float* v_scale,
-                                      int64_t scale_steps, double scale, int64_t num_threads, int64_t* spared) {
+                                      int64_t block_size, int64_t dim, int64_t value_dim, int64_t requests,
+                                      int64_t table_width, int64_t table_stride, int64_t q_token_stride,
+                                      int64_t q_head_stride, int64_t k_block_stride, int64_t k_head_stride,
+                                      int64_t v_block_stride, int64_t v_head_stride, int64_t window, int64_t softcap,
+                                      const void* sinks, const float* k_scale, const float* v_scale, int64_t flags,
+                                      double scale, int64_t num_threads, int64_t* spared) {
     Call c{out, q, k_cache, v_cache, block_table, seq_lens, query_starts, tokens, heads, kv_heads, num_blocks,
-                 block_size, dim, dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
-                 {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale), 0.f, window, sinks,
-           narrow_sinks != 0, {k_scale, scale_steps & 1}, {v_scale, scale_steps >> 1}, spared};
+           block_size, dim, value_dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
+           {k_block_stride, k_head_stride}, {v_block_stride, v_head_stride}, float(scale), 0.f, window, sinks,
+           (flags & 4) != 0, {k_scale, flags & 1}, {v_scale, flags >> 1 & 1}, spared};
     std::memcpy(&c.softcap, &softcap, sizeof(float));
-    return compute(dtype, c, num_threads);
-}
-
-// Multi-head latent attention, absorbed: a cache (blocks, block_size, dim) with one row a token for all heads, which is
-// the key, and whose first value_dim elements are the value. As above otherwise.
-extern "C" int64_t seamwise_mla_decode(int64_t dtype, void* out, const void* q, const void* cache,
-                                       const int32_t* block_table, const int32_t* seq_lens, const int32_t* query_starts,
-                                       int64_t tokens, int64_t heads, int64_t num_blocks, int64_t block_size,
-                                       int64_t dim, int64_t value_dim, int64_t requests, int64_t table_width,
-                                       int64_t table_stride, int64_t q_token_stride, int64_t q_head_stride,
-                                       int64_t block_stride, const float* cache_scale, double scale,
-                                       int64_t num_threads, int64_t* spared) {
-    const Call c{out, q, cache, cache, block_table, seq_lens, query_starts, tokens, heads, 1, num_blocks,
-                 block_size, dim, value_dim, requests, table_width, table_stride, {q_token_stride, q_head_stride},
-                 {block_stride, 0}, {block_stride, 0}, float(scale), 0.f, 0, nullptr, false, {cache_scale, 0},
-                 {cache_scale, 0}, spared};
     return compute(dtype, c, num_threads);
 }
 

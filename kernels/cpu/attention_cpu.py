@@ -20,7 +20,6 @@ from .tape import Kernel, empty, launch
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SINKS = (torch.float32, torch.bfloat16)
 _ATTENTION = Kernel("attention_cpu.cpp", "seamwise_attention", seam=True)
-_MLA_DECODE = Kernel("attention_cpu.cpp", "seamwise_mla_decode", seam=True)
 _KV_APPEND = Kernel("kv_append_cpu.cpp", "seamwise_kv_append", seam=True)
 _FLOAT8 = 4  # added to a dtype's number: the caches are float8_e4m3fn
 
@@ -60,10 +59,6 @@ def _wrong_dtypes(names: str, dtype: torch.dtype, *caches: torch.dtype) -> str |
     return f"{names} must be float32, bfloat16 or float16 and the caches of that dtype or float8_e4m3fn, got {dtypes}"
 
 
-def _number(dtype: torch.dtype, cached: torch.dtype) -> int:
-    return _DTYPES[dtype] + (_FLOAT8 if cached == torch.float8_e4m3fn else 0)
-
-
 def _scale(scale: Tensor | None) -> tuple[int, int]:
     """Return a cache's scale's address, 0 for none, and how far a head's is from the next one's."""
     return (0, 0) if scale is None else (scale.data_ptr(), int(len(scale) > 1))
@@ -93,24 +88,32 @@ def attention_cpp(
     alibi_slopes_H: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute attention in C++. Raises ValueError when a value in the index tensors points outside its range."""
-    tokens, heads, dim = q_THD.shape
-    num_blocks, kv_heads, block_size, _ = k_cache.shape
-    requests, table_width = block_table_RB.shape
-    out_THD = empty(q_THD.shape, q_THD.dtype)
-    (k_at, k_step), (v_at, v_step) = _scale(k_scale), _scale(v_scale)
-    counter = _cascade.counter
+    return _attend(
+        "attention", q_THD, (k_cache, v_cache), q_THD.shape[2], (block_table_RB, seq_lens_R, query_starts_S), scale,
+        (k_scale, v_scale), window, softcap, sinks_H,
+    )  # fmt: skip
+
+
+def _attend(
+    op: str, q_THD: Tensor, caches: tuple[Tensor, Tensor], value_dim: int, index: tuple[Tensor, Tensor, Tensor],
+    scale: float, scales: tuple[Tensor | None, Tensor | None], window: int = 0, softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Call the kernel; caches (blocks, kv_heads, block_size, …), index: block table, lengths, where queries start."""
+    (tokens, heads, dim), (num_blocks, kv_heads, block_size, _) = q_THD.shape, caches[0].shape
+    out, counter = empty((tokens, heads, value_dim), q_THD.dtype), _cascade.counter
+    (k_at, k_step), (v_at, v_step) = map(_scale, scales)
     error = launch(
-        _ATTENTION, _number(q_THD.dtype, k_cache.dtype), out_THD.data_ptr(), q_THD.data_ptr(), k_cache.data_ptr(),
-        v_cache.data_ptr(), block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(),
-        tokens, heads, kv_heads, num_blocks, block_size, dim, requests, table_width, block_table_RB.stride(0),
-        *q_THD.stride()[:2], *k_cache.stride()[:2], *v_cache.stride()[:2], window,
-        *struct.unpack("i", struct.pack("f", softcap)), 0 if sinks_H is None else sinks_H.data_ptr(),
-        int(sinks_H is not None and sinks_H.dtype == torch.bfloat16), k_at, v_at, k_step + 2 * v_step, scale,
+        _ATTENTION, _DTYPES[q_THD.dtype] + _FLOAT8 * (caches[0].dtype == torch.float8_e4m3fn),
+        *(t.data_ptr() for t in (out, q_THD, *caches, *index)), tokens, heads, kv_heads, num_blocks, block_size, dim,
+        value_dim, *index[0].shape, index[0].stride(0), *(s for t in (q_THD, *caches) for s in t.stride()[:2]),
+        window, *struct.unpack("i", struct.pack("f", softcap)), 0 if sinks is None else sinks.data_ptr(),
+        k_at, v_at, k_step + 2 * v_step + 4 * (sinks is not None and sinks.dtype == torch.bfloat16), scale,
         torch.get_num_threads(), 0 if counter is None else counter.data_ptr(),
     )  # fmt: skip
     if error:
-        raise _error("attention", error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
-    return out_THD
+        raise _error(op, error, tokens, num_blocks, block_size, index)
+    return out
 
 
 def _refuses_mla_decode(q_THE: Tensor, cache: Tensor, scale: float, latent: int) -> str | None:
@@ -129,26 +132,14 @@ def mla_decode_cpp(
     latent: int, cache_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute latent attention in C++: one KV head, whose values are the first columns of its keys."""
-    tokens, heads, width = q_THE.shape
-    num_blocks, block_size, _ = cache.shape
-    requests, table_width = block_table_RB.shape
-    out_THC, counter = empty((tokens, heads, latent), q_THE.dtype), _cascade.counter
-    error = launch(
-        _MLA_DECODE, _number(q_THE.dtype, cache.dtype), out_THC.data_ptr(), q_THE.data_ptr(), cache.data_ptr(),
-        block_table_RB.data_ptr(), seq_lens_R.data_ptr(), query_starts_S.data_ptr(), tokens, heads, num_blocks,
-        block_size, width, latent, requests, table_width, block_table_RB.stride(0), *q_THE.stride()[:2],
-        cache.stride(0), _scale(cache_scale)[0], scale, torch.get_num_threads(),
-        0 if counter is None else counter.data_ptr(),
-    )  # fmt: skip
-    if error:
-        raise _error("mla_decode", error, tokens, num_blocks, block_size, block_table_RB, seq_lens_R, query_starts_S)
-    return out_THC
+    caches, index = (cache.unsqueeze(1),) * 2, (block_table_RB, seq_lens_R, query_starts_S)
+    return _attend("mla_decode", q_THE, caches, latent, index, scale, (cache_scale,) * 2)
 
 
 def _error(
-    op: str, error: int, tokens: int, num_blocks: int, block_size: int, block_table_RB: Tensor, seq_lens_R: Tensor,
-    query_starts_S: Tensor,
-) -> Exception:  # fmt: skip
+    op: str, error: int, tokens: int, num_blocks: int, block_size: int, index: tuple[Tensor, Tensor, Tensor]
+) -> Exception:
+    block_table_RB, seq_lens_R, query_starts_S = index
     if error < 0:
         return RuntimeError(f"{op}: this CPU has no float16 conversion; load the model with dtype=torch.float32")
     kind, r = divmod(error, 1 << 32)

@@ -30,6 +30,14 @@ inline Vec floats_of(__m256i half, int part) {
 }
 #else
 constexpr float kFloat8Unit = 1.f;
+
+// Those that have these bits, 0 … 255. Without exponent bits one is m 2^-9: 2^-6 (1 + m / 8) less 2^-6, for which no
+// float need be denormal.
+inline Vec float8_of(IntVec bits) {
+    const IntVec size = bits & 0x7f, small = size < 8;
+    const Vec wide = (Vec)(((size + (small & 8)) << 20) + (120 << 23)) - (Vec)(small & (121 << 23));
+    return (Vec)((IntVec)wide | ((size == 0x7f) & 0x7fc00000) | ((bits & 0x80) << 24));
+}
 #endif
 
 // kLanes of them as floats.
@@ -37,12 +45,10 @@ inline Vec widened(const Float8* p) {
 #if defined(__F16C__) && defined(__AVX2__)
     const __m128i bytes = kLanes == 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_loadl_epi64((const __m128i*)p);
     return floats_of(float16_of(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7)), 0);
-#else  // without exponent bits it is m 2^-9: 2^-6 (1 + m / 8) less 2^-6, for which no float need be denormal
+#else
     IntVec bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
-    const IntVec size = bits & 0x7f, small = size < 8;
-    const Vec wide = (Vec)(((size + (small & 8)) << 20) + (120 << 23)) - (Vec)(small & (121 << 23));
-    return (Vec)((IntVec)wide | ((size == 0x7f) & 0x7fc00000) | ((bits & 0x80) << 24));
+    return float8_of(bits);
 #endif
 }
 
@@ -107,12 +113,14 @@ struct Float8Words : WidenedWords<Float8> {
 #if defined(SEAMWISE_PAIRS)
 struct Float8Table {  // the bfloat16 of every magnitude
     alignas(64) uint16_t of[128] = {};
+    alignas(64) uint8_t bytes[256] = {};  // the low ones, then the high ones
     constexpr Float8Table() {
         for (int m = 1; m < 127; ++m) {
             const int top = m < 2 ? 0 : m < 4 ? 1 : 2;  // without exponent bits m counts 2^-9
             of[m] = uint16_t(m < 8 ? ((118 + top) << 7) + (((m << (3 - top)) & 7) << 4) : (120 << 7) + (m << 4));
         }
         of[127] = 0x7fc0;
+        for (int m = 0; m < 128; ++m) bytes[m] = of[m] & 255, bytes[128 + m] = of[m] >> 8;
     }
 };
 inline constexpr Float8Table kFloat8;
@@ -129,6 +137,21 @@ struct Float8Pairs : BFloat16Words {
         const __m512i size = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40)), low, high);
         const __m512i sign = _mm512_set1_epi16((short)0x8000);
         return (Vec)_mm512_ternarylogic_epi32(size, _mm512_slli_epi16(wide, 8), sign, 0xf8);  // size | (shifted & sign)
+    }
+
+    // 64 of them, half as many instructions each where tables have 128 bytes.
+    static void paired(const char* bytes, Vec* out) {
+#if defined(__AVX512VBMI__)
+        const __m512i *const table = (const __m512i*)kFloat8.bytes;
+        // eights in the order that is unpacked to theirs
+        const __m512i all = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(bytes));
+        const __m512i low = _mm512_permutex2var_epi8(table[0], all, table[1]);
+        const __m512i size = _mm512_permutex2var_epi8(table[2], all, table[3]);
+        const __m512i high = _mm512_ternarylogic_epi32(size, all, _mm512_set1_epi8((char)0x80), 0xf8);
+        out[0] = in_register((Vec)_mm512_unpacklo_epi8(low, high)), out[1] = in_register((Vec)_mm512_unpackhi_epi8(low, high));
+#else
+        for (int v = 0; v < 2; ++v) out[v] = in_register(paired(_mm256_loadu_si256((const __m256i*)bytes + v)));
+#endif
     }
 
     static void pack_keys(const float* const* keys, int words, float* panel, int64_t stride) {

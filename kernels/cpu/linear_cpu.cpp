@@ -20,14 +20,14 @@ namespace {
 constexpr int64_t kChunkBytes = 384 << 10;   // of x, which stays in the L2 cache while panels pass
 constexpr int64_t kSerialBytes = 96 << 10;   // of weights, times passes, below which one thread is faster
 
-// Rows [m0, m1) of one panel, in blocks of equal height.
+// Some rows of one panel, in blocks of equal height.
 template <class Words>
-void sweep(const Linear& c, Rows x, int64_t m0, int64_t m1, int64_t panel, const char* w, bool more) {
-    const int64_t rows = m1 - m0, blocks = (rows + kBlockRows - 1) / kBlockRows;
+void sweep(const Linear& c, Rows x, int64_t rows, int64_t panel, const char* w, bool more) {
+    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = rows * b / blocks, last = rows * (b + 1) / blocks;
         const NextPanel next{more ? c.panel(panel + 1) : nullptr, blocks, b};
-        rows_of<Words>(int(last - first), c, {x.at(first), x.stride}, m0 + first, panel, w, next);
+        rows_of<Words>(int(last - first), c, {x.at(first), x.stride}, first, panel, w, next);
     }
 }
 
@@ -57,13 +57,6 @@ Rows gathered(const Linear& c, int64_t count, RowAt row_at) {
     return {(const char*)to, int64_t(width * sizeof(float))};
 }
 
-// Returns rows [m0, m1) of x as blocks read them.
-template <class Words>
-Rows rows_for(const Linear& c, int64_t m0, int64_t m1) {
-    if constexpr (!kWiden<Words>) return {c.x + m0 * c.x_stride, c.x_stride};
-    return gathered<Words>(c, m1 - m0, [&](int64_t i) { return c.x + (m0 + i) * c.x_stride; });
-}
-
 // Returns a panel in memory of this thread: as bfloat16 words where those are multiplied, else as floats.
 template <class Words>
 const char* unpack(const Linear& c, int64_t panel) {
@@ -83,12 +76,12 @@ const char* unpack(const Linear& c, int64_t panel) {
     return (const char*)(to - c.words * kPanel * kTerms);
 }
 
-// Rows [m0, m1) of one panel; what several blocks of rows read is unpacked once.
+// Some rows of one panel; what several blocks of rows read is unpacked once.
 template <class Words>
-void sweep_panel(const Linear& c, Rows x, int64_t m0, int64_t m1, int64_t panel, bool more) {
+void sweep_panel(const Linear& c, Rows x, int64_t rows, int64_t panel, bool more) {
     if constexpr (Words::kScaled)
-        if (m1 - m0 > kBlockRows) return sweep<Unpacked>(c, x, m0, m1, panel, unpack<Words>(c, panel), more);
-    sweep<Words>(c, x, m0, m1, panel, c.panel(panel), more);
+        if (rows > kBlockRows) return sweep<Unpacked>(c, x, rows, panel, unpack<Words>(c, panel), more);
+    sweep<Words>(c, x, rows, panel, c.panel(panel), more);
 }
 
 float sum(const BFloat16* x, int64_t count) {
@@ -98,11 +91,8 @@ float sum(const BFloat16* x, int64_t count) {
         BFloat16 part[kStep] = {};
         if (count - k < kStep) std::memcpy(part, x + k, (count - k) * sizeof(BFloat16));
         const Vec pairs = load(count - k < kStep ? part : x + k);
-        if constexpr (kPairs) {
-            total = Pairs::multiply_add(total, (Vec)(0x3f803f80 - IntVec{}), pairs);
-        } else {
-            total = total + Pairs::widened(pairs, 0) + Pairs::widened(pairs, 1);
-        }
+        if constexpr (kPairs) total = Pairs::multiply_add(total, (Vec)(0x3f803f80 - IntVec{}), pairs);
+        else total = total + Pairs::widened(pairs, 0) + Pairs::widened(pairs, 1);
     }
     return horizontal_sum(total);
 }
@@ -120,51 +110,37 @@ int64_t resident_rows(const Linear& c) {
     return std::max<int64_t>(kChunkBytes / x_bytes / kBlockRows, 1) * kBlockRows;
 }
 
-template <class Words>
-int64_t run(Linear& c, int64_t num_threads) {
-    static thread_local Scratch sums;
-    if (c.offset) {
-        c.x_sums = sums.reserve(c.M * c.groups);
-        parallel_for(c.M > kBlockRows ? num_threads : 1, c.M,
-                     [&](int64_t m) { sum_groups(c, c.x + m * c.x_stride, c.x_sums + m * c.groups); });
-    }
-    const int64_t panels = (c.N + kPanel - 1) / kPanel, blocks = (c.M + kBlockRows - 1) / kBlockRows;
-    if (panels * c.panel_bytes * blocks < kSerialBytes) num_threads = 1;
-    // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
-    // Where there are fewer panels than threads, rows are shared out too.
-    const int64_t shares = panels < num_threads ? panels : num_threads;
-    const int64_t height = resident_rows<Words>(c);
-    int64_t chunks = (c.M + height - 1) / height;
-    if (chunks * shares < num_threads) chunks = num_threads / shares < blocks ? num_threads / shares : blocks;
-    parallel_for(num_threads, chunks * shares, [&](int64_t task) {
-        const int64_t chunk = task / shares, share = task % shares;
-        const int64_t m0 = c.M * chunk / chunks, m1 = c.M * (chunk + 1) / chunks;
-        const int64_t last = panels * (share + 1) / shares;
-        const Rows x = rows_for<Words>(c, m0, m1);
-        for (int64_t p = panels * share / shares; p < last; ++p) sweep_panel<Words>(c, x, m0, m1, p, p + 1 < last);
-    });
-    return 0;
-}
-
 // y[s] = x[s / top_k] w[e]ᵀ + bias[e] for the slots s in order[starts[e] … starts[e + 1]) of each expert e, whose panels
 // follow those of the one before; N is a multiple of 32. The other slots, from starts[experts] on, are zeros.
+// Without an order it is one layer, of all rows as they stand.
 // A task is some rows of one expert by a share of its panels; each expert is a linear layer of its own.
 template <class Words>
-int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* starts, int64_t experts, int64_t top_k,
-                    int64_t num_threads) {
+int64_t run(const Linear& all, const int32_t* order, const int32_t* starts, int64_t experts, int64_t top_k,
+            int64_t num_threads) {
     struct Task {
         int64_t expert, first, count;
     };
+    const int32_t whole[2] = {0, int32_t(all.M)};
+    if (!order) starts = whole, experts = 1;
     for (int64_t s = starts[experts]; s < all.M; ++s) std::memset(all.y + order[s] * all.y_stride, 0, all.y_stride);
+    const int64_t panels = (all.N + kPanel - 1) / kPanel, height = resident_rows<Words>(all);
+    const auto blocks = [&](int64_t e) -> int64_t { return (starts[e + 1] - starts[e] + kBlockRows - 1) / kBlockRows; };
+    int64_t passes = 0;
+    for (int64_t e = 0; e < experts; ++e) passes += blocks(e);
+    if (panels * all.panel_bytes * passes < kSerialBytes) num_threads = 1;
+    // A thread streams one contiguous share of the panels: handing out smaller ones cost 5 to 13 % at 32 and 128 rows.
+    // Where there are fewer panels than threads, rows are shared out too.
+    const int64_t shares = std::max<int64_t>(std::min(panels, num_threads), 1);
     static thread_local std::vector<Task> tasks;
     tasks.clear();
-    const int64_t panels = all.N / kPanel, height = resident_rows<Words>(all);
-    for (int64_t e = 0; e < experts; ++e)
-        for (int64_t m = starts[e]; m < starts[e + 1]; m += height)
-            tasks.push_back({e, m, std::min<int64_t>(height, starts[e + 1] - m)});
+    for (int64_t e = 0; e < experts; ++e) {
+        const int64_t rows = starts[e + 1] - starts[e];
+        int64_t chunks = (rows + height - 1) / height;
+        if (chunks * shares < num_threads) chunks = std::min(num_threads / shares, blocks(e));
+        for (int64_t i = 0; i < chunks; ++i)
+            tasks.push_back({e, starts[e] + rows * i / chunks, rows * (i + 1) / chunks - rows * i / chunks});
+    }
     const Task* task_at = tasks.data();  // another thread has another `tasks`
-    if (int64_t(tasks.size()) * panels * all.panel_bytes < kSerialBytes) num_threads = 1;
-    const int64_t shares = std::min(panels, num_threads);
     parallel_for(num_threads, tasks.size() * shares, [&](int64_t i) {
         const Task task = task_at[i / shares];
         const int64_t share = i % shares, last = panels * (share + 1) / shares;
@@ -172,25 +148,27 @@ int64_t run_grouped(const Linear& all, const int32_t* order, const int32_t* star
         Linear c = all;
         c.packed += first_panel * c.panel_bytes;
         if (c.bias) c.bias = (const char*)c.bias + task.expert * c.y_stride;
-        c.places = order + task.first;
-        const auto row_at = [&](int64_t m) { return c.x + c.places[m] / top_k * c.x_stride; };
+        if (order) c.places = order + task.first;
+        else c.y += task.first * c.y_stride;
+        const auto row = [&](int64_t m) { return order ? c.places[m] / top_k : task.first + m; };
+        const auto row_at = [&](int64_t m) { return c.x + row(m) * c.x_stride; };
         if constexpr (Words::kScaled) {
             static thread_local Scratch sums;
+            float* own = sums.reserve(task.count * c.groups);
             c.scale += first_panel * c.groups * kPanel;
             if (c.offset) {
                 c.offset += first_panel * c.groups * kPanel;
-                c.x_sums = sums.reserve(task.count * c.groups);
-                for (int64_t m = 0; m < task.count; ++m) sum_groups(c, row_at(m), c.x_sums + m * c.groups);
-            }
-            if (c.x_scale) {
-                float* own = sums.reserve(task.count * c.groups);
-                for (int64_t i = 0; i < task.count * c.groups; ++i)
-                    own[i] = all.x_scale[c.places[i / c.groups] / top_k * c.groups + i % c.groups];
+                for (int64_t m = 0; m < task.count; ++m) sum_groups(c, row_at(m), own + m * c.groups);
+                c.x_sums = own;
+            } else if (c.x_scale) {
+                for (int64_t m = 0; m < task.count; ++m)
+                    std::memcpy(own + m * c.groups, c.x_scale + row(m) * c.groups, c.groups * sizeof(float));
                 c.x_scale = own;
             }
         }
-        const Rows x = gathered<Words>(c, task.count, row_at);
-        for (int64_t p = panels * share / shares; p < last; ++p) sweep_panel<Words>(c, x, 0, task.count, p, p + 1 < last);
+        Rows x{row_at(0), c.x_stride};
+        if (order || kWiden<Words>) x = gathered<Words>(c, task.count, row_at);
+        for (int64_t p = panels * share / shares; p < last; ++p) sweep_panel<Words>(c, x, task.count, p, p + 1 < last);
     });
     return 0;
 }
@@ -221,7 +199,7 @@ extern "C" int64_t seamwise_pack_linear(const char* w, uint32_t* packed, int64_t
     return 0;
 }
 
-// y = x wᵀ + bias, or y[s] = x[s / top_k] w[e]ᵀ + bias[e] for experts' slots, where `order` is not null: see run_grouped.
+// y = x wᵀ + bias, or y[s] = x[s / top_k] w[e]ᵀ + bias[e] for experts' slots, where `order` is not null: see run.
 //
 // kind        of the words: 0 float32, 1 bfloat16, 2 int4, 3 int8, 4 float8. x is float32, bfloat16 or, for 4, float8
 // bias, y     float32 where `floats`, else bfloat16, for kinds from 2 on; else as x. bias may be null
@@ -240,7 +218,7 @@ extern "C" int64_t seamwise_linear(int64_t kind, const char* x, const char* pack
         Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, panel_bytes, terms};
         if (Words::kScaled)
             c.scale = scale, c.offset = offset, c.x_scale = x_scale, c.groups = (K + group - 1) / group, c.floats = floats;
-        return order ? run_grouped<Words>(c, order, starts, experts, top_k, num_threads) : run<Words>(c, num_threads);
+        return run<Words>(c, order, starts, experts, top_k, num_threads);
     };
     if (kind == 0) return call(Singles{});
     if (kind == 1) return call(Pairs{});

@@ -25,14 +25,11 @@ def launch_linear(
 ) -> Tensor:  # fmt: skip
     """Return `out` (…, N), written by the kernel; scales: those of weights, their offsets, those of x's rows."""
     (rows, stride), depth = rows_of(x), x.shape[-1]
-    scale, offset, x_scale, order_at, starts_at, bias_at = (
-        0 if t is None else t.data_ptr() for t in (*scales, order, starts, bias)
-    )
     launch(
-        _LINEAR, KINDS[packed.dtype], x.data_ptr(), packed.data_ptr(), bias_at, out.data_ptr(),
-        rows if order is None else order.shape[0], out.shape[-1], depth, stride * x.element_size(),
+        _LINEAR, KINDS[packed.dtype], x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        out.data_ptr(), rows if order is None else order.shape[0], out.shape[-1], depth, stride * x.element_size(),
         (out.stride(-2) if out.dim() > 1 else 0) * out.element_size(), int(out.dtype == torch.float32),
-        group or depth + depth % 2, scale, offset, x_scale, order_at, starts_at,
+        group or depth + depth % 2, *(0 if t is None else t.data_ptr() for t in (*scales, order, starts)),
         0 if starts is None else starts.shape[0] - 1, top_k, torch.get_num_threads(),
     )  # fmt: skip
     return out

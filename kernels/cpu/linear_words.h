@@ -177,9 +177,8 @@ struct Floats8 : Pairs {  // a word is two float8; where those are widened by wa
 #if defined(SEAMWISE_PAIRS)
     template <int V, int kFirst>
     static void weights(const char* w, Vec* out) {
-        const __m256i* bytes = (const __m256i*)w + kFirst;
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) out[v] = in_register(Float8Pairs::paired(_mm256_loadu_si256(bytes + v)));
+        static_assert(V == 2 && kFirst == 0);
+        Float8Pairs::paired(w, out);
     }
 #endif
     template <int V, int kFirst>
@@ -194,10 +193,12 @@ struct Floats8 : Pairs {  // a word is two float8; where those are widened by wa
             out[v] = floats_of(float16_of(lanes), v % kParts);
         }
 #else
+        typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
         for (int v = 0; v < V; ++v) {
-            Float8 column[kLanes];
-            for (int j = 0; j < kLanes; ++j) column[j].bits = w[2 * (v * kLanes + j) + input];
-            out[v] = ::widened(column);
+            Shorts both;
+            std::memcpy(&both, w + v * sizeof(both), sizeof(both));
+            const IntVec bits = __builtin_convertvector(both, IntVec);
+            out[v] = float8_of(input == 0 ? bits & 0xff : bits >> 8);
         }
 #endif
     }

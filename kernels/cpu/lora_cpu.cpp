@@ -15,26 +15,14 @@ constexpr int64_t kRanks = 16, kWide = 256; // ranks, and columns of y, of a tas
 constexpr int64_t kSerialBytes = 96 << 10;  // of adapters, below which one thread is faster
 
 struct Words32 : Singles {
-    using Element = float;
-    static constexpr int kStep = kLanes;
     static Vec multiply_add(Vec sum, Vec a, Vec x) { return accumulate(sum, a, x); }
-    static Vec wide(const float* p) { return load(p); }
-    static float one(float x) { return x; }
 };
 
 struct Words16 : Pairs {
-    using Element = BFloat16;
-    static constexpr int kStep = 2 * kLanes;
     static Vec multiply_add(Vec sum, Vec a, Vec x) {
         if constexpr (kPairs) return Pairs::multiply_add(sum, a, x);
         sum = accumulate(sum, Pairs::widened(a, 0), Pairs::widened(x, 0));
         return accumulate(sum, Pairs::widened(a, 1), Pairs::widened(x, 1));
-    }
-    static Vec wide(const BFloat16* p) { return ::widened(p); }
-    static float one(BFloat16 x) {
-        float wide;
-        ::widen(&x, &wide, 1);
-        return wide;
     }
 };
 
@@ -84,7 +72,7 @@ __attribute__((always_inline)) inline void ask_for(const char* from, int64_t byt
 // The dot products of M rows with kC ranks, at out[m kC + c].
 template <class Words, int M>
 void dots(const char* const* x, const char* const* a, int64_t D, float* out) {
-    using Element = typename Words::Element;
+    using Element = typename Words::Input;
     Vec sum[kLanes] = {};
     const auto add = [&](const char* const* rows, const char* const* ranks, int64_t at) __attribute__((always_inline)) {
         Vec weight[kC];
@@ -97,7 +85,7 @@ void dots(const char* const* x, const char* const* a, int64_t D, float* out) {
             for (int c = 0; c < kC; ++c) sum[m * kC + c] = Words::multiply_add(sum[m * kC + c], weight[c], row);
         }
     };
-    const int64_t whole = D / Words::kStep, left = D % Words::kStep;
+    const int64_t step = kLanes * Words::kPerWord, whole = D / step, left = D % step;
     for (int64_t i = 0; i < whole; ++i) add(x, a, i * kLanes * 4);
     if (left) {
         char tail[M + kC][kLanes * 4] = {};
@@ -122,7 +110,7 @@ inline void dots_of(int rows, const char* const* x, const char* const* a, int64_
 // s of a block's rows, ranks [first, last).
 template <class Words>
 void shrink(const Problem& p, const Sorted& sorted, const Sorted::Block& block, int64_t first, int64_t last) {
-    using Element = typename Words::Element;
+    using Element = typename Words::Input;
     const int64_t* order = sorted.order + block.first;
     if (block.adapter < 0) {
         for (int64_t i = 0; i < block.count; ++i)
@@ -150,7 +138,7 @@ void shrink(const Problem& p, const Sorted& sorted, const Sorted::Block& block, 
 // y + scaling · (s b) of M rows, `columns` of them from n on, at most V vectors; s are floats, R a row.
 template <class Words, int M, int V>
 void update(const Problem& p, const int64_t* order, const float* s, const char* b, float scaling, int64_t n, int columns) {
-    using Element = typename Words::Element;
+    using Element = typename Words::Input;
     const bool full = columns == V * kLanes;
     Vec sum[M][V] = {};
     for (int64_t r = 0; r < p.R; ++r) {
@@ -159,7 +147,7 @@ void update(const Problem& p, const int64_t* order, const float* s, const char* 
         if (!full) std::memset(tail, 0, sizeof(tail)), std::memcpy(tail, at, columns * sizeof(Element)), at = tail;
         Vec weight[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) weight[v] = in_register(Words::wide(at + v * kLanes));
+        for (int v = 0; v < V; ++v) weight[v] = in_register(widened(at + v * kLanes));
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
             const Vec one = splat(s[m * p.R + r]);
@@ -176,7 +164,7 @@ void update(const Problem& p, const int64_t* order, const float* s, const char* 
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             const int left = columns - v * kLanes;
-            const Vec total = Words::wide(y + v * kLanes) + sum[m][v] * splat(scaling);
+            const Vec total = widened(y + v * kLanes) + sum[m][v] * splat(scaling);
             if (left > 0) Words::put(out + v * kLanes, total, left < kLanes ? left : kLanes);
         }
     }
@@ -195,7 +183,7 @@ inline void update_of(int rows, const Problem& p, const int64_t* order, const fl
 // Columns [first, last) of slice `slice` of a block's rows of y.
 template <class Words>
 void expand(const Problem& p, const Sorted& sorted, const Sorted::Block& block, int64_t slice, int64_t first, int64_t last) {
-    using Element = typename Words::Element;
+    using Element = typename Words::Input;
     const int64_t* order = sorted.order + block.first;
     if (block.adapter < 0) {
         for (int64_t i = 0; i < block.count; ++i)
@@ -207,7 +195,7 @@ void expand(const Problem& p, const Sorted& sorted, const Sorted::Block& block, 
     float* s = scratch.reserve(block.count * p.R);
     for (int64_t i = 0; i < block.count; ++i) {
         const Element* from = (const Element*)(p.x + order[i] * p.x_stride) + slice * p.R;
-        for (int64_t r = 0; r < p.R; ++r) s[i * p.R + r] = Words::one(from[r]);
+        widen(from, s + i * p.R, int(p.R));
     }
     const char* b = p.weight + block.adapter * p.R * p.N * sizeof(Element);
     const auto columns_of = [&](int64_t n) __attribute__((always_inline)) {
@@ -232,7 +220,7 @@ int64_t run_shrink(const Problem& p, const Index* adapter, int64_t threads) {
     const Sorted sorted(adapter, p.T, p.L);
     if (sorted.wrong) return sorted.wrong;
     const int64_t parts = (p.R + kRanks - 1) / kRanks, tasks = sorted.num_blocks * parts;
-    if (sorted.num_blocks * p.R * p.D * int64_t(sizeof(typename Words::Element)) < kSerialBytes) threads = 1;
+    if (sorted.num_blocks * p.R * p.D * int64_t(sizeof(typename Words::Input)) < kSerialBytes) threads = 1;
     parallel_for(threads, tasks, [&](int64_t task) {
         const int64_t first = task % parts * kRanks, last = first + kRanks < p.R ? first + kRanks : p.R;
         shrink<Words>(p, sorted, sorted.blocks[task / parts], first, last);
@@ -246,7 +234,7 @@ int64_t run_expand(const Problem& p, const Index* adapter, int64_t threads) {
     if (sorted.wrong) return sorted.wrong;
     int64_t parts = 0;
     for (int64_t i = 0; i < p.P; ++i) parts += (p.ends[i] - (i ? p.ends[i - 1] : 0) + kWide - 1) / kWide;
-    if (sorted.num_blocks * p.R * p.N * int64_t(sizeof(typename Words::Element)) < kSerialBytes) threads = 1;
+    if (sorted.num_blocks * p.R * p.N * int64_t(sizeof(typename Words::Input)) < kSerialBytes) threads = 1;
     parallel_for(threads, sorted.num_blocks * parts, [&](int64_t task) {
         int64_t part = task % parts, slice = 0, begin = 0;
         for (;; begin = p.ends[slice++]) {

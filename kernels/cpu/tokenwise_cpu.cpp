@@ -1,12 +1,13 @@
-// Row-wise ops on the CPU: rms_norm, add_rms_norm, rope, silu_mul, gather_rows, rope_table, argmax; float32 and
-// bfloat16.
+// Row-wise ops on the CPU: rms_norm, add_rms_norm, quantize, rope, silu_mul, gather_rows, rope_table, argmax; float32
+// and bfloat16.
 //
 // Arithmetic is float32; a result is rounded where the op's meaning rounds it, so this file is compiled with
 // -ffp-contract=off: rope, and all of a norm but its sum, then have the meaning's bits. Rows never share work, so a
 // row's result does not depend on its batch.
 #include <algorithm>
+#include <type_traits>
 
-#include "cpu_gemm.h"
+#include "cpu_float8.h"
 #include "cpu_threads.h"
 
 namespace {
@@ -28,8 +29,8 @@ struct Part {
     int count;
 };
 
-inline Vec get(const float* p, Whole) { return load(p); }
-inline Vec get(const BFloat16* p, Whole) { return widened(p); }
+template <class T>
+inline Vec get(const T* p, Whole) { return widened(p); }
 inline void put(float* p, Vec v, Whole) { store(p, v); }
 
 #if defined(__AVX512BF16__)  // its conversion takes a subnormal for 0
@@ -67,6 +68,13 @@ inline Vec round_as(const BFloat16*, Vec v) {
 }
 #endif
 inline Vec round_as(const float*, Vec v) { return v; }
+inline void put(Float8* p, Vec v, Whole) { narrow(v, p); }
+inline void put(int8_t* p, Vec v, Whole) {  // to nearest even, saturated at 127; NaN is 0
+    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+    const Vec held = max(splat(-127.f), -max(splat(-127.f), -v)), magic = splat(12582912.f);  // 1.5 * 2^23
+    const Bytes bytes = __builtin_convertvector((IntVec)(held + magic) & (v == v), Bytes);
+    std::memcpy(p, &bytes, sizeof(bytes));
+}
 
 template <class T>
 inline Vec get(const T* p, Part part) {
@@ -112,6 +120,25 @@ void norm_row(const T* x, const T* residual, const T* weight, T* out, T* total, 
     over_vectors(D, [&](int64_t i, auto size) {
         put(out + i, round_as(x, get(source + i, size) * scale) * get(weight + i, size), size);
     });
+}
+
+// ---- quantization, each group by its largest magnitude, NaN above all, or by a given scale ----
+template <class T, class Q>
+float quantize_group(const T* x, Q* out, int64_t n, const float* given) {
+    IntVec most = {};  // magnitudes are ordered as integers are
+    over_vectors(n, [&](int64_t i, auto size) {
+        const IntVec bits = (IntVec)get(x + i, size) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    });
+    int32_t largest = 0;
+    for (int j = 0; j < kLanes; ++j) largest = std::max(largest, most[j]);
+    float scale;
+    std::memcpy(&scale, &largest, sizeof(scale));
+    constexpr bool kInt8 = std::is_same_v<Q, int8_t>;  // which has no NaN, so that the scale tells of one
+    scale = (scale < 1e-10f ? 1e-10f : scale) / (kInt8 ? 127.f : 448.f);
+    if (given && !(kInt8 && scale != scale)) scale = *given;
+    over_vectors(n, [&](int64_t i, auto size) { put(out + i, get(x + i, size) / splat(scale), size); });
+    return scale;
 }
 
 // ---- silu(gate) * up ----
@@ -176,6 +203,25 @@ extern "C" int64_t seamwise_norm(int64_t dtype, const void* x, const void* resid
             T *to = (T*)out + r * D, *sum = (T*)total + r * D;
             if (residual) norm_row<true>(from, (const T*)residual + r * ldr, w, to, sum, D, float(eps));
             else norm_row<false>(from, from, w, to, to, D, float(eps));
+        });
+    });
+}
+
+// out (rows, D) and scales (rows, ceil(D / group)) of x; int8: out holds those, else float8. given: one scale, or null.
+extern "C" int64_t seamwise_quantize(int64_t dtype, int64_t int8, const void* x, char* out, float* scales,
+                                     const float* given, int64_t rows, int64_t D, int64_t group, int64_t ldx,
+                                     int64_t threads) {
+    const int64_t groups = (D + group - 1) / group;
+    return with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        over_rows(rows, int64_t(sizeof(T)) * D * 3, threads, [&](int64_t r) {
+            for (int64_t g = 0, d = 0; g < groups; ++g, d += group) {
+                const T* from = (const T*)x + r * ldx + d;
+                char* to = out + r * D + d;
+                const int64_t n = std::min(group, D - d);
+                scales[r * groups + g] = int8 ? quantize_group(from, (int8_t*)to, n, given)
+                                              : quantize_group(from, (Float8*)to, n, given);
+            }
         });
     });
 }

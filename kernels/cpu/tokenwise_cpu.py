@@ -12,6 +12,8 @@ from seamwise.kernels.norm.add_rms_norm import add_rms_norm
 from seamwise.kernels.norm.rms_norm import rms_norm
 from seamwise.kernels.position.rope import refuses_rope, rope
 from seamwise.kernels.position.rope_table import rope_table
+from seamwise.kernels.quant.quantize import quantize
+from seamwise.kernels.signature import cdiv
 
 from .dtypes import DTYPES, one_dtype
 from .tape import Kernel, empty, launch
@@ -19,23 +21,28 @@ from .tape import Kernel, empty, launch
 _FLAGS = ("-ffp-contract=off",)  # products and sums round apart, as torch's do
 
 
-def _kernel(symbol: str) -> Kernel:
-    return Kernel("tokenwise_cpu.cpp", symbol, extra=_FLAGS)
+def _kernel(op: str) -> Kernel:
+    return Kernel("tokenwise_cpu.cpp", f"seamwise_{op}", extra=_FLAGS)
 
 
-_NORM, _ROPE, _SILU_MUL = _kernel("seamwise_norm"), _kernel("seamwise_rope"), _kernel("seamwise_silu_mul")
-_ROPE_TABLE, _GATHER, _ARGMAX = map(_kernel, ("seamwise_rope_table", "seamwise_gather", "seamwise_argmax"))
+_NORM, _ROPE, _SILU_MUL, _QUANTIZE = map(_kernel, ("norm", "rope", "silu_mul", "quantize"))
+_ROPE_TABLE, _GATHER, _ARGMAX = map(_kernel, ("rope_table", "gather", "argmax"))
+
+
+def _norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    (rows, stride), (_, residual_stride) = rows_of(x_TD), rows_of(x_TD if residual_TD is None else residual_TD)
+    out, total = empty(x_TD.shape, x_TD.dtype), x_TD if residual_TD is None else empty(x_TD.shape, x_TD.dtype)
+    launch(
+        _NORM, DTYPES[x_TD.dtype], x_TD.data_ptr(), 0 if residual_TD is None else residual_TD.data_ptr(),
+        weight_D.data_ptr(), out.data_ptr(), total.data_ptr(), rows, x_TD.shape[-1], stride, residual_stride,
+        float(eps), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, total
 
 
 @rms_norm.provider("cpp", devices=("cpu",), refuses=lambda x_TD, weight_D: one_dtype(x_TD, weight_D), launches=True)
 def rms_norm_cpp(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    rows, stride = rows_of(x_TD)
-    out = empty(x_TD.shape, x_TD.dtype)
-    launch(
-        _NORM, DTYPES[x_TD.dtype], x_TD.data_ptr(), 0, weight_D.data_ptr(), out.data_ptr(), 0,
-        rows, x_TD.shape[-1], stride, 0, float(eps), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return _norm(x_TD, None, weight_D, eps)[0]
 
 
 @add_rms_norm.provider(
@@ -43,14 +50,20 @@ def rms_norm_cpp(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     refuses=lambda x_TD, residual_TD, weight_D: one_dtype(x_TD, residual_TD, weight_D),
 )  # fmt: skip
 def add_rms_norm_cpp(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    (rows, stride), (_, residual_stride) = rows_of(x_TD), rows_of(residual_TD)
-    out, total = empty(x_TD.shape, x_TD.dtype), empty(x_TD.shape, x_TD.dtype)
+    return _norm(x_TD, residual_TD, weight_D, eps)
+
+
+@quantize.provider("cpp", devices=("cpu",), refuses=lambda x_TD: one_dtype(x_TD), launches=True)
+def quantize_cpp(
+    x_TD: Tensor, dtype: torch.dtype, group: int = 0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    (rows, stride), width = rows_of(x_TD), x_TD.shape[-1]
+    out, scales = empty(x_TD.shape, dtype), empty((*x_TD.shape[:-1], cdiv(width, group or width)), torch.float32)
     launch(
-        _NORM, DTYPES[x_TD.dtype], x_TD.data_ptr(), residual_TD.data_ptr(), weight_D.data_ptr(), out.data_ptr(),
-        total.data_ptr(), rows, x_TD.shape[-1], stride, residual_stride, float(eps),
-        torch.get_num_threads(),
+        _QUANTIZE, DTYPES[x_TD.dtype], int(dtype == torch.int8), x_TD.data_ptr(), out.data_ptr(), scales.data_ptr(),
+        0 if scale is None else scale.data_ptr(), rows, width, group or width, stride, torch.get_num_threads(),
     )  # fmt: skip
-    return out, total
+    return out, scales
 
 
 def _refuses_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> str | None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from seamwise.kernels.contract import contract
-from seamwise.kernels.cpu.tape import call
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.quant.quantize import SCHEME, limits_scheme, quantize, refuses_group
 
@@ -53,6 +52,6 @@ add_rms_norm_quant.provider("triton", devices=("cuda",), refuses=refuses_group, 
 def add_rms_norm_quant_composed(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm by its own kernel, then quantize's meaning, which has none here."""
+    """The two ops by their own kernels."""
     normed_TD, total_TD = add_rms_norm.direct(x_TD, residual_TD, weight_D, eps)
-    return *call(quantize.meaning, normed_TD, *scheme), total_TD
+    return *quantize(normed_TD, *scheme), total_TD

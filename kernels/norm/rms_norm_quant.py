@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from seamwise.kernels.contract import Build, contract, rows_of
-from seamwise.kernels.cpu.tape import call
 from seamwise.kernels.draw import Draw
 from seamwise.kernels.lazy_triton import tl, triton
 from seamwise.kernels.quant.quantize import (
@@ -103,5 +102,5 @@ def rms_norm_quant_triton(x_TD: Tensor, weight_D: Tensor, eps: float, *scheme: A
 
 @rms_norm_quant.provider("composed", devices=("cpu", "cuda"), strided=True, launches=True, composed=True)
 def rms_norm_quant_composed(x_TD: Tensor, weight_D: Tensor, eps: float, *scheme: Any) -> tuple[Tensor, Tensor]:
-    """The norm by its own kernel, then quantize's meaning, which has none here."""
-    return call(quantize.meaning, rms_norm.direct(x_TD, weight_D, eps), *scheme)
+    """The two ops by their own kernels."""
+    return quantize(rms_norm.direct(x_TD, weight_D, eps), *scheme)

@@ -19,7 +19,7 @@ from seamwise.passes.graph import arguments, aten, given, inserting, is_op, repl
 from seamwise.passes.pack_linear import int_arguments, replaced_by
 from seamwise.passes.rewrite import rewrite_each
 
-from .quantize_linear import ACTIVATIONS, BLOCK, keeps_input, why_unserved
+from .quantize_linear import BLOCK, keeps_input, why_unserved
 
 
 def quantize_experts(node: Node) -> str | None:
@@ -32,7 +32,7 @@ def quantize_experts(node: Node) -> str | None:
         return reason or _read_integers(node, plain)
     x, _, order, starts, top_k, *bias = node.args
     with inserting(node.graph, node, like=node) as proxy:
-        both = quantize(proxy(x), ACTIVATIONS[plain.format], BLOCK if plain.columns else 0)
+        both = quantize(proxy(x), getattr(torch, plain.format), BLOCK if plain.columns else 0)
         q, s = (operator.getitem(both, i) for i in range(2))
         y = grouped_scaled_linear(
             q, s, proxy(stored), aten.to.dtype(proxy(scale), torch.float32), proxy(order), proxy(starts), top_k,

@@ -25,7 +25,6 @@ from seamwise.passes.matcher import Excuse, Miss
 from seamwise.passes.rewrite import Pass, Report
 
 BLOCK = 128
-ACTIVATIONS = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def quantize_linears(module: GraphModule, report: Report) -> None:
@@ -140,7 +139,7 @@ def _rewrite(node: Node, parts: list[Node], quantized: dict[tuple[Any, ...], Nod
     if not stays and key not in quantized:
         static = _joined_input_scale(node.graph, parts)
         with inserting(node.graph, node, like=node) as proxy:
-            both = quantize(proxy(x), ACTIVATIONS[format], BLOCK if columns else 0, proxy(static))
+            both = quantize(proxy(x), getattr(torch, format), BLOCK if columns else 0, proxy(static))
             quantized[key] = both.node
     with inserting(node.graph, node, like=node) as proxy:
 

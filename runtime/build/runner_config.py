@@ -71,7 +71,7 @@ class RunnerConfig:
     return_hidden_states  a step may ask for what its logits are computed from (StepInput.hidden_states)
     pooler         how texts become vectors, where the model pools: steps give hidden states, and logits of width 0
     dbo_decode_token_threshold, dbo_prefill_token_threshold  with enable_dbo: fewest tokens of a step that is taken as
-                   two, where every request decodes one token, and of any other; it is not recorded. Unmeasured: vLLM's
+                   two, where every request decodes one token, and of any other. Unmeasured: vLLM's
     eplb           how experts are balanced over ranks while requests run; None: they stay where they are
     max_recorded_requests  most requests of a full recording, and most rows of logits of any (0: nothing is recorded)
     cudagraph_capture_sizes  numbers of tokens that piecewise recordings are padded to; larger steps run op by op

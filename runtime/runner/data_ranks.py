@@ -8,6 +8,7 @@ token, so that a recorded decode step serves it; else rows that no request owns.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,33 +21,33 @@ from seamwise.runtime.build.runner_config import RunnerConfig
 from seamwise.runtime.build.step import FIELDS, StepInput, empty_step, step_of_padding
 
 
-def agree(batch: StepInput, options: RunnerConfig) -> list[StepInput]:
+def agree(batch: StepInput, options: RunnerConfig) -> tuple[list[StepInput], list[int]]:
     """Return this rank's step as all ranks take it, of no tokens where no rank has any; or the two that it is taken as.
 
-    Two that take turns (enable_dbo) are taken where no rank votes against it. Every rank must call it.
+    Beside it: how many of the first rows of each one's logits are this rank's own. Two that take turns (enable_dbo) are
+    taken where no rank votes against it. Every rank must call it.
     """
     exchange.forget()  # of a step that failed
-    parts = halves(batch, options) if options.enable_dbo else None
-    against = bool(batch.num_tokens) and parts is None
-    first, second = parts or (batch, empty_step())
-    mixed = any(p.num_tokens > 0 and not p.num_tokens == p.num_requests == len(p.logit_rows) for p in (first, second))
-    own = [batch.num_tokens, int(mixed), int(against), first.num_tokens, second.num_tokens]
+    cut = halves(batch, options) if options.enable_dbo else None
+    against = bool(batch.num_tokens) and cut is None
+    parts: Sequence[StepInput] = cut or (batch, empty_step())
+    mixed = any(p.num_tokens > 0 and not p.num_tokens == p.num_requests == len(p.logit_rows) for p in parts)
+    own = [batch.num_tokens, int(mixed), int(against), *(p.num_tokens for p in parts)]
     most = torch.tensor(own, device=options.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    most_tokens, any_mixed, any_against, *each = most.tolist()
-    if not most_tokens:
-        return [batch]
-    if options.enable_dbo and not any_against:
-        return [_padded(p, n, bool(any_mixed)) for p, n in zip((first, second), each, strict=True)]
-    sizes = options.capture_sizes
-    if any_mixed and "piecewise" in options.recorded_modes and most_tokens <= sizes[-1]:
-        most_tokens = sizes[bisect_left(sizes, most_tokens)]  # it may be recorded on one rank and not on another
-    return [_padded(batch, most_tokens, bool(any_mixed))]
+    most_tokens, any_mixed, any_against, *sizes = most.tolist()
+    if not options.enable_dbo or any_against or not most_tokens:
+        parts, sizes = (batch,), [most_tokens]
+    padded = [_padded(p, n, bool(any_mixed), options) for p, n in zip(parts, sizes, strict=True)]
+    return padded, [len(p.logit_rows) for p in parts]
 
 
-def _padded(batch: StepInput, tokens: int, mixed: bool) -> StepInput:
+def _padded(batch: StepInput, tokens: int, mixed: bool, options: RunnerConfig) -> StepInput:
     if not mixed:
         return _with_requests(batch, tokens - batch.num_tokens)
+    sizes = options.capture_sizes
+    if "piecewise" in options.recorded_modes and tokens <= sizes[-1]:
+        tokens = sizes[bisect_left(sizes, tokens)]  # it may be recorded on one rank and not on another
     return _with_rows(batch if batch.num_tokens else step_of_padding(), tokens)
 
 
@@ -62,21 +63,18 @@ def halves(batch: StepInput, options: RunnerConfig) -> tuple[StepInput, StepInpu
         return None
     starts = batch.query_starts
     cut = int((starts[1:-1] - batch.num_tokens / 2).abs().argmin()) + 1
-    at = int(starts[cut])
-    known = int((rows < at).sum())
 
-    def part(tokens: slice, requests: slice, wanted: slice, first: int) -> StepInput:
-        last = requests.stop if requests.stop is None else requests.stop + 1
+    def part(first: int, last: int) -> StepInput:
+        start, end = starts[[first, last]].tolist()
         return replace(
             batch, adapter_slots=None, request_slots=None, request_generations=None,
-            token_ids=batch.token_ids[tokens], positions=batch.positions[tokens],
-            slot_mapping=batch.slot_mapping[tokens], block_table=batch.block_table[requests],
-            seq_lens=batch.seq_lens[requests], query_starts=starts[requests.start : last] - first,
-            logit_rows=rows[wanted] - first,
+            token_ids=batch.token_ids[start:end], positions=batch.positions[start:end],
+            slot_mapping=batch.slot_mapping[start:end], block_table=batch.block_table[first:last],
+            seq_lens=batch.seq_lens[first:last], query_starts=starts[first : last + 1] - start,
+            logit_rows=rows[(rows >= start) & (rows < end)] - start,
         )  # fmt: skip
 
-    behind = part(slice(at, None), slice(cut, None), slice(known, None), at)
-    return part(slice(0, at), slice(0, cut), slice(0, known), 0), behind
+    return part(0, cut), part(cut, batch.num_requests)
 
 
 def _with_requests(batch: StepInput, count: int) -> StepInput:

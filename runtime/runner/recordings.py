@@ -4,6 +4,7 @@ Full       a step that computes as many tokens of each request, all their logits
            verification of drafts; seams and all
 Piecewise  any other step: its tokens padded to the next of some sizes, recorded between seams, which run eagerly on the
            step's own ragged metadata
+InTurns    a step that is taken as two batches in turns (enable_dbo), both on one recording in the order of their turns
 Eager      what no recording serves, op by op
 
 Modes are named as vLLM's: https://docs.vllm.ai/en/latest/design/cuda_graphs.html
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,26 +52,43 @@ class Piecewise(NamedTuple):
     adapters: bool = False
 
 
+class InTurns(NamedTuple):
+    """The recording of two batches that take turns, by what each would be alone: both full, or both piecewise."""
+
+    first: Full | Piecewise
+    second: Full | Piecewise
+
+
 class Eager(NamedTuple):
-    """No recording; why: "eager": none serves such a step, "over_budget": there is no memory for it."""
+    """No recording; why: "eager": none serves such a step, "over_budget": there is no memory for it, "empty": there is
+    nothing to compute."""
 
     why: str = "eager"
 
 
-class Empty(NamedTuple):
-    """A step of no tokens."""
+Single = Full | Piecewise
+Key = Single | InTurns
+Kind = Key | Eager
 
 
-Key = Full | Piecewise
-Kind = Key | Eager | Empty
+def batches_of(key: Key) -> tuple[Single, ...]:
+    """Return what a recording is of each of its batches."""
+    return tuple(key) if isinstance(key, InTurns) else (key,)
+
+
+def mode_of(key: Key) -> str:
+    """Return "full" or "piecewise"."""
+    return "full" if isinstance(batches_of(key)[0], Full) else "piecewise"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturePlan:
     """What may be recorded, and the bytes it takes: of values that are alive at once, and of buffers for inputs.
 
-    keys   piecewise sizes, and the largest full steps: smaller ones take less
-    calls  of a replay, by mode: recordings, and seams between them
+    keys   piecewise sizes, and the largest full steps: smaller ones take less; and two batches of the largest in turns
+    calls  of a replay of one batch, by mode: recordings, and seams between them
+    paired  modes in which two batches that take turns are recorded as one, each with buffers of its own. Piecewise on a
+            CPU alone: at a seam a CUDA graph ends, and nothing may be under way that it has begun
     All recordings share memory: together they take what the largest does.
     """
 
@@ -82,35 +100,41 @@ class CapturePlan:
     sizes: dict[str, int]
     budget_bytes: int
     adapters: bool = False
+    paired: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, program: Program, options: RunnerConfig) -> CapturePlan:
         """Return the plan of a compiled model."""
         rows, most_each = options.max_recorded_requests, 1 + options.num_speculative_tokens
-        possible: dict[str, list[Key]] = {
+        possible: dict[str, list[Single]] = {
             "full": [Full(rows, n) for n in sorted({1, most_each})],
             "piecewise": [Piecewise(n) for n in options.capture_sizes],
         }
-        keys = tuple(key for mode in options.recorded_modes for key in possible[mode])
+        singles = [key for mode in options.recorded_modes for key in possible[mode]]
+        held = options.recorded_modes if torch.device(options.device).type == "cpu" else ("full",)
+        paired = tuple(mode for mode in held if options.enable_dbo and mode in options.recorded_modes)
+        pairs = [InTurns(possible[mode][-1], possible[mode][-1]) for mode in paired]
         return cls(
-            keys=keys, calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
+            keys=(*singles, *pairs), calls={"full": 1, "piecewise": len(program.calls) + program.num_seam_calls},
             token_bytes=program.token_bytes, logit_bytes=program.logit_bytes, max_rows=rows,
             sizes=sizes_of(
-                max((key.tokens for key in keys), default=0), rows, options.max_blocks, len(program.kv_groups)
+                max((key.tokens for key in singles), default=0), rows, options.max_blocks, len(program.kv_groups)
             ),
-            budget_bytes=options.max_recorded_bytes,
-            adapters=options.pipeline.max_loras > 0,
+            budget_bytes=options.max_recorded_bytes, adapters=options.pipeline.max_loras > 0, paired=paired,
         )  # fmt: skip
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the buffers for inputs, which all recordings share."""
-        return num_bytes(self.sizes, self.adapters) if self.keys else 0
+        return (1 + bool(self.paired)) * num_bytes(self.sizes, self.adapters) if self.keys else 0
 
     def num_bytes(self, key: Key) -> int:
         """Return what a recording takes, with the buffers for inputs."""
-        rows = key.tokens if isinstance(key, Full) else min(key.tokens, self.max_rows)
-        return self.input_bytes + self.token_bytes * key.tokens + self.logit_bytes * rows
+        needed = self.input_bytes
+        for one in batches_of(key):
+            rows = one.tokens if isinstance(one, Full) else min(one.tokens, self.max_rows)
+            needed += self.token_bytes * one.tokens + self.logit_bytes * rows
+        return needed
 
     @property
     def total_bytes(self) -> int:
@@ -120,10 +144,11 @@ class CapturePlan:
     def __str__(self) -> str:
         lines = [f"recordings, within {self.budget_bytes / 1e6:.0f} MB:"]
         for key in self.keys:
-            needs, mode = self.num_bytes(key), type(key).__name__.lower()
+            needs, mode, batches = self.num_bytes(key), mode_of(key), batches_of(key)
             beyond = "" if needs <= self.budget_bytes else ", too much: runs eagerly"
             lines.append(
-                f"    {mode:9} {key.tokens:5} tokens, {self.calls[mode]:4} calls, {needs / 1e6:8.1f} MB{beyond}"
+                f"    {mode:9} {' + '.join(f'{one.tokens:5}' for one in batches)} tokens,"
+                f" {self.calls[mode]:4} calls{' each, in turns' * (len(batches) > 1)}, {needs / 1e6:8.1f} MB{beyond}"
             )
         return "\n".join(lines)
 
@@ -131,7 +156,8 @@ class CapturePlan:
 @dataclass(slots=True, kw_only=True)
 class RecordingStats:
     """How steps ran: "full", "piecewise", "eager" (no recording serves them), "over_budget" (eager for want of memory),
-    "empty"; the keys recorded, in order; the bytes that their recorder holds; and what cascade attention spares."""
+    "empty"; "in_turns": how many of these were taken as two batches; the keys recorded, in order; the bytes that their
+    recorder holds; and what cascade attention spares."""
 
     steps: Counter[str] = field(default_factory=Counter)
     recorded: list[Key] = field(default_factory=list)
@@ -153,11 +179,12 @@ class Recordings:
         self.recorder = recorder_for(torch.device(options.device))
         self._options, self._agree = options, agree
         self._made: dict[Key, Recording | None] = {}
-        self._filled: dict[Full, tuple[StepInput, list[Any]]] = {}  # a full step's buffers, and all its arguments
-        self._static: StaticInputs | None = None
+        self._filled: dict[tuple[int, Full], tuple[StepInput, list[Any]]] = {}  # a full batch's buffers, and arguments
+        self._static: list[StaticInputs] = []  # of each batch of a step
         if self.plan.keys:
             _LOG.info("%s", self.plan)
-            self._static = StaticInputs(self.plan.sizes, options.device, self.plan.adapters)
+            for _ in range(1 + bool(self.plan.paired)):
+                self._static.append(StaticInputs(self.plan.sizes, options.device, self.plan.adapters))
 
     def __getitem__(self, key: Key) -> Recording:
         recording = self._made[key]
@@ -170,79 +197,93 @@ class Recordings:
         self._made.clear()
         self._filled.clear()
 
-    def kind_of(self, batch: StepInput) -> Kind:
-        """Return how a step is run: by which recording, made already or not, or by none and why; and count it."""
-        kind = self._kind(batch)
-        match kind:
-            case Empty():
-                counted = "empty"
-            case Eager(why):
-                counted = why
-            case Full() | Piecewise() as key:
-                if key not in self._made and not self._may_record(key):
-                    self._made[key] = None
-                if self._made.get(key, self) is None:
-                    kind = Eager(counted := "over_budget")
-                else:
-                    counted = "full" if isinstance(key, Full) else "piecewise"
-        self.stats.steps[counted] += 1
+    def kind_of(self, *batches: StepInput) -> Kind:
+        """Return how a step, or two batches in turns, is run: by which recording, made already or not, or by none and
+        why; and count it."""
+        kind = self._kind(batches)
+        if not isinstance(kind, Eager):
+            if kind not in self._made and not self._may_record(kind):
+                self._made[kind] = None
+            if self._made.get(kind, self) is None:
+                kind = Eager("over_budget")
+        counted = kind.why if isinstance(kind, Eager) else mode_of(kind)
+        self.stats.steps.update([counted] if len(batches) == 1 else [counted, "in_turns"])
         return kind
 
     def run(
-        self, key: Key, function: Callable[..., Any], batch: StepInput, flat: Callable[[StepInput], list[Any]]
-    ) -> Any:
-        """Run a step by its recording, made now if there is none; return what the function returns, of its own rows."""
-        assert self._static is not None
-        varying: list[int] = []
-        match key:
+        self, key: Key, function: Callable[..., Any], batches: Sequence[StepInput],
+        flat: Callable[[StepInput], list[Any]],
+    ) -> Any:  # fmt: skip
+        """Run a step by its recording, made now if there is none; return what the function returns.
+
+        Behind the rows of a batch may be rows of padding.
+        """
+        arguments, varying = list[Any](), list[int]()
+        for i, (one, batch) in enumerate(zip(batches_of(key), batches, strict=True)):
+            given, seams = self._arguments(i, one, batch, flat)
+            varying += [len(arguments) + at for at in seams]
+            arguments += given
+        recording = self._made.get(key)
+        if recording is not None:
+            return recording.replay(*arguments)
+        full = mode_of(key) == "full"
+        self._made[key] = recording = self.recorder.record(function, *arguments, full=full, varying=varying)
+        self.stats.recorded.append(key)
+        self.stats.num_bytes = recording.num_bytes
+        return recording.results
+
+    def _arguments(
+        self, i: int, one: Single, batch: StepInput, flat: Callable[[StepInput], list[Any]]
+    ) -> tuple[list[Any], list[int]]:
+        """Return the inputs of the step's batch i, in its buffers, and which of them only seams read and vary."""
+        match one:
             case Full():
-                if key not in self._filled:
-                    views = self._static.views(key.tokens, key.requests, key.adapters)
-                    self._filled[key] = views, flat(views)
-                views, arguments = self._filled[key]
-                self._static.fill(views, batch)
+                if (i, one) not in self._filled:
+                    views = self._static[i].views(one.tokens, one.requests, one.adapters)
+                    self._filled[i, one] = views, flat(views)
+                views, arguments = self._filled[i, one]
+                self._static[i].fill(views, batch)
+                return arguments, []
             case Piecewise(tokens, _):
                 rows = min(tokens, self._options.max_recorded_requests)
-                arguments = flat(self._static.fill_padded(batch, tokens, rows))
+                arguments = flat(self._static[i].fill_padded(batch, tokens, rows))
                 further = 2 * (batch.num_groups - 1)  # each group's slots and block table, behind all others
                 plain = len(arguments) - further
                 varying = [plain - 1 - STEP_ARGUMENTS[::-1].index(name) for name in OF_SEAMS]
-                varying += range(plain + 1, plain + further, 2)
-        recording = self._made.get(key)
-        if recording is not None:
-            results = recording.replay(*arguments)
-        else:
-            recording = self.recorder.record(function, *arguments, full=isinstance(key, Full), varying=varying)
-            self._made[key] = recording
-            self.stats.recorded.append(key)
-            self.stats.num_bytes = recording.num_bytes
-            results = recording.results
-        if isinstance(key, Full):
-            return results
-        wanted = batch.logit_rows.shape[0]
-        return results[:wanted] if isinstance(results, Tensor) else tuple(each[:wanted] for each in results)
+                return arguments, [*varying, *range(plain + 1, plain + further, 2)]
 
     def _may_record(self, key: Key) -> bool:
         needed = max(self.plan.num_bytes(key), self.plan.input_bytes + self.stats.num_bytes)
         return bool(self._agree(int(needed <= self.plan.budget_bytes)))
 
-    def _kind(self, batch: StepInput) -> Kind:
-        tokens, rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
-        if not tokens:
-            return Empty()
-        requests, blocks = batch.block_table.shape[-2:]
-        adapters = batch.token_adapters is not None and len(batch.token_adapters) > 0
-        modes, most = self._options.recorded_modes, self._options.max_recorded_requests
-        if "full" in modes and rows == tokens and requests <= most and blocks <= self._options.max_blocks:
-            each = tokens // requests
-            if each <= 1 + self._options.num_speculative_tokens and _uniform(batch, each):
-                return Full(requests, each, adapters)
-        sizes = self._options.capture_sizes
-        if "piecewise" in modes and tokens <= sizes[-1]:
-            size = sizes[bisect_left(sizes, tokens)]
-            if rows <= min(size, most):
-                return Piecewise(size, adapters)
+    def _kind(self, batches: Sequence[StepInput]) -> Kind:
+        if not batches[0].num_tokens:
+            return Eager("empty")
+        for mode in self._options.recorded_modes if len(batches) == 1 else self.plan.paired:
+            find = self._full if mode == "full" else self._piecewise
+            found = [key for batch in batches if (key := find(batch)) is not None]
+            if len(found) == len(batches):
+                return found[0] if len(found) == 1 else InTurns(*found)
         return Eager()
+
+    def _full(self, batch: StepInput) -> Full | None:
+        tokens, (requests, blocks), options = batch.num_tokens, batch.block_table.shape[-2:], self._options
+        known = batch.logit_rows.shape[0] == tokens and requests <= options.max_recorded_requests
+        each = tokens // requests if known and blocks <= options.max_blocks else 0
+        known = 0 < each <= 1 + options.num_speculative_tokens and _uniform(batch, each)
+        return Full(requests, each, _has_adapters(batch)) if known else None
+
+    def _piecewise(self, batch: StepInput) -> Piecewise | None:
+        tokens, sizes = batch.token_ids.shape[0], self._options.capture_sizes
+        if tokens > sizes[-1]:
+            return None
+        size = sizes[bisect_left(sizes, tokens)]
+        fits = batch.logit_rows.shape[0] <= min(size, self._options.max_recorded_requests)
+        return Piecewise(size, _has_adapters(batch)) if fits else None
+
+
+def _has_adapters(batch: StepInput) -> bool:
+    return batch.token_adapters is not None and len(batch.token_adapters) > 0
 
 
 def _uniform(batch: StepInput, each: int) -> bool:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from seamwise import caches
 from seamwise.compile import pack
@@ -43,11 +42,11 @@ from seamwise.runtime.weights.read_adapter import Adapter
 
 from .adapter_slots import AdapterSlots
 from .balance import Balancer
-from .data_ranks import agree, halves
+from .data_ranks import agree
 from .kv_cache import KVCache
 from .memory_plan import MemoryPlan, plan_memory
 from .named_tensors import ModelWeights, named_tensors
-from .recordings import CapturePlan, Eager, Empty, Full, Piecewise, Recordings, RecordingStats
+from .recordings import CapturePlan, Eager, Full, Recordings, RecordingStats
 from .sleep import TAGS, Sleep
 from .sparse_kv import Pick, SparseKV, check_sparse_kv
 from .step_tensors import logits_and_hidden, no_results, on_device
@@ -203,31 +202,32 @@ class ModelRunner:
         self._check_ready(batch)
         if self.options.pipeline_parallel_size > 1:
             raise RuntimeError("step: this runner is one stage of several (pipeline_parallel_size); call step_stage")
-        rows, given = batch.logit_rows.shape[0], batch
+        parts, own_rows = [batch], [batch.logit_rows.shape[0]]
         if self.options.data_parallel_size > 1:
-            batch, *second = agree(batch, self.options)
-            self.all_idle = not batch.num_tokens
-            if self.balancer is not None and batch.num_tokens:
+            parts, own_rows = agree(batch, self.options)
+            self.all_idle = not parts[0].num_tokens
+            if self.balancer is not None and not self.all_idle:
                 self.balancer.between_steps()
-            if second:
-                return self._in_turns(batch, *second, given=given)
         if self.adapters.in_step:
             of_rows = self.adapters.of_rows(batch.adapter_slots, batch.query_starts)
-            batch = replace(batch, token_adapters=of_rows)
+            parts = [replace(batch, token_adapters=of_rows)]
+        run = self._run if len(parts) == 1 else self.executable.in_turns
         with self._launching(), self._turn:
-            match self._recordings.kind_of(batch):
-                case Empty():
+            match self._recordings.kind_of(*parts):
+                case Eager("empty"):
                     results = self._empty()
                 case Eager():
-                    with reusing_memory(self._memory.of(batch.num_tokens)):
-                        results = self._run(*self._inputs(batch))
-                case Full() | Piecewise() as key:
-                    flat = partial(flattened, caches=self._kv.flat)
-                    results = self._recordings.run(key, self._run, batch, flat)
-        logits, hidden = logits_and_hidden(results, self.options)
-        if self.options.data_parallel_size > 1:
-            logits, hidden = logits[:rows], hidden if hidden is None else hidden[:rows]
-        return _output(given, logits, hidden)
+                    with reusing_memory(self._memory.of(sum(part.num_tokens for part in parts))):
+                        results = run(*(tensor for part in parts for tensor in self._inputs(part)))
+                case key:
+                    results = self._recordings.run(key, run, parts, partial(flattened, caches=self._kv.flat))
+        given = [logits_and_hidden(each, self.options) for each in (results if len(parts) > 1 else [results])]
+        logits, hidden = (_first_rows(each, own_rows) for each in zip(*given, strict=True))
+        assert logits is not None
+        return StepOutput(
+            logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
+            request_generations=batch.request_generations,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def step_stage(self, batch: StepInput, carried: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -242,20 +242,6 @@ class ModelRunner:
         if stage + 1 == stages:
             return tuple(part for part in logits_and_hidden(results, self.options) if part is not None)
         return results if isinstance(results, tuple) else (results,)
-
-    def _in_turns(self, *parts: StepInput, given: StepInput) -> StepOutput:
-        """Run a step as two that take turns, op by op."""
-        self._recordings.stats.steps["in_turns"] += 1
-        with self._launching(), reusing_memory(self._memory.of(given.num_tokens)):
-            results = self.executable.in_turns(*map(self._inputs, parts))
-        found = halves(given, self.options)
-        wanted = [0, 0] if found is None else [len(part.logit_rows) for part in found]
-        logits, hidden = (
-            None if each[0] is None else torch.cat([r[:n] for r, n in zip(each, wanted, strict=True)])
-            for each in zip(*(logits_and_hidden(part, self.options) for part in results), strict=True)
-        )
-        assert logits is not None
-        return _output(given, logits, hidden)
 
     def _launching(self) -> contextlib.AbstractContextManager[Any]:
         """Within it kernels may be launched: on this runner's GPU, whose ever the thread is; attention may cascade."""
@@ -413,8 +399,7 @@ class ModelRunner:
             padding = step_of_padding(len(self.kv_groups))
             if self.adapters.in_step:
                 padding = replace(padding, token_adapters=self.adapters.of_rows(None, padding.query_starts))
-            results = self.executable(*self._inputs(padding))
-            return tree_map(lambda result: result[:0], results)
+            return self.executable(*self._inputs(padding))
         return no_results(self.options, self.config.vocab_size, self.config.hidden_size)
 
     def _inputs(self, batch: StepInput) -> list[Tensor]:
@@ -422,8 +407,7 @@ class ModelRunner:
         return flattened(on_device(batch, self.options.device), self._kv.flat)
 
 
-def _output(batch: StepInput, logits: Tensor, hidden: Tensor | None) -> StepOutput:
-    return StepOutput(
-        logits=logits, hidden_states=hidden if batch.hidden_states else None, request_slots=batch.request_slots,
-        request_generations=batch.request_generations,
-    )  # fmt: skip
+def _first_rows(results: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
+    """Return the first rows of each batch's results, one behind the other."""
+    parts = [part[:count] for part, count in zip(results, counts, strict=True) if part is not None]
+    return torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)

@@ -13,6 +13,7 @@ from seamwise import caches
 from seamwise.compile.derive import evaluate
 from seamwise.compile.program import Executable, Program
 from seamwise.compile.startup_times import Ledger
+from seamwise.model_defs.deepseek_mtp import ARCHITECTURE
 from seamwise.runtime.build.loading import load_step_weights
 from seamwise.runtime.build.model_config import ModelConfig
 from seamwise.runtime.build.packs import load_program
@@ -42,6 +43,25 @@ def first_layers(whole: ModelRunner, num_layers: int) -> ModelRunner:
     if isinstance(kinds := raw.get("layer_types"), list):
         raw["layer_types"] = kinds[:num_layers]
     return sharing(whole, replace(config, num_layers=num_layers, raw=raw), num_speculative_tokens=0)
+
+
+def further_layer(whole: ModelRunner, guesses: int) -> ModelRunner:
+    """Return a runner of DeepSeek-V3's module for a further token, which reads the model's embedding and head.
+
+    guesses  tokens in a row that it is asked for: steps of up to one more of each request are recorded
+    Raises ValueError where the model has no such module.
+    """
+    config = whole.config
+    if config.architecture != "DeepseekV3ForCausalLM" or not config.raw.get("num_nextn_predict_layers"):
+        raise ValueError(
+            f"speculative_config: method 'mtp' needs a DeepSeek-V3 checkpoint with num_nextn_predict_layers=1, got"
+            f" {config.architecture} with {config.raw.get('num_nextn_predict_layers')}"
+        )
+    raw = config.raw | {"architectures": [ARCHITECTURE]}  # by which the pack is another than the model's
+    return sharing(
+        whole, replace(config, architecture=ARCHITECTURE, num_layers=1, raw=raw), whole.checkpoint,
+        return_hidden_states=True, num_speculative_tokens=guesses, kv_cache_dtype=whole.options.dtype,
+    )  # fmt: skip
 
 
 def sharing(whole: ModelRunner, config: ModelConfig, checkpoint: Path | None = None, **changes: Any) -> ModelRunner:

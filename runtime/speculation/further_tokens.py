@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seamwise.model_defs.deepseek_mtp import ARCHITECTURE
 from seamwise.runtime.build.step import StepInput, StepOutput
 from seamwise.runtime.runner.runner import ModelRunner
-from seamwise.runtime.runner.shared_weights import sharing
+from seamwise.runtime.runner.shared_weights import further_layer
 
 from .drafter import Known
 from .model_drafter import ModelDrafter, Place
@@ -33,21 +32,10 @@ class FurtherTokens(ModelDrafter):
     names_ahead = 1
 
     def __init__(self, whole: ModelRunner, guesses: int, budget: int) -> None:
-        if whole.config.architecture != "DeepseekV3ForCausalLM" or not whole.config.raw.get("num_nextn_predict_layers"):
-            raise ValueError(
-                f"speculative_config: method 'mtp' needs a DeepSeek-V3 checkpoint with num_nextn_predict_layers=1, got"
-                f" {whole.config.architecture} with {whole.config.raw.get('num_nextn_predict_layers')}"
-            )
-        raw = whole.config.raw | {"architectures": [ARCHITECTURE]}  # by which the pack is another than the model's
-        config = replace(whole.config, architecture=ARCHITECTURE, num_layers=1, raw=raw)
-        made = sharing(
-            whole, config, whole.checkpoint, return_hidden_states=True, num_speculative_tokens=guesses,
-            kv_cache_dtype=whole.options.dtype,
-        )  # fmt: skip
-        super().__init__(made, budget)
+        super().__init__(further_layer(whole, guesses), budget)
         self.whole = whole
         self._filled = np.zeros(0, dtype=bool)  # by block: the module's latents of all its positions are there
-        self.bytes_per_block = made.kv_spec.bytes_per_block
+        self.bytes_per_block = self.runner.kv_spec.bytes_per_block
         self._computed: dict[int, tuple[tuple[int, int], int]] = {}  # by slot: whose, and how many positions
 
     def allocate(self, num_blocks: int) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from seamwise.bench.gpu.deepseek import BACK_GB_PER_S, OUT_GB_PER_S, network
 from seamwise.bench.gpu.deepseek_rank import Rank, Step, local_copies
+from seamwise.compile.derive import parameters_of
 from seamwise.compile.record.recorder import CPURecorder
 
 
@@ -30,18 +31,21 @@ def rank() -> Rank:
 
 
 def test_the_rank_is_the_model_as_the_passes_share_it_out(rank: Rank) -> None:
-    """Three sparse layers of 4 (one of them MTP's), 16 experts over 8 ranks with one more each: three are here."""
-    reports = {r.name: (r.matched, r.expected) for r in rank.whole.program.reports}
-    for name in ("quantize_dispatch", "balance_experts", "fuse_moe_route_quant", "fuse_moe_silu_mul_quant"):
-        assert reports[name] == (3, 3), name
-    calls = {c["op"].rpartition(":")[0]: c["calls"] for c in rank.plain.program.collectives}
-    assert calls == {"seamwise.ep_dispatch_quant": 2, "seamwise.ep_combine": 2}
-    held = {w.data_ptr() for w in rank.whole.executable.weights}
-    assert sum(w.data_ptr() not in held for w in rank.plain.executable.weights) == 2 + 1  # tables of places, and loads
+    """Two sparse layers of 3, and MTP's; 16 experts over 8 ranks with one more each: three are here."""
+    for runner, layers in ((rank.main, 2), (rank.mtp, 1)):
+        reports = {r.name: (r.matched, r.expected) for r in runner.program.reports}
+        for name in ("quantize_dispatch", "balance_experts", "fuse_moe_route_quant", "fuse_moe_silu_mul_quant"):
+            assert reports[name] == (layers, layers), name
+        calls = {c["op"].rpartition(":")[0]: c["calls"] for c in runner.program.collectives}
+        assert calls == {"seamwise.ep_dispatch_quant": layers, "seamwise.ep_combine": layers}
+    assert any("eh_proj" in name for recipe in rank.mtp.program.recipes.values() for name in parameters_of(recipe))
+    held = {w.data_ptr(): w.nbytes for r in (rank.main, rank.mtp) for w in r.executable.weights}
     ledger = rank.ledger()
-    assert ledger["experts_bytes"] == 3 * 3 * 3 * (256 * 128 + 2 * 4)  # sparse layers, matrices, experts; scales
-    assert ledger["cache_bytes_per_token"] == 4 * (128 + 16) * 2
-    assert ledger["weights_bytes"] == sum(w.nbytes for w in rank.whole.executable.weights) + 256 * 512 + 2 * 4 * 4
+    # Sparse layers, matrices, experts; a CPU's panels have a block's scale for each of its 128 rows.
+    assert ledger["experts_bytes"] == 3 * 3 * 3 * (256 * 128 + 2 * 128 * 4)
+    assert ledger["embedding_and_head_bytes"] == 2 * 512 * 256 * 2  # MTP's are the model's
+    assert ledger["cache_bytes_per_token"] == (4 * (128 + 16) + 256) * 2  # latents, and what MTP reads
+    assert ledger["weights_bytes"] == sum(held.values())
     assert ledger["weights_bytes"] == sum(n for k, n in ledger.items() if k.endswith("_bytes") and k not in (
         "weights_bytes", "device_bytes"
     ))  # fmt: skip
@@ -64,13 +68,22 @@ def test_the_ranks_rows_come_back_to_their_tokens(rank: Rank) -> None:
 
 @pytest.mark.parametrize("queries", [1, 2])
 def test_a_recorded_rank_follows_its_inputs(rank: Rank, queries: int) -> None:
-    step = Step(rank, 2, 40, queries)
+    """With MTP, its module reads the tokens and the hidden states that the step before it has made."""
+    step, recorder = Step(rank, 2, 40, queries), CPURecorder()
     assert (step.tokens, step.moe_layers) == (2 * queries, 1 + queries)
+    parts = (step, step.guess)[:queries]
     with torch.inference_mode():
-        recording = CPURecorder().record(step, full=True)
-        first = [t.clone() for t in recording.replay()]
-        step.ids_T.copy_((step.ids_T + 1) % 512)
-        replayed, called = [t.clone() for t in recording.replay()], step()
-    assert all(torch.equal(a, b) for a, b in zip(replayed, called, strict=True))
-    assert not torch.equal(first[1], replayed[1]) and not torch.equal(first[0], replayed[0])
-    assert first[1].float().std().item() == pytest.approx(1.0, rel=0.05)  # normed rows
+        recordings = [recorder.record(part, full=True) for part in parts]
+        first = [[t.clone() for t in recording.replay()] for recording in recordings]
+        ids_T = step.parts[0][1][rank.main.program.inputs.index("token_ids")]
+        ids_T.copy_((ids_T + 1) % 512)
+        replayed = [[t.clone() for t in recording.replay()] for recording in recordings]
+        called = [part() for part in parts]
+    if queries == 2:
+        runner, inputs = step.parts[1]
+        assert torch.equal(inputs[runner.program.inputs.index("token_ids")], called[0][0])
+        assert torch.equal(step.caches[-1][step._at], called[0][1])
+    for before, now, again in zip(first, replayed, called, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(now, again, strict=True))
+        assert not torch.equal(before[1], now[1]) and not torch.equal(before[0], now[0])
+        assert before[1].float().std().item() == pytest.approx(1.0, rel=0.05)  # normed rows

@@ -82,7 +82,7 @@ def test_two_batches_begin_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exchange, "_ticket", begun)
     monkeypatch.setattr(exchange, "_end", ended)
-    results = Executable(program, []).in_turns(*batches)
+    results = Executable(program, []).in_turns(*batches[0], *batches[1])
     assert all(torch.equal(got, 3 * x + 2 * x) for got, (x, _) in zip(results, batches, strict=True))
     first = events[0][1]
     a1, b1, a2, b2 = range(first, first + 4)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from step_inputs import Steps
+from torch._inductor import config
 
 from seamwise import ModelRunner, StepInput
 from seamwise.compile.pipeline import PipelineConfig
@@ -26,6 +27,7 @@ def test_compiled_pieces_equal_eager_ones(
     at_exit: list[Callable[[], Any]] = []
     monkeypatch.setattr(atexit, "register", lambda f, *args, **kwargs: at_exit.append(partial(f, *args, **kwargs)))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(config.aot_inductor, "precompile_headers", False)  # as in conftest.py
     requests = [list(range(3, 22)), [5, 6], [9] * 7]
     runs = []
     for pipeline in (PipelineConfig(inductor="never"), LOOSE, LOOSE):  # the second time from the pack

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from laws import check_budget, magnitudes, on_instruction_sets
 from torch import Tensor
 
-from seamwise.kernels import add_rms_norm, gather_rows, rms_norm, rope, rope_table, silu_mul
+from seamwise.kernels import add_rms_norm, gather_rows, quantize, rms_norm, rope, rope_table, silu_mul
 from seamwise.kernels.contract import Contract
 
 drawn = settings(max_examples=30)
@@ -70,6 +70,36 @@ def test_norms(tokens: int, width: int, dtype: torch.dtype, padding: int, scale:
     assert torch.equal(of_sum, rms_norm.run("cpp", total, weight, 1e-5))
     for t in range(min(tokens, 2)):
         assert torch.equal(rms_norm.run("cpp", x[t : t + 1], weight, 1e-5), normed[t : t + 1])
+
+
+@drawn
+@given(
+    tokens_, widths, dtypes, paddings, st.sampled_from([1e-12, 1e-3, 1.0, 3e4]), seeds, st.sampled_from([0, 16, 128]),
+    st.sampled_from([torch.float8_e4m3fn, torch.int8]), st.booleans(), st.sampled_from([0.0, torch.nan, torch.inf]),
+)  # fmt: skip
+def test_quantize_has_the_bits_of_its_meaning(
+    tokens: int, width: int, dtype: torch.dtype, padding: int, size: float, seed: int, group: int, to: torch.dtype,
+    static: bool, odd: float,
+) -> None:  # fmt: skip
+    x = rows(tokens, width, dtype, seed, padding, size)
+    x[: tokens // 2, seed % width] = odd
+    given_ = (x, to, 0 if static else group, torch.tensor([0.01 * size]) if static else None)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        (q, scale), (wanted, of) = quantize.run("cpp", *given_), quantize.meaning(*given_)
+        torch.testing.assert_close(scale, of, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(q.float(), wanted.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("to", [torch.float8_e4m3fn, torch.int8])
+def test_quantize_rounds_every_tie_to_even(to: torch.dtype) -> None:
+    """The middles between neighbours, by a scale of one, and what lies beyond the largest."""
+    every = (
+        torch.arange(-127, 128).float() if to == torch.int8 else torch.arange(127, dtype=torch.uint8).view(to).float()
+    )
+    x = torch.cat((every, (every[1:] + every[:-1]) / 2, torch.tensor([1e4, -1e4, -0.0])))[None]
+    given_ = (torch.cat((x, -x)), to, 0, torch.ones(1))
+    assert torch.equal(quantize.run("cpp", *given_)[0].float(), quantize.meaning(*given_)[0].float())
 
 
 def test_norm_rounds_where_its_meaning_rounds() -> None:

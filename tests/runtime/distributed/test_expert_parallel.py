@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,11 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.compile.pipeline import PipelineConfig
+from seamwise.compile.record.recorder import Recording
 from seamwise.kernels import ep_combine, ep_dispatch, ep_dispatch_quant, quantize
 from seamwise.kernels.comm import exchange
 from seamwise.runtime.build.step import StepInput, empty_step
 from seamwise.runtime.distributed.group import leave_group
 from seamwise.runtime.runner.data_ranks import agree
+from seamwise.runtime.runner.recordings import CapturePlan, Full, InTurns, Piecewise
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": MOE["qwen3_moe"],
@@ -126,7 +130,7 @@ def check_model(
     for counts in SCHEDULES[rank % 2]:
         batches = [StepInput(**made.next(counts)) if counts else empty_step() for made in steps]
         if not recorded:  # as many rows: mla_prefill goes by them
-            (batches[1],) = agree(batches[1], alone.options)
+            (batches[1],), _ = agree(batches[1], alone.options)
         with nullcontext() if recorded else RowByRow():
             ours, theirs = (r.step(b).logits.clone() for r, b in zip((shared, alone), batches, strict=True))
         theirs = theirs[: len(ours)]
@@ -142,7 +146,7 @@ def check_quantized(root: Path, rank: int, ranks: int) -> None:
     for name, count in (("quantize_dispatch", 1), ("fuse_moe_route_quant", 1), ("fuse_moe_silu_mul_quant", 1)):
         assert (reports[name].matched, reports[name].expected) == (count, count), name
     sent = {c["op"]: c for c in runner.program.collectives}["seamwise.ep_dispatch_quant:all_to_all"]
-    assert sent["row_bytes"] == 256 + 2 * 4 and "scaled_linear" in sent["meanwhile"]  # a shared expert's
+    assert sent["row_bytes"] == 256 + 2 * 4 and "linear_int" in sent["meanwhile"]  # a shared expert's
 
 
 def check_two_batches(root: Path, rank: int, ranks: int) -> None:
@@ -151,9 +155,38 @@ def check_two_batches(root: Path, rank: int, ranks: int) -> None:
     stats = check_model(root, "qwen3", rank, ranks, **both).recording_stats
     assert stats.steps["in_turns"] == 2  # of six: in the others a rank has one request, or few tokens
     steps = check_model(root, "qwen3", rank, ranks, recorded=True, **both).recording_stats.steps
-    assert steps["in_turns"] == 2 and steps["full"] == 2  # what is taken as two is not recorded, smaller steps are
+    assert steps["in_turns"] == 2 and steps["full"] == 3  # one of the two decodes, as smaller steps do
     entry = {"entry": "transformers", **both}
     assert check_model(root, "qwen3", rank, ranks, **entry).recording_stats.steps["in_turns"] == 2
+
+
+def check_recorded_in_turns(root: Path, rank: int, ranks: int) -> None:
+    """Two batches in turns are one recording, whose replays give in bits what one batch gives op by op: in bfloat16,
+    where our own kernels multiply each row as if it were alone."""
+    shared = {**LOAD, "dtype": "bfloat16", "data_parallel_size": ranks, "enable_expert_parallel": True}
+    both = {"enable_dbo": True, "dbo_decode_token_threshold": 2, "dbo_prefill_token_threshold": 4}
+    first = [{0: 6, 1: 3, 2: 4}, {0: 3, 1: 4}][rank]
+    decode, longer = dict.fromkeys(first, 1), [{0: 5, 1: 1, 2: 2}, {0: 1, 1: 4}][rank]
+    counts = [first, *[decode] * 3, longer, decode, longer]
+    full, early, late = (InTurns(*keys) for keys in (
+        (Full(1), Full(2)), (Piecewise(8), Piecewise(8)), (Piecewise(8), Piecewise(4))
+    ))  # fmt: skip
+    for mode, recorded, replays in (("full_decode_only", [full], 3), ("full_and_piecewise", [early, full, late], 4)):
+        one = ModelRunner.load(root / "qwen3", enforce_eager=True, **shared)
+        two = ModelRunner.load(root / "qwen3", cudagraph_mode=mode, **both, **shared)
+        steps = [Steps(draw_tokens(5, 30, 30, 30), block_size=runner.block_size) for runner in (one, two)]
+        for runner, made in zip((one, two), steps, strict=True):
+            runner.allocate_kv(made.num_blocks)
+        with patch.object(Recording, "replay", autospec=True, side_effect=Recording.replay) as replayed:
+            for each in counts:
+                batches = [StepInput(**made.next(each)) for made in steps]
+                theirs, ours = (r.step(b).logits.clone() for r, b in zip((one, two), batches, strict=True))
+                assert torch.equal(ours, theirs), f"{mode}: {each} differs by {float((ours - theirs).abs().max())}"
+        stats = two.recording_stats
+        assert stats.recorded == recorded and replayed.call_count == replays
+        assert stats.steps["in_turns"] == len(counts) == len(recorded) + replays + stats.steps["eager"]
+    on_gpu = CapturePlan.of(two.program, replace(two.options, device="cuda", cudagraph_mode=None))
+    assert on_gpu.paired == ("full",) and on_gpu.input_bytes == 2 * replace(on_gpu, paired=()).input_bytes
 
 
 def check_hidden(root: Path, ranks: int) -> None:
@@ -173,20 +206,26 @@ def check_hidden(root: Path, ranks: int) -> None:
 
     exchange._send = send
     try:
-        for dbo in (False, True):
+        for dbo, mode in ((False, "none"), (True, "none"), (True, "piecewise")):
             two = {"enable_dbo": True, "dbo_prefill_token_threshold": 4} if dbo else {}
             runner = ModelRunner.load(
-                root / "qwen3", data_parallel_size=ranks, enable_expert_parallel=True, enforce_eager=True, **two, **LOAD
+                root / "qwen3",
+                data_parallel_size=ranks,
+                enable_expert_parallel=True,
+                cudagraph_mode=mode,
+                **two,
+                **LOAD,
             )
             steps = Steps(draw_tokens(5, *[9] * 8), block_size=runner.block_size)
             runner.allocate_kv(steps.num_blocks)
-            order.clear()
-            exchange._begun[-1] = lambda: ()  # as a step leaves behind that failed
-            runner.step(StepInput(**steps.next({r: 4 for r in range(8)})))
-            assert not exchange._begun
+            for _ in range(2):  # where it is recorded, the second is a replay
+                order.clear()
+                exchange._begun[-1] = lambda: ()  # as a step leaves behind that failed
+                runner.step(StepInput(**steps.next({r: 4 for r in range(8)})))
+                assert not exchange._begun
             spans = [order[order.index(n) + 1 : order.index(-n)] for n in order if n > 0]
             hidden.append(sum(max(span, default=0) > 0 for span in spans))
-        assert hidden == [0, 7], order  # two layers, two ways, two batches: of eight all but the last
+        assert hidden == [0, 7, 7], order  # two layers, two ways, two batches: of eight all but the last
     finally:
         exchange._send = original
 
@@ -230,6 +269,7 @@ def work(rank: int, ranks: int, home: str) -> None:
             assert check_model(root, "deepseek", rank, ranks, **modes).recording_stats.steps["piecewise"] == 4
             check_quantized(root, rank, ranks)
             check_two_batches(root, rank, ranks)
+            check_recorded_in_turns(root, rank, ranks)
             check_hidden(root, ranks)
             check_text(root, "deepseek", rank, ranks)
             other = PipelineConfig(disabled=("begin_exchanges",) if rank else ())
