@@ -52,14 +52,13 @@ class Source:
     def add_piece(self, name: str, piece: Piece) -> None:
         """Add `name(*inputs) -> tuple of outputs` for a lowered piece."""
         nodes = list(piece.module.graph.nodes)
-        body = self._body(nodes, keep={n.name for n in nodes if n.op == "placeholder"})
-        arguments = ", ".join(n.name for n in nodes if n.op == "placeholder")
+        arguments = [n.name for n in nodes if n.op == "placeholder"]
         results = ", ".join(n.name for n in nodes[-1].args[0])
-        self.functions.append(f"def {name}({arguments}):\n{body}    return ({results},)\n")
         if self.in_turns and any(map(begins, nodes)):
-            body = self._body(nodes, keep={n.name for n in nodes if n.op == "placeholder"}, in_turns=True)
-            self.functions.append(f"def {name}_in_turns({arguments}):\n{body}    return ({results},)\n")
             self.turning.add(name)
+        for end in ("", "_in_turns") if name in self.turning else ("",):
+            body = self._body(nodes, keep={*arguments}, in_turns=bool(end))
+            self.functions.append(f"def {name}{end}({', '.join(arguments)}):\n{body}    return ({results},)\n")
 
     def add_step(
         self, name: str, steps: Sequence[Piece | Seam], inputs: Sequence[str], index: Mapping[str, int],
@@ -80,13 +79,11 @@ class Source:
             if dead := [n for n, j in last.items() if j == i and n not in index and n not in inputs]:
                 lines.append(f"del {', '.join(dead)}")
         lines.append(f"return ({', '.join(outputs)},)")
-        body = "".join(f"    {line}\n" for line in lines)
-        self.functions.append(f"def {name}(run, w, {', '.join(inputs)}):\n{body}")
-        if self.turning:
-            for i in turns:
+        for end in ("", "_in_turns") if self.turning else ("",):
+            for i in turns if end else ():
                 lines[i] = lines[i].replace("= run[", "= yield from run[", 1)
             body = "".join(f"    {line}\n" for line in lines)
-            self.functions.append(f"def {name}_in_turns(run, w, {', '.join(inputs)}):\n{body}")
+            self.functions.append(f"def {name}{end}(run, w, {', '.join(inputs)}):\n{body}")
 
     def _body(self, nodes: list[Node], keep: set[str], *, in_turns: bool = False) -> str:
         position = {n: i for i, n in enumerate(nodes)}

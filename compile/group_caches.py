@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from seamwise.passes.graph import value
+from seamwise.passes.graph import given, value
 
 from .capture import Captured
 from .program import CacheGroup
@@ -75,15 +75,10 @@ def _of_layers(captured: Captured) -> tuple[dict[int, list[Node]], dict[int, int
             continue
         layer = int(cache.name.split("_")[2])
         for user in cache.users:
-            arguments = user.target._schema.arguments  # every reader is a contract's op
+            named = vars(given(user))  # every reader is a contract's op
             users.setdefault(layer, []).append(user)
-            latent |= any(a.name == "cache" for a in arguments)
-            if not any(a.name == "block_table_RB" for a in arguments):
-                continue  # it writes
-            at = {a.name: i for i, a in enumerate(arguments)}
-            place = at.get("window", len(user.args))
-            seen = user.args[place] if place < len(user.args) else 0
-            assert isinstance(seen, int)
-            windows.setdefault(layer, []).append(seen)
+            latent |= "cache" in named
+            if "block_table_RB" in named:  # else it writes
+                windows.setdefault(layer, []).append(named.get("window", 0))
     alike = {layer: seen for layer, seen in windows.items() if min(seen) > 0 or len({*seen}) == 1}  # else it needs all
     return users, {layer: max(seen) for layer, seen in alike.items() if any(seen)}, latent

@@ -24,9 +24,8 @@ from torch.fx import GraphModule, Node
 from seamwise.kernels import lora_expand, lora_shrink
 from seamwise.kernels.signature import known_equal
 
-from .graph import aten, inserting, is_op, place, value
-from .matcher import Miss
-from .rewrite import Pass, Report
+from .graph import aten, inserting, is_op, value
+from .rewrite import Pass, Report, each_call
 
 INPUT = "token_adapters"  # (T,) int32: the slot of each row's adapter, -1: none
 
@@ -65,16 +64,15 @@ def add_adapters(module: GraphModule, report: Report) -> None:
     if not found:
         return
     taken: set[str] = set()
-    for node in list(module.graph.nodes):
-        if not is_op(node, aten.linear.default):
-            continue
+
+    def change(node: Node) -> str | None:
         layers = _layers(node.args[1])
-        if (reason := _why_not(node, layers, taken, found[0])) is not None:
-            report.misses.append(Miss(place(node), node.name, reason))
-            continue
-        taken |= {layer.module for layer in layers}
-        _change(module, node, layers, found[0])
-        report.matched += 1
+        if (reason := _why_not(node, layers, taken, found[0])) is None:
+            taken.update(layer.module for layer in layers)
+            _change(module, node, layers, found[0])
+        return reason
+
+    each_call(module.graph.find_nodes(op="call_function", target=aten.linear.default), change, report)
 
 
 def _layers(weight: Any) -> list[AdaptedLayer]:

@@ -133,6 +133,13 @@ def _identity(leaf: Any) -> Any:
     return (leaf.node.expr,) if isinstance(leaf, torch.SymInt) else (type(leaf), leaf)
 
 
+def replace_by(node: Node, made: Callable[[Callable[[Any], Any]], Proxy]) -> None:
+    """Put in a call's place what is made of proxies; `made` is given what wraps a node as one, as by `inserting`."""
+    with inserting(node.graph, node, like=node) as proxy:
+        new = made(proxy)
+    replace(node, new.node)
+
+
 def replace_results(node: Node, results: Mapping[int, Proxy]) -> None:
     """Let those who read one of a call's results, by its number, read another value."""
     for item in list(node.users):

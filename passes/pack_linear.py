@@ -15,7 +15,8 @@ Fires where the packed op has a kernel for the layer's device and dtype; elsewhe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,44 +42,33 @@ from seamwise.kernels.linear.linear import PANEL
 from seamwise.kernels.linear.scaled_linear import BLOCK
 from seamwise.kernels.signature import WrongArguments, cdiv
 
-from .graph import arguments, aten, fake_values, given, inserting, is_op, is_weight, place, replace, value
-from .matcher import Miss
-from .rewrite import Pass, Report
+from .graph import arguments, aten, fake_values, given, inserting, is_op, is_weight, replace, replace_by, value
+from .rewrite import Pass, Report, each_call
 
 
 def pack(module: GraphModule, report: Report) -> None:
     """Rewrite every linear layer over a weight for which a packed kernel exists; the others are misses."""
-    shared: dict[Node, Node] = {}  # weights that are packed already, for an embedding
-    for node in list(module.graph.nodes):
-        where = place(node), node.name  # read before the node goes
-        if is_op(node, gather_rows.op) and _is_tied(node):
-            _gather_packed(node, shared)
-            continue
-        if is_op(node, w4a16_linear.op):
-            reason = _pack_int(node)
-        elif is_op(node, scaled_linear.op, grouped_scaled_linear.op):
-            reason = _pack_float8(node)
-        elif is_op(node, grouped_linear.op):
-            reason = _pack_experts(node)
-        elif is_op(node, aten.linear.default):
-            reason = _pack_plain(node, shared)
-        else:
-            continue
-        if reason is None:
-            report.matched += 1
-        else:
-            report.misses.append(Miss(*where, reason))
+    tied = filter(_is_tied, module.graph.find_nodes(op="call_function", target=gather_rows.op))
+    shared = dict(_gather_packed(node) for node in list(tied))  # weights that are packed already, for an embedding
+    rules: dict[Any, Callable[[Node], str | None]] = {
+        aten.linear.default: partial(_pack_plain, shared), w4a16_linear.op: _pack_int, grouped_linear.op: _pack_experts,
+        scaled_linear.op: _pack_float8, grouped_scaled_linear.op: _pack_float8,
+    }  # fmt: skip
+    layers = [node for node in module.graph.nodes if is_op(node, *rules)]
+    each_call(layers, lambda node: rules[node.target](node), report)
 
 
-def _pack_plain(node: Node, shared: dict[Node, Node]) -> str | None:
+def _pack_plain(shared: Mapping[Node, Node], node: Node) -> str | None:
     if (reason := _why_not(node)) is not None:
         return reason
     weight, bias = given(node).weight, given(node).bias
-    with inserting(node.graph, node, like=node) as proxy:
-        packed = proxy(shared[weight]) if weight in shared else pack_linear(proxy(weight))
-        biases = [] if bias is None else [proxy(bias)]
-        y = linear_packed(proxy(given(node).input), packed, value(weight).shape[0], *biases)
-    replace(node, y.node)
+
+    def made(of: Any) -> Any:
+        packed = of(shared[weight]) if weight in shared else pack_linear(of(weight))
+        biases = [] if bias is None else [of(bias)]
+        return linear_packed(of(given(node).input), packed, value(weight).shape[0], *biases)
+
+    replace_by(node, made)
     return None
 
 
@@ -93,13 +83,15 @@ def _is_tied(node: Node) -> bool:
     return 0 < len(linears) == len(table.users) - 1 and unserved(gather_packed_rows, packed) is None
 
 
-def _gather_packed(node: Node, shared: dict[Node, Node]) -> None:
-    table, index = node.args
+def _gather_packed(node: Node) -> tuple[Node, Node]:
+    """Read an embedding's rows from its packed table; return the table and what packs it."""
+    table: Any = node.args[0]
+    index = node.args[1]
     with inserting(node.graph, node, like=node) as proxy:
         packed = pack_linear(proxy(table))
-        rows = gather_packed_rows(packed, proxy(index), *value(table).shape)  # type: ignore[arg-type]
+        rows = gather_packed_rows(packed, proxy(index), *value(table).shape)
     replace(node, rows.node)
-    shared[table] = packed.node  # type: ignore[index]
+    return table, packed.node
 
 
 def _why_not(node: Node) -> str | None:
@@ -166,12 +158,9 @@ def _pack_float8(node: Node) -> str | None:
 def replaced_by(node: Node, record: Contract, packed_arguments: Callable[..., Any], *of: Any) -> str | None:
     """Replace a node by another op, of arguments made `of` nodes (its own), or return why no kernel takes them."""
     made_of = of or arguments(node)
-    if (reason := unserved(record, packed_arguments(*fake_values(made_of)))) is not None:
-        return reason
-    with inserting(node.graph, node, like=node) as proxy:
-        y = record(*packed_arguments(*map(proxy, made_of)))
-    replace(node, y.node)
-    return None
+    if (reason := unserved(record, packed_arguments(*fake_values(made_of)))) is None:
+        replace_by(node, lambda proxy: record(*packed_arguments(*map(proxy, made_of))))
+    return reason
 
 
 def unserved(record: Contract, arguments: Any) -> str | None:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,17 +162,21 @@ def rewrite_each(
     """
 
     def rewrite(module: GraphModule, report: Report) -> None:
-        for node in list(module.graph.nodes):
-            if not is_op(node, *targets) or not wanted(node):
-                continue
-            where = place(node), node.name  # read before the node goes
-            reason = one(node)
-            if reason is None:
-                report.matched += 1
-            else:
-                report.misses.append(Miss(*where, reason))
+        calls = (node for node in list(module.graph.nodes) if is_op(node, *targets) and wanted(node))
+        each_call(calls, one, report)
 
     return Pass(name=name, rewrite=rewrite, expect=expect, from_tokens=from_tokens, lossy=lossy)
+
+
+def each_call(nodes: Iterable[Node], one: Callable[[Node], str | None], report: Report) -> None:
+    """Rewrite calls one after the other, and report them; `one` as rewrite_each has it."""
+    for node in nodes:
+        where = place(node), node.name  # read before the node goes
+        reason = one(node)
+        if reason is None:
+            report.matched += 1
+        else:
+            report.misses.append(Miss(*where, reason))
 
 
 def pattern_pass(

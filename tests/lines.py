@@ -15,7 +15,7 @@ BUDGETS = {
     "kernels": 7_500, "passes": 2_500, "compile": 2_000, "model_defs": 1_600, "runtime": 11_500, "bench": 2_800,
     "seamwise": 100,
 }  # fmt: skip
-LIMIT = 36_830
+LIMIT = 36_782
 SOURCE = tuple(BUDGETS)
 SUFFIXES = (".py", ".cpp", ".h")
 _LAYOUT = (

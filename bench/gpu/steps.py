@@ -27,10 +27,9 @@ from seamwise.runtime.runner.runner import ModelRunner
 
 from .models import model_directory
 from .rows import Absent, Context, Lazy, Row
-from .runs import free_memory
+from .runs import SCHEMES, free_memory
 
 MODEL = "llama-3-8b"
-SCHEMES = {"bf16": None, "fp8": "fp8"}
 SIZES = (1, 2, 4, *range(8, 257, 8))
 REAL: dict[str, Any] = {"context": 1024, "batches": (1, 8, 64, 256), "worth": (1, 64), "sizes": SIZES, "burst": 20}
 TINY: dict[str, Any] = {"context": 20, "batches": (1, 4), "worth": (2,), "sizes": (1, 2, 4), "burst": 2}

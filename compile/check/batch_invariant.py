@@ -11,6 +11,7 @@ import re
 
 import torch
 
+from seamwise.compile.derive import resolve_op
 from seamwise.compile.program import Program
 from seamwise.kernels.contract import contract_of
 from seamwise.passes.graph import VIEWS, aten
@@ -25,8 +26,7 @@ def unpromised_ops(program: Program) -> list[str]:
     """Return the ops of a program, and the contracts without a kernel, that may give a row other bits in a batch."""
     found = [name for name in sorted(program.providers) if name.endswith((":torch", ":measured"))]
     for name in sorted({*re.findall(r"torch\.ops\.(\w+\.\w+\.\w+)", program.source)}):
-        library, op, overload = name.split(".")
-        target = getattr(getattr(getattr(torch.ops, library), op), overload)
+        target = resolve_op(name)
         if contract_of(target) is None and target not in _MOVES and torch.Tag.pointwise not in target.tags:
             found.append(name)
     return found

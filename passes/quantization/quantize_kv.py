@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from seamwise.passes.graph import place, value
+from seamwise.passes.graph import given, place, value
 from seamwise.passes.rewrite import Pass, Report
 
 _SCALES = {"k_cache": "k_scale", "v_cache": "v_scale", "cache": "cache_scale"}  # names of arguments
@@ -27,15 +27,13 @@ def quantize_kv(names: dict[str, str]) -> Pass:
             schema = getattr(node.target, "_schema", None)
             if schema is None or not any(n in caches for n in node.all_input_nodes):
                 continue
-            arguments = schema.arguments
-            at = {a.name: i for i, a in enumerate(arguments)}
-            args = [*node.args, *(a.default_value for a in arguments[len(node.args) :])]
+            named = vars(given(node))
             for cache_name, scale_name in _SCALES.items():
-                if scale_name in at and (cache := args[at[cache_name]]) in caches:
+                if scale_name in named and (cache := named[cache_name]) in caches:
                     if cache not in scales:
                         scales[cache] = _scale(module, cache, f"{place(node)}.{scale_name}", names)
-                    args[at[scale_name]] = scales[cache]
-            node.args = tuple(args)
+                    named[scale_name] = scales[cache]
+            node.args = tuple(named.values())
         report.matched = len(scales)
 
     return Pass(name="quantize_kv", rewrite=rewrite)

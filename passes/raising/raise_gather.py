@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from seamwise.kernels import gather_rows
-from seamwise.passes.graph import aten, given, inserting, is_op, replace, value
+from seamwise.passes.graph import aten, given, is_op, replace_by, value
 from seamwise.passes.rewrite import rewrite_each
 
 
@@ -21,13 +21,10 @@ def raise_gather(node: Node) -> str | None:
     table, index, reason = _operands(node)
     if reason is not None:
         return reason
-    with inserting(node.graph, node, like=node) as proxy:
-        if value(table).dim() == 3:
-            flat = aten.select.int(proxy(table), 0, 0)
-            rows = aten.unsqueeze.default(gather_rows(flat, proxy(index)), 0)
-        else:
-            rows = gather_rows(proxy(table), proxy(index))
-    replace(node, rows.node)
+    if value(table).dim() == 3:
+        replace_by(node, lambda of: aten.unsqueeze.default(gather_rows(aten.select.int(of(table), 0, 0), of(index)), 0))
+    else:
+        replace_by(node, lambda of: gather_rows(of(table), of(index)))
     return None
 
 

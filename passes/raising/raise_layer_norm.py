@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from seamwise.kernels import layer_norm
-from seamwise.passes.graph import aten, given, inserting, replace, value
+from seamwise.passes.graph import aten, given, replace_by, value
 from seamwise.passes.rewrite import rewrite_each
 
 
@@ -23,9 +23,7 @@ def raise_layer_norm(node: Node) -> str | None:
         return "it has no weight"
     if columns != shape[0]:
         return f"it normalizes {shape[0]} of {columns} columns"
-    with inserting(node.graph, node, like=node) as proxy:
-        y = layer_norm(proxy(call.input), proxy(call.weight), proxy(call.bias), call.eps)
-    replace(node, y.node)
+    replace_by(node, lambda of: layer_norm(of(call.input), of(call.weight), of(call.bias), call.eps))
     return None
 
 

@@ -48,65 +48,49 @@ def shard(parallel: Parallel, styles: Mapping[str, str]) -> Pass:
 
 
 def _linear(s: Sharder, node: Node) -> Placement:
-    x, weight, *rest = node.args
+    """Share out a linear layer, or a layer of many experts, which takes what routes its rows behind the weight."""
+    x, weight, *more = node.args
     assert isinstance(x, Node) and isinstance(weight, Node)
+    grouped = is_op(node, grouped_linear.op)
+    routing, rest = (more[:3], more[3:]) if grouped else ([], more)
     bias, style, cut = rest[0] if rest else None, s.style(weight), s.placed(x)
     if style is None:
-        if isinstance(cut, Cut) and cut.dim == -1:
-            raise Unplaceable(
-                node, "a rank has a part of its input's columns, and the plan has no style for its weight"
-            )
+        if cut is not None and (grouped or (isinstance(cut, Cut) and cut.dim == -1)):
+            raise Unplaceable(node, f"its input is placed {cut}, and the plan has no style for its weight")
         if cut is not None:
             infer(node)
         return cut
     if style in ROWS:
-        node.args = (*s.rows_of(node, x, weight), *([s.own_bias(node, bias)] if bias else []))
+        node.args = (*s.rows_of(node, x, weight), *routing, *([s.own_bias(node, bias)] if bias else []))
         infer(node)
         return PARTIAL
+    if grouped and style == EXPERTS:
+        own, count = s.own_experts(node, s.shapes[weight][0])
+        of_experts = Cut(-3, ((count, s.parallel.size),))
+        biases = [s.part(node, bias, Cut(-2, of_experts.sections), bounds=own)] if bias else []
+        node.args = (x, s.part(node, weight, of_experts, bounds=own), *routing, *biases)
+        infer(node)
+        return ROUTED if s.parallel.data else OWNED
+    whole = style in (*GATHERED, VOCABULARY)  # every rank gets all columns; of a vocabulary, that is the head too
+    if grouped and (whole or style not in COLUMNS):
+        raise Unplaceable(node, f"style {style!r} is none for a layer of experts")
     if cut is not None:
         raise Unplaceable(node, f"its input is placed {cut}; style {style!r} wants it whole")
     width = s.shapes[node][-1]
-    if style not in (*GATHERED, VOCABULARY):  # the table of a vocabulary that is the head too
-        sections = sections_of(node, s.parallel.size)
-        columns = [s.part(node, w, Cut(d, sections)) for w, d in ((weight, -2), (bias, -1)) if w is not None]
-        node.args = (x, *columns)
-        infer(node)
-        return Cut(-1, sections)
-    share = -(-width // s.parallel.size)
-    padded = ((share * s.parallel.size, s.parallel.size),)
-    node.args = (x, *(s.part(node, w, Cut(d, padded), share) for w, d in ((weight, -2), (bias, -1)) if w is not None))
+    share = -(-width // s.parallel.size) if whole else 0
+    sections = ((share * s.parallel.size, s.parallel.size),) if whole else sections_of(node, s.parallel.size)
+    own_weight, *biases = (
+        s.part(node, w, Cut(d, sections), share) for w, d in ((weight, -2), (bias, -1)) if w is not None
+    )
+    node.args = (x, own_weight, *routing, *biases)
     infer(node)
+    if not whole:
+        return Cut(-1, sections)
     users = list(node.users)
     result = s.gathered(node, width)
     for user in users:
         user.replace_input_with(node, result)
     return None
-
-
-def _grouped_linear(s: Sharder, node: Node) -> Placement:
-    x, weight, order, starts, top_k, *rest = node.args
-    assert isinstance(x, Node) and isinstance(weight, Node)
-    bias, style = rest[0] if rest else None, s.style(weight)
-    if style == EXPERTS:
-        result: Placement = ROUTED if s.parallel.data else OWNED
-        own, count = s.own_experts(node, s.shapes[weight][0])
-        cut = Cut(-3, ((count, s.parallel.size),))
-        biases = [s.part(node, bias, Cut(-2, cut.sections), bounds=own)] if bias else []
-        node.args = (x, s.part(node, weight, cut, bounds=own), order, starts, top_k, *biases)
-    elif style in ROWS:
-        node.args = (*s.rows_of(node, x, weight), order, starts, top_k, *([s.own_bias(node, bias)] if bias else []))
-        result = PARTIAL
-    elif style in COLUMNS and style not in GATHERED:
-        sections = sections_of(node, s.parallel.size)
-        biases = [s.part(node, bias, Cut(-1, sections))] if bias else []
-        node.args = (x, s.part(node, weight, Cut(-2, sections)), order, starts, top_k, *biases)
-        result = Cut(-1, sections)
-    elif s.placed(x) is None and style is None:
-        return None
-    else:
-        raise Unplaceable(node, f"style {style!r} for experts whose input is placed {s.placed(x)}")
-    infer(node)
-    return result
 
 
 def _moe_align(s: Sharder, node: Node) -> Placement:
@@ -245,7 +229,7 @@ def _mla_prefill(s: Sharder, node: Node) -> Placement:
 
 _RULES: dict[Any, Callable[[Sharder, Node], Placement]] = {
     aten.linear.default: _linear,
-    grouped_linear.op: _grouped_linear,
+    grouped_linear.op: _linear,
     moe_align.op: _moe_align,
     moe_sum.op: _moe_sum,
     gather_rows.op: _gather_rows,

@@ -16,9 +16,14 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], instead: Mappin
     """Raise ValueError for a name that is not known: what stands instead of it, the nearest known one, or all."""
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1, cutoff=0.75)
-            hint = f"did you mean {close[0]}?" if close else f"wanted one of {', '.join(sorted(known))}"
+            hint = nearest(str(name), known) or f"wanted one of {', '.join(sorted(known))}"
             raise ValueError(f"there is no {what} {name!r}; {instead.get(name, hint)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the question whether one of the names that there are was meant, None where none is like this one."""
+    close = difflib.get_close_matches(name, [*known], 1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else None
 
 
 def options_of(kind: type[Record], given: Record | Mapping[str, Any] | None, option: str) -> Record | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from seamwise.model_defs import has_definition
 from seamwise.model_defs.hf_config import OLDER_NAMES, Reader
 from seamwise.model_defs.hf_defaults import completed
 from seamwise.model_defs.rope import context_lengths
+from seamwise.runtime.text.json_file import read_json
 from seamwise.runtime.weights.checkpoint import holds_kv_scales
 from seamwise.runtime.weights.file_formats import has_tensors
 from seamwise.runtime.weights.gguf.config import find_gguf, read_gguf_config
@@ -40,7 +40,6 @@ class ModelConfig:
     default_len, longest  tokens of the longest request: where nobody asks for another, and that may be asked for
     dtype    of the checkpoint, float32 where it does not say
     eos_ids  ids that end generation: generation_config.json's, else config.json's
-    bos_id   the id that begins a text, where the model has one
     pooler   how it pools by its sentence-transformers files; has_head: whether its class predicts tokens
     """
 
@@ -51,13 +50,11 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    max_position_embeddings: int
     default_len: int
     longest: int
     latent_dim: int
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
-    bos_id: int | None
     raw: dict[str, Any]
     pooler: Pooler | None = None
     has_head: bool = True
@@ -74,9 +71,12 @@ class ModelConfig:
         path = directory / "config.json"
         if gguf := find_gguf(directory):
             path, raw = gguf, read_gguf_config(gguf)
+        elif path.exists():
+            raw = read_json(path, dict)
         else:
-            raw = _read_json(path, required=True)
-        generation = _read_json(directory / "generation_config.json", required=False)
+            raise ValueError(f"{directory}: has no config.json; wanted a Hugging Face model directory")
+        recommended = directory / "generation_config.json"
+        generation = read_json(recommended, dict) if recommended.exists() else {}
         names = raw.get("architectures")
         if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
             raise ValueError(
@@ -107,13 +107,11 @@ class ModelConfig:
             num_kv_heads=heads if latent else read.size("num_key_value_heads", heads),
             head_dim=read.size("qk_nope_head_dim") + rotary if latent else read.size("head_dim", hidden // heads),
             vocab_size=read.size("vocab_size"),
-            max_position_embeddings=read.size("max_position_embeddings"),
             default_len=default_len,
             longest=longest,
             latent_dim=read.size("kv_lora_rank") + rotary if latent else 0,
             dtype=_DTYPES[read.choice("dtype", tuple(_DTYPES), "float32")],
             eos_ids=_token_ids("eos_token_id", generation, raw, directory),
-            bos_id=next(iter(_token_ids("bos_token_id", generation, raw, directory)), None),
             raw=raw,
             pooler=read_pooler(directory) if directory.is_dir() else None,
             has_head=has_head,
@@ -212,22 +210,3 @@ def _token_ids(name: str, generation: dict[str, Any], raw: dict[str, Any], direc
     if any(type(i) is not int or i < 0 for i in ids):
         raise ValueError(f"{directory / file}: {name} is {found!r}, wanted a token id or a list of them")
     return tuple(ids)
-
-
-def _as_float(read: dict[str, Any]) -> Any:
-    """Return the number that transformers writes as an object, because JSON has no infinity: {"__float__": "NaN"}."""
-    return float(read["__float__"]) if read.keys() == {"__float__"} and isinstance(read["__float__"], str) else read
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not path.exists():
-        if required:
-            raise ValueError(f"{path.parent}: has no {path.name}; wanted a Hugging Face model directory")
-        return {}
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_float)
-    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path}: holds {type(read).__name__}, wanted an object")
-    return read

@@ -8,12 +8,13 @@ https://sbert.net/docs/sentence_transformer/usage/custom_models.html.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from seamwise.runtime.text.json_file import read_json
 
 from .arguments import named_arguments
 
@@ -137,10 +138,8 @@ def read_pooler(directory: Path) -> Pooler | None:
     path = directory / "modules.json"
     if not path.exists():
         return None
-    modules = _read(path)
-    if not isinstance(modules, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules
-    ):
+    modules = read_json(path, list)
+    if not all(isinstance(m, dict) and isinstance(m.get("type"), str) for m in modules):
         raise ValueError(f"{path}: wanted a list of objects, each with a type")
     kinds = [m["type"].rpartition(".")[2] for m in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -151,11 +150,11 @@ def read_pooler(directory: Path) -> Pooler | None:
     if modules[0].get("path"):
         raise ValueError(f"{path}: its Transformer lies in {modules[0]['path']!r}, wanted the directory itself")
     text = directory / "sentence_bert_config.json"
-    options = _read(text) if text.exists() else {}
+    options = read_json(text, dict) if text.exists() else {}
     if options.get("do_lower_case"):
         raise ValueError(f"{text}: do_lower_case is true, which is not served; lower texts, and remove it there")
     asked = directory / "config_sentence_transformers.json"
-    if name := (_read(asked) if asked.exists() else {}).get("default_prompt_name"):
+    if name := (read_json(asked, dict) if asked.exists() else {}).get("default_prompt_name"):
         says = (
             "sentence-transformers begins each text with that prompt; here texts stay as they are: put it before them"
         )
@@ -168,7 +167,7 @@ def read_pooler(directory: Path) -> Pooler | None:
 
 def _kind(path: Path) -> str:
     """Return the kind of pooling in a Pooling module's file, in its newer spelling or its older."""
-    options = _read(path)
+    options = read_json(path, dict)
     if (mode := options.get("pooling_mode")) is not None:
         modes = [mode] if isinstance(mode, str) else list(mode)
     else:
@@ -178,10 +177,3 @@ def _kind(path: Path) -> str:
     if len(modes) != 1 or modes[0] not in _OF_MODES:
         raise ValueError(f"{path}: pools by {' and '.join(modes) or 'nothing'}, wanted one of {', '.join(_OF_MODES)}")
     return _OF_MODES[modes[0]]
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error

@@ -45,10 +45,9 @@ class Layer:
 
 @dataclass(slots=True, kw_only=True)
 class BalanceStats:
-    """What was done until now: looks at the placements, layers for which a move did not pay, layers and experts moved,
+    """What was done until now: layers for which a move did not pay, layers and experts moved,
     and the balancedness that the last look found and predicted, layer by layer."""
 
-    looks: int = 0
     declined: int = 0
     layers: int = 0
     experts: int = 0
@@ -131,7 +130,6 @@ class Balancer:
         total = self._window.sum(0, dtype=torch.int64)
         dist.all_reduce(total)
         steps, ranks = min(self._steps, len(self._window)), self._ranks
-        self.stats.looks += 1
         self.stats.found, self.stats.predicted, self._pending = [], [], deque()
         for layer, loads_E in zip(self.layers, total.cpu().numpy().astype(np.float64), strict=True):
             if not layer.digests:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from seamwise.runtime.text.json_file import read_json
 
 from .params import SamplingParams
 
@@ -28,13 +29,7 @@ def read_generation_config(source: str, model: Path) -> dict[str, Any]:
         if source == "auto":
             return {}
         raise ValueError(f'generation_config={source!r}: there is no {path}; wanted "auto", "vllm" or a directory')
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path}: holds {type(read).__name__}, wanted an object")
-    return read
+    return read_json(path, dict)
 
 
 def default_params(config: Mapping[str, Any]) -> SamplingParams:

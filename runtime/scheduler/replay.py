@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +103,16 @@ def _config(path: Path, line: str) -> SchedulerConfig:
 
 def encode(value: Any) -> str:
     """Return a value's one JSON text."""
-    return json.dumps(_plain(value), separators=(",", ":"))
+    return json.dumps(value, default=_plain, separators=(",", ":"))
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    """Return what stands for a value that JSON has not: an array, a name or a record."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, bytes):
         return value.hex()
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return value
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def decode_view(raw: Mapping[str, Any]) -> View:

@@ -20,6 +20,8 @@ from typing import Any
 
 from seamwise import caches
 
+from .json_file import read_json
+
 _FORMAT = 2
 _CODE = "trust_remote_code"  # what transformers' refusal to run a directory's code speaks of
 _SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")  # of files that a tokenizer may be read from
@@ -99,11 +101,9 @@ def _damaged(directory: Path) -> str | None:
     """Return which of a directory's JSON files cannot be read, and why."""
     for path in sorted(directory.glob("*.json")):
         try:
-            read = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            return f"{path.name} is not valid JSON: {error}"
-        if not isinstance(read, dict):
-            return f"{path.name} holds {type(read).__name__}, wanted an object"
+            read_json(path, dict)
+        except ValueError as error:
+            return str(error)
     return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import tomllib
 import types
@@ -12,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from seamwise.runtime.build.arguments import nearest
 
 Commands = argparse._SubParsersAction  # the type has no public name
 
@@ -181,8 +182,7 @@ def set_default(parser: argparse.ArgumentParser, name: str, value: Any, source: 
     actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config", "recipe")}
     key = name.replace("-", "_")
     if key not in actions:
-        close = difflib.get_close_matches(key, actions, 1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(sorted(actions))}"
+        hint = nearest(key, actions) or f"there are: {', '.join(sorted(actions))}"
         raise ValueError(f"{source}: there is no option {name!r}; {hint}")
     action = actions[key]
     wanted = _wanted(action)

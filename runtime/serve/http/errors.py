@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from typing import Any
 
@@ -11,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from seamwise.runtime.build.arguments import nearest
 from seamwise.runtime.serve.process.streams import CallFailed, EngineError, RequestFailed, Unsupported
 
 logger = logging.getLogger("seamwise.http")
@@ -96,8 +96,7 @@ def _invalid(error: RequestValidationError, request: Request) -> ApiError:
     where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("function-")) or "body"
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
-        close = difflib.get_close_matches(name, _fields_of(request), 1, cutoff=0.7)
-        hint = f"did you mean {close[0]}?" if close else "leave it out"
+        hint = nearest(name, _fields_of(request)) or "leave it out"
         return ApiError(400, f"{where}: there is no such field; {_ELSEWHERE.get(name, hint)}", where)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")

@@ -36,8 +36,8 @@ def test_reads_sizes_and_fills_what_older_files_leave_out(tmp_path: Path) -> Non
     config = read(tmp_path, {"dtype": "bfloat16", "head_dim": 32, "bos_token_id": 1})
     assert (config.architecture, config.hidden_size, config.num_layers) == ("LlamaForCausalLM", 64, 3)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 32)
-    assert (config.vocab_size, config.max_position_embeddings, config.dtype) == (100, 512, torch.bfloat16)
-    assert (config.bos_id, config.eos_ids) == (1, (2,))  # transformers' defaults for a Llama
+    assert (config.vocab_size, config.longest, config.dtype) == (100, 512, torch.bfloat16)
+    assert config.eos_ids == (2,)  # transformers' defaults for a Llama
     old = read(tmp_path, {"num_key_value_heads": ..., "torch_dtype": "float16"})
     assert (old.num_kv_heads, old.head_dim, old.dtype) == (4, 16, torch.float16)
     assert read(tmp_path, {}).dtype == torch.float32
@@ -177,7 +177,7 @@ def test_sizes_of_a_foreign_class_are_its_own_defaults(tmp_path: Path) -> None:
     raw: dict[str, Any] = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "num_attention_heads": 16}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = ModelConfig.from_directory(tmp_path)
-    assert (config.num_heads, config.hidden_size, config.num_layers, config.max_position_embeddings) == (
+    assert (config.num_heads, config.hidden_size, config.num_layers, config.longest) == (
         16, 768, 12, 2048,
     )  # fmt: skip
 

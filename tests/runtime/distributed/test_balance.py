@@ -162,7 +162,7 @@ def check_moves(root: Path, name: str, rank: int, redundant: int, layers: int, *
     )  # fmt: skip
     assert runner.balancer is not None
     stats, tables = runner.balancer.stats, runner.balancer.layers
-    assert stats.looks == 2 and stats.layers >= layers and stats.experts > 0
+    assert stats.layers >= layers and stats.experts > 0
     assert np.mean(stats.predicted) >= np.mean(stats.found)
     reports = {r.name: r for r in runner.program.reports}
     assert reports["balance_experts"].matched == reports["balance_experts"].expected == len(tables)
@@ -180,7 +180,7 @@ def check_not_moved(root: Path, rank: int) -> None:
     runner = equal_steps(root, "qwen3", rank, [{0: 2}, {0: 2}, {0: 2}, {2: 1}], eplb_config=config)
     assert runner.balancer is not None
     stats = runner.balancer.stats
-    assert (stats.looks, stats.layers) == (2, 0) and stats.declined > 0 and stats.found == stats.predicted
+    assert stats.layers == 0 and stats.declined > 0 and stats.found == stats.predicted
 
 
 def check_two_batches(root: Path, rank: int) -> None:
