@@ -38,8 +38,9 @@ from seamwise.kernels import (
     w4a16_linear,
 )
 from seamwise.kernels.contract import Contract
+from seamwise.kernels.linear.linear import PANEL
 from seamwise.kernels.linear.scaled_linear import BLOCK
-from seamwise.kernels.signature import WrongArguments
+from seamwise.kernels.signature import WrongArguments, cdiv
 
 from .graph import arguments, aten, fake_values, given, inserting, is_op, is_weight, replace, replace_by, value
 from .rewrite import Pass, Report, each_call
@@ -139,13 +140,16 @@ def _pack_float8(node: Node) -> str | None:
     (*experts, N, K), (*_, blocks, groups) = weight.shape, scales.shape
     if weight.dtype != torch.float8_e4m3fn:
         return f"torch multiplies {weight.dtype} as it is"
-    times = 1 if blocks == N else N if blocks == 1 else BLOCK  # rows that share a scale
+    own, panels = blocks == N and N > 1, cdiv(N, PANEL)
 
     def packed_arguments(x: Any, x_scale: Any, w: Any, scale: Any, *rest: Any) -> Any:
-        rows = aten.slice.Tensor(aten.repeat_interleave.self_int(scale, times, -2), -2, 0, N)
-        w, rows = (aten.flatten.using_ints(t, 0, 1) if experts else t for t in (w, rows))
+        if not own:  # panels that share a scale: of a block, or of all
+            repeated = aten.repeat_interleave.self_int(scale, panels if blocks == 1 else BLOCK // PANEL, -2)
+            scale = aten.slice.Tensor(repeated, -2, 0, panels)
+        w, scale = (aten.flatten.using_ints(t, 0, 1) if experts else t for t in (w, scale))
+        scales = pack_group_values(scale) if own else aten.unsqueeze.default(aten.clone.default(scale), -1)
         *routes, dtype, bias = rest
-        layer = x, pack_int_panels(w, K), pack_group_values(rows), None, BLOCK if groups > 1 else 0, N
+        layer = x, pack_int_panels(w, K), scales, None, BLOCK if groups > 1 else 0, N
         return *layer, *routes, bias, x_scale, dtype
 
     return replaced_by(node, grouped_linear_int if experts else linear_int, packed_arguments)

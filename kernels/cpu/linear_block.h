@@ -15,7 +15,8 @@ struct Linear {
     char* y;
     int64_t M, N, K, words, x_stride, y_stride;  // strides in bytes
     int64_t panel_bytes, terms;                  // terms: words summed apart from the rest
-    const float *scale = nullptr, *offset = nullptr;  // of integers: (panels, groups, 32), offset may be null
+    const float *scale = nullptr, *offset = nullptr;  // (panels, groups, scale_columns), (panels, groups, 32) or null
+    int64_t scale_columns = kPanel;                   // or 1, which serves a panel
     float* x_sums = nullptr;                          // (M, groups), where there are offsets
     int64_t groups = 0;
     const float* x_scale = nullptr;  // (M, groups), of float8 rows
@@ -121,7 +122,9 @@ void block(const Linear& c, Rows x, int64_t m, int64_t panel, const char* w, con
                 if constexpr (Words::kScaled) {
                     const Vec before = load(begin == 0 ? start + v * kLanes : at);
                     if (c.x_scale) sum[r][v] = sum[r][v] * splat(c.x_scale[(m + r) * c.groups + group]);
-                    Vec scaled = fused(before, sum[r][v], load(c.scale + at_group + v * kLanes));
+                    const float* scales = c.scale + (panel * c.groups + group) * c.scale_columns;
+                    const Vec scale = c.scale_columns == 1 ? splat(*scales) : load(scales + (kFirst + v) * kLanes);
+                    Vec scaled = fused(before, sum[r][v], scale);
                     if (c.offset) {
                         const float x_sum = c.x_sums[(m + r) * c.groups + group];
                         scaled = fused(scaled, load(c.offset + at_group + v * kLanes), splat(x_sum));

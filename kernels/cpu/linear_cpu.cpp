@@ -155,7 +155,7 @@ int64_t run(const Linear& all, const int32_t* order, const int32_t* starts, int6
         if constexpr (Words::kScaled) {
             static thread_local Scratch sums;
             float* own = sums.reserve(task.count * c.groups);
-            c.scale += first_panel * c.groups * kPanel;
+            c.scale += first_panel * c.groups * c.scale_columns;
             if (c.offset) {
                 c.offset += first_panel * c.groups * kPanel;
                 for (int64_t m = 0; m < task.count; ++m) sum_groups(c, row_at(m), own + m * c.groups);
@@ -205,10 +205,12 @@ extern "C" int64_t seamwise_pack_linear(const char* w, uint32_t* packed, int64_t
 // bias, y     float32 where `floats`, else bfloat16, for kinds from 2 on; else as x. bias may be null
 // M           rows of y; strides are in bytes
 // group       inputs that share a scale and an offset, for kinds from 2 on: w = value · scale + offset
+// scale       (panels, groups, scale_columns): 32, a column's own, or 1, a panel's
 // x_scale     of each group of each of x's rows, for float8; offset and x_scale may be null
 extern "C" int64_t seamwise_linear(int64_t kind, const char* x, const char* packed, const void* bias, char* y, int64_t M,
                                    int64_t N, int64_t K, int64_t x_stride, int64_t y_stride, int64_t floats, int64_t group,
-                                   const float* scale, const float* offset, const float* x_scale, const int32_t* order,
+                                   const float* scale, int64_t scale_columns, const float* offset, const float* x_scale,
+                                   const int32_t* order,
                                    const int32_t* starts, int64_t experts, int64_t top_k, int64_t num_threads) {
     const auto call = [&](auto word) {
         using Words = decltype(word);
@@ -217,7 +219,7 @@ extern "C" int64_t seamwise_linear(int64_t kind, const char* x, const char* pack
         const int64_t terms = Words::kScaled ? group / 2 : Words::kPerWord == 1 ? 64 : INT64_MAX;
         Linear c{x, packed, bias, y, M, N, K, words, x_stride, y_stride, panel_bytes, terms};
         if (Words::kScaled)
-            c.scale = scale, c.offset = offset, c.x_scale = x_scale, c.groups = (K + group - 1) / group, c.floats = floats;
+            c.scale = scale, c.scale_columns = scale_columns, c.offset = offset, c.x_scale = x_scale, c.groups = (K + group - 1) / group, c.floats = floats;
         return run<Words>(c, order, starts, experts, top_k, num_threads);
     };
     if (kind == 0) return call(Singles{});

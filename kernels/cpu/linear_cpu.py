@@ -29,7 +29,9 @@ def launch_linear(
         _LINEAR, KINDS[packed.dtype], x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
         out.data_ptr(), rows if order is None else order.shape[0], out.shape[-1], depth, stride * x.element_size(),
         (out.stride(-2) if out.dim() > 1 else 0) * out.element_size(), int(out.dtype == torch.float32),
-        group or depth + depth % 2, *(0 if t is None else t.data_ptr() for t in (*scales, order, starts)),
+        group or depth + depth % 2, *(0 if t is None else t.data_ptr() for t in scales[:1]),
+        0 if scales[0] is None else scales[0].shape[2],
+        *(0 if t is None else t.data_ptr() for t in (*scales[1:], order, starts)),
         0 if starts is None else starts.shape[0] - 1, top_k, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -83,7 +83,8 @@ def limits_panels(panels: Tensor) -> str | None:
 
 @contract(
     args={
-        "panels": f"[cdiv(out_features,32) cdiv(K,2) 32|64] {PANELS}", "scale_PGC": _VALUES, "offset_PGC": _VALUES,
+        "panels": f"[cdiv(out_features,32) cdiv(K,2) 32|64] {PANELS}", "offset_PGC": _VALUES,
+        "scale_PGC": _VALUES.replace(" 32]", " 32|1]"),
         "bias_N": "out_features", "x_scale_TG": "[T blocks(K,group)] float32",
     },
     limits=limits_panels, opaque=True, flops=lambda x_TK, out_features: 2 * x_TK.numel() * out_features,
@@ -95,7 +96,7 @@ def linear_int(
 ) -> Tensor:  # fmt: skip
     """Return x wᵀ + bias: (T, N) in `dtype` (None: x's), for w = value · scale + offset; sums in float32 or wider.
 
-    panels   of `pack_int_panels`; scale and offset float32 of `pack_group_values`; group 0: one a row
+    panels   of `pack_int_panels`; scale and offset of `pack_group_values`, or a scale a panel; group 0: one a row
     x_scale  float32 (T, ⌈K/group⌉) that x, quantized, is multiplied by; or None
     Moves T·K + T·N elements, N·K/2 bytes of int4 or N·K of int8 and float8, and the scales, and takes 2·T·N·K flops.
     """
@@ -108,7 +109,7 @@ def linear_int(
         x_wide = x_wide * x_scale_TG.repeat_interleave(group or K, 1)[:, :K]
 
     def of_columns(values_PGC: Tensor) -> Tensor:
-        return values_PGC.transpose(1, 2).flatten(0, 1).repeat_interleave(group or K, 1)[:, :K]
+        return values_PGC.expand(-1, -1, PANEL).transpose(1, 2).flatten(0, 1).repeat_interleave(group or K, 1)[:, :K]
 
     weight_NK = values_NK * of_columns(scale_PGC)
     if offset_PGC is not None:

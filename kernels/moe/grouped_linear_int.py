@@ -37,8 +37,8 @@ _VALUES = "[P blocks(K,group) 32] float32"
 
 @contract(
     args={
-        "panels": f"[P cdiv(K,2) 32|64] {PANELS}", "scale_PGC": _VALUES, "offset_PGC": _VALUES,
-        "order_S": GROUPS["order_S"], "starts_E": "L int32", "bias_EN": "[E out_features]",
+        "panels": f"[P cdiv(K,2) 32|64] {PANELS}", "scale_PGC": "[P blocks(K,group) 32|1] float32",
+        "offset_PGC": _VALUES, "order_S": GROUPS["order_S"], "starts_E": "L int32", "bias_EN": "[E out_features]",
         "x_scale_RG": "[R blocks(K,group)] float32",
     },
     limits=(limits_experts, _limits), opaque=True, reads_values=True,
@@ -78,9 +78,9 @@ def cost(
     x_RK: Tensor, panels: Tensor, scale_PGC: Tensor, offset_PGC: Tensor | None, out_features: int, order_S: Tensor,
     starts_E: Tensor, bias_EN: Tensor | None, x_scale_RG: Tensor | None, dtype: torch.dtype | None,
 ) -> Cost:  # fmt: skip
-    form = (starts_E.shape[0] - 1, out_features, -1)
-    weight, *values = (None if t is None else t.flatten().unflatten(0, form) for t in (panels, scale_PGC, offset_PGC))
-    assert weight is not None
+    experts = starts_E.shape[0] - 1
+    weight = panels.flatten().unflatten(0, (experts, out_features, -1))
+    values = [None if t is None else t.flatten().unflatten(0, (experts, -1)) for t in (scale_PGC, offset_PGC)]
     rows = (x_RK,) if x_scale_RG is None else (x_RK, x_scale_RG)
     return grouped_cost(rows, (weight, *values, bias_EN), order_S, starts_E, dtype or x_RK.dtype)
 

@@ -221,6 +221,9 @@ def test_float8_panels_are_scaled_linear() -> None:
             x, x_scale, w, w_scale, _, bias_N = args
             scales = pack_group_values(w_scale.repeat_interleave(128, 0)[:333])
             out = linear_int.run("cpp", x, pack_int_panels(w, 397), scales, None, 128, 333, bias_N, x_scale, dtype)
+            scales = w_scale.repeat_interleave(4, 0)[:11, :, None].contiguous()  # a panel's
+            same = linear_int.run("cpp", x, pack_int_panels(w, 397), scales, None, 128, 333, bias_N, x_scale, dtype)
+            assert torch.equal(out, same)
             exact = CONTRACTS["scaled_linear"].meaning(*widen(args))
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(out.double(), exact, rtol=eps, atol=4 * eps * float(exact.abs().max()))
