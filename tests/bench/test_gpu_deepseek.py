@@ -41,8 +41,8 @@ def test_the_rank_is_the_model_as_the_passes_share_it_out(rank: Rank) -> None:
     assert any("eh_proj" in name for recipe in rank.mtp.program.recipes.values() for name in parameters_of(recipe))
     held = {w.data_ptr(): w.nbytes for r in (rank.main, rank.mtp) for w in r.executable.weights}
     ledger = rank.ledger()
-    # Sparse layers, matrices, experts; a CPU's panels have a block's scale for each of its 128 rows.
-    assert ledger["experts_bytes"] == 3 * 3 * 3 * (256 * 128 + 2 * 128 * 4)
+    # Sparse layers, matrices, experts; of a CPU's panels of 32 rows each has its block's scale.
+    assert ledger["experts_bytes"] == 3 * 3 * 3 * (256 * 128 + 256 // 32 * 4)
     assert ledger["embedding_and_head_bytes"] == 2 * 512 * 256 * 2  # MTP's are the model's
     assert ledger["cache_bytes_per_token"] == (4 * (128 + 16) + 256) * 2  # latents, and what MTP reads
     assert ledger["weights_bytes"] == sum(held.values())
