@@ -13,6 +13,7 @@ The rules are those of CUDA graphs on both devices, because a model that keeps t
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from seamwise.kernels.contract import contract_of
 from seamwise.kernels.cpu.tape import StandIn, Tape, call, recording
 from seamwise.kernels.cpu.tape_memory import Pool
+
+_LETS_GO_S = 1.0  # a collective's thread lets go of its tensors a moment after it was waited for
 
 
 class RecordingRefused(RuntimeError):
@@ -90,7 +93,10 @@ class Recorder:
         mine = {r.untyped_storage().data_ptr() for r in tree_leaves(results) if isinstance(r, Tensor)}
         if self.live() - held - mine:
             gc.collect()  # a tensor of a frame that failed may wait for it
-        if kept := self.live() - held - mine:
+        until_s = time.monotonic() + _LETS_GO_S
+        while (kept := self.live() - held - mine) and time.monotonic() < until_s:
+            time.sleep(0.001)
+        if kept:
             raise RecordingRefused(
                 f"a tensor made while recording is still held ({len(kept)} of them, one at {min(kept):#x}): its memory"
                 " is the recorder's, and the next recording or replay writes there; return it, or keep a clone of it"

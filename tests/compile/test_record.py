@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seamwise.compile.record import recorder as recorders
 from seamwise.compile.record.recorder import CPURecorder, RecordingRefused
 from seamwise.compile.record.recorders import recorder_for
 from seamwise.kernels import attention, grouped_linear, kv_append, moe_align, rms_norm, silu_mul
@@ -270,6 +271,19 @@ def test_a_tensor_that_outlives_the_recording_is_refused() -> None:
         return torch.cat((y, y[:, 16:]), -1)  # no column, but a view of y
 
     assert torch.equal(recorder.record(takes_none, x).replay(x), takes_none(x))
+
+
+def test_a_tensor_that_another_thread_is_about_to_let_go_of_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gloo's does with what it sent, after it has said that it did."""
+    x, weight, kept = torch.randn(5, 16), torch.rand(16), []
+    monkeypatch.setattr(recorders.time, "sleep", lambda seconds: kept.clear())
+
+    def sends(x: Tensor) -> Tensor:
+        kept.append(torch.tanh(rms_norm.run("cpp", x, weight, 1e-5)))
+        return kept[-1] + 1.0
+
+    recorded = CPURecorder().record(sends, x)
+    assert not kept and torch.equal(recorded.replay(x), sends(x))
 
 
 def test_bad_input_at_a_replay_names_the_kernel() -> None:
