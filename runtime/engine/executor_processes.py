@@ -41,7 +41,7 @@ from .executor_rank import RankStart, main, serve_store
 from .executor_wire import to_frames
 
 _GRACE_S = 5.0  # after one rank's error the others, who may wait for it, answer within so long or count as lost
-_END_S = 1.0  # within which a process that makes others fail has ended
+_END_S = 1.0  # within which a process that makes others fail has ended, and what one said that ended has come
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError}  # a caller's mistake stays one
 
 
@@ -255,7 +255,8 @@ class RankProcesses:
                         deadline = min(deadline, time.monotonic() + _GRACE_S)
             waiting = [rank for rank in waiting if rank not in answers]
             dead = [rank for rank in waiting if not self._processes[rank].is_alive()]
-            if any(not self._sockets[rank].poll(0) for rank in dead) or (waiting and time.monotonic() > deadline):
+            silent = any(not self._sockets[rank].poll(1000 * _END_S) for rank in dead)
+            if silent or (waiting and time.monotonic() > deadline):
                 self._fail(what, answers, timeout_s)
         errors = [result for _, (fine, result) in sorted(answers.items()) if not fine]
         if not errors:
