@@ -205,7 +205,7 @@ def _of_quant_state(state: Mapping[str, object], held: Tensors) -> Tensor:
         table, scale = held[".nested_quant_map"].load(), held[".nested_absmax"].load()
         every = scale.repeat_interleave(int(state["nested_blocksize"]))[: len(absmax)]  # type: ignore[call-overload]
         absmax = table[absmax.int()] * every + float(state["nested_offset"])  # type: ignore[arg-type]
-    codes = held[""].load().flatten()
+    codes = held[""].load().flatten().view(torch.uint8)  # bnb_4bit_quant_storage may call its bytes floats
     indices = torch.stack((codes >> 4, codes & 15), 1).flatten()
     shape: tuple[int, ...] = tuple(state["shape"])  # type: ignore[arg-type]
     count = torch.Size(shape).numel()

@@ -114,6 +114,11 @@ def bitsandbytes(weight: Tensor, nested: bool = True) -> tuple[Held, Tensor]:
     return held, (table[index] * absmax.repeat_interleave(64)).bfloat16().view(weight.shape)
 
 
+def nf4_in_bfloat16(weight: Tensor) -> tuple[Held, Tensor]:
+    held, plain = bitsandbytes(weight)
+    return held | {"weight": held["weight"].flatten().view(torch.bfloat16).unsqueeze(1)}, plain
+
+
 def nvfp4(weight: Tensor, modelopt: bool = True) -> tuple[Held, Tensor]:
     table = torch.tensor([*E2M1, *(-v for v in E2M1)])
     groups = weight.float().unflatten(1, (-1, 16))
@@ -153,6 +158,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Any, int]] = {
     "fp8 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8, 8),
     "nf4": (BNB, bitsandbytes, 0),
     "nf4, plain scales": (BNB, lambda w: bitsandbytes(w, nested=False), 0),
+    "nf4, stored as bfloat16": (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, nf4_in_bfloat16, 0),
     "nvfp4 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4, 0),
     "nvfp4": (
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, lambda w: nvfp4(w, modelopt=False), 0
