@@ -41,7 +41,7 @@ _GPTQ_OPTIONS = {
     "is_marlin_format", "quantizer", "pack_dtype", "meta", "dataset", "tokenizer", "backend", "use_cuda_fp16",
     "model_seqlen", "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "pad_token_id",
     "use_exllama", "max_input_length", "exllama_config", "cache_block_outputs", "damp_auto_increment", "mse", "format",
-    "act_group_aware",
+    "act_group_aware", "method",
 }  # fmt: skip
 
 
@@ -134,6 +134,8 @@ def _gptq(read: Reader) -> Quantization:
     for option in ("dynamic", "lm_head"):
         if read.raw.get(option):
             raise ValueError(f"{read.where}: {option} is {read.raw[option]!r}, which is not served; wanted null")
+    if read.raw.get("method"):  # GPTQModel's word for quant_method
+        read.choice("method", ("gptq",))
     layouts = [read.choice(n, ("gptq", "gptq_v2")) for n in ("checkpoint_format", "format") if read.raw.get(n)]
     if len({*layouts}) > 1:
         raise ValueError(f"{read.where}: checkpoint_format is {layouts[0]!r}, format {layouts[1]!r}; wanted one")
