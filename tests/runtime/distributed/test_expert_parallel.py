@@ -71,6 +71,7 @@ def check_ops(rank: int, ranks: int, group: str) -> None:
             here = (owner == rank).any(-1)
             assert torch.equal(rows[mine][here], x[here]) and not bool(rows[mine][~here].any())
             assert torch.equal(q[mine][here].float(), scaled[0][here].float()) and torch.equal(same, local)
+            assert torch.equal(scale[mine][here], scaled[1][here]) and not bool(scale[mine][~here].any())
             number = rank * share + local.flatten().unsqueeze(1)  # an expert multiplies by its number, and one more
             made = (rows.repeat_interleave(choices, 0) * (number + 1)).to(dtype)
             back = _run(ep_combine, way, made, local, picked, experts, group)
