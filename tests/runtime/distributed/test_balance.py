@@ -31,7 +31,7 @@ from seamwise.kernels import count_experts, place_experts
 from seamwise.kernels.moe.place_experts import table_of
 from seamwise.runtime.build.eplb_config import EPLBConfig
 from seamwise.runtime.build.step import StepInput, empty_step
-from seamwise.runtime.distributed.group import leave_group
+from seamwise.runtime.distributed.group import leave_group, meet
 from seamwise.runtime.runner import balance
 from seamwise.runtime.runner.data_ranks import agree
 from seamwise.runtime.runner.expert_placement import (
@@ -241,7 +241,7 @@ def check_failed(root: Path, rank: int) -> None:
 def work(rank: int, home: str) -> None:
     torch.set_num_threads(1)
     root = Path(home)
-    dist.init_process_group("gloo", init_method=f"file://{root / f'group-{os.getppid()}'}", rank=rank, world_size=2)
+    meet(str(root / f"group-{os.getppid()}"), rank, 2, "cpu", timeout_s=120)
     try:
         LOAD["pack_dir"] = root / f"packs{rank}"
         check_moves(root, "qwen3", rank, 2, 2, alone=True)

@@ -30,7 +30,7 @@ from seamwise.compile.record.recorder import Recording
 from seamwise.kernels import ep_combine, ep_dispatch, ep_dispatch_quant, quantize
 from seamwise.kernels.comm import exchange
 from seamwise.runtime.build.step import StepInput, empty_step
-from seamwise.runtime.distributed.group import leave_group
+from seamwise.runtime.distributed.group import leave_group, meet
 from seamwise.runtime.runner.data_ranks import agree
 from seamwise.runtime.runner.recordings import CapturePlan, Full, InTurns, Piecewise
 
@@ -253,7 +253,7 @@ def check_text(root: Path, name: str, rank: int, ranks: int) -> None:
 def work(rank: int, ranks: int, home: str) -> None:
     torch.set_num_threads(1)
     root = Path(home)
-    dist.init_process_group("gloo", init_method=f"file://{root / f'group-{os.getppid()}'}", rank=rank, world_size=ranks)
+    meet(str(root / f"group-{os.getppid()}"), rank, ranks, "cpu", timeout_s=120)
     LOAD["pack_dir"] = root / "packs"
     try:
         check_ops(rank, ranks, dist.group.WORLD.group_name)
