@@ -108,6 +108,9 @@ def main(start: RankStart) -> None:
     answered, loaded = _attempt(load)
     socket.send_multipart(_answer(answered, loaded[1] if answered else loaded))
     if not answered:
+        asked.close(0)
+        socket.close(linger=5000)
+        zmq.Context.instance().term()  # a process that ends takes what its socket has not sent with it
         return
     worker, shelf = loaded[0], Shelf(start.folder)
     step = Stage(worker, shelf, start.ranks) if start.stages else partial(_step, worker, shelf)

@@ -58,7 +58,15 @@ class Loop:
             return True
         if len(self.flights) >= self.depth or any(flight.step.proposed for flight in self.flights):
             return False  # how many of its guesses stand is not known before a step has ended
+        if len(self.owners) == 1 and self._gives_first_token(self.flights[-1].step):
+            return False
         return not self.drafting.wanted(self.scheduler, self.owners)
+
+    @staticmethod
+    def _gives_first_token(step: Step) -> bool:
+        """Return whether a step gives a sequence's first token. Of one that is alone no further step begins before it
+        is handed over: on a CPU that would take the cores from those who pass it on, who need a few milliseconds."""
+        return bool(step.yields[0]) and not step.sequences[0].output
 
     def launch(self) -> bool:
         """Plan a step and let it run; False when nothing can be computed now."""

@@ -99,19 +99,17 @@ def _layer(p: Published, layer: str, held: Tensors) -> dict[str, StoredTensor]:
         return StoredTensor(shape=shape, stored_dtype=p.method, dtype=dtype, load=load)
 
     if p.plain:
-        return {f"{layer}.weight": made((rows, columns), scale.dtype, partial(_dequantized, p, held))}
+        return {f"{layer}.weight": made((rows, columns), scale.dtype, partial(_dequantized, p, layer, held))}
     weight = partial(_packed_weight, p, layer, held)
     packed = p.bits == 4
+    dtype = torch.int32 if packed else torch.int8
     parts = {
-        "weight_packed" if packed else "weight": made(
-            (rows, columns // 8 if packed else columns), torch.int32 if packed else torch.int8, weight
-        ),
+        "weight_packed" if packed else "weight": made((rows, columns // 8 if packed else columns), dtype, weight),
         "weight_scale": made((rows, groups), scale.dtype, lambda: scale.load().T.contiguous()),
     }
     if not p.symmetric:
         shape = (-(-rows // 8), groups) if packed else (rows, groups)
-        dtype = torch.int32 if packed else torch.int8
-        parts["weight_zero_point"] = made(shape, dtype, partial(_packed_zeros, p, held))
+        parts["weight_zero_point"] = made(shape, dtype, partial(_packed_zeros, p, layer, held))
     return {f"{layer}.{end}": part for end, part in parts.items()}
 
 
@@ -123,25 +121,21 @@ def _packed_weight(p: Published, layer: str, held: Tensors) -> Tensor:
             raise ValueError(
                 f"{layer}: g_idx is not in the order of columns, config.json has desc_act false; set it true"
             )
-    if p.symmetric and not (_zeros(p, held) == 1 << (p.bits - 1)).all():
-        raise ValueError(f"{layer}: config.json has sym true, and its zero points are not all {1 << (p.bits - 1)}")
+    if p.symmetric:
+        _zeros(p, layer, held)  # which are the middle then, and not read again
     values = _values(p, held)
-    if p.bits == 8:
-        return (values - 128).to(torch.int8).T.contiguous()
-    return _pack_nibbles(values.T)
+    return (values - 128).to(torch.int8).T.contiguous() if p.bits == 8 else _pack_nibbles(values.T)
 
 
-def _packed_zeros(p: Published, held: Tensors) -> Tensor:
+def _packed_zeros(p: Published, layer: str, held: Tensors) -> Tensor:
     """Return int32 (⌈N/8⌉, G), nibbles along N; or int8 (N, G)."""
-    zeros_GN = _zeros(p, held)
-    if p.bits == 8:
-        return (zeros_GN - 128).to(torch.int8).T.contiguous()
-    return _pack_nibbles(zeros_GN).T.contiguous()
+    zeros_GN = _zeros(p, layer, held)
+    return ((zeros_GN - 128).to(torch.int8).T if p.bits == 8 else _pack_nibbles(zeros_GN).T).contiguous()
 
 
-def _dequantized(p: Published, held: Tensors) -> Tensor:
+def _dequantized(p: Published, layer: str, held: Tensors) -> Tensor:
     """Return the weight (N, K) in the scales' dtype, each column by its own group."""
-    scales_GN, zeros_GN = held["scales"].load(), _zeros(p, held)
+    scales_GN, zeros_GN = held["scales"].load(), _zeros(p, layer, held)
     values_KN = _values(p, held)
     index = torch.arange(len(values_KN)) // (p.group or len(values_KN))
     if "g_idx" in held:
@@ -152,18 +146,19 @@ def _dequantized(p: Published, held: Tensors) -> Tensor:
 def _values(p: Published, held: Tensors) -> Tensor:
     """Return the stored integers (K, N), int32 from 0 up."""
     words = held["qweight"].load()
-    if p.method == "awq":
-        return _nibbles_of_awq(words)
-    return _unpacked(words.T, p.bits).T
+    return _nibbles_of_awq(words) if p.method == "awq" else _unpacked(words.T, p.bits).T
 
 
-def _zeros(p: Published, held: Tensors) -> Tensor:
-    """Return the zero points (G, N), int32."""
+def _zeros(p: Published, layer: str, held: Tensors) -> Tensor:
+    """Return the zero points (G, N), int32. Raises ValueError for others than the middle where all are that (sym)."""
     words = held["qzeros"].load()
     if p.method == "awq":
         return _nibbles_of_awq(words)
     zeros = _unpacked(words, p.bits)[:, : held["scales"].shape[1]]
-    return (zeros + 1) & ((1 << p.bits) - 1) if p.zeros_less_one else zeros
+    zeros = (zeros + p.zeros_less_one) & ((1 << p.bits) - 1)
+    if p.symmetric and not (zeros == 1 << (p.bits - 1)).all():
+        raise ValueError(f"{layer}: config.json has sym true, and its zero points are not all {1 << (p.bits - 1)}")
+    return zeros
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
@@ -205,7 +200,7 @@ def _of_quant_state(state: Mapping[str, object], held: Tensors) -> Tensor:
         table, scale = held[".nested_quant_map"].load(), held[".nested_absmax"].load()
         every = scale.repeat_interleave(int(state["nested_blocksize"]))[: len(absmax)]  # type: ignore[call-overload]
         absmax = table[absmax.int()] * every + float(state["nested_offset"])  # type: ignore[arg-type]
-    codes = held[""].load().flatten()
+    codes = held[""].load().flatten().view(torch.uint8)  # bnb_4bit_quant_storage may call its bytes floats
     indices = torch.stack((codes >> 4, codes & 15), 1).flatten()
     shape: tuple[int, ...] = tuple(state["shape"])  # type: ignore[arg-type]
     count = torch.Size(shape).numel()

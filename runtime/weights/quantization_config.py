@@ -134,12 +134,14 @@ def _gptq(read: Reader) -> Quantization:
     for option in ("dynamic", "lm_head"):
         if read.raw.get(option):
             raise ValueError(f"{read.where}: {option} is {read.raw[option]!r}, which is not served; wanted null")
-    layout = read.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    layouts = [read.choice(n, ("gptq", "gptq_v2")) for n in ("checkpoint_format", "format") if read.raw.get(n)]
+    if len({*layouts}) > 1:
+        raise ValueError(f"{read.where}: checkpoint_format is {layouts[0]!r}, format {layouts[1]!r}; wanted one")
     listed = read.raw.get("modules_in_block_to_quantize")
     inside = [name for names in listed for name in (names if isinstance(names, list) else [names])] if listed else []
     published = Published(
         method="gptq", bits=bits, group=max(group, 0), symmetric=read.flag("sym", True), plain=read.flag("desc_act"),
-        zeros_less_one=layout == "gptq",
+        zeros_less_one="gptq_v2" not in layouts,
     )  # fmt: skip
     targets = tuple(rf"re:.*{re.escape(name)}$" for name in inside) or ("Linear",)
     return _in_words(published, [], targets)

@@ -10,6 +10,7 @@ from seamwise.runtime.serve.chat_parts import ChatParts, Part
 from seamwise.runtime.serve.process.messages import Delta
 
 from .answers import Choices, as_number, spelled
+from .chat_schema import ChatRequest
 from .serving import Work
 
 
@@ -30,7 +31,7 @@ class ChatAnswer(Choices):
     def choice(self, prompt: int, delta: Delta) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.index, "message": self._message(self._read(delta)),
-            "logprobs": {"content": _logprobs(delta)} if self.body.logprobs else None,
+            "logprobs": {"content": _logprobs(delta, self.body)} if self.body.logprobs else None,
             "finish_reason": self._reason(delta), "stop_reason": delta.stop_reason,
         }  # fmt: skip
         return choice | ({"token_ids": delta.token_ids} if self.body.return_token_ids else {})
@@ -50,7 +51,7 @@ class ChatAnswer(Choices):
                 if delta.finish_reason:
                     choice["stop_reason"] = delta.stop_reason
             if number == 0 and self.body.logprobs:
-                choice["logprobs"] = {"content": _logprobs(delta)}
+                choice["logprobs"] = {"content": _logprobs(delta, self.body)}
             if number == 0 and self.body.return_token_ids:
                 choice["token_ids"] = delta.token_ids
             yield choice
@@ -101,14 +102,14 @@ def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _logprobs(delta: Delta) -> list[dict[str, Any]]:
-    """Return OpenAI's content of logprobs: each token with its bytes, and the most likely ones by rank."""
-    found = []
+def _logprobs(delta: Delta, asked: ChatRequest) -> list[dict[str, Any]]:
+    """Return OpenAI's content of logprobs: each token with its bytes, and by rank the most likely ones, or those asked
+    for by id. A row has the token itself too, which may be none of them."""
+    found, ids = [], asked.logprob_token_ids
     for token, row in zip(delta.token_ids, delta.logprobs or (), strict=False):
         best = sorted(row.items(), key=lambda one: one[1].rank)
-        asked = len(row) - 1 if row[token].rank > len(row) - 1 else len(row)
-        top = [_token(*one) for one in best[: max(asked, 0)]]
-        found.append({**_token(token, row[token]), "top_logprobs": top})
+        top = best[: asked.top_logprobs or 0] if ids is None else [one for one in best if one[0] in ids]
+        found.append({**_token(token, row[token]), "top_logprobs": [_token(*one) for one in top]})
     return found
 
 

@@ -29,8 +29,11 @@ logger = logging.getLogger("seamwise.serve")
 def listen(settings: ServeSettings) -> socket.socket:
     """Return a listening socket. Raises ValueError when the address is taken or not this machine's."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it; else what is written next waits until the client says that it has what was written before,
+    # which clients say up to 40 ms late.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         sock.bind((settings.host, settings.port))
         sock.listen(2048)

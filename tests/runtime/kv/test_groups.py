@@ -91,7 +91,7 @@ def test_a_group_that_is_none_is_refused(kind: Any, size: int) -> None:
 
 
 def held_at(tokens: int, groups: Groups) -> int:
-    """Return the blocks of 16 tokens that a request holds when as many of its tokens are computed."""
+    """Return the blocks of 16 tokens that a request holds when as many of its tokens are computed, and it decodes."""
     runner = FakeRunner(num_blocks=4000, block_size=16, max_model_len=tokens + 8, kv_groups=groups)
     engine = Engine(runner, None, SchedulerConfig(max_num_batched_tokens=512))  # type: ignore[arg-type]
     engine.add_request("long", [5] * tokens, GREEDY)
@@ -99,7 +99,7 @@ def held_at(tokens: int, groups: Groups) -> int:
     while engine.has_unfinished_requests():
         engine.step()
         engine.scheduler.check()
-        if engine.scheduler.running and int(engine.scheduler.slots.computed.max()) >= tokens:
+        if engine._loop.flights and int(engine.scheduler.slots.computed.max()) >= tokens:
             held = held or len(engine.scheduler.pool.holders)
     engine.close()
     return held

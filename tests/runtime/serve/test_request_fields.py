@@ -17,6 +17,7 @@ from seamwise.runtime.serve.chat_parts import ChatParts
 from seamwise.runtime.serve.http.chat_answer import _logprobs as chat_logprobs
 from seamwise.runtime.serve.http.chat_schema import ChatRequest
 from seamwise.runtime.serve.http.routes.completions import CompletionRequest, _logprobs
+from seamwise.runtime.serve.http.routes.completions import _Answer as Completions
 from seamwise.runtime.serve.http.routes.generate import _row as token_rows
 from seamwise.runtime.serve.http.routes.responses import ResponsesRequest, _Answer
 from seamwise.runtime.serve.http.schema import Body
@@ -57,12 +58,46 @@ def test_tokens_of_one_spelling_are_told_apart() -> None:
     assert (got["tokens"], got["token_logprobs"], got["text_offset"]) == (["", "b"], [-0.5, -1.0], [4, 4])
 
 
+def chat(**asked: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": [{"role": "user", "content": "a"}], "logprobs": True, **asked})
+
+
+def test_as_many_top_logprobs_as_asked_for_whatever_the_tokens_rank() -> None:
+    """One more is in the row where the sampled token is none of them."""
+    for most in range(4):
+        for rank in range(1, 6):
+            row = {i: Logprob(-float(i), i, str(i)) for i in {rank, *range(1, most + 1)}}
+            (got,) = chat_logprobs(Delta("x", 0, "", [rank], logprobs=[row]), chat(top_logprobs=most))
+            assert got["token"] == str(rank)
+            assert [one["token"] for one in got["top_logprobs"]] == [str(i) for i in range(1, most + 1)]
+            asked = chat(logprob_token_ids=[2, 4])
+            row = {i: Logprob(-float(i), i, str(i)) for i in (rank, 2, 4)}
+            (got,) = chat_logprobs(Delta("x", 0, "", [rank], logprobs=[row]), asked)
+            assert [one["token"] for one in got["top_logprobs"]] == ["2", "4"]
+
+
+def test_a_token_stands_where_it_does_though_its_text_is_held_back() -> None:
+    """As a tail is that may become a stop string: the stream's offsets are the whole answer's."""
+    words, shown = {1: "one, ", 2: "two, ", 3: "three"}, ("one", ", two", ", three")
+    rows = [{token: Logprob(-1.0, 1, word)} for token, word in words.items()]
+    body = CompletionRequest(prompt="a", logprobs=0, n=2)
+    for index, deltas in enumerate(
+        (
+            [Delta("x", 0, "".join(shown), [*words], logprobs=rows)],
+            [Delta("x", 1, text, [token], logprobs=[row]) for text, token, row in zip(shown, words, rows, strict=True)],
+        )
+    ):
+        answer = Completions(SimpleNamespace(body=body, name="x", model="m"), [""])  # type: ignore[arg-type]
+        told = [offset for delta in deltas for offset in answer.choice(0, delta)["logprobs"]["text_offset"]]
+        assert told == [0, 5, 10], index
+
+
 def test_what_cannot_come_has_a_number_too() -> None:
     """JSON has no infinity, and null is no log probability."""
     row = {7: Logprob(0.0, 1, "a"), 9: Logprob(float("-inf"), 2, "b")}
     delta = Delta("x", 0, "a", [7], logprobs=[row])
     assert _logprobs(delta, [row], 0, 2)["top_logprobs"] == [{"a": 0.0, "b": -9999.0}]
-    assert chat_logprobs(delta)[0]["top_logprobs"][1]["logprob"] == -9999.0
+    assert chat_logprobs(delta, chat(top_logprobs=2))[0]["top_logprobs"][1]["logprob"] == -9999.0
     assert token_rows(row) == [
         {"token_id": 7, "logprob": 0.0, "rank": 1}, {"token_id": 9, "logprob": -9999.0, "rank": 2},
     ]  # fmt: skip

@@ -114,6 +114,11 @@ def bitsandbytes(weight: Tensor, nested: bool = True) -> tuple[Held, Tensor]:
     return held, (table[index] * absmax.repeat_interleave(64)).bfloat16().view(weight.shape)
 
 
+def nf4_in_bfloat16(weight: Tensor) -> tuple[Held, Tensor]:
+    held, plain = bitsandbytes(weight)
+    return held | {"weight": held["weight"].flatten().view(torch.bfloat16).unsqueeze(1)}, plain
+
+
 def nvfp4(weight: Tensor, modelopt: bool = True) -> tuple[Held, Tensor]:
     table = torch.tensor([*E2M1, *(-v for v in E2M1)])
     groups = weight.float().unflatten(1, (-1, 16))
@@ -145,6 +150,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Any, int]] = {
     "gptq, symmetric": (GPTQ | {"sym": True}, lambda w: gptq(w, sym=True), 8),
     "gptq, one group": (GPTQ | {"group_size": -1}, lambda w: gptq(w, group=-1), 8),
     "gptq, version 2": (GPTQ | {"checkpoint_format": "gptq_v2"}, lambda w: gptq(w, v2=True), 8),
+    "gptq, version 2 in GPTQModel's word": (GPTQ | {"format": "gptq_v2"}, lambda w: gptq(w, v2=True), 8),
     "gptq, 8 bits": (GPTQ | {"bits": 8}, lambda w: gptq(w, bits=8), 8),
     "gptq, act-order": (GPTQ | {"desc_act": True}, lambda w: gptq(w, act=True), 0),
     "awq": (AWQ, awq, 8),
@@ -152,6 +158,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Any, int]] = {
     "fp8, no blocks": (FP8 | {"activation_scheme": "dynamic"}, lambda w: fp8(w, static=False), 8),
     "fp8 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8, 8),
     "nf4": (BNB, bitsandbytes, 0),
+    "nf4, stored as bfloat16": (BNB | {"bnb_4bit_quant_storage": "bfloat16"}, nf4_in_bfloat16, 0),
     "nf4, plain scales": (BNB, lambda w: bitsandbytes(w, nested=False), 0),
     "nvfp4 of ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4, 0),
     "nvfp4": (
@@ -236,6 +243,8 @@ def test_layers_read_what_is_stored(name: str, tmp_path: Path) -> None:
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ("gptq", {"something": 1}, "something would be ignored"),
         ("gptq", {"sym": True}, "config.json has sym true, and its zero points are not all 8"),
+        ("gptq", {"format": "marlin"}, "format is 'marlin'"),
+        ("gptq", {"checkpoint_format": "gptq", "format": "gptq_v2"}, "checkpoint_format is 'gptq', format 'gptq_v2'"),
         ("gptq, act-order", {"desc_act": False}, "g_idx is not in the order of columns"),
         ("nf4", {"load_in_4bit": False}, "load_in_4bit is not true"),
         ("fp8, static", {"weight_block_size": [128, 128]}, "activation_scheme is 'static' with weights in blocks"),
@@ -243,12 +252,23 @@ def test_layers_read_what_is_stored(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_served_is_named(name: str, change: dict[str, Any], named: str, tmp_path: Path) -> None:
-    save_published(tmp_path, name)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] |= change
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_changed(tmp_path, name, change)
     with pytest.raises(ValueError, match=named):
         dequantized(tmp_path, torch.bfloat16)
+
+
+def test_zero_points_are_no_others_than_the_configuration_says_where_weights_are_dequantized(tmp_path: Path) -> None:
+    save_changed(tmp_path, "gptq, act-order", {"sym": True})
+    with pytest.raises(ValueError, match="has sym true, and its zero points are not all 8"):
+        plain_weights(tmp_path)
+
+
+def save_changed(directory: Path, name: str, change: dict[str, Any]) -> None:
+    """Save a published layout whose config.json says something else."""
+    save_published(directory, name)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] |= change
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 KV_NAMES = [

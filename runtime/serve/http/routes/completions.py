@@ -77,9 +77,10 @@ class _Answer(Choices):
             "index": index, "text": text, "logprobs": None, "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }  # fmt: skip
-        if delta.logprobs is not None:
-            choice["logprobs"] = _logprobs(delta, delta.logprobs, start, self.body.logprobs or 0)
         self._offsets[index] = start + len(delta.text)
+        if delta.logprobs is not None:
+            choice["logprobs"] = told = _logprobs(delta, delta.logprobs, start, self.body.logprobs or 0)
+            self._offsets[index] = start + sum(map(len, told["tokens"]))  # text may be held back, tokens are not
         if self.body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice
