@@ -27,7 +27,7 @@ from seamwise.kernels import (
 )
 from seamwise.kernels.comm import collectives
 from seamwise.kernels.comm import norm_between_linears as norm_between_linears_file
-from seamwise.runtime.distributed.group import leave_group
+from seamwise.runtime.distributed.group import leave_group, meet
 
 ROWS, WIDTH = 8, 40
 
@@ -105,7 +105,7 @@ def check_overlap(rank: int, ranks: int, group: str) -> None:
 
 def work(rank: int, ranks: int, file: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    meet(file, rank, ranks, "cpu", timeout_s=120)
     try:
         check_norms(rank, ranks, dist.group.WORLD.group_name)
         check_overlap(rank, ranks, dist.group.WORLD.group_name)

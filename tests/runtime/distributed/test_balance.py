@@ -31,7 +31,7 @@ from seamwise.kernels import count_experts, place_experts
 from seamwise.kernels.moe.place_experts import table_of
 from seamwise.runtime.build.eplb_config import EPLBConfig
 from seamwise.runtime.build.step import StepInput, empty_step
-from seamwise.runtime.distributed.group import leave_group
+from seamwise.runtime.distributed.group import leave_group, meet
 from seamwise.runtime.runner import balance
 from seamwise.runtime.runner.data_ranks import agree
 from seamwise.runtime.runner.expert_placement import (
@@ -88,6 +88,8 @@ def test_placements(seed: int, nodes: int, ranks: int, groups: int, each: int, m
     moved = list(old)
     for move in moves_between(old, kept, ranks):
         moved[move.place] = old[move.source]
+        there, needs = old[move.place // share * share :][:share], kept[move.place]
+        assert (move.source // share == move.place // share) == (needs in there), "sent over the link for nothing"
     assert moved == kept
     copy = loads / np.bincount(found)
     if groups % nodes or nodes == 1:
@@ -105,6 +107,10 @@ def test_a_gain_is_what_bytes_and_loads_say() -> None:
     assert load_of_ranks(loads, six, 2).tolist() == [94, 6] and gain.moved == 7
     assert load_of_ranks(loads, [0, 1, 2, 3, 0, 2], 2).tolist() == [49, 51] and gain.saved == (94 - 51) / 10 * 5 * 10
     assert balancedness(loads, six, 2) == 50 / 94
+    here = gain_of(loads, six, [0, 1, 0, 3, 3, 2], 2, row_bytes=10, expert_bytes=7, steps_seen=10, steps_ahead=5)
+    assert here.moved == 0  # rank 0 copies expert 0 from its own place
+    sources = [m.source for m in moves_between([0, 1, 0, 2, 3, 4, 5, 6], [0, 1, 0, 2, 0, 4, 0, 6], 4)]
+    assert sources == [0, 2]  # of two ranks that have it, each sends it to one
 
 
 def test_copies_take_turns() -> None:
@@ -235,7 +241,7 @@ def check_failed(root: Path, rank: int) -> None:
 def work(rank: int, home: str) -> None:
     torch.set_num_threads(1)
     root = Path(home)
-    dist.init_process_group("gloo", init_method=f"file://{root / f'group-{os.getppid()}'}", rank=rank, world_size=2)
+    meet(str(root / f"group-{os.getppid()}"), rank, 2, "cpu", timeout_s=120)
     try:
         LOAD["pack_dir"] = root / f"packs{rank}"
         check_moves(root, "qwen3", rank, 2, 2, alone=True)

@@ -30,7 +30,7 @@ from seamwise.compile.record.recorder import Recording
 from seamwise.kernels import ep_combine, ep_dispatch, ep_dispatch_quant, quantize
 from seamwise.kernels.comm import exchange
 from seamwise.runtime.build.step import StepInput, empty_step
-from seamwise.runtime.distributed.group import leave_group
+from seamwise.runtime.distributed.group import leave_group, meet
 from seamwise.runtime.runner.data_ranks import agree
 from seamwise.runtime.runner.recordings import CapturePlan, Full, InTurns, Piecewise
 
@@ -71,6 +71,7 @@ def check_ops(rank: int, ranks: int, group: str) -> None:
             here = (owner == rank).any(-1)
             assert torch.equal(rows[mine][here], x[here]) and not bool(rows[mine][~here].any())
             assert torch.equal(q[mine][here].float(), scaled[0][here].float()) and torch.equal(same, local)
+            assert torch.equal(scale[mine][here], scaled[1][here]) and not bool(scale[mine][~here].any())
             number = rank * share + local.flatten().unsqueeze(1)  # an expert multiplies by its number, and one more
             made = (rows.repeat_interleave(choices, 0) * (number + 1)).to(dtype)
             back = _run(ep_combine, way, made, local, picked, experts, group)
@@ -252,7 +253,7 @@ def check_text(root: Path, name: str, rank: int, ranks: int) -> None:
 def work(rank: int, ranks: int, home: str) -> None:
     torch.set_num_threads(1)
     root = Path(home)
-    dist.init_process_group("gloo", init_method=f"file://{root / f'group-{os.getppid()}'}", rank=rank, world_size=ranks)
+    meet(str(root / f"group-{os.getppid()}"), rank, ranks, "cpu", timeout_s=120)
     LOAD["pack_dir"] = root / "packs"
     try:
         check_ops(rank, ranks, dist.group.WORLD.group_name)

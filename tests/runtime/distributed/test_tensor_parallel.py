@@ -20,7 +20,7 @@ from tiny_models import assert_within_budget, save_tiny
 from seamwise import LLM, ModelRunner, SamplingParams
 from seamwise.compile.pipeline import PipelineConfig
 from seamwise.kernels.comm import norm_between_linears
-from seamwise.runtime.distributed.group import leave_group
+from seamwise.runtime.distributed.group import leave_group, meet
 from seamwise.runtime.weights.read_adapter import read_adapter
 
 # Two KV heads are fewer than four ranks, and 97 words divide among no ranks.
@@ -178,7 +178,7 @@ def check_packs(directory: Path, ranks: int, packs: Path) -> None:
 def work(rank: int, ranks: int, home: str, names: list[tuple[str, str]]) -> None:
     torch.set_num_threads(1)
     root = Path(home)
-    dist.init_process_group("gloo", init_method=f"file://{root / f'group-{os.getppid()}'}", rank=rank, world_size=ranks)
+    meet(str(root / f"group-{os.getppid()}"), rank, ranks, "cpu", timeout_s=120)
     try:
         for name, entry in names:
             validate = PipelineConfig(validate=entry == "own" and ranks == 2)
