@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_families import MOE
@@ -160,25 +161,36 @@ def test_two_stages_give_what_one_process_gives(tmp_path: Path) -> None:
 def bubbles_are_those_of_the_formula(ranks: Any) -> None:
     """m steps through p stages leave each stage idle (p - 1) / (m + p - 1) of the time; a busy machine only adds."""
     assert isinstance(ranks, RankProcesses)
-    seconds, stages, steps = 0.2, 2, 6
+    seconds, stages, batches = 0.2, 2, list[StepInput]()
+    for i in range(6):
+        tokens, table = np.array([3 + i, 4]), np.array([[i + 1]], dtype=np.int32)
+        slots = torch.tensor([i], dtype=torch.int32)
+        batches.append(ragged_step(tokens, table, np.array([0]), np.array([2]), ranks.block_size, request_slots=slots))
+    alone = [ranks.step(batch).logits.clone() for batch in batches]
     ranks.collective_rpc(slowed, None, (seconds,))
-    formula = (stages - 1) / (steps + stages - 1)
+    formula = (stages - 1) / (len(batches) + stages - 1)
     for _ in range(5):
-        bubbles, whole = bubbles_of(ranks, stages, steps)
-        assert whole >= (steps + stages - 1) * seconds
+        bubbles, whole = bubbles_of(ranks, stages, batches, alone)
+        assert whole >= (len(batches) + stages - 1) * seconds
         if formula - 0.04 <= bubbles <= formula + 0.12:
             return
     raise AssertionError(f"bubbles {bubbles:.3f} in the last of five runs, the formula says {formula:.3f}")
 
 
-def bubbles_of(ranks: RankProcesses, stages: int, steps: int) -> tuple[float, float]:
+def bubbles_of(
+    ranks: RankProcesses, stages: int, batches: list[StepInput], alone: list[torch.Tensor]
+) -> tuple[float, float]:
     """Return the part of the time that stages were idle, and the time in seconds."""
     ranks.collective_rpc(cleared)
-    for i in range(steps):
-        table = np.array([[i + 1]], dtype=np.int32)
-        ranks.begin(ragged_step(np.array([3, 4]), table, np.array([0]), np.array([2]), ranks.block_size))
-    logits = [ranks.finish().logits.clone() for _ in range(steps)]
-    assert all(np.array_equal(each, logits[0]) for each in logits)
+    for batch in batches:
+        ranks.begin(batch)
+    outputs = list[StepOutput]()
+    for i, batch in enumerate(batches):
+        outputs.append(ranks.finish())
+        assert outputs[i].request_slots is batch.request_slots, "a step's logits are said to be another's"
+        for at in range(max(0, i + 1 - stages), i + 1):  # they stay while other stages' steps end
+            assert torch.equal(outputs[at].logits, alone[at])
+    steps = len(batches)
     traces = ranks.collective_rpc(trace_of)
     assert [len(trace) for trace in traces] == [steps, steps]
     whole = max(end for trace in traces for _, end in trace) - min(begin for trace in traces for begin, _ in trace)
