@@ -20,5 +20,5 @@ def test_others_are_there_until_the_plain_ones_have_ended(regex: str, refused: b
     before = next(grammar._numbers)
     assert latency_s(engine, StructuredOutputsParams(regex=regex), 2, 3, 40) > 0
     assert not engine.has_unfinished_requests()
-    assert (next(grammar._numbers) - before - 1 > 5) == refused, "as one of the others ends the next one comes"
+    assert next(grammar._numbers) - before - 1 >= 5 + refused, "as one of the others ends the next one comes"
     engine.close()
